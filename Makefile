@@ -1,0 +1,38 @@
+# make demo   the main job: a photograph through perceiver-pytorch and perceiver-fast
+# make test   the tests
+# make bench  throughput against perceiver-pytorch
+# Each makes .venv and installs everything it needs there. Needs python3 (with venv) and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Without a GPU, the pinned CPU torch.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+export PIP_CONSTRAINT := $(CURDIR)/constraints-cpu.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+endif
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test bench install clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -4
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install 'torch>=2.10' 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
+	$(BIN)/python -m pip install --no-build-isolation -e '.[demo,bench,test]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m perceiver_fast demo
+
+test: install
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info perceiver_fast/_C*.so perceiver_fast/_build.json

@@ -1,0 +1,77 @@
+// What the per-ISA kernels of grid attention work on, and the table they are reached through.
+//
+// A block is `lanes` queries of one batch element, one query a vector lane, against a box of tokens
+// (rows x columns, a column being an index of the last axis). With queries in lanes a token is a handful
+// of scalars, so ragged grids, any number of axes and any number of channels need no special case, and
+// no sum ever crosses lanes.
+//
+// Packed layouts (L = F + sum of axis sizes; features first, then the axes in order):
+//   tokens  [M][K]      r, r*x_0 .. r*x_{F-1}, and the mask's bias (0 or -inf) if there is a mask
+//   tables  [L][lanes]  one column of q (or of the output's gradient) a row
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace perceiver_fast {
+
+template <class T>
+struct TokenBox {
+  const T* tokens;             // [M][token_stride]
+  int64_t token_stride;        // K
+  int64_t features;            // F
+  int64_t outer_axes;          // number of axes - 1
+  const int64_t* outer_sizes;  // [outer_axes]
+  int64_t inner_size;          // size of the last axis
+  int64_t row_begin, row_end;  // rows: indices over the product of the outer axes
+  int64_t col_begin, col_end;
+  bool masked;
+};
+
+// Forward:  out[:L] += sum_m p r [x, onehot], out[L] += sum_m p, with p = 2^(S + offset).
+// Backward: out[:L] += sum_m dS r [x, onehot], with dS = p (r grad.[x, onehot] + grad_offset).
+template <class T>
+struct QueryBlock {
+  const T* q;            // [L][lanes], in units of log2
+  const T* offset;       // [lanes], added to the logits
+  const T* grad;         // [L][lanes], backward only
+  const T* grad_offset;  // [lanes], backward only
+  T* out;                // [L + 1][lanes]; backward leaves row L alone
+  T* scratch;            // [2 * (F + 1)][lanes]
+};
+
+// Gradients of the tokens of a box, from all queries of one batch element; natural units.
+//   dfeat[m] = r sum_n (dS q_feat[n] + P grad_feat[n]),   dscale[m] = sum_n (dS t + P u)
+template <class T>
+struct TokenGradient {
+  int64_t queries;      // N
+  const T* q;           // [N][L]
+  int64_t q_stride;     // elements between rows of q
+  const T* grad;        // [N][L]
+  int64_t grad_stride;  // elements between rows of grad
+  const T* offset;      // [N], log2 units: p = 2^(S log2(e) + offset)
+  const T* weight;      // [N]: P = p * weight
+  const T* delta;       // [N]: dS = P (r u - delta)
+  const T* scale;       // [M]
+  const T* feat;        // [M][F]
+  const uint8_t* mask;  // [M] or null; tokens that are masked get dfeat = dscale = 0
+  T* dfeat;             // [M][F]
+  T* dscale;            // [M]
+  T* row_sums;          // scratch [2 * N]
+  T* columns;           // scratch [2 * F * lanes], aligned to a vector
+};
+
+template <class T>
+struct GridAttentionKernels {
+  int lanes;
+  void (*forward)(const TokenBox<T>&, const QueryBlock<T>&);
+  void (*backward)(const TokenBox<T>&, const QueryBlock<T>&);
+  void (*maximum)(const TokenBox<T>&, const T* q, T* max);  // max [lanes] is raised to the largest S
+  void (*token_gradient)(const TokenBox<T>&, const TokenGradient<T>&);
+};
+
+template <class T>
+const GridAttentionKernels<T>& grid_attention_kernels(Isa isa);
+
+}  // namespace perceiver_fast

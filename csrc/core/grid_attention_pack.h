@@ -1,0 +1,58 @@
+// Packing for grid attention: tokens as (r, r x [, bias]) records, queries as tables with one query a lane.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "grid_attention.h"
+#include "grid_attention_block.h"
+
+namespace perceiver_fast {
+
+// Uninitialised memory aligned for any vector.
+template <class T>
+class Aligned {
+ public:
+  explicit Aligned(int64_t count = 0)
+      : data_(static_cast<T*>(::operator new(sizeof(T) * (count > 0 ? count : 1), kAlignment))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// Smallest and largest value of r and of every r x_f over the tokens of one batch element.
+template <class T>
+struct TokenBounds {
+  std::vector<T> low, high;  // [1 + F], r first
+};
+
+template <class T>
+struct PackedTokens {
+  int64_t stride;                      // elements a token
+  Aligned<T> data;                     // [B][M][stride]
+  std::vector<TokenBounds<T>> bounds;  // [B]
+  std::vector<char> all_masked;        // [B]: attends uniformly, whatever its queries
+};
+
+template <class T>
+PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, const Parallel& parallel);
+
+// table[l][lane] = factor[lane] * rows[lane][l] for `count` rows, zero in the other lanes.
+template <class T>
+void pack_table(const T* rows, int64_t row_stride, int64_t count, int64_t length, int lanes, const T* factor, T* table);
+
+// rows[lane][l] = factor[lane] * table[l][lane].
+template <class T>
+void unpack_table(const T* table, int64_t length, int lanes, const T* factor, int64_t count, T* rows, int64_t row_stride);
+
+// bound[lane] >= S of every token, from the extremes of the tables and of the tokens alone.
+template <class T>
+void bound_logits(const T* table, const std::vector<int64_t>& sizes, int64_t features, int lanes,
+                  const TokenBounds<T>& bounds, T* bound);
+
+}  // namespace perceiver_fast

@@ -1,0 +1,40 @@
+// torch operator perceiver_fast::grid_scale_forward for CPU tensors, on torch's stable ABI.
+#include "../core/grid_scale.h"
+
+#include "torch_stable.h"
+
+namespace perceiver_fast {
+namespace {
+
+Tensor forward(const Tensor& feat, const Tensor& axis_mean, const Tensor& axis_square, int64_t axis_channels,
+               double eps) {
+  STD_TORCH_CHECK(feat.dim() >= 3, "grid_scale: expected feat [B, *sizes, F], got ", feat.dim(), " dimensions");
+  const Tensor x = torch::stable::contiguous(feat), mean = torch::stable::contiguous(axis_mean);
+  const Tensor square = torch::stable::contiguous(axis_square);
+  std::vector<int64_t> shape = sizes_of(feat);
+  const int64_t features = shape.back();
+  shape.pop_back();
+  const std::vector<int64_t> sizes(shape.begin() + 1, shape.end());
+  int64_t positions = 0;
+  for (int64_t size : sizes) positions += size;
+  STD_TORCH_CHECK(mean.numel() == positions && square.numel() == positions,
+                  "grid_scale: expected axis_mean and axis_square of sum(sizes) = ", positions, " values");
+  STD_TORCH_CHECK(mean.scalar_type() == feat.scalar_type() && square.scalar_type() == feat.scalar_type(),
+                  "grid_scale: expected feat, axis_mean and axis_square of one dtype");
+  Tensor scale = torch::stable::new_empty(feat, shape);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    grid_scale_forward<T>(static_cast<const T*>(x.data_ptr()), shape[0], sizes, features,
+                          static_cast<const T*>(mean.data_ptr()), static_cast<const T*>(square.data_ptr()),
+                          axis_channels, eps, static_cast<T*>(scale.data_ptr()), torch_parallel());
+  };
+  if (feat.scalar_type() == ScalarType::Double) run(0.0);
+  else run(0.0f);
+  return scale;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(perceiver_fast, CPU, m) { m.impl("grid_scale_forward", TORCH_BOX(&forward)); }
+
+}  // namespace perceiver_fast

@@ -1,0 +1,26 @@
+// The Python module perceiver_fast._C: importing it registers the torch operators of csrc/cpu; what it
+// exports itself says how it was built and what it runs on.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "core/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of perceiver_fast and how they were built.";
+  m.def("active_isa", [] { return perceiver_fast::isa_name(perceiver_fast::active_isa()); },
+        "Instruction set the kernels run on. Raises RuntimeError when PERCEIVER_FAST_CPU_ISA asks for one that cannot run.");
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (auto isa : perceiver_fast::available_isas()) names.push_back(perceiver_fast::isa_name(isa));
+    return names;
+  }, "Instruction sets compiled in and supported by this CPU, slowest first.");
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+    info["torch_headers"] = PF_TORCH_VERSION;
+    info["stable_abi_target"] = PF_TORCH_TARGET;
+    return info;
+  }, "Compiler, torch headers and oldest torch the extension runs on.");
+}

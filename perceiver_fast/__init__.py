@@ -1,0 +1,24 @@
+"""perceiver_fast: Perceiver models whose tokens are described, never built.
+
+>>> import perceiver_fast as pf
+>>> model = pf.Perceiver(num_freq_bands=6, depth=1, max_freq=10.0, num_latents=8, latent_dim=16)
+"""
+
+from perceiver_fast import backends, ops, reference
+from perceiver_fast.attention_map import attention_map
+from perceiver_fast.backends import BackendError, use_backend
+from perceiver_fast.explain import explain
+from perceiver_fast.models import Perceiver
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Perceiver",
+    "attention_map",
+    "backends",
+    "explain",
+    "ops",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,113 @@
+"""Which implementation of an op runs, and why not the others.
+
+Every op keeps an ordered list of backends. A backend answers a call with the list of reasons why it cannot run
+it; an empty list means it can. The same list drives dispatch, error messages, ``explain`` and ``info``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+NAMES = ("auto", "cpu", "reference")
+
+_forced = "auto"
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run the call; the message lists its reasons."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op: its name and ``reasons(call) -> list[str]``, why it cannot run a call."""
+
+    name: str
+    reasons: Callable[[object], list[str]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend chosen for a call, and for every backend tried before it why it was passed over."""
+
+    op: str
+    backend: str | None
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"{self.op}[{self.backend}]"
+        if self.rejected:
+            text += "; " + "; ".join(f"not {name}: {', '.join(why)}" for name, why in self.rejected.items())
+        return text
+
+
+def choose(op: str, backends: tuple[Backend, ...], call: object) -> Choice:
+    """Pick the first backend of ``backends`` that can run ``call``, or the forced one.
+
+    Raises:
+        BackendError: a forced backend is not among ``backends`` or cannot run the call.
+    """
+    forced = _forced
+    rejected: dict[str, list[str]] = {}
+    for backend in backends:
+        if forced not in ("auto", backend.name):
+            rejected[backend.name] = [f"backend {forced!r} is forced"]
+            continue
+        reasons = backend.reasons(call)
+        if not reasons:
+            return Choice(op, backend.name, rejected)
+        rejected[backend.name] = reasons
+    if forced == "auto":
+        return Choice(op, None, rejected)
+    why = rejected.get(forced, [f"{op} has no backend of that name (it has: {', '.join(b.name for b in backends)})"])
+    raise BackendError(
+        f"{op}: backend {forced!r} was forced but cannot run this call: {'; '.join(why)}. "
+        f"Call: {call}. Use perceiver_fast.use_backend('auto') to let one be chosen."
+    )
+
+
+def forced_backend() -> str:
+    """Name of the forced backend, or ``"auto"``."""
+    return _forced
+
+
+def _check(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{where}: expected one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    return name
+
+
+class use_backend:
+    """Force a backend for every op, at once and, used as a context manager, until the end of the block.
+
+    Args:
+        name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels) or
+            ``"reference"`` (plain PyTorch). The environment variable PERCEIVER_FAST_BACKEND sets the initial value.
+
+    Raises:
+        ValueError: the name is unknown. A forced backend that cannot run a call raises :class:`BackendError` there.
+
+    Example:
+        >>> import perceiver_fast as pf
+        >>> with pf.use_backend("reference"):
+        ...     pf.backends.forced_backend()
+        'reference'
+        >>> pf.backends.forced_backend()
+        'auto'
+    """
+
+    def __init__(self, name: str):
+        global _forced
+        self._previous = _forced
+        _forced = _check(name, "use_backend")
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _forced
+        _forced = self._previous
+
+
+_forced = _check(os.environ.get("PERCEIVER_FAST_BACKEND") or "auto", "PERCEIVER_FAST_BACKEND")

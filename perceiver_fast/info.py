@@ -1,0 +1,65 @@
+"""What is installed, what was built and what runs: works also when the extension does not."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from perceiver_fast import backends, extension
+from perceiver_fast.ops.grid_attention import BACKENDS, OP, GridAttentionCall
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def collect() -> dict:
+    """Versions, build, instruction set, threads and backends, as a dict that JSON can hold."""
+    import perceiver_fast
+
+    module, record = extension.module, extension.build_record()
+    built = {"built": module is not None}
+    if module is None:
+        built["reason"] = extension.error
+    else:
+        built |= {**record, **module.build_info()}
+        built |= {"active_isa": module.active_isa(), "available_isas": module.available_isas()}
+    reasons = {
+        device: {b.name: b.reasons(GridAttentionCall(torch.float32, torch.device(device), (1,))) for b in BACKENDS}
+        for device in ("cpu", "cuda")
+    }
+    return {
+        "perceiver_fast": perceiver_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "extension": built,
+        "forced_backend": backends.forced_backend(),
+        "backends": {OP: reasons},
+    }
+
+
+def show(info: dict) -> None:
+    """Print ``collect()``'s result for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for key in ("perceiver_fast", "python", "torch", "cpu", "threads", "forced_backend"):
+        table.add_row(key.replace("_", " "), str(info[key]))
+    for key, value in info["extension"].items():
+        table.add_row(f"extension: {key.replace('_', ' ')}", ", ".join(value) if isinstance(value, list) else str(value))
+    for op, devices in info["backends"].items():
+        for device, names in devices.items():
+            for name, reasons in names.items():
+                table.add_row(f"{op} on {device}: {name}", "; ".join(reasons) or "available")
+    Console(soft_wrap=True).print(table)

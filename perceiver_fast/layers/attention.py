@@ -1,0 +1,45 @@
+"""Multi-head attention's projections, and self-attention of the latents with them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Projections to_q, to_kv and to_out; called on its own, self-attention of ``[B, N, D]``.
+
+    Args:
+        query_dim: channels of queries and of the output.
+        context_dim: channels of what is attended to. Default: query_dim.
+        heads: number of heads.
+        dim_head: channels of a head.
+        dropout: dropout of attention weights in training.
+    """
+
+    def __init__(
+        self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
+    ):
+        super().__init__()
+        inner_dim = dim_head * heads
+        self.heads = heads
+        self.dim_head = dim_head
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
+        self.to_kv = nn.Linear(query_dim if context_dim is None else context_dim, inner_dim * 2, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.to_out = nn.Linear(inner_dim, query_dim)
+
+    @property
+    def active_dropout(self) -> float:
+        """Probability of dropping an attention weight in the current mode."""
+        return self.dropout.p if self.dropout.training else 0.0
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """``[B, N, H d]`` to ``[B, H, N, d]``."""
+        return x.unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.split_heads(self.to_q(x))
+        k, v = (self.split_heads(t) for t in self.to_kv(x).chunk(2, dim=-1))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.active_dropout)
+        return self.to_out(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,30 @@
+"""Attention over the outputs of all earlier blocks, in place of a plain residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class EnformerAttentionResidual(nn.Module):
+    """Channel-wise softmax over layers, weighting each layer's output.
+
+    Args:
+        dim: channels of the latents.
+        rank: rank of the map that gives the logits.
+
+    Source:
+        perceiver-pytorch 0.11.0; attention residuals after arXiv:2603.15031, pooling after Avsec et al., Enformer, 2021.
+    """
+
+    def __init__(self, dim: int, *, rank: int = 64):
+        super().__init__()
+        self.to_attn_logits = nn.Sequential(
+            nn.RMSNorm(dim), nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False)
+        )
+
+    def forward(self, block_outputs: Sequence[Tensor]) -> Tensor:
+        past = torch.stack(list(block_outputs))  # [layers, B, N, D]
+        return (past * self.to_attn_logits(past).softmax(dim=0)).sum(0)

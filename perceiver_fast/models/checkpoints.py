@@ -1,0 +1,46 @@
+"""Checkpoints of older perceiver-pytorch releases, renamed while they load."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import MutableMapping
+
+# A block was a list until 0.9: [cross_attn, cross_ff, self_attns].
+_RENAMES = (
+    (re.compile(r"^(layers\.\d+)\.0\."), r"\1.cross_attn."),
+    (re.compile(r"^(layers\.\d+)\.1\."), r"\1.cross_ff."),
+    (re.compile(r"^(layers\.\d+)\.2\.(\d+\.[01]\.)"), r"\1.self_attns.\2"),
+    (re.compile(r"\.fn\.to_out\.0\."), ".fn.to_out."),  # until 0.7: a Sequential with dropout
+    (re.compile(r"\.fn\.net\.3\."), ".fn.net.2."),  # until 0.7: dropout before the last linear
+)
+
+
+def upgrade_state_dict(state_dict: MutableMapping, prefix: str = "") -> None:
+    """Rename, in place, the keys of a perceiver-pytorch 0.3 to 0.9 checkpoint to those of 0.10 and later.
+
+    Args:
+        state_dict: the checkpoint; keys that are already new are left alone.
+        prefix: what the model's keys start with, when it is part of a larger one.
+
+    Warns:
+        UserWarning: the checkpoint is from 0.6 or earlier, whose frequencies were spaced logarithmically: the weights
+            fit, the position codes they were trained with do not.
+    """
+    if prefix + "to_logits.0.weight" in state_dict:  # until 0.6 the pooling was not part of the head
+        warnings.warn(
+            "this checkpoint is from perceiver-pytorch 0.6 or earlier, which spaced its Fourier frequencies "
+            "logarithmically; it loads, but its outputs will differ because frequencies are spaced linearly since 0.7",
+            stacklevel=2,
+        )
+        for new in ("2", "1"):
+            for name in ("weight", "bias"):
+                old = f"{prefix}to_logits.{int(new) - 1}.{name}"
+                if old in state_dict:
+                    state_dict[f"{prefix}to_logits.{new}.{name}"] = state_dict.pop(old)
+    for key in [k for k in state_dict if k.startswith(prefix + "layers.")]:
+        name = key[len(prefix) :]
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        if prefix + name != key:
+            state_dict[prefix + name] = state_dict.pop(key)

@@ -1,0 +1,198 @@
+"""The Perceiver of perceiver-pytorch, on described tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock, axis_codes
+from perceiver_fast.models.checkpoints import upgrade_state_dict
+from perceiver_fast.models.inputs import check_inputs
+from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+
+
+class MeanPool(nn.Module):
+    """Mean over the latents, ``[B, N, D]`` to ``[B, D]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)
+
+
+class Perceiver(nn.Module):
+    """N latents that attend to M raw inputs in every block, then to each other.
+
+    The arguments, the state_dict, the outputs and the gradients are perceiver-pytorch 0.11.0's; the same seed gives
+    the same initial weights. Checkpoints of perceiver-pytorch 0.3 to 0.9 are renamed as they load.
+
+    Args:
+        num_freq_bands: number of Fourier frequencies per axis, K.
+        depth: number of blocks.
+        max_freq: the highest frequency is max_freq / 2.
+        input_channels: raw channels of a token. Default: 3.
+        input_axis: number of axes of the input: 1 for audio, 2 for images, 3 for video. Default: 2.
+        num_latents: number of latents, N. Default: 512.
+        latent_dim: channels of a latent, D. Default: 512.
+        cross_heads, latent_heads: heads of cross-attention and of self-attention. Default: 1 and 8.
+        cross_dim_head, latent_dim_head: channels of a head. Default: 64.
+        num_classes: size of the output. Default: 1000.
+        attn_dropout, ff_dropout: dropout of attention weights and after feed-forwards, in training. Default: 0.
+        weight_tie_layers: share the weights of all blocks but the first. Default: False.
+        fourier_encode_data: encode positions; if False the input comes with its own encoding. Default: True.
+        self_per_cross_attn: self-attentions a block. Default: 1.
+        final_classifier_head: pool the latents and classify; else return them. Default: True.
+        inverted_cross_attn: softmax over the latents, then normalised over the tokens: one bool, or one a block.
+            Default: False.
+        attn_residual: combine the outputs of all earlier blocks by learned attention. Default: False.
+        attn_residual_rank: rank of its logits. Default: 64.
+
+    Raises:
+        ValueError: inverted_cross_attn is a sequence whose length is not depth.
+
+    Source:
+        Jaegle et al., "Perceiver: General perception with iterative attention", ICML 2021; perceiver-pytorch 0.11.0.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast import Perceiver
+        >>> model = Perceiver(num_freq_bands=6, depth=1, max_freq=10.0, num_latents=8, latent_dim=16, num_classes=5)
+        >>> model(torch.randn(2, 12, 10, 3)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_freq_bands: int,
+        depth: int,
+        max_freq: float,
+        input_channels: int = 3,
+        input_axis: int = 2,
+        num_latents: int = 512,
+        latent_dim: int = 512,
+        cross_heads: int = 1,
+        latent_heads: int = 8,
+        cross_dim_head: int = 64,
+        latent_dim_head: int = 64,
+        num_classes: int = 1000,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        weight_tie_layers: bool = False,
+        fourier_encode_data: bool = True,
+        self_per_cross_attn: int = 1,
+        final_classifier_head: bool = True,
+        inverted_cross_attn: bool | Sequence[bool] = False,
+        attn_residual: bool = False,
+        attn_residual_rank: int = 64,
+    ):
+        super().__init__()
+        self.input_axis = input_axis
+        self.max_freq = max_freq
+        self.num_freq_bands = num_freq_bands
+        self.fourier_encode_data = fourier_encode_data
+        self.has_attn_residual = attn_residual
+        if isinstance(inverted_cross_attn, bool):
+            inverted_cross_attn = (inverted_cross_attn,) * depth
+        self.inverted_cross_attn = tuple(inverted_cross_attn)
+        if len(self.inverted_cross_attn) != depth:
+            raise ValueError(
+                f"inverted_cross_attn: expected one bool, or {depth} of them for depth={depth}, "
+                f"got {len(self.inverted_cross_attn)}"
+            )
+        self.input_channels = input_channels
+        self.input_dim = input_channels + (input_axis * (2 * num_freq_bands + 1) if fourier_encode_data else 0)
+
+        self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
+        self.layers = nn.ModuleList()
+        self.attn_residuals = nn.ModuleList()
+        for i in range(depth):
+            if weight_tie_layers and i >= 2:  # all blocks but the first are one and the same
+                self.layers.append(self.layers[1])
+                self.attn_residuals.append(self.attn_residuals[1])
+                continue
+            self.layers.append(
+                PerceiverBlock(
+                    dim=latent_dim,
+                    context_dim=self.input_dim,
+                    cross_heads=cross_heads,
+                    latent_heads=latent_heads,
+                    cross_dim_head=cross_dim_head,
+                    latent_dim_head=latent_dim_head,
+                    self_per_cross_attn=self_per_cross_attn,
+                    attn_dropout=attn_dropout,
+                    ff_dropout=ff_dropout,
+                )
+            )
+            self.attn_residuals.append(
+                EnformerAttentionResidual(latent_dim, rank=attn_residual_rank) if attn_residual else None
+            )
+        self.to_logits = (
+            nn.Sequential(MeanPool(), nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))
+            if final_classifier_head
+            else nn.Identity()
+        )
+        self.register_load_state_dict_pre_hook(
+            lambda module, state_dict, prefix, *_: upgrade_state_dict(state_dict, prefix)
+        )
+
+    def describe(self, data: Tensor) -> Tokens:
+        """The tokens of ``data``, shared by all cross-attention layers of one forward."""
+        if not self.fourier_encode_data:
+            return DenseTokens(data.flatten(1, -2))
+        dtype = compute_dtype(data.dtype)
+        return GridTokens(
+            data,
+            tuple(
+                axis_codes(size, self.num_freq_bands, self.max_freq, dtype, data.device) for size in data.shape[1:-1]
+            ),
+        )
+
+    def forward(
+        self,
+        data: Tensor,
+        mask: Tensor | None = None,
+        return_embeddings: bool = False,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        return_hiddens: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor] | None]:
+        """Classify, or embed.
+
+        Args:
+            data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters.
+            mask: bool, ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to. A row that is all
+                False attends uniformly to all tokens, as in perceiver-pytorch. Default: all True.
+            return_embeddings: return the latents ``[B, N, D]`` in place of the logits. Default: False.
+            block_outputs: outputs of earlier blocks, for the attention residual. Default: the initial latents.
+            return_hiddens: also return the outputs of all blocks. Default: False.
+
+        Returns:
+            Logits ``[B, num_classes]`` or latents ``[B, N, D]``; with return_hiddens, a tuple of that and the list
+            of block outputs, each ``[B, N, D]``.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, rank, channels, size, mask or device; the message says expected, got
+                and what to do.
+            perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
+        """
+        mask = check_inputs(self, data, mask)
+        tokens = self.describe(data)
+        batch = data.shape[0]
+        x = self.latents.unsqueeze(0)  # [1, N, D]: the first block's queries are the same for the whole batch
+
+        keep_hiddens = return_hiddens or self.has_attn_residual or block_outputs is not None
+        if keep_hiddens:
+            if block_outputs is None:
+                block_outputs = [x.expand(batch, -1, -1)]
+            block_outputs = [block_outputs] if torch.is_tensor(block_outputs) else list(block_outputs)
+
+        for block, attn_residual, inverted in zip(self.layers, self.attn_residuals, self.inverted_cross_attn):
+            x = block(x, tokens, mask=mask, inverted=inverted)
+            if keep_hiddens:
+                block_outputs.append(x)
+            if attn_residual is not None:
+                x = attn_residual(block_outputs)
+
+        out = x.expand(batch, -1, -1) if return_embeddings else self.to_logits(x.expand(batch, -1, -1))
+        return (out, block_outputs) if return_hiddens else out

@@ -1,0 +1,228 @@
+"""Attention of a few queries to all tokens of a grid, at the cost of the raw input.
+
+A Perceiver token on a grid, ``z_m = [x_m ; e_1(i_1) ; .. ; e_A(i_A)]``, is a linear map of the sparse vector
+``[x_m ; onehot(i_1) ; .. ; onehot(i_A)]``, and LayerNorm only subtracts a mean (a linear map too) and multiplies by a
+scale ``r_m``. So keys are ``K_m = r_m (K_x x_m + sum_a K_a[i_a])`` and everything attention needs of them is the
+product of each query with the columns of ``[K_x, K_1, .., K_A]``: F + n_1 + .. + n_A numbers a query, called q here.
+
+    S[n, m] = r_m (q_feat[n] . x_m + sum_a q_axes_a[n, i_a(m)])
+    P       = softmax over m of S
+    o[n]    = sum_m P[n, m] r_m [x_m ; onehot(i_1) ; .. ; onehot(i_A)]
+
+and the values' projection is applied to o, N rows, afterwards. Neither the encoding, nor keys, nor values, nor an
+N x M matrix ever exists; the backward recomputes P from lse. Heads share the tokens, so they fold into N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perceiver_fast import backends, extension, reference
+from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, library
+
+OP = "grid_attention"
+
+library.define("grid_attention_forward(Tensor q, Tensor feat, Tensor scale, Tensor? mask) -> (Tensor o, Tensor lse)")
+library.define(
+    "grid_attention_backward(Tensor d_o, Tensor? d_lse, Tensor q, Tensor feat, Tensor scale, Tensor? mask, "
+    "Tensor o, Tensor lse, bool token_grads) -> (Tensor dq, Tensor dfeat, Tensor dscale)"
+)
+
+
+@torch.library.register_fake("perceiver_fast::grid_attention_forward")
+def _(q, feat, scale, mask):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float64)
+
+
+@torch.library.register_fake("perceiver_fast::grid_attention_backward")
+def _(d_o, d_lse, q, feat, scale, mask, o, lse, token_grads):
+    dfeat = feat.new_empty(feat.shape if token_grads else (0,))
+    dscale = scale.new_empty(scale.shape if token_grads else (0,))
+    return q.new_empty(q.shape), dfeat, dscale
+
+
+class GridAttentionFunction(torch.autograd.Function):
+    """Connects the registered forward and backward; saves its inputs, o and lse, nothing of size N x M."""
+
+    @staticmethod
+    def forward(ctx, q, feat, scale, mask):
+        o, lse = torch.ops.perceiver_fast.grid_attention_forward(q, feat, scale, mask)
+        ctx.save_for_backward(q, feat, scale, mask, o, lse)
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o, d_lse):
+        q, feat, scale, mask, o, lse = ctx.saved_tensors
+        if d_o is None:
+            d_o = torch.zeros_like(o)
+        token_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        dq, dfeat, dscale = torch.ops.perceiver_fast.grid_attention_backward(
+            d_o, d_lse, q, feat, scale, mask, o, lse, token_grads
+        )
+        return dq, dfeat if token_grads else None, dscale if token_grads else None, None
+
+
+@dataclass(frozen=True)
+class GridAttentionCall:
+    """What the choice of a backend may depend on."""
+
+    dtype: torch.dtype
+    device: torch.device
+    sizes: tuple[int, ...]
+    dropout: float = 0.0
+    inverted: bool = False
+
+
+def _semantics(call: GridAttentionCall) -> list[str]:
+    reasons = []
+    if call.dropout > 0:
+        reasons.append(f"attention dropout {call.dropout:g} is on")
+    if call.inverted:
+        reasons.append("inverted attention normalises over the latents")
+    return reasons
+
+
+def _cpu_reasons(call: GridAttentionCall) -> list[str]:
+    reasons = [] if extension.error is None else [extension.error]
+    if call.device.type != "cpu":
+        reasons.append(f"it runs on cpu tensors, not {call.device.type}")
+    if call.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"it takes float64, float32, bfloat16 and float16, not {call.dtype}")
+    if len(call.sizes) > 64:
+        reasons.append(f"it takes up to 64 axes, not {len(call.sizes)}")
+    return reasons + _semantics(call)
+
+
+BACKENDS = (Backend("cpu", _cpu_reasons), Backend("reference", _semantics))
+
+
+def choose_grid_attention(call: GridAttentionCall) -> Choice:
+    """The backend that runs ``call``; its name is None when no backend can."""
+    return backends.choose(OP, BACKENDS, call)
+
+
+def grid_attention_joined(q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`grid_attention` with q_feat and q_axes joined, for callers that hold them so; inputs are not checked.
+
+    Args:
+        q: ``[B, N, L]``, L = F + sum(sizes); may be expanded over B.
+        feat: ``[B, *sizes, F]``.
+        scale: ``[B, *sizes]``.
+        mask: bool ``[B, *sizes]`` or None.
+
+    Returns:
+        o ``[B, N, L]`` and lse ``[B, N]`` float64.
+    """
+    result = autocast_dtype(q.device) or q.dtype
+    compute = compute_dtype(q.dtype)
+    backend = choose_grid_attention(GridAttentionCall(compute, q.device, tuple(feat.shape[1:-1]))).backend
+    run = GridAttentionFunction.apply if backend == "cpu" else reference.grid_attention
+    with torch.autocast(q.device.type, enabled=False):
+        o, lse = run(q.to(compute), feat.to(compute), scale.to(compute), mask)
+    return o if result == compute or q.dtype == torch.float64 else o.to(result), lse
+
+
+def grid_attention(
+    q_feat: Tensor, q_axes: Sequence[Tensor], feat: Tensor, scale: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Softmax attention of N queries to the M tokens of a grid, from per-axis tables.
+
+    ``S[n, m] = scale_m (q_feat[n] . feat_m + sum_a q_axes[a][n, i_a(m)])`` with m running over the grid in row-major
+    order; see the module's docstring for the maths and its use.
+
+    Args:
+        q_feat: ``[B, N, F]``, floating point. Heads fold into N.
+        q_axes: one ``[B, N, n_a]`` per axis; the grid is n_1 x .. x n_A and M their product.
+        feat: ``[B, M, F]``, the raw channels of the tokens.
+        scale: ``[B, M]``, the scale of every token (LayerNorm's 1/std).
+        mask: bool ``[B, M]``, True where a token may be attended to. Default: all of them. A row that is all False
+            attends uniformly to all tokens, as perceiver-pytorch does, and has lse = -finfo.max.
+
+    Returns:
+        o_feat ``[B, N, F]``, o_axes (one ``[B, N, n_a]`` per axis), and lse ``[B, N]``, the natural log-sum-exp of S,
+        always float64. float64 inputs are computed in float64, all others in float32; the result has the dtype of
+        the inputs, or autocast's when it is on. Differentiable once in q_feat, q_axes, feat and scale, through
+        outputs and lse.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, size or device; the message says expected, got and what to do.
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Source:
+        The identity is this package's; the mechanism attended by is Jaegle et al., "Perceiver", ICML 2021, sec. 3.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import grid_attention
+        >>> q_feat, q_axes = torch.randn(1, 5, 3), (torch.randn(1, 5, 4), torch.randn(1, 5, 6))
+        >>> o_feat, (o_rows, o_columns), lse = grid_attention(q_feat, q_axes, torch.randn(1, 24, 3), torch.ones(1, 24))
+        >>> o_feat.shape, o_rows.shape, o_columns.shape, lse.shape
+        (torch.Size([1, 5, 3]), torch.Size([1, 5, 4]), torch.Size([1, 5, 6]), torch.Size([1, 5]))
+        >>> bool((o_rows.sum(-1) - 1).abs().max() < 1e-6)  # scale is 1 here: a distribution over the rows
+        True
+    """
+    q_axes = tuple(q_axes)
+    sizes = _check(q_feat, q_axes, feat, scale, mask)
+    batch, features = feat.shape[0], feat.shape[-1]
+    o, lse = grid_attention_joined(
+        torch.cat([q_feat, *q_axes], -1),
+        feat.reshape(batch, *sizes, features),
+        scale.reshape(batch, *sizes),
+        None if mask is None else mask.reshape(batch, *sizes),
+    )
+    o_feat, *o_axes = o.split([features, *sizes], -1)
+    return o_feat, tuple(o_axes), lse
+
+
+def _check(q_feat, q_axes, feat, scale, mask) -> tuple[int, ...]:
+    if not q_axes:
+        raise ValueError(f"{OP}: expected at least one axis in q_axes, got none")
+    named = {"q_feat": q_feat, **{f"q_axes[{a}]": t for a, t in enumerate(q_axes)}, "feat": feat, "scale": scale}
+    for name, t in named.items():
+        if not t.is_floating_point():
+            raise TypeError(f"{OP}: expected {name} to be floating point, got {t.dtype}; convert it with .float()")
+        if t.dtype != q_feat.dtype:
+            raise TypeError(
+                f"{OP}: expected {name} to be {q_feat.dtype} like q_feat, got {t.dtype}; convert one of them"
+            )
+        if t.device != q_feat.device:
+            raise ValueError(
+                f"{OP}: expected {name} on {q_feat.device} like q_feat, got {t.device}; move it with .to(...)"
+            )
+    if feat.dim() != 3:
+        raise ValueError(f"{OP}: expected feat [B, M, F], got shape {tuple(feat.shape)}")
+    if q_feat.dim() != 3:
+        raise ValueError(f"{OP}: expected q_feat [B, N, F], got shape {tuple(q_feat.shape)}")
+    batch, queries, features = q_feat.shape
+    sizes = tuple(t.shape[-1] for t in q_axes)
+    tokens = 1
+    for axis, (t, size) in enumerate(zip(q_axes, sizes)):
+        if t.dim() != 3 or tuple(t.shape[:2]) != (batch, queries) or size == 0:
+            raise ValueError(
+                f"{OP}: expected q_axes[{axis}] [B, N, n_{axis + 1}] = [{batch}, {queries}, at least 1], "
+                f"got shape {tuple(t.shape)}"
+            )
+        tokens *= size
+    if features == 0:
+        raise ValueError(f"{OP}: expected at least one feature, got q_feat of shape {tuple(q_feat.shape)}")
+    for name, t, shape in (("feat", feat, (batch, tokens, features)), ("scale", scale, (batch, tokens))):
+        if tuple(t.shape) != shape:
+            raise ValueError(
+                f"{OP}: expected {name} of shape {shape} for a grid of {' x '.join(map(str, sizes))} tokens "
+                f"(the sizes of q_axes), got {tuple(t.shape)}"
+            )
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{OP}: expected a bool mask, got {mask.dtype}; convert it with mask.bool()")
+        if tuple(mask.shape) != (batch, tokens):
+            raise ValueError(f"{OP}: expected mask of shape {(batch, tokens)}, got {tuple(mask.shape)}")
+        if mask.device != q_feat.device:
+            raise ValueError(f"{OP}: expected mask on {q_feat.device}, got {mask.device}; move it with .to(...)")
+    return sizes

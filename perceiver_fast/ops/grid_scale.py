@@ -1,0 +1,92 @@
+"""LayerNorm's scale of every token of a grid, from raw channels and per-axis statistics.
+
+    mu_m = (sum_f x_mf + sum_a C_a mean_a[i_a]) / C
+    r_m  = 1 / sqrt((sum_f (x_mf - mu_m)^2 + sum_a (square_a[i_a] + C_a (mean_a[i_a] - mu_m)^2)) / C + eps)
+
+The mean itself is never needed: subtracting it is linear, so the layers centre their weights instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from perceiver_fast import backends, extension, reference
+from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops.library import library
+from perceiver_fast.reference.grid_scale import grid_mean
+
+OP = "grid_scale"
+
+library.define(
+    "grid_scale_forward(Tensor feat, Tensor axis_mean, Tensor axis_square, SymInt axis_channels, float eps) -> Tensor"
+)
+
+
+@torch.library.register_fake("perceiver_fast::grid_scale_forward")
+def _(feat, axis_mean, axis_square, axis_channels, eps):
+    return feat.new_empty(feat.shape[:-1])
+
+
+def _cpu_reasons(feat: Tensor) -> list[str]:
+    reasons = [] if extension.error is None else [extension.error]
+    if feat.device.type != "cpu":
+        reasons.append(f"it runs on cpu tensors, not {feat.device.type}")
+    if feat.dtype not in (torch.float32, torch.float64):
+        reasons.append(f"it takes float32 and float64, not {feat.dtype}")
+    return reasons
+
+
+BACKENDS = (Backend("cpu", _cpu_reasons), Backend("reference", lambda feat: []))
+
+
+class GridScaleFunction(torch.autograd.Function):
+    """The kernel forward, with ``dx_f = -r^3 (x_f - mu) dr / C`` in plain PyTorch (inputs seldom need a gradient)."""
+
+    @staticmethod
+    def forward(ctx, feat, axis_mean, axis_square, axis_channels, eps):
+        scale = torch.ops.perceiver_fast.grid_scale_forward(feat, axis_mean, axis_square, axis_channels, eps)
+        ctx.save_for_backward(feat, axis_mean, scale)
+        ctx.axis_channels = axis_channels
+        return scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_scale):
+        feat, axis_mean, scale = ctx.saved_tensors
+        mu = grid_mean(feat, axis_mean, ctx.axis_channels)
+        channels = feat.shape[-1] + (feat.dim() - 2) * ctx.axis_channels
+        factor = -d_scale * scale.pow(3) / channels
+        return factor.unsqueeze(-1) * (feat - mu.unsqueeze(-1)), None, None, None, None
+
+
+def choose_grid_scale(feat: Tensor) -> Choice:
+    """The backend that runs a call with this ``feat``."""
+    return backends.choose(OP, BACKENDS, feat)
+
+
+def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: int, eps: float = 1e-5) -> Tensor:
+    """LayerNorm's ``1 / sqrt(var + eps)`` of every token ``[feat_m, e_1(i_1), .., e_A(i_A)]``, without building it.
+
+    Args:
+        feat: raw channels ``[B, *sizes, F]``, float32 or float64.
+        axis_mean: ``[sum(sizes)]``, the mean of every axis code, axes joined in order.
+        axis_square: ``[sum(sizes)]``, the sum of squares of every axis code about its own mean.
+        axis_channels: channels of one axis code, the same for every axis.
+        eps: LayerNorm's epsilon. Default: 1e-5, torch's.
+
+    Returns:
+        ``[B, *sizes]``, the dtype of feat. Differentiable once in feat.
+
+    Raises:
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import grid_scale
+        >>> grid_scale(torch.ones(1, 2, 2, 1), torch.zeros(4), torch.full((4,), 2.0), 2).shape
+        torch.Size([1, 2, 2])
+    """
+    if choose_grid_scale(feat).backend == "cpu":
+        return GridScaleFunction.apply(feat, axis_mean, axis_square, axis_channels, eps)
+    return reference.grid_scale(feat, axis_mean, axis_square, axis_channels, eps)

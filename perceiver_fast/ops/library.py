@@ -1,0 +1,19 @@
+"""The torch.library namespace ``perceiver_fast``: schemas live here in Python, kernels in the extension."""
+
+from __future__ import annotations
+
+import torch
+
+library = torch.library.Library("perceiver_fast", "DEF")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype kernels compute in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast asks for on ``device``, or None when it is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None

@@ -263,7 +263,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const T* o, const 
   const Plan<T> plan(in);
   const PackedTokens<T> packed = pack_tokens(in, plan.tokens, parallel);
   const int64_t N = in.queries, L = plan.length, lanes = plan.kernels.lanes;
-  const QueryStatistics<T> stats = query_statistics(plan, packed, o, lse, d_o, d_lse, parallel);
+  QueryStatistics<T> stats = query_statistics(plan, packed, o, lse, d_o, d_lse, parallel);
 
   // The weight of P rides on the output's gradient, so that the loop multiplies by it nowhere.
   const auto work = [&](int64_t task, int64_t part, int64_t parts, T* sums) {
@@ -281,11 +281,20 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const T* o, const 
     plan.kernels.backward(split(plan.box(packed, table.b), parts)[part],
                           {table.q.get(), offset, grad.get(), grad_offset, sums, scratch.get()});
   };
+  // dS sums to d_lse over the tokens. What it sums to in floating point is the error of delta, which came from
+  // rounded outputs; with P summing to one that error put err * o into dq. Taking it out leaves an error of second
+  // order, so that saturated queries get their tiny gradients and not the noise of delta.
   const auto finish = [&](int64_t task, T* sums) {
     const int64_t b = task / plan.blocks, first = task % plan.blocks * lanes;
-    // Masked logits are constants: no gradient reaches the queries of an all-masked row.
-    const std::vector<T> factor(lanes, packed.all_masked[b] ? T(0) : T(1));
-    unpack_table(sums, L, lanes, factor.data(), std::min<int64_t>(lanes, N - first), dq + (b * N + first) * L, L);
+    const int64_t count = std::min<int64_t>(lanes, N - first);
+    const std::vector<T> factor(lanes, packed.constant[b] ? T(0) : T(1));
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t row = b * N + first + lane;
+      const T error = sums[L * lanes + lane] - (d_lse == nullptr || packed.constant[b] ? T(0) : T(d_lse[row]));
+      stats.delta[row] += error;
+      for (int64_t l = 0; l < L; ++l) sums[l * lanes + lane] -= error * o[row * L + l];
+    }
+    unpack_table(sums, L, lanes, factor.data(), count, dq + (b * N + first) * L, L);
   };
   for_each_block(plan, parallel, work, finish);
   if (dfeat != nullptr) token_gradients(plan, packed, stats, d_o, dfeat, dscale, parallel);

@@ -30,14 +30,14 @@ struct TokenBox {
 };
 
 // Forward:  out[:L] += sum_m p r [x, onehot], out[L] += sum_m p, with p = 2^(S + offset).
-// Backward: out[:L] += sum_m dS r [x, onehot], with dS = p (r grad.[x, onehot] + grad_offset).
+// Backward: out[:L] += sum_m dS r [x, onehot], out[L] += sum_m dS, with dS = p (r grad.[x, onehot] + grad_offset).
 template <class T>
 struct QueryBlock {
   const T* q;            // [L][lanes], in units of log2
   const T* offset;       // [lanes], added to the logits
   const T* grad;         // [L][lanes], backward only
   const T* grad_offset;  // [lanes], backward only
-  T* out;                // [L + 1][lanes]; backward leaves row L alone
+  T* out;                // [L + 1][lanes]
   T* scratch;            // [2 * (F + 1)][lanes]
 };
 

@@ -88,7 +88,7 @@ struct Step {
       for (int u = 0; u < U; ++u) p[u] *= t[u];
     }
     for (int u = 0; u < U; ++u) {
-      if (!Backward) total += p[u];
+      total += p[u];
       row_sum += p[u] * r[u];
       T* o = out_inner + u * S::lanes;
       S::store(o, S::load(o) + p[u] * r[u]);
@@ -176,7 +176,7 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
         T* o = block.out + f * lanes;
         S::store(o, S::load(o) + block_acc[f]);
       }
-      if (!Backward) S::store(out_total, S::load(out_total) + block_acc[F]);
+      S::store(out_total, S::load(out_total) + block_acc[F]);
     }
   }
 }

@@ -44,10 +44,13 @@ PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, con
   packed.stride = F + 1 + (in.mask != nullptr);
   packed.data = Aligned<T>(B * tokens * packed.stride);
   packed.all_masked.assign(B, 0);
+  packed.constant.assign(B, tokens == 1);
   if (in.mask != nullptr)
     for (int64_t b = 0; b < B; ++b) {
       const uint8_t* mask = in.mask + b * tokens;
-      packed.all_masked[b] = std::find_if(mask, mask + tokens, [](uint8_t m) { return m != 0; }) == mask + tokens;
+      const int64_t visible = std::count_if(mask, mask + tokens, [](uint8_t m) { return m != 0; });
+      packed.all_masked[b] = visible == 0;
+      packed.constant[b] |= visible <= 1;
     }
 
   const int64_t chunks = (tokens + kTokenChunk - 1) / kTokenChunk;

@@ -37,6 +37,7 @@ struct PackedTokens {
   Aligned<T> data;                     // [B][M][stride]
   std::vector<TokenBounds<T>> bounds;  // [B]
   std::vector<char> all_masked;        // [B]: attends uniformly, whatever its queries
+  std::vector<char> constant;          // [B]: so does softmax over one token; no gradient reaches the queries
 };
 
 template <class T>

@@ -43,27 +43,41 @@ class Choice:
 
 
 def choose(op: str, backends: tuple[Backend, ...], call: object) -> Choice:
-    """Pick the first backend of ``backends`` that can run ``call``, or the forced one.
-
-    Raises:
-        BackendError: a forced backend is not among ``backends`` or cannot run the call.
-    """
-    forced = _forced
+    """The first of ``backends`` that can run ``call``, or the forced one; ``backend`` is None when there is none."""
     rejected: dict[str, list[str]] = {}
     for backend in backends:
-        if forced not in ("auto", backend.name):
-            rejected[backend.name] = [f"backend {forced!r} is forced"]
+        if _forced not in ("auto", backend.name):
+            rejected[backend.name] = [f"backend {_forced!r} is forced"]
             continue
         reasons = backend.reasons(call)
         if not reasons:
             return Choice(op, backend.name, rejected)
         rejected[backend.name] = reasons
-    if forced == "auto":
-        return Choice(op, None, rejected)
-    why = rejected.get(forced, [f"{op} has no backend of that name (it has: {', '.join(b.name for b in backends)})"])
+    if _forced != "auto":
+        rejected.setdefault(_forced, [f"{op} has no backend of that name"])
+    return Choice(op, None, rejected)
+
+
+def require(*choices: Choice) -> Choice:
+    """The first of ``choices``, ways to do one thing, that has a backend.
+
+    Raises:
+        BackendError: none has; the message lists the reasons of the forced backend, or of all of them.
+    """
+    for choice in choices:
+        if choice.backend is not None:
+            return choice
+    reasons = [
+        f"{choice.op}[{name}]: {', '.join(why)}"
+        for choice in choices
+        for name, why in choice.rejected.items()
+        if _forced in ("auto", name)
+    ]
+    if _forced == "auto":
+        raise BackendError(f"no backend can run this call: {'; '.join(reasons)}")
     raise BackendError(
-        f"{op}: backend {forced!r} was forced but cannot run this call: {'; '.join(why)}. "
-        f"Call: {call}. Use perceiver_fast.use_backend('auto') to let one be chosen."
+        f"backend {_forced!r} was forced but cannot run this call: {'; '.join(reasons)}. "
+        "Use perceiver_fast.use_backend('auto') to let one be chosen."
     )
 
 

@@ -43,10 +43,10 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
 
-// Exponents that leave room on both sides: 2^kSafe times any number of tokens does not overflow, and terms
-// that matter beside a sum of at least 2^-kSafe do not underflow.
+// Exponents up to here need no shift: sums of any number of powers of two do not overflow, and terms that matter
+// beside a sum of at least 2^-kSafe do not underflow.
 template <class T>
-constexpr T kSafe = sizeof(T) == 8 ? T(400) : T(60);
+constexpr double kSafe = sizeof(T) == 8 ? 400 : 60;
 
 template <class T>
 struct Plan {
@@ -65,9 +65,8 @@ struct Plan {
   const T* q(int64_t b) const { return in.q + b * in.q_batch_stride; }
 
   TokenBox<T> box(const PackedTokens<T>& packed, int64_t b) const {
-    return {packed.data.get() + b * tokens * packed.stride, packed.stride, in.features,
-            int64_t(in.sizes.size()) - 1, in.sizes.data(), columns, 0, rows, 0, columns,
-            in.mask != nullptr && !packed.all_masked[b]};
+    return {packed.data.get() + b * tokens * (in.features + 2), in.features, int64_t(in.sizes.size()) - 1,
+            in.sizes.data(), columns, 0, rows, 0, columns, in.mask != nullptr && !packed.all_masked[b]};
   }
 };
 
@@ -96,7 +95,7 @@ int64_t token_parts(int64_t block_tasks, int64_t tokens, int threads) {
   return std::max<int64_t>(1, std::min<int64_t>(wanted, tokens / 2048));
 }
 
-// Accumulators of a query block: [L][lanes] sums, [lanes] sum of p, [lanes] the offset the p were taken at.
+// Accumulators of a query block: [L][lanes] sums, [lanes] sum of p, [lanes] the shift the p were taken at.
 // `work(task, part, parts, sums)` fills them for one part of the tokens; the parts are added up in order, and
 // `finish(task, sums)` turns the total into results. One task is one query block of one batch element.
 template <class T, class Work, class Finish>
@@ -144,7 +143,13 @@ struct QueryTable {
   }
 };
 
-// Runs one part of a block's forward into `sums`, at the offsets in their last row.
+// The integer that brings logits up to `largest` (log2 units) into the range of T; none for ordinary ones.
+template <class T>
+T shift_for(double largest) {
+  return std::abs(largest) <= kSafe<T> ? T(0) : T(-std::nearbyint(largest));
+}
+
+// Runs one part of a block's forward into `sums`, at the shifts in their last row.
 template <class T>
 void forward_part(const Plan<T>& plan, const TokenBox<T>& box, const T* q, T* sums) {
   const int64_t lanes = plan.kernels.lanes, added = (plan.length + 1) * lanes;
@@ -153,32 +158,23 @@ void forward_part(const Plan<T>& plan, const TokenBox<T>& box, const T* q, T* su
   plan.kernels.forward(box, {q, sums + added, nullptr, nullptr, sums, scratch.get()});
 }
 
-// No offset at all for ordinary logits, so they lose no digit to it; else one that cannot overflow.
-template <class T>
-void bounded_offset(const Plan<T>& plan, const PackedTokens<T>& packed, const QueryTable<T>& table, T* offset) {
-  const int lanes = plan.kernels.lanes;
-  bound_logits(table.q.get(), plan.in.sizes, plan.in.features, lanes, packed.bounds[table.b], offset);
-  for (int lane = 0; lane < lanes; ++lane)
-    offset[lane] = std::abs(offset[lane]) <= kSafe<T> ? T(0) : kSafe<T> - offset[lane];
-}
-
-// The bound was so loose that the sum of some query (nearly) vanished: take the exact maximum instead.
+// The bound was so loose that the sum of some query (nearly) vanished: shift by the exact maximum instead.
 template <class T>
 void forward_exactly(const Plan<T>& plan, const PackedTokens<T>& packed, int64_t task, T* sums) {
   const QueryTable<T> table(plan, packed, task);
   const TokenBox<T> box = plan.box(packed, table.b);
   const int lanes = plan.kernels.lanes;
-  T* offset = sums + (plan.length + 1) * lanes;
-  std::fill(offset, offset + lanes, -std::numeric_limits<T>::infinity());
-  plan.kernels.maximum(box, table.q.get(), offset);
-  for (int lane = 0; lane < lanes; ++lane) offset[lane] = -offset[lane];
+  T* shift = sums + (plan.length + 1) * lanes;
+  std::fill(shift, shift + lanes, -std::numeric_limits<T>::infinity());
+  plan.kernels.maximum(box, table.q.get(), shift);
+  for (int lane = 0; lane < lanes; ++lane) shift[lane] = shift_for<T>(shift[lane]);
   forward_part(plan, box, table.q.get(), sums);
 }
 
-// What the backward needs of every query, in double: p = 2^(S log2(e) + offset), P = p * weight.
+// What the backward needs of every query, [B * N] each: P = 2^(S log2(e) + shift) * weight, dS = P (r u - delta).
 template <class T>
 struct QueryStatistics {
-  std::vector<T> offset, weight, delta;  // [B * N]
+  std::vector<T> shift, weight, delta;
 };
 
 template <class T>
@@ -190,9 +186,8 @@ QueryStatistics<T> query_statistics(const Plan<T>& plan, const PackedTokens<T>& 
     for (int64_t i = begin; i < end; ++i) {
       const bool uniform = packed.all_masked[i / N];
       const double lse2 = uniform ? std::log2(double(plan.tokens)) : lse[i] * kLog2e;
-      const T shift = std::abs(lse2) <= 32 ? T(0) : T(std::nearbyint(lse2));
-      stats.offset[i] = -shift;
-      stats.weight[i] = T(std::exp2(double(shift) - lse2));
+      stats.shift[i] = shift_for<T>(lse2);
+      stats.weight[i] = T(std::exp2(-lse2 - double(stats.shift[i])));
       double delta = d_lse == nullptr || uniform ? 0 : -d_lse[i];
       for (int64_t l = 0; l < L; ++l) delta += double(d_o[i * L + l]) * double(o[i * L + l]);
       stats.delta[i] = T(delta);
@@ -206,21 +201,29 @@ void token_gradients(const Plan<T>& plan, const PackedTokens<T>& packed, const Q
                      T* dfeat, T* dscale, const Parallel& parallel) {
   const GridAttentionInput<T>& in = plan.in;
   const int64_t N = in.queries, F = in.features, M = plan.tokens, L = plan.length;
-  const std::vector<T> no_query(L, T(0));
+  const Aligned<T> q(in.batch * N * L), grad(in.batch * N * L);
+  std::vector<T> delta(in.batch * N);
+  parallel.run(in.batch * N, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* row = plan.q(i / N) + i % N * L;
+      const T weight = stats.weight[i], log2e = packed.all_masked[i / N] ? T(0) : T(kLog2e);
+      for (int64_t l = 0; l < L; ++l) {
+        q.get()[i * L + l] = row[l] * log2e;
+        grad.get()[i * L + l] = d_o[i * L + l] * weight;
+      }
+      delta[i] = stats.delta[i] * weight;
+    }
+  });
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(4 * parallel.threads, M / 512));
-  const std::vector<TokenBox<T>> parts = split(plan.box(packed, 0), wanted);
-  const int64_t count = parts.size();
-  parallel.run(in.batch * count, [&](int64_t begin, int64_t end) {
-    const Aligned<T> row_sums(2 * N), columns(2 * F * plan.kernels.lanes);
+  const int64_t parts = split(plan.box(packed, 0), wanted).size();
+  parallel.run(in.batch * parts, [&](int64_t begin, int64_t end) {
+    const Aligned<T> row_sums(2 * N), columns(3 * F * plan.kernels.lanes);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / count;
-      const bool uniform = packed.all_masked[b];
+      const int64_t b = task / parts, n = b * N;
       plan.kernels.token_gradient(
-          parts[task % count],
-          {N, uniform ? no_query.data() : plan.q(b), uniform ? 0 : L, d_o + b * N * L, L, stats.offset.data() + b * N,
-           stats.weight.data() + b * N, stats.delta.data() + b * N, in.scale + b * M, in.feat + b * M * F,
-           in.mask == nullptr || uniform ? nullptr : in.mask + b * M, dfeat + b * M * F, dscale + b * M,
-           row_sums.get(), columns.get()});
+          split(plan.box(packed, b), wanted)[task % parts],
+          {N, L, q.get() + n * L, grad.get() + n * L, stats.shift.data() + n, delta.data() + n, in.feat + b * M * F,
+           dfeat + b * M * F, dscale + b * M, row_sums.get(), columns.get()});
     }
   });
 }
@@ -235,14 +238,16 @@ void grid_attention_forward(const GridAttentionInput<T>& in, T* o, double* lse, 
 
   const auto work = [&](int64_t task, int64_t part, int64_t parts, T* sums) {
     const QueryTable<T> table(plan, packed, task);
-    bounded_offset(plan, packed, table, sums + (L + 1) * lanes);
+    T* shift = sums + (L + 1) * lanes;
+    bound_logits(table.q.get(), in.sizes, in.features, int(lanes), packed.bounds[table.b], shift);
+    for (int64_t lane = 0; lane < lanes; ++lane) shift[lane] = shift_for<T>(shift[lane]);
     forward_part(plan, split(plan.box(packed, table.b), parts)[part], table.q.get(), sums);
   };
   const auto finish = [&](int64_t task, T* sums) {
     const int64_t b = task / plan.blocks, first = task % plan.blocks * lanes;
     const int64_t count = std::min<int64_t>(lanes, in.queries - first);
-    const T *total = sums + L * lanes, *offset = total + lanes;
-    const T least = std::exp2(-kSafe<T>);
+    const T *total = sums + L * lanes, *shift = total + lanes;
+    const T least = T(std::exp2(-kSafe<T>));
     if (std::any_of(total, total + count, [&](T sum) { return !(sum >= least); }))
       forward_exactly(plan, packed, task, sums);
     std::vector<T> inverse(lanes);
@@ -250,7 +255,7 @@ void grid_attention_forward(const GridAttentionInput<T>& in, T* o, double* lse, 
       inverse[lane] = T(1) / total[lane];
       lse[b * in.queries + first + lane] =
           packed.all_masked[b] ? -double(std::numeric_limits<T>::max())
-                               : (std::log2(double(total[lane])) - double(offset[lane])) / kLog2e;
+                               : (std::log2(double(total[lane])) - double(shift[lane])) / kLog2e;
     }
     unpack_table(sums, L, lanes, inverse.data(), count, o + (b * in.queries + first) * L, L);
   };
@@ -269,17 +274,16 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const T* o, const 
   const auto work = [&](int64_t task, int64_t part, int64_t parts, T* sums) {
     const QueryTable<T> table(plan, packed, task);
     const int64_t row = table.b * N + table.first;
-    const Aligned<T> grad(L * lanes), offsets(2 * lanes), scratch(2 * (in.features + 1) * lanes);
-    T *offset = offsets.get(), *grad_offset = offset + lanes;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const bool used = lane < table.count;
-      offset[lane] = used ? stats.offset[row + lane] : T(0);
-      grad_offset[lane] = used ? -stats.delta[row + lane] * stats.weight[row + lane] : T(0);
+    const Aligned<T> grad(L * lanes), scratch(2 * (in.features + 1) * lanes);
+    std::vector<T> shift(lanes), delta(lanes);
+    for (int64_t lane = 0; lane < table.count; ++lane) {
+      shift[lane] = stats.shift[row + lane];
+      delta[lane] = stats.delta[row + lane] * stats.weight[row + lane];
     }
     pack_table(d_o + row * L, L, table.count, L, lanes, stats.weight.data() + row, grad.get());
     std::fill(sums, sums + (L + 2) * lanes, T(0));
     plan.kernels.backward(split(plan.box(packed, table.b), parts)[part],
-                          {table.q.get(), offset, grad.get(), grad_offset, sums, scratch.get()});
+                          {table.q.get(), shift.data(), grad.get(), delta.data(), sums, scratch.get()});
   };
   // dS sums to d_lse over the tokens. What it sums to in floating point is the error of delta, which came from
   // rounded outputs; with P summing to one that error put err * o into dq. Taking it out leaves an error of second
@@ -287,12 +291,16 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const T* o, const 
   const auto finish = [&](int64_t task, T* sums) {
     const int64_t b = task / plan.blocks, first = task % plan.blocks * lanes;
     const int64_t count = std::min<int64_t>(lanes, N - first);
-    const std::vector<T> factor(lanes, packed.constant[b] ? T(0) : T(1));
+    const std::vector<T> factor(lanes, T(1));
     for (int64_t lane = 0; lane < count; ++lane) {
       const int64_t row = b * N + first + lane;
-      const T error = sums[L * lanes + lane] - (d_lse == nullptr || packed.constant[b] ? T(0) : T(d_lse[row]));
+      const T wanted = d_lse == nullptr || packed.all_masked[b] ? T(0) : T(d_lse[row]);
+      const T error = sums[L * lanes + lane] - wanted;
       stats.delta[row] += error;
-      for (int64_t l = 0; l < L; ++l) sums[l * lanes + lane] -= error * o[row * L + l];
+      for (int64_t l = 0; l < L; ++l) {
+        T& sum = sums[l * lanes + lane];
+        sum = packed.constant[b] ? wanted * o[row * L + l] : sum - error * o[row * L + l];
+      }
     }
     unpack_table(sums, L, lanes, factor.data(), count, dq + (b * N + first) * L, L);
   };

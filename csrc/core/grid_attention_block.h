@@ -6,8 +6,11 @@
 // no sum ever crosses lanes.
 //
 // Packed layouts (L = F + sum of axis sizes; features first, then the axes in order):
-//   tokens  [M][K]      r, r*x_0 .. r*x_{F-1}, and the mask's bias (0 or -inf) if there is a mask
-//   tables  [L][lanes]  one column of q (or of the output's gradient) a row
+//   tokens  [M][F + 2]  r, r*x_0 .. r*x_{F-1}, and the mask's bias (0 or -inf)
+//   tables  [L][lanes]  one column of q log2(e) (or of the output's gradient) a row
+//
+// Every kernel computes a logit by the same operations in the same order, so that forward and backward agree on it
+// to the last bit; exponents are shifted by integers, which costs no bit either.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +21,7 @@ namespace perceiver_fast {
 
 template <class T>
 struct TokenBox {
-  const T* tokens;             // [M][token_stride]
-  int64_t token_stride;        // K
+  const T* tokens;             // [M][F + 2]
   int64_t features;            // F
   int64_t outer_axes;          // number of axes - 1
   const int64_t* outer_sizes;  // [outer_axes]
@@ -29,37 +31,33 @@ struct TokenBox {
   bool masked;
 };
 
-// Forward:  out[:L] += sum_m p r [x, onehot], out[L] += sum_m p, with p = 2^(S + offset).
-// Backward: out[:L] += sum_m dS r [x, onehot], out[L] += sum_m dS, with dS = p (r grad.[x, onehot] + grad_offset).
+// Forward:  out[:L] += sum_m p r [x, onehot], out[L] += sum_m p, with p = 2^(S + shift).
+// Backward: out[:L] += sum_m dS r [x, onehot], out[L] += sum_m dS, with dS = p (r grad.[x, onehot] - delta).
 template <class T>
 struct QueryBlock {
-  const T* q;            // [L][lanes], in units of log2
-  const T* offset;       // [lanes], added to the logits
-  const T* grad;         // [L][lanes], backward only
-  const T* grad_offset;  // [lanes], backward only
-  T* out;                // [L + 1][lanes]
-  T* scratch;            // [2 * (F + 1)][lanes]
+  const T* q;      // [L][lanes]
+  const T* shift;  // [lanes], integral
+  const T* grad;   // [L][lanes], backward only: gradient of the output times the weight that makes P of p
+  const T* delta;  // [lanes], backward only, times the same weight
+  T* out;          // [L + 1][lanes]
+  T* scratch;      // [2 * (F + 1)][lanes]
 };
 
-// Gradients of the tokens of a box, from all queries of one batch element; natural units.
-//   dfeat[m] = r sum_n (dS q_feat[n] + P grad_feat[n]),   dscale[m] = sum_n (dS t + P u)
+// Gradients of the tokens of a box, from all queries of one batch element:
+//   dfeat[m] = r sum_n (dS q_feat[n] + P grad_feat[n]),   dscale[m] = sum_n (dS S + P r grad.[x, onehot]) / r
 template <class T>
 struct TokenGradient {
-  int64_t queries;      // N
-  const T* q;           // [N][L]
-  int64_t q_stride;     // elements between rows of q
-  const T* grad;        // [N][L]
-  int64_t grad_stride;  // elements between rows of grad
-  const T* offset;      // [N], log2 units: p = 2^(S log2(e) + offset)
-  const T* weight;      // [N]: P = p * weight
-  const T* delta;       // [N]: dS = P (r u - delta)
-  const T* scale;       // [M]
-  const T* feat;        // [M][F]
-  const uint8_t* mask;  // [M] or null; tokens that are masked get dfeat = dscale = 0
-  T* dfeat;             // [M][F]
-  T* dscale;            // [M]
-  T* row_sums;          // scratch [2 * N]
-  T* columns;           // scratch [2 * F * lanes], aligned to a vector
+  int64_t queries;    // N
+  int64_t length;     // L
+  const T* q;         // [N][L], times log2(e)
+  const T* grad;      // [N][L], times the weight that makes P of p
+  const T* shift;     // [N], integral: p = 2^(S log2(e) + shift)
+  const T* delta;     // [N], times the same weight: dS = p (r u - delta)
+  const T* feat;      // [M][F]
+  T* dfeat;           // [M][F]
+  T* dscale;          // [M]
+  T* row_sums;        // scratch [2 * N]
+  T* columns;         // scratch [3 * F * lanes], aligned to a vector
 };
 
 template <class T>

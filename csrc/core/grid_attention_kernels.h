@@ -11,8 +11,6 @@
 #include "grid_attention_block.h"
 #include "simd.h"
 
-#define PF_INLINE inline __attribute__((always_inline))
-
 namespace perceiver_fast {
 namespace PF_ISA {
 
@@ -60,31 +58,33 @@ struct OuterIndex {
   }
 };
 
+// What a kernel has to reckon with beside the plain case; each costs an instruction or two a pair.
+enum class Variant { plain, masked, masked_and_shifted };
+
 // U consecutive tokens against one vector of queries. FS > 0 fixes the number of features at compile time
 // and keeps q_feat and its sums in registers; FS = 0 reads them from memory, which U tokens share.
-template <class T, int FS, int U, bool Masked, bool Backward>
+template <class T, int FS, int U, Variant kind, bool Backward>
 struct Step {
   using S = Simd<T>;
   using V = typename S::Vec;
 
-  static PF_INLINE void run(int64_t features, int64_t stride, const T* tok, const T* q_inner, const T* g_inner,
-                            T* out_inner, const V* q_feat, const V* g_feat, V* acc, V& total, V& row_sum, V a,
-                            V g_a, V offset, V g_offset) {
-    const int64_t F = FS > 0 ? FS : features;
+  static PF_INLINE void run(int64_t features, const T* tok, const T* q_inner, const T* g_inner, T* out_inner,
+                            const V* q_feat, const V* g_feat, V* acc, V& total, V& row_sum, V a, V g_a, V shift,
+                            V delta) {
+    const int64_t F = FS > 0 ? FS : features, K = F + 2;
     V t[U], p[U], r[U];
     for (int u = 0; u < U; ++u) {
-      r[u] = S::set(tok[u * stride]);
-      V bias = offset;
-      if (Masked) bias += S::set(tok[u * stride + 1 + F]);
-      t[u] = (S::load(q_inner + u * S::lanes) + a) * r[u] + bias;
+      r[u] = S::set(tok[u * K]);
+      t[u] = (S::load(q_inner + u * S::lanes) + a) * r[u];
+      if (kind != Variant::plain) t[u] += S::set(tok[u * K + 1 + F]);
     }
     for (int64_t f = 0; f < F; ++f)
-      for (int u = 0; u < U; ++u) t[u] += q_feat[f] * tok[u * stride + 1 + f];
-    for (int u = 0; u < U; ++u) p[u] = exp2(t[u]);
+      for (int u = 0; u < U; ++u) t[u] += q_feat[f] * tok[u * K + 1 + f];
+    for (int u = 0; u < U; ++u) p[u] = exp2<T, kind == Variant::masked_and_shifted>(t[u], shift);
     if (Backward) {
-      for (int u = 0; u < U; ++u) t[u] = (S::load(g_inner + u * S::lanes) + g_a) * r[u] + g_offset;
+      for (int u = 0; u < U; ++u) t[u] = (S::load(g_inner + u * S::lanes) + g_a) * r[u] - delta;
       for (int64_t f = 0; f < F; ++f)
-        for (int u = 0; u < U; ++u) t[u] += g_feat[f] * tok[u * stride + 1 + f];
+        for (int u = 0; u < U; ++u) t[u] += g_feat[f] * tok[u * K + 1 + f];
       for (int u = 0; u < U; ++u) p[u] *= t[u];
     }
     for (int u = 0; u < U; ++u) {
@@ -95,18 +95,18 @@ struct Step {
     }
     for (int64_t f = 0; f < F; ++f) {
       V sum = acc[f];
-      for (int u = 0; u < U; ++u) sum += p[u] * tok[u * stride + 1 + f];
+      for (int u = 0; u < U; ++u) sum += p[u] * tok[u * K + 1 + f];
       acc[f] = sum;
     }
   }
 };
 
-template <class T, int FS, bool Masked, bool Backward>
+template <class T, int FS, Variant kind, bool Backward>
 void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
   using S = Simd<T>;
   using V = typename S::Vec;
   constexpr int kUnroll = FS > 0 ? 2 : 4;
-  const int64_t F = FS > 0 ? FS : box.features;
+  const int64_t F = FS > 0 ? FS : box.features, K = F + 2;
   const int64_t lanes = S::lanes;
   const FlushDenormals flush;
 
@@ -135,8 +135,8 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
     }
     row_acc = row_local;
   }
-  const V offset = S::load(block.offset);
-  const V g_offset = Backward ? S::load(block.grad_offset) : V{};
+  const V shift = S::load(block.shift);
+  const V delta = Backward ? S::load(block.delta) : V{};
 
   const int64_t columns = box.col_end - box.col_begin;
   const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
@@ -154,16 +154,16 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
         const V g_a = Backward ? outer.template sum<T>(g_outer) : V{};
         for (int64_t f = 0; f < F; ++f) row_acc[f] = V{};
         V total{}, row_sum{};
-        const T* tok = box.tokens + (row * box.inner_size + j0) * box.token_stride;
+        const T* tok = box.tokens + (row * box.inner_size + j0) * K;
         int64_t j = j0;
-        for (; j + kUnroll <= j1; j += kUnroll, tok += kUnroll * box.token_stride)
-          Step<T, FS, kUnroll, Masked, Backward>::run(
-              F, box.token_stride, tok, q_inner + j * lanes, g_inner + j * lanes, tile_sums + (j - j0) * lanes,
-              q_feat, g_feat, row_acc, total, row_sum, a, g_a, offset, g_offset);
-        for (; kUnroll > 1 && j < j1; ++j, tok += box.token_stride)
-          Step<T, FS, 1, Masked, Backward>::run(
-              F, box.token_stride, tok, q_inner + j * lanes, g_inner + j * lanes, tile_sums + (j - j0) * lanes,
-              q_feat, g_feat, row_acc, total, row_sum, a, g_a, offset, g_offset);
+        for (; j + kUnroll <= j1; j += kUnroll, tok += kUnroll * K)
+          Step<T, FS, kUnroll, kind, Backward>::run(F, tok, q_inner + j * lanes, g_inner + j * lanes,
+                                                    tile_sums + (j - j0) * lanes, q_feat, g_feat, row_acc, total,
+                                                    row_sum, a, g_a, shift, delta);
+        for (; j < j1; ++j, tok += K)
+          Step<T, FS, 1, kind, Backward>::run(F, tok, q_inner + j * lanes, g_inner + j * lanes,
+                                              tile_sums + (j - j0) * lanes, q_feat, g_feat, row_acc, total, row_sum, a,
+                                              g_a, shift, delta);
         outer.add(out_outer, row_sum);
         for (int64_t f = 0; f < F; ++f) block_acc[f] += row_acc[f];
         block_acc[F] += total;
@@ -183,9 +183,12 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
 
 template <class T, bool Backward>
 void accumulate_any(const TokenBox<T>& box, const QueryBlock<T>& block) {
-#define PF_CASE(FS)                                                     \
-  return box.masked ? accumulate<T, FS, true, Backward>(box, block)     \
-                    : accumulate<T, FS, false, Backward>(box, block)
+  bool shifted = false;
+  for (int lane = 0; lane < Simd<T>::lanes; ++lane) shifted |= block.shift[lane] != 0;
+#define PF_CASE(FS)                                                                              \
+  if (shifted) return accumulate<T, FS, Variant::masked_and_shifted, Backward>(box, block);      \
+  if (box.masked) return accumulate<T, FS, Variant::masked, Backward>(box, block);               \
+  return accumulate<T, FS, Variant::plain, Backward>(box, block)
   switch (box.features) {
     case 1: PF_CASE(1);
     case 2: PF_CASE(2);
@@ -202,19 +205,19 @@ void maximum(const TokenBox<T>& box, const T* q, T* max) {
   using S = Simd<T>;
   using V = typename S::Vec;
   const FlushDenormals flush;
+  const int64_t F = box.features, K = F + 2;
   int64_t outer_total = 0;
   for (int64_t a = 0; a < box.outer_axes; ++a) outer_total += box.outer_sizes[a];
-  const T* q_outer = q + box.features * S::lanes;
+  const T* q_outer = q + F * S::lanes;
   const T* q_inner = q_outer + outer_total * S::lanes;
   V largest = S::load(max);
   OuterIndex outer(box.outer_axes, box.outer_sizes, box.row_begin);
   for (int64_t row = box.row_begin; row < box.row_end; ++row, outer.next()) {
     const V a = outer.template sum<T>(q_outer);
     for (int64_t j = box.col_begin; j < box.col_end; ++j) {
-      const T* tok = box.tokens + (row * box.inner_size + j) * box.token_stride;
-      V t = (S::load(q_inner + j * S::lanes) + a) * tok[0];
-      if (box.masked) t += S::set(tok[1 + box.features]);
-      for (int64_t f = 0; f < box.features; ++f) t += S::load(q + f * S::lanes) * tok[1 + f];
+      const T* tok = box.tokens + (row * box.inner_size + j) * K;
+      V t = (S::load(q_inner + j * S::lanes) + a) * tok[0] + S::set(tok[1 + F]);
+      for (int64_t f = 0; f < F; ++f) t += S::load(q + f * S::lanes) * tok[1 + f];
       largest = S::max(t, largest);
     }
   }
@@ -228,21 +231,22 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
   using S = Simd<T>;
   using V = typename S::Vec;
   const FlushDenormals flush;
-  const T log2e = T(1.4426950408889634);
-  const int64_t F = FS > 0 ? FS : box.features;
+  const T ln2 = T(0.6931471805599453);
+  const int64_t F = FS > 0 ? FS : box.features, K = F + 2;
   int64_t outer_total = 0;
   for (int64_t a = 0; a < box.outer_axes; ++a) outer_total += box.outer_sizes[a];
-  T* q_row = g.row_sums;  // per query: sums of q and of grad over this row's outer indices
-  T* g_row = q_row + g.queries;
-  V local[FS > 0 ? 2 * FS : 1];
+  T *q_row = g.row_sums, *g_row = q_row + g.queries;  // per query: sums over this row's outer indices
+  V local[FS > 0 ? 3 * FS : 1];
+  V* x = FS > 0 ? local : reinterpret_cast<V*>(g.columns);  // r x of a vector of tokens
+  V *ds_q = x + F, *p_g = ds_q + F;                         // sums of dS q_feat and of P grad_feat
   OuterIndex outer(box.outer_axes, box.outer_sizes, box.row_begin);
   for (int64_t row = box.row_begin; row < box.row_end; ++row, outer.next()) {
     for (int64_t n = 0; n < g.queries; ++n) {
       T q_sum = 0, g_sum = 0;
-      int64_t at = F;
+      int64_t at = n * g.length + F;
       for (int64_t a = 0; a < box.outer_axes; at += box.outer_sizes[a], ++a) {
-        q_sum += g.q[n * g.q_stride + at + outer.index[a]];
-        g_sum += g.grad[n * g.grad_stride + at + outer.index[a]];
+        q_sum += g.q[at + outer.index[a]];
+        g_sum += g.grad[at + outer.index[a]];
       }
       q_row[n] = q_sum;
       g_row[n] = g_sum;
@@ -250,50 +254,51 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
     for (int64_t j = box.col_begin; j < box.col_end; j += S::lanes) {
       const int64_t count = box.col_end - j < S::lanes ? box.col_end - j : S::lanes;
       const int64_t m = row * box.inner_size + j;
-      alignas(64) T r_tile[S::lanes] = {}, drop[S::lanes] = {}, q_tail[S::lanes] = {}, g_tail[S::lanes] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        r_tile[i] = g.scale[m + i];
-        drop[i] = g.mask == nullptr || g.mask[m + i] ? T(0) : T(-1) / T(0);
-      }
-      const V r = S::load(r_tile), bias = S::load(drop), r2 = r * log2e;
-      // x [F] and dx [F], a vector of tokens each.
-      V* x = FS > 0 ? local : reinterpret_cast<V*>(g.columns);
-      V* dx = x + F;
+      alignas(64) T column[S::lanes] = {}, q_tail[S::lanes] = {}, g_tail[S::lanes] = {};
+      const auto gather = [&](int64_t k) {
+        for (int64_t i = 0; i < count; ++i) column[i] = box.tokens[(m + i) * K + k];
+        return S::load(column);
+      };
+      const V r = gather(0), bias = gather(1 + F);
       for (int64_t f = 0; f < F; ++f) {
-        alignas(64) T column[S::lanes] = {};
-        for (int64_t i = 0; i < count; ++i) column[i] = g.feat[(m + i) * F + f];
-        x[f] = S::load(column);
-        dx[f] = V{};
+        x[f] = gather(1 + f);
+        ds_q[f] = p_g[f] = V{};
       }
-      V dr{};
+      V ds_t{}, p_u{};
       for (int64_t n = 0; n < g.queries; ++n) {
-        const T* qn = g.q + n * g.q_stride;
-        const T* gn = g.grad + n * g.grad_stride;
-        const T* q_inner = qn + F + outer_total + j;
-        const T* g_inner = gn + F + outer_total + j;
-        if (count < S::lanes) {
+        const T *q = g.q + n * g.length, *grad = g.grad + n * g.length;
+        const T *q_inner = q + F + outer_total + j, *g_inner = grad + F + outer_total + j;
+        if (count < S::lanes) {  // the row ends inside the vector, and the last row's table inside the array
           for (int64_t i = 0; i < count; ++i) q_tail[i] = q_inner[i], g_tail[i] = g_inner[i];
           q_inner = q_tail;
           g_inner = g_tail;
         }
-        V t = S::load(q_inner) + q_row[n];
-        V u = S::load(g_inner) + g_row[n];
+        const V q_axes = S::load(q_inner) + q_row[n], g_axes = S::load(g_inner) + g_row[n];
+        V t = q_axes * r + bias, u = g_axes * r - g.delta[n];
         for (int64_t f = 0; f < F; ++f) {
-          t += x[f] * qn[f];
-          u += x[f] * gn[f];
+          t += x[f] * q[f];
+          u += x[f] * grad[f];
         }
-        const V p = exp2(t * r2 + (bias + g.offset[n])) * g.weight[n];
-        const V ds = p * (r * u - g.delta[n]);
-        for (int64_t f = 0; f < F; ++f) dx[f] += ds * qn[f] + p * gn[f];
-        dr += ds * t + p * u;
+        const V p = exp2<T, true>(t, S::set(g.shift[n]));
+        const V ds = p * u;
+        for (int64_t f = 0; f < F; ++f) {
+          ds_q[f] += ds * q[f];
+          p_g[f] += p * grad[f];
+        }
+        ds_t += ds * q_axes;
+        p_u += p * g_axes;
       }
-      alignas(64) T result[S::lanes];
+      // Sums are over q log2(e). Channels reach dscale through x, not through r x / r: a scale may be zero.
+      V dr = ds_t * ln2 + p_u;
       for (int64_t f = 0; f < F; ++f) {
-        S::store(result, dx[f] * r);
-        for (int64_t i = 0; i < count; ++i) g.dfeat[(m + i) * F + f] = result[i];
+        const V dx = ds_q[f] * ln2 + p_g[f];
+        for (int64_t i = 0; i < count; ++i) column[i] = g.feat[(m + i) * F + f];
+        dr += S::load(column) * dx;
+        S::store(column, dx * r);
+        for (int64_t i = 0; i < count; ++i) g.dfeat[(m + i) * F + f] = column[i];
       }
-      S::store(result, dr);
-      for (int64_t i = 0; i < count; ++i) g.dscale[m + i] = result[i];
+      S::store(column, dr);
+      for (int64_t i = 0; i < count; ++i) g.dscale[m + i] = column[i];
     }
   }
 }

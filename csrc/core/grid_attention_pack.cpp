@@ -22,17 +22,17 @@ void widen(TokenBounds<T>& bounds, int64_t at, T value) {
   bounds.high[at] = std::max(bounds.high[at], value);
 }
 
-// One token's record. A masked token is all zero with a bias of -inf; if it holds a NaN or an infinity its
-// bias is NaN, since 0 * NaN reaches every query in perceiver-pytorch as well.
+// One token's record. A masked token is all zero with a bias of -inf; if it holds a NaN or an infinity its bias is
+// NaN: perceiver-pytorch multiplies it by a weight of zero, so there too it reaches every query.
 template <class T>
-void pack_token(const T* x, T r, int64_t features, bool has_bias, bool masked, T* record) {
+void pack_token(const T* x, T r, int64_t features, bool masked, T* record) {
   T check = r * 0;
   record[0] = masked ? T(0) : r;
   for (int64_t f = 0; f < features; ++f) {
     check += x[f] * 0;
     record[1 + f] = masked ? T(0) : r * x[f];
   }
-  if (has_bias) record[1 + features] = masked ? check - std::numeric_limits<T>::infinity() : T(0);
+  record[1 + features] = masked ? check - std::numeric_limits<T>::infinity() : T(0);
 }
 
 }  // namespace
@@ -41,8 +41,7 @@ template <class T>
 PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, const Parallel& parallel) {
   const int64_t B = in.batch, F = in.features;
   PackedTokens<T> packed;
-  packed.stride = F + 1 + (in.mask != nullptr);
-  packed.data = Aligned<T>(B * tokens * packed.stride);
+  packed.data = Aligned<T>(B * tokens * (F + 2));
   packed.all_masked.assign(B, 0);
   packed.constant.assign(B, tokens == 1);
   if (in.mask != nullptr)
@@ -62,8 +61,8 @@ PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, con
       const bool use_mask = in.mask != nullptr && !packed.all_masked[b];
       TokenBounds<T>& bounds = partial[task];
       for (int64_t m = first; m < last; ++m) {
-        T* record = packed.data.get() + m * packed.stride;
-        pack_token(in.feat + m * F, in.scale[m], F, in.mask != nullptr, use_mask && !in.mask[m], record);
+        T* record = packed.data.get() + m * (F + 2);
+        pack_token(in.feat + m * F, in.scale[m], F, use_mask && !in.mask[m], record);
         for (int64_t f = 0; f <= F; ++f) widen(bounds, f, record[f]);
       }
     }

@@ -1,4 +1,4 @@
-// Packing for grid attention: tokens as (r, r x [, bias]) records, queries as tables with one query a lane.
+// Packing for grid attention: tokens as (r, r x, bias) records, queries as tables with one query a lane.
 #pragma once
 
 #include <memory>
@@ -33,11 +33,10 @@ struct TokenBounds {
 
 template <class T>
 struct PackedTokens {
-  int64_t stride;                      // elements a token
-  Aligned<T> data;                     // [B][M][stride]
+  Aligned<T> data;                     // [B][M][F + 2], see grid_attention_block.h
   std::vector<TokenBounds<T>> bounds;  // [B]
   std::vector<char> all_masked;        // [B]: attends uniformly, whatever its queries
-  std::vector<char> constant;          // [B]: so does softmax over one token; no gradient reaches the queries
+  std::vector<char> constant;          // [B]: that, or one visible token: the outputs do not depend on the queries
 };
 
 template <class T>

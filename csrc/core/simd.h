@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#define PF_INLINE inline __attribute__((always_inline))
+
 namespace perceiver_fast {
 namespace PF_ISA {
 
@@ -34,86 +36,108 @@ PF_DEFINE_SIMD(float, int32_t)
 PF_DEFINE_SIMD(double, int64_t)
 #undef PF_DEFINE_SIMD
 
-// 2^t. Minimax polynomials of the relative error (Remez, 60-digit arithmetic): 7.5e-8 for float
-// (degree 5), 3e-18 for double (degree 11). Results below the normal range are zero, NaN stays NaN.
+// Coefficients, highest power first, of minimax polynomials for 2^f (Remez on the relative error, in 60-digit
+// arithmetic): error 7.5e-8 for float, 3e-18 for double. With AVX-512 f is in [0, 1), else in [-1/2, 1/2].
+template <class T>
+struct Exp2Coefficients;
 #if PF_VECTOR_BYTES == 64
-// f = t - floor(t) in one instruction, and 2^floor(t) in another: no clamp, no integer arithmetic.
-inline Simd<float>::Vec exp2(Simd<float>::Vec t) {
-  using V = Simd<float>::Vec;
-  const V f = (V)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  V p = f * 0.001877576766f + 0.008989339877f;
-  p = p * f + 0.05582631823f;
-  p = p * f + 0.240153617f;
-  p = p * f + 0.6931530732f;
-  p = p * f + 0.9999999251f;
-  return (V)_mm512_scalef_ps((__m512)p, (__m512)t);
+template <>
+struct Exp2Coefficients<float> {
+  static constexpr float c[] = {0.001877576766f, 0.008989339877f, 0.05582631823f,
+                                0.240153617f,    0.6931530732f,   0.9999999251f};
+};
+template <>
+struct Exp2Coefficients<double> {
+  static constexpr double c[] = {6.27243695713783512e-10, 6.5544557738570504e-9,   1.02544577142324723e-7,
+                                 1.320819344985004e-6,    1.52531902525511925e-5,  1.54035114462742881e-4,
+                                 1.33335586615834706e-3,  9.61812909879244896e-3,  5.55041086657111632e-2,
+                                 0.240226506959054712,    0.693147180559946235,    0.999999999999999997};
+};
+#else
+template <>
+struct Exp2Coefficients<float> {
+  static constexpr float c[] = {0.001327647263f, 0.009675541343f, 0.05550713272f,
+                                0.2402211972f,   0.6931469671f,   1.000000072f};
+};
+template <>
+struct Exp2Coefficients<double> {
+  static constexpr double c[] = {4.43528270695727715e-10, 7.0741056135081428e-9,   1.01781980216719308e-7,
+                                 1.32154330896763992e-6,  1.52527334899885256e-5,  1.54035304625144321e-4,
+                                 1.33335581467899217e-3,  9.61812910758833524e-3,  5.55041086648199216e-2,
+                                 0.240226506959101562,    0.69314718055994533,     0.999999999999999997};
+};
+#endif
+
+template <class T>
+PF_INLINE typename Simd<T>::Vec exp2_polynomial(typename Simd<T>::Vec f) {
+  using C = Exp2Coefficients<T>;
+  typename Simd<T>::Vec p = f * C::c[0] + C::c[1];
+  for (unsigned i = 2; i < sizeof(C::c) / sizeof(T); ++i) p = p * f + C::c[i];
+  return p;
 }
 
-inline Simd<double>::Vec exp2(Simd<double>::Vec t) {
-  using V = Simd<double>::Vec;
-  const V f = (V)_mm512_reduce_pd((__m512d)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  V p = f * 6.27243695713783512e-10 + 6.5544557738570504e-9;
-  p = p * f + 1.02544577142324723e-7;
-  p = p * f + 1.320819344985004e-6;
-  p = p * f + 1.52531902525511925e-5;
-  p = p * f + 1.54035114462742881e-4;
-  p = p * f + 1.33335586615834706e-3;
-  p = p * f + 9.61812909879244896e-3;
-  p = p * f + 5.55041086657111632e-2;
-  p = p * f + 0.240226506959054712;
-  p = p * f + 0.693147180559946235;
-  p = p * f + 0.999999999999999997;
-  return (V)_mm512_scalef_pd((__m512d)p, (__m512d)t);
+// exp2<T, Shifted>(t, n): 2^t, or 2^(t + n) for integral n when Shifted. The fraction is taken from t alone, so n scales
+// by an exact power of two and costs no precision. Results below the normal range are zero; NaN stays NaN.
+#if PF_VECTOR_BYTES == 64
+PF_INLINE Simd<float>::Vec fraction(Simd<float>::Vec t) {
+  return (Simd<float>::Vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+PF_INLINE Simd<double>::Vec fraction(Simd<double>::Vec t) {
+  return (Simd<double>::Vec)_mm512_reduce_pd((__m512d)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+PF_INLINE Simd<float>::Vec scale_by_power(Simd<float>::Vec p, Simd<float>::Vec n) {  // p * 2^floor(n)
+  return (Simd<float>::Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+PF_INLINE Simd<double>::Vec scale_by_power(Simd<double>::Vec p, Simd<double>::Vec n) {
+  return (Simd<double>::Vec)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+}
+
+template <class T, bool Shifted>
+PF_INLINE typename Simd<T>::Vec exp2(typename Simd<T>::Vec t, typename Simd<T>::Vec n) {
+  const typename Simd<T>::Vec f = fraction(t);
+  return scale_by_power(exp2_polynomial<T>(f), Shifted ? (t - f) + n : t);
 }
 #else
-// Adding 1.5 * 2^(mantissa bits) rounds t to an integer n in the low bits; those bits, moved to the
-// exponent, are 2^n. t is clamped to where 2^n is zero or infinity; the clamp keeps NaN.
-inline Simd<float>::Vec exp2(Simd<float>::Vec t) {
-  using V = Simd<float>::Vec;
-  using I = Simd<float>::IntVec;
-  const float round = 12582912.0f;
-  t = t < -127.0f ? Simd<float>::set(-127.0f) : t;
-  t = t > 128.0f ? Simd<float>::set(128.0f) : t;
-  const V z = t + round;
-  const V f = t - (z - round);
-  V p = f * 0.001327647263f + 0.009675541343f;
-  p = p * f + 0.05550713272f;
-  p = p * f + 0.2402211972f;
-  p = p * f + 0.6931469671f;
-  p = p * f + 1.000000072f;
-  I n;
-  std::memcpy(&n, &z, sizeof n);
-  n = (n - 0x4b400000 + 127) << 23;
-  V scale;
-  std::memcpy(&scale, &n, sizeof scale);
-  return p * scale;
-}
+template <class T>
+struct FloatBits;
+template <>
+struct FloatBits<float> {
+  static constexpr float round = 12582912.0f, least = -127.0f, most = 128.0f, large = 4194304.0f, huge = 3e38f;
+  static constexpr int32_t round_bits = 0x4b400000, bias = 127, mantissa = 23;
+};
+template <>
+struct FloatBits<double> {
+  static constexpr double round = 6755399441055744.0, least = -1023.0, most = 1024.0, large = 2251799813685248.0,
+                          huge = 1e308;
+  static constexpr int64_t round_bits = 0x4338000000000000LL, bias = 1023, mantissa = 52;
+};
 
-inline Simd<double>::Vec exp2(Simd<double>::Vec t) {
-  using V = Simd<double>::Vec;
-  using I = Simd<double>::IntVec;
-  const double round = 6755399441055744.0;
-  t = t < -1023.0 ? Simd<double>::set(-1023.0) : t;
-  t = t > 1024.0 ? Simd<double>::set(1024.0) : t;
-  const V z = t + round;
-  const V f = t - (z - round);
-  V p = f * 4.43528270695727715e-10 + 7.0741056135081428e-9;
-  p = p * f + 1.01781980216719308e-7;
-  p = p * f + 1.32154330896763992e-6;
-  p = p * f + 1.52527334899885256e-5;
-  p = p * f + 1.54035304625144321e-4;
-  p = p * f + 1.33335581467899217e-3;
-  p = p * f + 9.61812910758833524e-3;
-  p = p * f + 5.55041086648199216e-2;
-  p = p * f + 0.240226506959101562;
-  p = p * f + 0.69314718055994533;
-  p = p * f + 0.999999999999999997;
-  I n;
+// Adding 1.5 * 2^mantissa rounds to an integer that stands in the low bits; moved to the exponent it is a power of two.
+template <class T, bool Shifted>
+PF_INLINE typename Simd<T>::Vec exp2(typename Simd<T>::Vec t, typename Simd<T>::Vec shift) {
+  using S = Simd<T>;
+  using B = FloatBits<T>;
+  using V = typename S::Vec;
+  if (!Shifted) {  // to where the power is zero or infinity; these forms keep NaN
+    t = t < B::least ? S::set(B::least) : t;
+    t = t > B::most ? S::set(B::most) : t;
+  }
+  if (Shifted) t = t < -B::huge ? S::set(-B::huge) : t;  // -inf, a masked token, has no fraction
+  V k = (t + B::round) - B::round;
+  if (Shifted) k = (t > B::large) | (t < -B::large) ? t : k;  // such numbers are integers, nearly or quite
+  const V p = exp2_polynomial<T>(t - k);
+  if (Shifted) {
+    k += shift;
+    k = k < B::least ? S::set(B::least) : k;
+    k = k > B::most ? S::set(B::most) : k;
+  }
+  const V z = k + B::round;
+  typename S::IntVec n;
   std::memcpy(&n, &z, sizeof n);
-  n = (n - 0x4338000000000000LL + 1023) << 52;
-  V scale;
-  std::memcpy(&scale, &n, sizeof scale);
-  return p * scale;
+  n = (n - B::round_bits + B::bias) << B::mantissa;
+  V power;
+  std::memcpy(&power, &n, sizeof power);
+  return p * power;
 }
 #endif
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.backends import Choice
+from perceiver_fast.backends import Choice, require
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.ops.cross_attention import CrossAttentionCall, choose_cross_attention, cross_attention
 from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention, grid_attention_joined
@@ -44,20 +44,19 @@ class CrossAttention(nn.Module):
         Raises:
             perceiver_fast.backends.BackendError: a forced backend cannot run it.
         """
-        rejected: dict[str, list[str]] = {}
         dropout = self.fn.active_dropout
         if isinstance(tokens, GridTokens):
-            call = GridAttentionCall(
-                tokens.feat.dtype, tokens.feat.device, tokens.sizes, dropout, inverted
+            grid = choose_grid_attention(
+                GridAttentionCall(tokens.feat.dtype, tokens.feat.device, tokens.sizes, dropout, inverted)
             )
-            choice = choose_grid_attention(call)
-            if choice.backend is not None:
-                return choice
-            rejected = {f"grid_attention[{name}]": why for name, why in choice.rejected.items()}
         else:
-            rejected["grid_attention"] = ["the tokens come with their own encoding, not as a grid"]
-        choice = choose_cross_attention(CrossAttentionCall(dropout, inverted))
-        return Choice(choice.op, choice.backend, rejected | choice.rejected)
+            grid = Choice("grid_attention", None, {"any": ["the tokens come with their own encoding, not as a grid"]})
+        built = choose_cross_attention(CrossAttentionCall(dropout, inverted))
+        choice = require(grid, built)
+        if choice is grid:
+            return grid
+        passed_over = {f"grid_attention[{name}]": why for name, why in grid.rejected.items()}
+        return Choice(built.op, built.backend, passed_over | built.rejected)
 
     def forward(self, x: Tensor, tokens: Tokens, mask: Tensor | None = None, inverted: bool = False) -> Tensor:
         """Attend.

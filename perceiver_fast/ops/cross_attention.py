@@ -71,7 +71,7 @@ def cross_attention(
         >>> cross_attention(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 4)).shape
         torch.Size([1, 2, 5, 4])
     """
-    if choose_cross_attention(CrossAttentionCall(dropout, inverted)).backend == "reference":
+    if backends.require(choose_cross_attention(CrossAttentionCall(dropout, inverted))).backend == "reference":
         return reference.cross_attention(q, k, v, mask, dropout, inverted)
     bias = None
     if mask is not None:

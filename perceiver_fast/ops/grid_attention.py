@@ -122,7 +122,7 @@ def grid_attention_joined(q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor |
     """
     result = autocast_dtype(q.device) or q.dtype
     compute = compute_dtype(q.dtype)
-    backend = choose_grid_attention(GridAttentionCall(compute, q.device, tuple(feat.shape[1:-1]))).backend
+    backend = backends.require(choose_grid_attention(GridAttentionCall(compute, q.device, tuple(feat.shape[1:-1])))).backend
     run = GridAttentionFunction.apply if backend == "cpu" else reference.grid_attention
     with torch.autocast(q.device.type, enabled=False):
         o, lse = run(q.to(compute), feat.to(compute), scale.to(compute), mask)

@@ -87,6 +87,6 @@ def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channe
         >>> grid_scale(torch.ones(1, 2, 2, 1), torch.zeros(4), torch.full((4,), 2.0), 2).shape
         torch.Size([1, 2, 2])
     """
-    if choose_grid_scale(feat).backend == "cpu":
+    if backends.require(choose_grid_scale(feat)).backend == "cpu":
         return GridScaleFunction.apply(feat, axis_mean, axis_square, axis_channels, eps)
     return reference.grid_scale(feat, axis_mean, axis_square, axis_channels, eps)

@@ -1,0 +1,44 @@
+"""LayerNorm's scale against LayerNorm itself."""
+
+import pytest
+import torch
+from support import relative_error
+
+from perceiver_fast.layers import axis_codes
+from perceiver_fast.ops import grid_scale
+from perceiver_fast.tokens import GridTokens
+
+
+def tokens_of(feat, bands=5):
+    codes = tuple(axis_codes(n, bands, 10.0, feat.dtype, feat.device) for n in feat.shape[1:-1])
+    return GridTokens(feat, codes)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 7, 3), (1, 5, 6, 4), (2, 3, 1, 4, 9)])
+def test_is_layer_norms_scale(shape, offset, backend):
+    import perceiver_fast as pf
+
+    with pf.use_backend(backend):
+        feat = torch.randn(shape, dtype=torch.float64) + offset
+        tokens = tokens_of(feat)
+        built = tokens.materialize()
+        expected = (built.var(-1, unbiased=False) + 1e-5).rsqrt().view(shape[:-1])
+        assert relative_error(tokens.scale(1e-5), expected) < 1e-14 * (1 + offset)
+        single = tokens_of(feat.float()).scale(1e-5)
+        plain = (built.float().var(-1, unbiased=False) + 1e-5).rsqrt().view(shape[:-1])
+        assert relative_error(single, expected) <= 2 * relative_error(plain, expected) + 2e-7
+
+
+def test_gradcheck_and_opcheck():
+    feat = torch.randn(2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: tokens_of(x).scale(1e-5), (feat,))
+    args = (feat.detach(), torch.randn(7).double(), torch.rand(7).double(), 11, 1e-5)
+    torch.library.opcheck(torch.ops.perceiver_fast.grid_scale_forward.default, args)
+    assert grid_scale(*args).shape == (2, 3, 4)
+
+
+def test_scale_is_computed_once():
+    tokens = tokens_of(torch.randn(1, 4, 5, 3))
+    assert tokens.scale(1e-5) is tokens.scale(1e-5) and tokens.scale(1e-5) is not tokens.scale(1e-6)

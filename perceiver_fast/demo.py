@@ -17,38 +17,52 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import perceiver_fast as pf
-from perceiver_fast import extension, info
-from perceiver_fast.measure import MeasureError, Report, measure, original_bytes, write_task
+from perceiver_fast import extension, info, measure
+from perceiver_fast.measure import Report
+from perceiver_fast.picture import contrasting_maps, draw
 
 SEED = 0
 TOLERANCE = 1e-3  # of the largest output: rounding in float32 stays far below
 INSTALL = "pip install 'perceiver-fast[demo]'"
-REQUIRED = {"matplotlib": "matplotlib", "numpy": "numpy", "PIL": "pillow", "psutil": "psutil", "sklearn": "scikit-learn"}
-PANELS, CANDIDATES, CHUNK = 6, 64, 8  # maps drawn, latents they are chosen from, latents looked at at once
+REQUIRED = {"matplotlib": "matplotlib", "PIL": "pillow", "psutil": "psutil", "sklearn": "scikit-learn"}
+PICTURED = "imagenet-lucid"
 
-_COMMON = dict(
-    input_channels=3,
-    input_axis=2,
-    cross_heads=1,
-    latent_heads=8,
-    cross_dim_head=64,
-    latent_dim_head=64,
-    num_classes=1000,
-    weight_tie_layers=False,
-    fourier_encode_data=True,
-)
+_COMMON = {
+    "input_channels": 3,
+    "input_axis": 2,
+    "cross_heads": 1,
+    "latent_heads": 8,
+    "cross_dim_head": 64,
+    "latent_dim_head": 64,
+    "num_classes": 1000,
+    "weight_tie_layers": False,
+    "fourier_encode_data": True,
+}
 GEOMETRIES = {
-    "readme": dict(
-        num_freq_bands=6, max_freq=10.0, depth=6, num_latents=256, latent_dim=512, self_per_cross_attn=2, **_COMMON
-    ),
-    "imagenet-lucid": dict(
-        num_freq_bands=64, max_freq=224.0, depth=1, num_latents=512, latent_dim=1024, self_per_cross_attn=6, **_COMMON
-    ),
+    "readme": _COMMON
+    | {
+        "num_freq_bands": 6,
+        "max_freq": 10.0,
+        "depth": 6,
+        "num_latents": 256,
+        "latent_dim": 512,
+        "self_per_cross_attn": 2,
+    },
+    "imagenet-lucid": _COMMON
+    | {
+        "num_freq_bands": 64,
+        "max_freq": 224.0,
+        "depth": 1,
+        "num_latents": 512,
+        "latent_dim": 1024,
+        "self_per_cross_attn": 6,
+    },
 }
 
 
@@ -79,7 +93,7 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; returns 0, 1 if perceiver-fast failed or its outputs are off, 2 if something it needs is missing."""
+    """Run the demo; returns 0, or 1 if perceiver-fast fails or is off, or 2 if something the demo needs is missing."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file or a pipe has no width of its own
@@ -88,8 +102,10 @@ def run(args: argparse.Namespace) -> int:
         return 2
     try:
         photo = load_photo(args.image, args.max_side)
+        for folder in (args.out, *([args.json.parent] if args.json else [])):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        console.print(f"Cannot read the photograph: {error}", markup=False)
+        console.print(f"Cannot start: {error}", markup=False)
         return 2
     if extension.error:
         console.rule("[bold red]THE C++ KERNELS DO NOT RUN", style="red")
@@ -104,13 +120,12 @@ def run(args: argparse.Namespace) -> int:
     with _progress(console) as report:
         for name in names:
             rows += compare(name, photo, args.repeats, threads, report)
-        picture = draw(photo, args.out / "attention.png", report)
+        picture = draw_attention(photo, args.out / "attention.png", report)
 
     conditions = describe_conditions(args.image, photo, threads, args.repeats)
     show(console, rows, conditions)
     console.print(f"Where latents look: {picture}", markup=False, soft_wrap=True)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
     return 0 if all(_sound(row) for row in rows) else 1
 
@@ -142,18 +157,11 @@ def load_photo(path: Path | None, max_side: int | None = None) -> Tensor:
     from PIL import Image, ImageOps
     from sklearn.datasets import load_sample_image
 
-    image = Image.fromarray(load_sample_image("china.jpg")) if path is None else ImageOps.exif_transpose(Image.open(path))
-    image = image.convert("RGB")
+    image = Image.fromarray(load_sample_image("china.jpg")) if path is None else Image.open(path)
+    image = ImageOps.exif_transpose(image).convert("RGB")
     if max_side:
         image.thumbnail((max_side, max_side))
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).unsqueeze(0)
-
-
-def available_memory() -> int:
-    """Bytes that can be used without swapping."""
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def initial_weights(arguments: dict) -> dict[str, Tensor]:
@@ -171,7 +179,7 @@ def compare(name: str, photo: Tensor, repeats: int, threads: int, report: Report
         folder = Path(folder)
         report(f"{name}: making the weights")
         weights = initial_weights(arguments)
-        write_task(folder, arguments, weights, photo, repeats, threads)
+        measure.write_task(folder, arguments, weights, photo, repeats, threads)
         weight_bytes = sum(t.nbytes for t in weights.values())
         del weights  # the measured processes need the memory
         for library in ("perceiver_pytorch", "perceiver_fast"):
@@ -195,14 +203,15 @@ def _row(
     row = {"geometry": name, "depth": GEOMETRIES[name]["depth"], "model": model, "note": None}
     row |= dict.fromkeys(("seconds", "all_seconds", "peak_bytes_added", "max_relative_difference", "speedup"))
     if library == "perceiver_pytorch":
-        row["estimated_bytes_added"] = original_bytes(GEOMETRIES[name], photo.shape[1:-1])
-        needed, free = row["estimated_bytes_added"] + weight_bytes, available_memory()
+        sizes = photo.shape[1:-1]
+        row["estimated_bytes_added"] = measure.original_bytes(GEOMETRIES[name], sizes)
+        needed, free = measure.original_needs(GEOMETRIES[name], sizes, weight_bytes), measure.available_memory()
         if needed > free:
             row["note"] = f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free: not run"
             return row, None
     try:
-        result = measure(library, folder, lambda line: report(f"{name}: {model}: {line}"))
-    except MeasureError as error:
+        result = measure.run(library, folder, lambda line: report(f"{name}: {model}: {line}"))
+    except measure.MeasureError as error:
         row["note"] = str(error)
         return row, None
     row |= {
@@ -213,6 +222,24 @@ def _row(
     if "paths" in result:
         row["paths"] = dict(Counter(result["paths"]))
     return row, result["output"]
+
+
+def draw_attention(photo: Tensor, path: Path, report: Report) -> Path:
+    """Save where six of the first 64 latents look; returns the path."""
+    report("picture: making the weights")
+    torch.manual_seed(SEED)
+    model = pf.Perceiver(**GEOMETRIES[PICTURED])
+    channels = model.input_dim - model.input_channels
+    maps = contrasting_maps(model, photo, candidates=64, count=6, report=report)
+    caption = (
+        f"Cross-attention of {PICTURED}'s first block with UNTRAINED weights (random, seed {SEED}): with them a "
+        f"token's {channels} position channels outweigh its 3 colours, hence the bands. "
+        "The six latents of the first 64 with the most contrast. Attention relative to uniform, dark to bright on each "
+        "map's own logarithmic scale: from its 1st to its 99th percentile, the numbers in its title."
+    )
+    report("picture: drawing")
+    draw(photo, maps, caption, path)
+    return path
 
 
 def describe_conditions(image: Path | None, photo: Tensor, threads: int, repeats: int) -> dict:
@@ -239,17 +266,17 @@ def describe_conditions(image: Path | None, photo: Tensor, threads: int, repeats
 
 def show(console: Console, rows: list[dict], conditions: dict) -> None:
     """Print the table, the paths of the layers and the conditions."""
-    table = Table(title="One photograph, the same weights")
-    table.add_column("geometry")
-    table.add_column("model")
-    for header in ("time", "peak memory added", "max relative difference", "speed-up"):
+    table = Table(title="One photograph, the same weights", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("geometry", min_width=max(map(len, GEOMETRIES)))
+    table.add_column("model", min_width=len("perceiver-pytorch"))
+    for header in ("time", "peak memory\nadded", "max relative\ndifference", "speed-up"):
         table.add_column(header, justify="right")
     for i, row in enumerate(rows):
         first = i == 0 or rows[i - 1]["geometry"] != row["geometry"]
         if first and i:
             table.add_section()
         table.add_row(
-            f"{row['geometry']}, depth {row['depth']}" if first else "",
+            f"{row['geometry']}\ndepth {row['depth']}" if first else "",
             row["model"] + (f"\n[yellow]{row['note']}" if row["note"] else ""),
             _format(row["seconds"], "{:.3f} s"),
             _format(row["peak_bytes_added"], "{:,.0f} MB", 1e-6),
@@ -262,16 +289,15 @@ def show(console: Console, rows: list[dict], conditions: dict) -> None:
             paths = ", ".join(f"{count} x {path}" for path, count in row["paths"].items())
             console.print(f"{row['geometry']}: perceiver-fast ran {paths}", markup=False, highlight=False)
     c = conditions
-    console.print(
-        f"{c['image']}, {c['height']} x {c['width']} = {c['tokens']:,} tokens, batch 1, {c['dtype']}, inference. "
-        f"{c['cpu']}, {c['isa'] or 'no C++ kernels'}, threads: {c['threads']}; torch {c['torch']}, "
-        f"perceiver-pytorch {c['perceiver_pytorch'] or 'not installed'}, perceiver-fast {c['perceiver_fast']}. "
-        f"Time: median of {c['repeats']} after a warm-up. Peak memory added: how far the peak resident memory of a "
-        "fresh process rose above its level right before the first forward, weights and photograph not counted. "
-        "Difference: max |a - b| / max |b| of the logits. Speed-up: perceiver-pytorch's time / perceiver-fast's.",
-        markup=False,
-        highlight=False,
+    versions = f"perceiver-pytorch {c['perceiver_pytorch'] or 'not installed'}, perceiver-fast {c['perceiver_fast']}"
+    lines = (
+        f"{c['image']}, {c['height']} x {c['width']} = {c['tokens']:,} tokens, batch 1, {c['dtype']}, inference",
+        f"{c['cpu']}, {c['isa'] or 'no C++ kernels'}, threads: {c['threads']}; torch {c['torch']}, {versions}",
+        f"time: median of {c['repeats']}, after a warm-up; speed-up: perceiver-pytorch's time over perceiver-fast's",
+        "peak memory added: rise of a fresh process's peak resident memory above its level before the first forward",
+        "max relative difference: max |a - b| / max |b| of the logits, b perceiver-pytorch's",
     )
+    console.print("\n".join(lines), markup=False, highlight=False)
 
 
 def _format(number: float | None, form: str, factor: float = 1) -> str:

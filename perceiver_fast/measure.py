@@ -1,6 +1,6 @@
 """Time and peak memory of one model in a fresh process, so that nothing ran before it and nothing else counts.
 
-``python -m perceiver_fast.measure LIBRARY FOLDER`` is that process; :func:`measure` starts it. Both speak through
+``python -m perceiver_fast.measure LIBRARY FOLDER`` is that process; :func:`run` starts it. Both speak through
 files of a folder: ``task.pt`` (model arguments, weights, input) goes in, ``LIBRARY.pt`` (output) and ``LIBRARY.json``
 (time and memory) come out. Lines on standard output say how far it is.
 """
@@ -29,7 +29,7 @@ class MeasureError(RuntimeError):
 
 
 def original_bytes(arguments: dict, sizes: Sequence[int]) -> int:
-    """Memory that perceiver-pytorch 0.11.0 adds in one inference forward, batch 1, float32: what its code holds at once.
+    """Memory that one inference forward of perceiver-pytorch 0.11.0 adds, batch 1, float32: what it holds at once.
 
     The peak is in a cross-attention, while these tensors of M rows are alive:
     positions (A columns), their encoding, the tokens, the normalised tokens, keys and values, and the logits of all
@@ -53,15 +53,30 @@ def original_bytes(arguments: dict, sizes: Sequence[int]) -> int:
     return math.prod(sizes) * columns * torch.float32.itemsize
 
 
+def original_needs(arguments: dict, sizes: Sequence[int], weight_bytes: int) -> int:
+    """Memory of a process that runs perceiver-pytorch: it holds the weights twice while it loads them, later once."""
+    import psutil
+
+    process = psutil.Process().memory_info().rss  # Python with PyTorch loaded, as this one
+    return process + weight_bytes + max(weight_bytes, original_bytes(arguments, sizes))
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping."""
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def write_task(
     folder: Path, arguments: dict, weights: dict[str, Tensor], data: Tensor, repeats: int, threads: int
 ) -> None:
-    """Leave in ``folder`` what :func:`measure` runs."""
+    """Leave in ``folder`` what :func:`run` runs."""
     task = {"arguments": arguments, "weights": weights, "data": data, "repeats": repeats, "threads": threads}
     torch.save(task, folder / "task.pt")
 
 
-def measure(library: str, folder: Path, report: Report) -> dict:
+def run(library: str, folder: Path, report: Report) -> dict:
     """Run the task of ``folder`` with ``LIBRARY.Perceiver`` in a fresh process.
 
     Args:
@@ -86,8 +101,9 @@ def measure(library: str, folder: Path, report: Report) -> dict:
         code = process.wait()
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1]
-    if code == -signal.SIGKILL:
-        raise MeasureError("killed by the system, most likely out of memory")
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise MeasureError(f"killed by {name}" + (", most likely out of memory" if name == "SIGKILL" else ""))
     if code:
         raise MeasureError(f"failed with exit code {code}: {last}")
     result = json.loads((folder / f"{library}.json").read_text())
@@ -113,7 +129,7 @@ def _start_of_peak() -> int | None:
         return None
 
 
-def _run(model: nn.Module, data: Tensor, repeats: int, report: Report) -> tuple[Tensor, list[float], int | None]:
+def _forwards(model: nn.Module, data: Tensor, repeats: int, report: Report) -> tuple[Tensor, list[float], int | None]:
     seconds, before = [], _start_of_peak()
     with torch.inference_mode():
         report("warm-up")
@@ -133,7 +149,7 @@ def main(library: str, folder: Path) -> None:
     torch.set_num_threads(task["threads"])
     model = importlib.import_module(library).Perceiver(**task["arguments"]).eval()
     model.load_state_dict(task.pop("weights"))  # strict, and freed at once
-    output, seconds, peak = _run(model, task["data"], task["repeats"], lambda line: print(line, flush=True))
+    output, seconds, peak = _forwards(model, task["data"], task["repeats"], lambda line: print(line, flush=True))
     result = {"seconds": seconds, "peak_bytes_added": peak}
     if library == "perceiver_fast":
         layers = importlib.import_module(library).explain(model, task["data"]).layers

@@ -1,0 +1,120 @@
+"""What a user installs: source distribution, wheel, empty environment, and builds that cannot be."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "_C*.so", "_build.json", "out")
+
+
+def run(*command, cwd, expect=0, **env):
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True
+    )
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the sources without anything that was built."""
+    folder = tmp_path_factory.mktemp("packaging") / "source"
+    shutil.copytree(ROOT, folder, ignore=IGNORED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def constraints(checkout):
+    """The torch of this environment, also for isolated builds: no second download of another one."""
+    file = checkout / "torch.txt"
+    file.write_text(f"torch=={torch.__version__.split('+')[0]}\n")
+    return {"PIP_CONSTRAINT": str(file), "PIP_BUILD_CONSTRAINT": str(file)}
+
+
+def build_wheel(source, to, isolated, **env):
+    isolation = [] if isolated else ["--no-build-isolation"]
+    output = run(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *isolation, "-w", to, ".", cwd=source, **env)
+    (wheel,) = Path(to).glob("*.whl")
+    return wheel, output
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout, tmp_path_factory):
+    to = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", to, cwd=checkout)
+    (archive,) = to.glob("*.tar.gz")
+    return archive
+
+
+def test_sdist_holds_the_sources(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    needed = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("perceiver_fast/**/*.py")]
+    needed += [*ROOT.glob("kernels/*.py"), ROOT / "setup.py", ROOT / "LICENSE", ROOT / "README.md"]
+    assert len(needed) > 40
+    assert {str(path.relative_to(ROOT)) for path in needed} <= names
+    assert not any(name.endswith((".so", "_build.json")) for name in names)
+
+
+def test_isolated_wheel_in_an_empty_environment(sdist, constraints, tmp_path):
+    """The wheel, built from the sdist as pip builds it for users, runs the demo where nothing else is installed."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    wheel, output = build_wheel(source, tmp_path / "wheel", isolated=True, PERCEIVER_FAST_FORCE_BUILD="1", **constraints)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("perceiver_fast/_C") for name in names)
+    assert "perceiver_fast/kernels/__init__.py" in names and "perceiver_fast/_build.json" in names
+    assert not any(name.startswith(("tests/", "benchmarks/", "csrc/")) for name in names)
+
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", f"{wheel}[demo]", cwd=tmp_path, **constraints)
+    info = run(python, "-m", "perceiver_fast", "info", cwd=tmp_path)
+    assert "grid_attention on cpu: cpu" in info and "active isa" in info
+    demo = [python, "-m", "perceiver_fast", "demo", "--max-side", "40", "--repeats", "1", "--geometry", "readme"]
+    shown = run(*demo, "--out", tmp_path / "out", cwd=tmp_path)
+    assert "grid_attention on cpu" in shown and (tmp_path / "out" / "attention.png").stat().st_size > 10_000
+
+
+def test_without_a_compiler_it_installs_pure_python(checkout, tmp_path):
+    wheel, output = build_wheel(checkout, tmp_path, isolated=False, CXX="no-such-compiler")
+    (line,) = [line for line in output.splitlines() if "installing pure Python" in line]
+    assert "no-such-compiler was not found" in line
+    assert not any("_C" in name for name in zipfile.ZipFile(wheel).namelist())
+    code = "import perceiver_fast as pf, torch; from perceiver_fast import extension; print(extension.error)\n"
+    code += "model = pf.Perceiver(num_freq_bands=2, depth=1, max_freq=4., num_latents=3, latent_dim=8)\n"
+    code += "print(pf.explain(model, torch.randn(1, 4, 4, 3)))"
+    shown = run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(wheel))
+    assert "was not built: CXX=no-such-compiler was not found" in shown and "grid_attention on reference" in shown
+
+
+def test_skip_build_is_said(checkout, tmp_path):
+    _, output = build_wheel(checkout, tmp_path, isolated=False, PERCEIVER_FAST_SKIP_BUILD="1")
+    assert "without the C++ kernels: PERCEIVER_FAST_SKIP_BUILD is set" in output
+
+
+def test_forced_build_fails_loudly(checkout, tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
+    env = {"PERCEIVER_FAST_FORCE_BUILD": "1", "CXX": "no-such-compiler"}
+    output = run(*command, cwd=checkout, expect=1, **env)
+    assert "PERCEIVER_FAST_FORCE_BUILD is set, but CXX=no-such-compiler was not found" in output
+
+
+def test_broken_source_is_an_error_only_when_forced(checkout, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(checkout, source)
+    with open(source / "csrc" / "core" / "isa.cpp", "a") as file:
+        file.write("this is not C++\n")
+    _, output = build_wheel(source, tmp_path / "wheel", isolated=False, MAX_JOBS="1")
+    assert "compiling failed" in output and "-j 1" in output
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
+    assert "compiling failed" in run(*command, cwd=source, expect=1, PERCEIVER_FAST_FORCE_BUILD="1")

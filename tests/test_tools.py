@@ -1,0 +1,123 @@
+"""explain, attention_map, the backend switch and the command line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import model_pair, needs_extension, relative_error
+
+import perceiver_fast as pf
+from perceiver_fast import __main__ as command_line
+
+SMALL = dict(
+    num_freq_bands=4, depth=3, max_freq=10.0, num_latents=7, latent_dim=16, latent_heads=2, latent_dim_head=8,
+    cross_heads=2, cross_dim_head=5, num_classes=6,
+)  # fmt: skip
+
+
+def python(code, **env):
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_explain_names_paths_and_reasons():
+    data = torch.randn(1, 5, 6, 3)
+    model = pf.Perceiver(**SMALL | dict(inverted_cross_attn=(False, True, False)))
+    text = str(pf.explain(model, data))
+    assert "7 latents" in text and "5 x 6 tokens" in text
+    layers = {path.layer: path.choice for path in pf.explain(model, data).layers}
+    assert str(layers["layers.0.cross_attn"]) == "grid_attention[cpu]"
+    assert layers["layers.1.cross_attn"].op == "cross_attention"
+    assert "inverted attention" in text and "self_attention on sdpa" in text
+    model = pf.Perceiver(**SMALL | dict(attn_dropout=0.1))
+    assert "attention dropout 0.1 is on" in str(pf.explain(model, data))
+    assert "grid_attention on cpu" in str(pf.explain(model.eval(), data))  # nothing is dropped in evaluation
+    own = pf.Perceiver(**SMALL | dict(fourier_encode_data=False))
+    assert "own encoding" in str(pf.explain(own, data)) and "cross_attention on sdpa" in str(pf.explain(own, data))
+    with pf.use_backend("reference"):
+        assert "grid_attention on reference" in str(pf.explain(pf.Perceiver(**SMALL), data))
+    with pytest.raises(TypeError, match="perceiver_fast model, got Linear"):
+        pf.explain(torch.nn.Linear(2, 2), data)
+
+
+def their_attention(model, data, layer, mask):
+    """Weights of perceiver-pytorch's cross-attention, caught where it drops none of them."""
+    caught = []
+    dropout = model.layers[layer].cross_attn.fn.dropout
+    handle = dropout.register_forward_hook(lambda module, args, out: caught.append(out))
+    model(data, mask=mask)
+    handle.remove()
+    calls = [i for i, block in enumerate(model.layers) if block is model.layers[layer]]
+    return caught[calls.index(layer)]  # [B H, N, M]
+
+
+@pytest.mark.parametrize("extra", [{}, dict(weight_tie_layers=True), dict(fourier_encode_data=False)], ids=str)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_map_is_their_attention(extra, layer, masked):
+    theirs, ours = model_pair(torch.float64, **SMALL | extra)
+    data = torch.randn(2, 5, 6, 3, dtype=torch.float64)
+    mask = torch.rand(2, 5, 6) > 0.4 if masked else None
+    expected = their_attention(theirs, data, layer, mask).view(2, 2, 7, 5, 6)
+    ours.train()
+    actual = pf.attention_map(ours, data, layer=layer, latents=[0, 3, 6], mask=mask)
+    assert relative_error(actual, expected[:, :, [0, 3, 6]]) < 1e-12
+    assert ours.training and not ours.layers[layer].cross_attn._forward_pre_hooks
+
+
+def test_attention_map_says_what_is_wrong():
+    model, data = pf.Perceiver(**SMALL | dict(inverted_cross_attn=True)), torch.randn(1, 5, 6, 3)
+    with pytest.raises(IndexError, match=r"layer in 0\.\.2, got 3"):
+        pf.attention_map(model, data, layer=3)
+    with pytest.raises(IndexError, match=r"latents in 0\.\.6, got \[7\]"):
+        pf.attention_map(model, data, latents=[1, 7])
+    with pytest.raises(ValueError, match="inverted"):
+        pf.attention_map(model, data)
+
+
+def test_use_backend_sets_and_restores():
+    pf.use_backend("reference")
+    with pf.use_backend("cpu"):
+        assert pf.backends.forced_backend() == "cpu"
+    assert pf.backends.forced_backend() == "reference"
+    show = "import perceiver_fast as pf; print(pf.backends.forced_backend())"
+    assert python(show, PERCEIVER_FAST_BACKEND="reference").strip() == "reference"
+    assert "expected one of 'auto'" in python(show, PERCEIVER_FAST_BACKEND="fast")
+
+
+def test_import_neither_compiles_nor_initialises_cuda():
+    code = """
+import sys, torch, perceiver_fast, perceiver_fast.kernels
+print("torch._inductor" in sys.modules, "torch._dynamo" in sys.modules, torch.cuda.is_initialized())
+"""
+    assert python(code).strip() == "False False False"
+
+
+def test_info(capsys):
+    assert command_line.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["perceiver_fast"] == pf.__version__ and info["backends"]["grid_attention"]["cpu"]["reference"] == []
+    assert command_line.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "grid_attention on cuda: cpu" in shown and "not cuda" in shown
+
+
+def test_info_runs_without_the_extension():
+    out = subprocess.run(
+        [sys.executable, "-m", "perceiver_fast", "info"],
+        env=os.environ | {"PERCEIVER_FAST_CPU_ISA": "none of them"},
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0 and "failed to load" in out.stdout and "None" not in out.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["demo", "--help"]], ids=str)
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as done:
+        command_line.main(arguments)
+    assert done.value.code == 0 and "usage" in capsys.readouterr().out

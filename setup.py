@@ -130,7 +130,7 @@ class BuildWithNinja(build_ext):
             if flag("PERCEIVER_FAST_FORCE_BUILD"):
                 raise SystemExit(f"perceiver-fast: PERCEIVER_FAST_FORCE_BUILD is set, but {reason}") from reason
             print(f"perceiver-fast: installing pure Python, without the C++ kernels: {reason}", file=sys.stderr)
-            self.extensions.clear()
+            self.extensions = []
             record = {"skipped": str(reason)}
         package = ROOT / "perceiver_fast" if self.inplace else Path(self.build_lib) / "perceiver_fast"
         package.mkdir(parents=True, exist_ok=True)

@@ -13,26 +13,64 @@ constexpr int64_t kTokenChunk = 8192;
 template <class T>
 TokenBounds<T> empty_bounds(int64_t features) {
   const T inf = std::numeric_limits<T>::infinity();
-  return {std::vector<T>(features + 1, inf), std::vector<T>(features + 1, -inf)};
+  return {std::vector<T>(features + 1, inf), std::vector<T>(features + 1, -inf), T(0)};
 }
 
 template <class T>
-void widen(TokenBounds<T>& bounds, int64_t at, T value) {
-  bounds.low[at] = std::min(bounds.low[at], value);
-  bounds.high[at] = std::max(bounds.high[at], value);
-}
-
-// One token's record. A masked token is all zero with a bias of -inf; if it holds a NaN or an infinity its bias is
-// NaN: perceiver-pytorch multiplies it by a weight of zero, so there too it reaches every query.
-template <class T>
-void pack_token(const T* x, T r, int64_t features, bool masked, T* record) {
-  T check = r * 0;
-  record[0] = masked ? T(0) : r;
-  for (int64_t f = 0; f < features; ++f) {
-    check += x[f] * 0;
-    record[1 + f] = masked ? T(0) : r * x[f];
+void widen(TokenBounds<T>& bounds, const TokenBounds<T>& part) {
+  for (size_t f = 0; f < bounds.low.size(); ++f) {
+    bounds.low[f] = std::min(bounds.low[f], part.low[f]);
+    bounds.high[f] = std::max(bounds.high[f], part.high[f]);
   }
-  record[1 + features] = masked ? check - std::numeric_limits<T>::infinity() : T(0);
+  bounds.square = std::max(bounds.square, part.square);
+}
+
+// A masked token is all zero with a bias of -inf; if it holds a NaN or an infinity its bias is NaN:
+// perceiver-pytorch multiplies it by a weight of zero, so there too it reaches every query.
+template <class T>
+void pack_masked(const T* x, T r, int64_t features, T* record) {
+  T check = r * 0;
+  for (int64_t f = 0; f < features; ++f) check += x[f] * 0;
+  std::fill(record, record + 1 + features, T(0));
+  record[1 + features] = check - std::numeric_limits<T>::infinity();
+}
+
+// Records of `count` tokens. FS > 0 fixes the number of features, so that the bounds stay in registers.
+template <class T, int FS>
+void pack_records(const T* feat, const T* scale, const uint8_t* mask, int64_t count, int64_t features, T* records,
+                  TokenBounds<T>& bounds) {
+  const int64_t F = FS > 0 ? FS : features;
+  T low_local[FS + 1], high_local[FS + 1];
+  T* low = FS > 0 ? low_local : bounds.low.data();
+  T* high = FS > 0 ? high_local : bounds.high.data();
+  if (FS > 0) {
+    std::copy(bounds.low.begin(), bounds.low.end(), low);
+    std::copy(bounds.high.begin(), bounds.high.end(), high);
+  }
+  T largest = bounds.square;
+  for (int64_t m = 0; m < count; ++m, feat += F, records += F + 2) {
+    if (mask != nullptr && !mask[m]) {
+      pack_masked(feat, scale[m], F, records);
+      continue;  // no bound: its weight is zero whatever the queries
+    }
+    T square = 0;
+    records[0] = scale[m];
+    for (int64_t f = 0; f < F; ++f) {
+      records[1 + f] = scale[m] * feat[f];
+      square += records[1 + f] * records[1 + f];
+    }
+    records[1 + F] = 0;
+    for (int64_t f = 0; f <= F; ++f) {
+      low[f] = records[f] < low[f] ? records[f] : low[f];
+      high[f] = records[f] > high[f] ? records[f] : high[f];
+    }
+    largest = square > largest ? square : largest;
+  }
+  if (FS > 0) {
+    std::copy(low, low + F + 1, bounds.low.begin());
+    std::copy(high, high + F + 1, bounds.high.begin());
+  }
+  bounds.square = largest;
 }
 
 }  // namespace
@@ -54,25 +92,22 @@ PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, con
 
   const int64_t chunks = (tokens + kTokenChunk - 1) / kTokenChunk;
   std::vector<TokenBounds<T>> partial(B * chunks, empty_bounds<T>(F));
+  const auto pack = F == 1   ? pack_records<T, 1>
+                    : F == 2 ? pack_records<T, 2>
+                    : F == 3 ? pack_records<T, 3>
+                    : F == 4 ? pack_records<T, 4>
+                             : pack_records<T, 0>;
   parallel.run(B * chunks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / chunks, first = b * tokens + task % chunks * kTokenChunk;
-      const int64_t last = std::min(first + kTokenChunk, (b + 1) * tokens);
+      const int64_t count = std::min(kTokenChunk, (b + 1) * tokens - first);
       const bool use_mask = in.mask != nullptr && !packed.all_masked[b];
-      TokenBounds<T>& bounds = partial[task];
-      for (int64_t m = first; m < last; ++m) {
-        T* record = packed.data.get() + m * (F + 2);
-        pack_token(in.feat + m * F, in.scale[m], F, use_mask && !in.mask[m], record);
-        for (int64_t f = 0; f <= F; ++f) widen(bounds, f, record[f]);
-      }
+      pack(in.feat + first * F, in.scale + first, use_mask ? in.mask + first : nullptr, count, F,
+           packed.data.get() + first * (F + 2), partial[task]);
     }
   });
   packed.bounds.assign(B, empty_bounds<T>(F));
-  for (int64_t task = 0; task < B * chunks; ++task)
-    for (int64_t f = 0; f <= F; ++f) {
-      widen(packed.bounds[task / chunks], f, partial[task].low[f]);
-      widen(packed.bounds[task / chunks], f, partial[task].high[f]);
-    }
+  for (int64_t task = 0; task < B * chunks; ++task) widen(packed.bounds[task / chunks], partial[task]);
   return packed;
 }
 
@@ -109,11 +144,15 @@ void bound_logits(const T* table, const std::vector<int64_t>& sizes, int64_t fea
     for (int lane = 0; lane < lanes; ++lane) axes[lane] += axis_max[lane];
   }
   for (int lane = 0; lane < lanes; ++lane) {
-    bound[lane] = std::max(axes[lane] * bounds.low[0], axes[lane] * bounds.high[0]);
+    // The channels' share is at most the sum of its terms' extremes, and at most |g| |r x|: many channels want that.
+    T extremes = 0, square = 0;
     for (int64_t f = 0; f < features; ++f) {
       const T g = table[f * lanes + lane];
-      bound[lane] += std::max(g * bounds.low[1 + f], g * bounds.high[1 + f]);
+      extremes += std::max(g * bounds.low[1 + f], g * bounds.high[1 + f]);
+      square += g * g;
     }
+    bound[lane] = std::max(axes[lane] * bounds.low[0], axes[lane] * bounds.high[0]) +
+                  std::min(extremes, std::sqrt(square * bounds.square));
   }
 }
 

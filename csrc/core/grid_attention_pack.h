@@ -25,10 +25,11 @@ class Aligned {
   std::unique_ptr<T, Free> data_;
 };
 
-// Smallest and largest value of r and of every r x_f over the tokens of one batch element.
+// Smallest and largest value of r and of every r x_f over the tokens of one batch element, and the largest |r x|^2.
 template <class T>
 struct TokenBounds {
   std::vector<T> low, high;  // [1 + F], r first
+  T square;
 };
 
 template <class T>

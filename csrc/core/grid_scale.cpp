@@ -4,6 +4,28 @@
 
 namespace perceiver_fast {
 
+namespace {
+
+// Variances of one row of tokens, [columns]. `means` holds the outer axes' means and has room for the inner one.
+// FS > 0 fixes the number of features.
+template <class T, int FS>
+void row_variance(const T* feat, int64_t columns, int64_t features, T* means, int64_t axes, T outer_mean,
+                  T outer_square, const T* inner_mean, const T* inner_square, T width, T per_channel, T* variance) {
+  const int64_t F = FS > 0 ? FS : features;
+  for (int64_t j = 0; j < columns; ++j, feat += F) {
+    means[axes - 1] = inner_mean[j];
+    T sum = width * (outer_mean + inner_mean[j]);
+    for (int64_t f = 0; f < F; ++f) sum += feat[f];
+    const T mu = sum * per_channel;
+    T spread = 0, square = outer_square + inner_square[j];
+    for (int64_t a = 0; a < axes; ++a) spread += (means[a] - mu) * (means[a] - mu);
+    for (int64_t f = 0; f < F; ++f) square += (feat[f] - mu) * (feat[f] - mu);
+    variance[j] = (square + width * spread) * per_channel;
+  }
+}
+
+}  // namespace
+
 template <class T>
 void grid_scale_forward(const T* feat, int64_t batch, const std::vector<int64_t>& sizes, int64_t features,
                         const T* axis_mean, const T* axis_square, int64_t axis_channels, double eps, T* scale,
@@ -15,6 +37,7 @@ void grid_scale_forward(const T* feat, int64_t batch, const std::vector<int64_t>
     inner += sizes[a];
   }
   const T width = T(axis_channels), per_channel = T(1) / T(features + axes * axis_channels);
+  const auto variance = features == 1 ? row_variance<T, 1> : features == 3 ? row_variance<T, 3> : row_variance<T, 0>;
 
   parallel.run(batch * rows, [&](int64_t begin, int64_t end) {
     std::vector<T> means(axes);
@@ -28,17 +51,10 @@ void grid_scale_forward(const T* feat, int64_t batch, const std::vector<int64_t>
         outer_square += axis_square[start + row % sizes[a]];
         row /= sizes[a];
       }
-      for (int64_t j = 0; j < columns; ++j) {
-        const T* x = feat + (line * columns + j) * features;
-        means[axes - 1] = axis_mean[inner + j];
-        T sum = width * (outer_mean + means[axes - 1]);
-        for (int64_t f = 0; f < features; ++f) sum += x[f];
-        const T mu = sum * per_channel;
-        T spread = 0, square = outer_square + axis_square[inner + j];
-        for (int64_t a = 0; a < axes; ++a) spread += (means[a] - mu) * (means[a] - mu);
-        for (int64_t f = 0; f < features; ++f) square += (x[f] - mu) * (x[f] - mu);
-        scale[line * columns + j] = T(1) / std::sqrt((square + width * spread) * per_channel + T(eps));
-      }
+      T* out = scale + line * columns;
+      variance(feat + line * columns * features, columns, features, means.data(), axes, outer_mean, outer_square,
+               axis_mean + inner, axis_square + inner, width, per_channel, out);
+      for (int64_t j = 0; j < columns; ++j) out[j] = T(1) / std::sqrt(out[j] + T(eps));  // a loop compilers vectorise
     }
   });
 }

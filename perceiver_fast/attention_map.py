@@ -83,9 +83,8 @@ def _weights(cross_attn: nn.Module, x: Tensor, tokens, mask: Tensor | None, data
         q, scale = q.expand(batch, -1, -1), tokens.scale(cross_attn.norm_context.eps)
         logits = grid_logits(q, tokens.feat, scale).flatten(2)  # [B, H n, M]
     else:
-        context = cross_attn.norm_context(tokens.materialize())
         q = fn.split_heads(fn.to_q(x).expand(batch, -1, -1))
-        k = fn.split_heads(fn.to_kv(context).chunk(2, dim=-1)[0])
+        k = fn.split_heads(tokens.keys_values(fn.to_kv, cross_attn.norm_context).chunk(2, dim=-1)[0])
         logits = (q @ k.transpose(-1, -2) * fn.dim_head**-0.5).flatten(1, 2)
     if mask is not None:
         logits = logits.masked_fill(~mask.unsqueeze(1), -torch.finfo(logits.dtype).max)

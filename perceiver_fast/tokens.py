@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from perceiver_fast import ops
-from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype
 
 
 class Tokens:
     """What every description of tokens offers."""
 
-    def __init__(self):
-        self._normalized: dict[float, Tensor] = {}
-
     def materialize(self) -> Tensor:
-        """The ``[B, M, C]`` tensor this object stands for. Only paths without a kernel, and tests, call it."""
+        """The ``[B, M, C]`` tensor this object stands for. Only tests call it."""
         raise NotImplementedError
 
-    def normalized(self, eps: float) -> Tensor:
-        """The built tokens after LayerNorm without its affine part, ``[B, M, C]``; computed once for all layers."""
-        if eps not in self._normalized:
-            tokens = self.materialize()
-            self._normalized[eps] = F.layer_norm(tokens, tokens.shape[-1:], eps=eps)
-        return self._normalized[eps]
+    def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        """``to_kv(norm(tokens))``, ``[B, M, 2 H d]``, for paths that need keys and values as tensors."""
+        raise NotImplementedError
+
+
+def absorb_norm(to_kv: nn.Linear, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """LayerNorm's affine part moved into the projection after it: weight ``[D, C]`` and bias ``[D]``."""
+    weight = to_kv.weight.to(dtype)
+    return weight * norm.weight.to(dtype), weight @ norm.bias.to(dtype)
 
 
 class GridTokens(Tokens):
@@ -39,7 +39,6 @@ class GridTokens(Tokens):
     """
 
     def __init__(self, feat: Tensor, codes: tuple):
-        super().__init__()
         self.dtype = feat.dtype
         self.feat = feat.to(compute_dtype(feat.dtype))
         self.codes = codes
@@ -68,17 +67,27 @@ class GridTokens(Tokens):
             self._scale[eps] = ops.grid_scale(self.feat, mean, square, self.codes[0].code.shape[-1], eps)
         return self._scale[eps]
 
-    def project(self, weight: Tensor) -> Tensor:
-        """Product of a weight on token channels with the basis ``[x, onehot, .., onehot]``.
-
-        Args:
-            weight: ``[D, C]``.
+    def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """Keys and values of the basis ``[x, onehot, .., onehot]``, LayerNorm's centring and affine part absorbed.
 
         Returns:
-            ``[D, L]``, L = F + sum(sizes): the raw channels' columns, then one column per index of every axis.
+            weight ``[D, L]``, L = F + sum(sizes): the raw channels' columns, then one column per index of every axis;
+            and bias ``[D]``. A token's projection is its scale times its columns' sum, plus bias.
         """
+        weight, bias = absorb_norm(to_kv, norm, self.feat.dtype)
+        weight = weight - weight.mean(1, keepdim=True)  # z W^T of centred z is z times the centred W
         feat, *axes = weight.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
-        return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1)
+        return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1), bias
+
+    def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        with torch.autocast(self.feat.device.type, enabled=False):
+            weight, bias = self.project(to_kv, norm)
+            feat, *axes = weight.T.split([self.features, *self.sizes])  # [F, D], [n_a, D]
+            kv = self.feat @ feat
+            for axis, part in enumerate(axes):
+                kv = kv + part.view(*(-1 if a == axis else 1 for a in range(len(axes))), kv.shape[-1])
+            kv = kv * self.scale(norm.eps).unsqueeze(-1) + bias
+        return kv.flatten(1, -2).to(autocast_dtype(kv.device) or to_kv.weight.dtype)
 
     def materialize(self) -> Tensor:
         batch, sizes = self.feat.shape[0], self.sizes
@@ -98,8 +107,13 @@ class DenseTokens(Tokens):
     """
 
     def __init__(self, context: Tensor):
-        super().__init__()
         self.context = context
+        self._normalized: dict[float, Tensor] = {}
 
     def materialize(self) -> Tensor:
         return self.context
+
+    def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        if norm.eps not in self._normalized:  # once for all layers: the affine part is theirs
+            self._normalized[norm.eps] = F.layer_norm(self.context, self.context.shape[-1:], eps=norm.eps)
+        return F.linear(self._normalized[norm.eps], *absorb_norm(to_kv, norm, to_kv.weight.dtype))

@@ -1,6 +1,8 @@
 """The benchmarks' own parts: geometries, peers, checks, tables and the command line. Nothing is timed here."""
 
+import functools
 import io
+import operator
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,8 +20,8 @@ from rich.console import Console  # noqa: E402
 
 from benchmarks import report, test_grid_attention, test_models  # noqa: E402
 from benchmarks.geometries import GEOMETRIES, select  # noqa: E402
-from benchmarks.grid_sides import problem  # noqa: E402
-from benchmarks.measure import errors, memory_method, probe  # noqa: E402
+from benchmarks.measure import errors  # noqa: E402
+from benchmarks.memory import memory_method, peak_memory  # noqa: E402
 from benchmarks.peers import PEERS, SDPAAttention, eager, parameters, sdpa  # noqa: E402
 
 
@@ -45,8 +47,7 @@ def test_models_agree_on_every_geometry(name, peer, pass_name):
 @pytest.mark.parametrize("pass_name", test_grid_attention.PASSES)
 @pytest.mark.parametrize("name", [name for name in GEOMETRIES if "op" in GEOMETRIES[name].levels])
 def test_sides_of_the_op_agree(name, pass_name):
-    p = problem(tiny(name))
-    sides = [test_grid_attention.build(peer, pass_name, p) for peer in ("sdpa", "reference")]
+    sides = [test_grid_attention.build(peer, pass_name, tiny(name)) for peer in ("sdpa", "reference")]
     dense, grid = (side.common(side.call()) for side in sides)
     assert len(dense) == len(grid) == {"forward": 1, "step": 2, "step+tokens": 4}[pass_name]
     errors(grid, dense)
@@ -90,15 +91,16 @@ def test_errors_refuse_wrong_results():
 def test_peak_memory_is_that_of_the_call():
     if memory_method().startswith("not measured"):
         pytest.skip(memory_method())
-    peak, seconds = probe(lambda: torch.ones(16 * 2**20).sum())  # 64 MiB of float32
-    assert 60 * 2**20 < peak < 80 * 2**20 and seconds > 0
+    peak = peak_memory(functools.partial, operator.mul, b"x", 64 * 2**20)  # bytes of that length
+    assert 63 * 2**20 < peak < 66 * 2**20
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        peak_memory(sys.exit, 3)
 
 
 def test_selection():
-    assert "imagenet-lucid" not in select([], False, "model")
-    assert "imagenet-lucid" in select([], True, "model")
-    assert select(["video"], False, "op") == ["video"]
-    assert select(["imagenet-lucid"], False, "op") == []
+    assert "imagenet-lucid" not in select([], False)
+    assert select([], True) == list(GEOMETRIES)
+    assert select(["video"], False) == ["video"]
 
 
 def row(peer, seconds, **changes):
@@ -124,7 +126,7 @@ def test_tables_show_ratios_losses_and_what_is_missing():
     text = printed([row("eager", 3.0), row("sdpa", 0.5), row("fast", 1.0, gradient_error=4e-4)], missing)
     for expected in ("3,000 ms", "1,000 ms", "3 MiB", "3.00x", "0.50x", "sdpa", "skipped", "not run", "4.0e-04"):
         assert expected in text
-    assert report.missing_lines(missing) == ["skipped: model compile on cross-only step: no compiler"]
+    assert report.missing_lines(missing) == ["skipped: model, compile on cross-only step: no compiler"]
 
 
 def test_table_without_ours_or_memory():

@@ -36,6 +36,9 @@ def test_explain_names_paths_and_reasons():
     model = pf.Perceiver(**SMALL | dict(attn_dropout=0.1))
     assert "attention dropout 0.1 is on" in str(pf.explain(model, data))
     assert "grid_attention on cpu" in str(pf.explain(model.eval(), data))  # nothing is dropped in evaluation
+    sound = pf.Perceiver(**SMALL | dict(input_axis=1))
+    assert "one axis of 2000" in str(pf.explain(sound, torch.randn(1, 2000, 3)))
+    assert "grid_attention on cpu" in str(pf.explain(sound, torch.randn(1, 200, 3)))
     own = pf.Perceiver(**SMALL | dict(fourier_encode_data=False))
     assert "own encoding" in str(pf.explain(own, data)) and "cross_attention on sdpa" in str(pf.explain(own, data))
     with pf.use_backend("reference"):

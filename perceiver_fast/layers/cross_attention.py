@@ -11,16 +11,19 @@ N queries and N results:
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.backends import Choice, require
+from perceiver_fast.backends import Choice, forced_backend, require
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.ops.cross_attention import CrossAttentionCall, choose_cross_attention, cross_attention
 from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention, grid_attention_joined
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype
+from perceiver_fast.ops.library import autocast_dtype
 from perceiver_fast.tokens import GridTokens, Tokens
+
+ONE_AXIS_LIMIT = 1024  # tokens; below it either path takes no time, and the kernel is the more exact one
 
 
 class CrossAttention(nn.Module):
@@ -46,9 +49,7 @@ class CrossAttention(nn.Module):
         """
         dropout = self.fn.active_dropout
         if isinstance(tokens, GridTokens):
-            grid = choose_grid_attention(
-                GridAttentionCall(tokens.feat.dtype, tokens.feat.device, tokens.sizes, dropout, inverted)
-            )
+            grid = self._plan_grid(tokens, dropout, inverted)
         else:
             grid = Choice("grid_attention", None, {"any": ["the tokens come with their own encoding, not as a grid"]})
         built = choose_cross_attention(CrossAttentionCall(dropout, inverted))
@@ -57,6 +58,19 @@ class CrossAttention(nn.Module):
             return grid
         passed_over = {f"grid_attention[{name}]": why for name, why in grid.rejected.items()}
         return Choice(built.op, built.backend, passed_over | built.rejected)
+
+    @staticmethod
+    def _plan_grid(tokens: GridTokens, dropout: float, inverted: bool) -> Choice:
+        sizes = tokens.sizes
+        choice = choose_grid_attention(
+            GridAttentionCall(tokens.feat.dtype, tokens.feat.device, sizes, dropout, inverted)
+        )
+        count = math.prod(sizes)
+        if forced_backend() == "auto" and choice.backend is not None and max(sizes) == count >= ONE_AXIS_LIMIT:
+            # Every latent would need a table entry for every token, twice: keys and values are smaller and faster.
+            why = f"one axis of {count}: its table would be as large as the logits"
+            return Choice(choice.op, None, choice.rejected | {choice.backend: [why]})
+        return choice
 
     def forward(self, x: Tensor, tokens: Tokens, mask: Tensor | None = None, inverted: bool = False) -> Tensor:
         """Attend.
@@ -84,15 +98,12 @@ class CrossAttention(nn.Module):
         fn = self.fn
         q = fn.to_q(x)
         with torch.autocast(x.device.type, enabled=False):
-            compute = compute_dtype(q.dtype)
-            to_kv = fn.to_kv.weight.to(compute)
-            weight = to_kv * self.norm_context.weight.to(compute)
-            weight = weight - weight.mean(1, keepdim=True)
-            keys, values = tokens.project(weight).unflatten(0, (2, fn.heads, fn.dim_head))  # [H, d, L]
-            q = q.to(compute).unflatten(-1, (fn.heads, fn.dim_head)) * fn.dim_head**-0.5  # [B, N, H, d]
+            weight, bias = tokens.project(fn.to_kv, self.norm_context)
+            keys, values = weight.unflatten(0, (2, fn.heads, fn.dim_head))  # [H, d, L]
+            q = q.to(weight.dtype).unflatten(-1, (fn.heads, fn.dim_head)) * fn.dim_head**-0.5  # [B, N, H, d]
             q = torch.einsum("bnhd,hdl->bhnl", q, keys).flatten(1, 2)
-            beta = to_kv[fn.heads * fn.dim_head :] @ self.norm_context.bias.to(compute)
-        return q, values.transpose(1, 2), beta.unflatten(0, (fn.heads, fn.dim_head))
+            beta = bias.unflatten(0, (2, fn.heads, fn.dim_head))[1]
+        return q, values.transpose(1, 2), beta
 
     def _attend_to_grid(self, x: Tensor, tokens: GridTokens, mask: Tensor | None) -> Tensor:
         feat = tokens.feat
@@ -106,10 +117,9 @@ class CrossAttention(nn.Module):
         return self.fn.to_out(out.flatten(2).to(autocast_dtype(x.device) or x.dtype))
 
     def _attend_to_built(self, x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool) -> Tensor:
-        fn, norm, to_kv = self.fn, self.norm_context, self.fn.to_kv.weight
-        context = tokens.normalized(norm.eps)
-        q = fn.split_heads(fn.to_q(x).expand(context.shape[0], -1, -1))
-        kv = F.linear(context, to_kv * norm.weight, to_kv @ norm.bias)  # LayerNorm's affine part, absorbed
+        fn = self.fn
+        kv = tokens.keys_values(fn.to_kv, self.norm_context)
+        q = fn.split_heads(fn.to_q(x).expand(kv.shape[0], -1, -1))
         k, v = (fn.split_heads(t) for t in kv.chunk(2, dim=-1))
         out = cross_attention(q, k, v, mask, fn.active_dropout, inverted)
         return fn.to_out(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,77 @@
+"""Peak memory of one call, in a process of its own: what ran before would leave malloc with free memory to reuse."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+MAPPED_FROM_BYTES = 64 * 2**10
+METHOD = "rise of VmHWM over VmRSS in one warm call, in a process of its own"
+
+_clear_refs = Path("/proc/self/clear_refs")
+_status = Path("/proc/self/status")
+
+_processes = multiprocessing.get_context("forkserver")  # forks from a server that only imports: threads do not fork
+_processes.set_forkserver_preload(["torch", "perceiver_pytorch"])
+
+
+def memory_method() -> str:
+    """How :func:`peak_memory` measures here, or why it cannot."""
+    if not _clear_refs.exists():
+        return "not measured: this system has no /proc/self/clear_refs"
+    try:
+        _clear_refs.write_text("5")  # makes VmHWM, the peak, what VmRSS is now
+    except OSError as error:
+        return f"not measured: /proc/self/clear_refs cannot be written ({error.strerror})"
+    return METHOD
+
+
+def peak_memory(make: Callable[..., Callable[[], object]], *args: object) -> int | None:
+    """Bytes by which the resident set grows at its peak in a second ``make(*args)()``; None where that is unknown.
+
+    Args:
+        make: builds the call; it and ``args`` are pickled.
+
+    Raises:
+        RuntimeError: the process failed, which wrote why to standard error, or was killed.
+    """
+    if memory_method() != METHOD:
+        return None
+    receiver, sender = _processes.Pipe(duplex=False)
+    process = _processes.Process(target=_send_peak, args=(sender, torch.get_num_threads(), make, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process that measures memory ended with exit code {process.exitcode}") from None
+    finally:
+        process.join()
+
+
+def _send_peak(sender: Connection, threads: int, make: Callable, args: tuple) -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)  # what is freed leaves the resident set at once
+    torch.set_num_threads(threads)
+    call = make(*args)
+    call()  # compiles, fills caches, starts threads
+    gc.collect()
+    memory_method()
+    before = _status_bytes("VmRSS")
+    result = call()
+    sender.send(_status_bytes("VmHWM") - before)
+    del result
+
+
+def _status_bytes(key: str) -> int:
+    line = next(line for line in _status.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024

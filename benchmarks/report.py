@@ -1,0 +1,160 @@
+"""From pytest-benchmark's record to the rows that are kept and the tables that are read."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+import perceiver_fast
+from perceiver_fast import backends, extension
+from perceiver_fast.info import cpu_name
+
+OURS = "fast"
+COLUMNS = {"model": ("eager", "sdpa", "compile", "compile-eager"), "op": ("reference", "sdpa")}
+TITLES = {
+    "model": "Models: perceiver-pytorch (eager, with SDPA, torch.compile of either) and perceiver-fast",
+    "op": "Op: grid attention in plain PyTorch, dense SDPA given its keys and values, and perceiver-fast",
+}
+CAPTION = (
+    "Median time of a call and, below it, the rise of resident memory at its peak. over: the peer's time divided by "
+    "fast's; under 1, in red, fast is the slower one. error: the largest of the row, relative to the original."
+)
+ROW_KEYS = ("level", "geometry", "pass", "peer", "tokens", "dtype", "threads")
+MEASURED_KEYS = ("relative_error", "gradient_error", "peak_memory_bytes", "peak_memory_method")
+
+
+def conditions(threads: int) -> dict:
+    """What the numbers depend on; to be called before the measurements, for ``load_at_start`` to be others' work."""
+    return {
+        "cpu": cpu_name(),
+        "isa": extension.module.active_isa() if extension.module else f"none: {extension.error}",
+        "threads": threads,
+        "cores": os.cpu_count(),
+        "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "perceiver-pytorch": metadata.version("perceiver-pytorch"),
+        "perceiver-fast": perceiver_fast.__version__,
+        "forced_backend": backends.forced_backend(),
+        "git_commit": git_commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with ``-dirty`` when files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        described = subprocess.run(command, check=False, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return described.stdout.strip() or None
+
+
+def slug(text: str) -> str:
+    """``text`` as part of a file name: "Intel(R) Xeon(R) Processor" gives "intel-xeon-processor"."""
+    words = re.sub(r"\((r|tm)\)", " ", text.lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
+def rows(record: dict) -> list[dict]:
+    """One flat row per measurement of pytest-benchmark's ``record``; times in seconds."""
+    return [
+        {key: benchmark["extra_info"][key] for key in ROW_KEYS}
+        | {key: benchmark["stats"][key] for key in ("median", "min", "rounds")}
+        | {key: benchmark["extra_info"][key] for key in MEASURED_KEYS}
+        for benchmark in record["benchmarks"]
+    ]
+
+
+def tables(rows: list[dict], missing: list[dict]) -> list[Table]:
+    """One table per level: a row for every geometry and pass, a column for every peer, and the ratios."""
+    return [table(level, rows, missing) for level in COLUMNS if any(row["level"] == level for row in rows)]
+
+
+def table(level: str, rows: list[dict], missing: list[dict]) -> Table:
+    """The table of one level; :func:`tables` makes all."""
+    peers = COLUMNS[level]
+    result = Table(title=TITLES[level], caption=CAPTION, show_lines=True)
+    result.add_column("geometry\npass", no_wrap=True)
+    ratios = (*(f"over\n{peer}" for peer in peers[:2]), "over the\nbest peer")
+    for header in (*(peer.replace("-", "\n") for peer in peers), OURS, *ratios, "error:\noutput\ngradient"):
+        result.add_column(header, justify="right", no_wrap=True)
+    rows, missing = ([row for row in some if row["level"] == level] for some in (rows, missing))
+    for group in dict.fromkeys(group_of(row) for row in [*rows, *missing]):
+        sides = {row["peer"]: row for row in rows if group_of(row) == group}
+        outcomes = {row["peer"]: row["outcome"] for row in missing if group_of(row) == group}
+        result.add_row(
+            "\n".join(group),
+            *(cell(sides[peer]) if peer in sides else outcomes.get(peer, "not run") for peer in (*peers, OURS)),
+            *(ratio(sides, [peer]) for peer in peers[:2]),
+            ratio(sides, list(peers)),
+            largest_errors(list(sides.values())),
+        )
+    return result
+
+
+def group_of(row: dict) -> tuple[str, str]:
+    """What one line of a table is about."""
+    return row["geometry"], row["pass"]
+
+
+def significant(value: float) -> str:
+    """Three significant digits, and every digit before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cell(row: dict) -> str:
+    """Time above memory."""
+    peak = row["peak_memory_bytes"]
+    return f"{significant(row['median'] * 1e3)} ms\n" + ("-" if peak is None else f"{significant(peak / 2**20)} MiB")
+
+
+def ratio(sides: dict[str, dict], peers: list[str]) -> str:
+    """The fastest of ``peers`` over ours, its name below it when there was a choice."""
+    present = [peer for peer in peers if peer in sides]
+    if OURS not in sides or not present:
+        return "-"
+    best = min(present, key=lambda peer: sides[peer]["median"])
+    value = sides[best]["median"] / sides[OURS]["median"]
+    text = f"{value:.2f}x"
+    if value < 1:
+        text = f"[red]{text}[/red]"
+    return f"{text}\n{best}" if len(peers) > 1 else text
+
+
+def largest_errors(here: list[dict]) -> str:
+    """The largest relative errors over the peers, of the output and below it of the gradients."""
+    if not here:
+        return "-"
+    output = f"{max(row['relative_error'] for row in here):.1e}"
+    gradients = [row["gradient_error"] for row in here if row["gradient_error"] is not None]
+    return f"{output}\n{max(gradients):.1e}" if gradients else output
+
+
+def lost(geometry: str, reason: str) -> dict:
+    """What is missing when the process that measured ``geometry`` left no record."""
+    every = {"level": "every level", "pass": "every pass", "peer": "every peer"}
+    return {**every, "geometry": geometry, "outcome": "failed", "reason": reason}
+
+
+def missing_lines(missing: list[dict]) -> list[str]:
+    """What was not measured, and why: one line per reason."""
+    lines = {}
+    for row in missing:
+        lines.setdefault((row["outcome"], row["level"], row["peer"], row["reason"]), []).append(
+            f"{row['geometry']} {row['pass']}"
+        )
+    return [
+        f"{outcome}: {level}, {peer} on {', '.join(where)}: {reason}"
+        for (outcome, level, peer, reason), where in lines.items()
+    ]

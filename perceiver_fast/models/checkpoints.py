@@ -24,13 +24,14 @@ def upgrade_state_dict(state_dict: MutableMapping, prefix: str = "") -> None:
         prefix: what the model's keys start with, when it is part of a larger one.
 
     Warns:
-        UserWarning: the checkpoint is from 0.6 or earlier, whose frequencies were spaced logarithmically: the weights
-            fit, the position codes they were trained with do not.
+        UserWarning: the checkpoint is from 0.7.0 or earlier, whose frequencies were spaced logarithmically: the weights
+            fit, the position codes they were trained with do not. (0.7.1 to 0.7.3 did so too, but their checkpoints
+            look like later ones.)
     """
-    if prefix + "to_logits.0.weight" in state_dict:  # until 0.6 the pooling was not part of the head
+    if prefix + "to_logits.0.weight" in state_dict:  # until 0.7.0 the pooling was not part of the head
         warnings.warn(
-            "this checkpoint is from perceiver-pytorch 0.6 or earlier, which spaced its Fourier frequencies "
-            "logarithmically; it loads, but its outputs will differ because frequencies are spaced linearly since 0.7",
+            "this checkpoint is from perceiver-pytorch 0.7.0 or earlier, which spaced its Fourier frequencies "
+            "logarithmically; it loads, but outputs will differ, because frequencies are spaced linearly since 0.7.4",
             stacklevel=2,
         )
         for new in ("2", "1"):

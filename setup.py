@@ -10,6 +10,7 @@ Environment variables:
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,10 +47,14 @@ def need(condition, what):
 
 
 def find_compiler():
-    wish = os.environ.get("CXX")
-    found = [path for name in ([wish] if wish else ["c++", "g++", "clang++"]) if (path := shutil.which(name))]
-    need(found, f"CXX={wish} was not found" if wish else "no C++ compiler (c++, g++ or clang++) was found")
-    return found[0]
+    """The compiler's command as a list: CXX may hold a wrapper and arguments."""
+    wish = shlex.split(os.environ.get("CXX", ""))
+    if wish:
+        need(shutil.which(wish[0]), f"CXX={wish[0]} was not found")
+        return wish
+    found = [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
+    need(found, "no C++ compiler (c++, g++ or clang++) was found")
+    return found[:1]
 
 
 def import_needed(name, install):
@@ -60,7 +65,7 @@ def import_needed(name, install):
 
 
 def max_jobs():
-    if "MAX_JOBS" in os.environ:
+    if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
@@ -73,7 +78,7 @@ def sources_with_flags(torch, pybind11):
     """Every source of the extension with the flags that are its own."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     torch_flags = [
-        f"-I{Path(torch.__file__).parent / 'include'}",
+        shlex.quote(f"-I{Path(torch.__file__).parent / 'include'}"),
         f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
     ]
     for source in sorted((ROOT / "csrc/core").glob("*.cpp")):
@@ -84,8 +89,8 @@ def sources_with_flags(torch, pybind11):
         yield source, torch_flags
     info = {"PF_TORCH_VERSION": torch.__version__, "PF_TORCH_TARGET": ".".join(map(str, OLDEST_TORCH))}
     yield ROOT / "csrc/module.cpp", [
-        f"-I{pybind11.get_include()}",
-        f"-I{sysconfig.get_paths()['include']}",
+        shlex.quote(f"-I{pybind11.get_include()}"),
+        shlex.quote(f"-I{sysconfig.get_paths()['include']}"),
         *(f'-D{name}=\\"{value}\\"' for name, value in info.items()),
     ]
 
@@ -99,9 +104,9 @@ def write_ninja(folder, target, compiler, torch, pybind11):
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {compiler}",
+        f"cxx = {shlex.join(compiler)}",
         f"cflags = {' '.join(FLAGS)} {os.environ.get('CXXFLAGS', '')}",
-        f"ldflags = {' '.join(link)} -L{lib} -ltorch_cpu {os.environ.get('LDFLAGS', '')}",
+        f"ldflags = {' '.join(link)} {shlex.quote(f'-L{lib}')} -ltorch_cpu {os.environ.get('LDFLAGS', '')}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $cflags $flags -c $in -o $out",
         "  depfile = $out.d",
@@ -130,6 +135,7 @@ class BuildWithNinja(build_ext):
             if flag("PERCEIVER_FAST_FORCE_BUILD"):
                 raise SystemExit(f"perceiver-fast: PERCEIVER_FAST_FORCE_BUILD is set, but {reason}") from reason
             print(f"perceiver-fast: installing pure Python, without the C++ kernels: {reason}", file=sys.stderr)
+            Path(self.get_ext_fullpath(self.extensions[0].name)).unlink(missing_ok=True)  # of an earlier build
             self.extensions = []
             record = {"skipped": str(reason)}
         package = ROOT / "perceiver_fast" if self.inplace else Path(self.build_lib) / "perceiver_fast"
@@ -157,9 +163,9 @@ class BuildWithNinja(build_ext):
         command = [ninja, "-C", str(folder), "-j", str(max_jobs())]
         print("perceiver-fast:", " ".join(command), flush=True)
         if subprocess.run(command).returncode != 0:
-            raise CannotBuild(f"compiling failed; run `pip install -v .` to see how ({compiler})")
-        line = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
-        return {"compiler": line[0] if line else compiler, "torch": torch.__version__, "flags": " ".join(FLAGS)}
+            raise CannotBuild(f"compiling failed; run `pip install -v .` to see how ({shlex.join(compiler)})")
+        line = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
+        return {"compiler": line[0] if line else shlex.join(compiler), "torch": torch.__version__, "flags": " ".join(FLAGS)}
 
 
 setup(

@@ -55,7 +55,7 @@ def attention_map(
         if len(captured["calls"]) == 1 + sum(block is model.layers[layer] for block in model.layers[:layer]):
             raise _Stop
 
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     handle = cross_attn.register_forward_pre_hook(capture, with_kwargs=True)
     try:
         with torch.no_grad():
@@ -65,7 +65,8 @@ def attention_map(
         pass
     finally:
         handle.remove()
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
 
     (x, tokens), kwargs = captured["calls"][-1]
     with torch.no_grad():

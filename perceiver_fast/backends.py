@@ -95,6 +95,8 @@ def _check(name: str, where: str) -> str:
 class use_backend:
     """Force a backend for every op, at once and, used as a context manager, until the end of the block.
 
+    It holds for the whole process, all threads included.
+
     Args:
         name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels) or
             ``"reference"`` (plain PyTorch). The environment variable PERCEIVER_FAST_BACKEND sets the initial value.

@@ -67,9 +67,11 @@ def test_attention_map_is_their_attention(extra, layer, masked):
     mask = torch.rand(2, 5, 6) > 0.4 if masked else None
     expected = their_attention(theirs, data, layer, mask).view(2, 2, 7, 5, 6)
     ours.train()
+    ours.layers[0].cross_ff.eval()  # frozen by its user
     actual = pf.attention_map(ours, data, layer=layer, latents=[0, 3, 6], mask=mask)
     assert relative_error(actual, expected[:, :, [0, 3, 6]]) < 1e-12
-    assert ours.training and not ours.layers[layer].cross_attn._forward_pre_hooks
+    assert ours.training and not ours.layers[0].cross_ff.training and ours.layers[0].cross_attn.training
+    assert not ours.layers[layer].cross_attn._forward_pre_hooks
 
 
 def test_attention_map_says_what_is_wrong():

@@ -43,8 +43,8 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
 
-// Exponents up to here need no shift: sums of any number of powers of two do not overflow, and terms that matter
-// beside a sum of at least 2^-kSafe do not underflow.
+// Exponents up to here need no shift: sums of 2^24 powers of two times |r x| up to 2^40 do not overflow float, and
+// terms that matter beside a sum of at least 2^-kSafe do not underflow. LayerNorm keeps |r x| below sqrt(C).
 template <class T>
 constexpr double kSafe = sizeof(T) == 8 ? 400 : 60;
 
@@ -70,29 +70,31 @@ struct Plan {
   }
 };
 
-// Cuts a box into about `wanted` equal parts, by rows while there are enough of them.
+// Number of parts, about `wanted` and at least one, that a box is cut into: by rows while there are enough of them.
+int64_t part_count(int64_t rows, int64_t columns, int64_t wanted) {
+  const int64_t down = std::max<int64_t>(1, std::min(rows, wanted));
+  return down * std::max<int64_t>(1, std::min(columns, (wanted + down - 1) / down));
+}
+
+// Cuts a whole box into `parts` equal parts; `parts` comes from part_count.
 template <class T>
-std::vector<TokenBox<T>> split(const TokenBox<T>& box, int64_t wanted) {
-  const int64_t rows = box.row_end, columns = box.col_end;
-  const int64_t down = std::min(rows, wanted), across = std::min(columns, (wanted + down - 1) / down);
-  std::vector<TokenBox<T>> parts;
-  for (int64_t i = 0; i < down; ++i)
-    for (int64_t j = 0; j < across; ++j) {
-      parts.push_back(box);
-      parts.back().row_begin = rows * i / down;
-      parts.back().row_end = rows * (i + 1) / down;
-      parts.back().col_begin = columns * j / across;
-      parts.back().col_end = columns * (j + 1) / across;
-    }
-  return parts;
+TokenBox<T> part_of(TokenBox<T> box, int64_t part, int64_t parts) {
+  const int64_t rows = box.row_end, columns = box.col_end, down = std::min(rows, parts), across = parts / down;
+  const int64_t i = part / across, j = part % across;
+  box.row_begin = rows * i / down;
+  box.row_end = rows * (i + 1) / down;
+  box.col_begin = columns * j / across;
+  box.col_end = columns * (j + 1) / across;
+  return box;
 }
 
 // Parts to cut each query block's tokens into, so that every thread has work (few latents, many tokens).
 // Depends on shape and thread count alone: the same run gives the same bits.
-int64_t token_parts(int64_t block_tasks, int64_t tokens, int threads) {
+template <class T>
+int64_t token_parts(const Plan<T>& plan, int64_t block_tasks, int threads) {
   if (block_tasks % threads == 0 || block_tasks >= 8 * threads) return 1;
   const int64_t wanted = (4 * threads + block_tasks - 1) / block_tasks;
-  return std::max<int64_t>(1, std::min<int64_t>(wanted, tokens / 2048));
+  return part_count(plan.rows, plan.columns, std::min<int64_t>(wanted, plan.tokens / 2048));
 }
 
 // Accumulators of a query block: [L][lanes] sums, [lanes] sum of p, [lanes] the shift the p were taken at.
@@ -102,7 +104,7 @@ template <class T, class Work, class Finish>
 void for_each_block(const Plan<T>& plan, const Parallel& parallel, Work work, Finish finish) {
   const int64_t lanes = plan.kernels.lanes, added = (plan.length + 1) * lanes, size = added + lanes;
   const int64_t tasks = plan.in.batch * plan.blocks;
-  const int64_t parts = token_parts(tasks, plan.tokens, parallel.threads);
+  const int64_t parts = token_parts(plan, tasks, parallel.threads);
   if (parts == 1) {
     parallel.run(tasks, [&](int64_t begin, int64_t end) {
       Aligned<T> sums(size);
@@ -214,14 +216,13 @@ void token_gradients(const Plan<T>& plan, const PackedTokens<T>& packed, const Q
       delta[i] = stats.delta[i] * weight;
     }
   });
-  const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(4 * parallel.threads, M / 512));
-  const int64_t parts = split(plan.box(packed, 0), wanted).size();
+  const int64_t parts = part_count(plan.rows, plan.columns, std::min<int64_t>(4 * parallel.threads, M / 512));
   parallel.run(in.batch * parts, [&](int64_t begin, int64_t end) {
     const Aligned<T> row_sums(2 * N), columns(3 * F * plan.kernels.lanes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / parts, n = b * N;
       plan.kernels.token_gradient(
-          split(plan.box(packed, b), wanted)[task % parts],
+          part_of(plan.box(packed, b), task % parts, parts),
           {N, L, q.get() + n * L, grad.get() + n * L, stats.shift.data() + n, delta.data() + n, in.feat + b * M * F,
            dfeat + b * M * F, dscale + b * M, row_sums.get(), columns.get()});
     }
@@ -241,7 +242,7 @@ void grid_attention_forward(const GridAttentionInput<T>& in, T* o, double* lse, 
     T* shift = sums + (L + 1) * lanes;
     bound_logits(table.q.get(), in.sizes, in.features, int(lanes), packed.bounds[table.b], shift);
     for (int64_t lane = 0; lane < lanes; ++lane) shift[lane] = shift_for<T>(shift[lane]);
-    forward_part(plan, split(plan.box(packed, table.b), parts)[part], table.q.get(), sums);
+    forward_part(plan, part_of(plan.box(packed, table.b), part, parts), table.q.get(), sums);
   };
   const auto finish = [&](int64_t task, T* sums) {
     const int64_t b = task / plan.blocks, first = task % plan.blocks * lanes;
@@ -282,7 +283,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const T* o, const 
     }
     pack_table(d_o + row * L, L, table.count, L, lanes, stats.weight.data() + row, grad.get());
     std::fill(sums, sums + (L + 2) * lanes, T(0));
-    plan.kernels.backward(split(plan.box(packed, table.b), parts)[part],
+    plan.kernels.backward(part_of(plan.box(packed, table.b), part, parts),
                           {table.q.get(), shift.data(), grad.get(), delta.data(), sums, scratch.get()});
   };
   // dS sums to d_lse over the tokens. What it sums to in floating point is the error of delta, which came from

@@ -80,7 +80,7 @@ struct Step {
       if (kind != Variant::plain) t[u] += S::set(tok[u * K + 1 + F]);
     }
     for (int64_t f = 0; f < F; ++f)
-      for (int u = 0; u < U; ++u) t[u] += q_feat[f] * tok[u * K + 1 + f];
+      for (int u = 0; u < U; ++u) t[u] = fma(q_feat[f], S::set(tok[u * K + 1 + f]), t[u]);
     for (int u = 0; u < U; ++u) p[u] = exp2<T, kind == Variant::masked_and_shifted>(t[u], shift);
     // Channels are read again from L1 below; kept in registers, the forward would spill.
     if (FS > 0 && !Backward) asm("" : "+r"(tok));
@@ -219,7 +219,7 @@ void maximum(const TokenBox<T>& box, const T* q, T* max) {
     for (int64_t j = box.col_begin; j < box.col_end; ++j) {
       const T* tok = box.tokens + (row * box.inner_size + j) * K;
       V t = (S::load(q_inner + j * S::lanes) + a) * tok[0] + S::set(tok[1 + F]);
-      for (int64_t f = 0; f < F; ++f) t += S::load(q + f * S::lanes) * tok[1 + f];
+      for (int64_t f = 0; f < F; ++f) t = fma(S::load(q + f * S::lanes), S::set(tok[1 + f]), t);
       largest = S::max(t, largest);
     }
   }
@@ -278,7 +278,7 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
         const V q_axes = S::load(q_inner) + q_row[n], g_axes = S::load(g_inner) + g_row[n];
         V t = q_axes * r + bias, u = g_axes * r - g.delta[n];
         for (int64_t f = 0; f < F; ++f) {
-          t += x[f] * q[f];
+          t = fma(S::set(q[f]), x[f], t);
           u += x[f] * grad[f];
         }
         const V p = exp2<T, true>(t, S::set(g.shift[n]));

@@ -9,6 +9,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define PF_INLINE inline __attribute__((always_inline))
@@ -35,6 +37,36 @@ struct Simd;
 PF_DEFINE_SIMD(float, int32_t)
 PF_DEFINE_SIMD(double, int64_t)
 #undef PF_DEFINE_SIMD
+
+// a * b + c, rounded once where there is an instruction for it: written out where two kernels must agree to the last
+// bit, since a compiler that fuses on its own may choose either product of a * b + c * d.
+#if PF_VECTOR_BYTES == 64
+PF_INLINE Simd<float>::Vec fma(Simd<float>::Vec a, Simd<float>::Vec b, Simd<float>::Vec c) {
+  return (Simd<float>::Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+PF_INLINE Simd<double>::Vec fma(Simd<double>::Vec a, Simd<double>::Vec b, Simd<double>::Vec c) {
+  return (Simd<double>::Vec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif PF_VECTOR_BYTES == 32
+PF_INLINE Simd<float>::Vec fma(Simd<float>::Vec a, Simd<float>::Vec b, Simd<float>::Vec c) {
+  return (Simd<float>::Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+PF_INLINE Simd<double>::Vec fma(Simd<double>::Vec a, Simd<double>::Vec b, Simd<double>::Vec c) {
+  return (Simd<double>::Vec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+PF_INLINE Simd<float>::Vec fma(Simd<float>::Vec a, Simd<float>::Vec b, Simd<float>::Vec c) {
+  return (Simd<float>::Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+PF_INLINE Simd<double>::Vec fma(Simd<double>::Vec a, Simd<double>::Vec b, Simd<double>::Vec c) {
+  return (Simd<double>::Vec)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+template <class V>
+PF_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
 
 // Coefficients, highest power first, of minimax polynomials for 2^f (Remez on the relative error, in 60-digit
 // arithmetic): error 7.5e-8 for float, 3e-18 for double. With AVX-512 f is in [0, 1), else in [-1/2, 1/2].

@@ -21,7 +21,33 @@ struct Inputs {
                     "grid_attention: expected q [B, N, L], feat [B, *sizes, F], scale [B, *sizes]");
     STD_TORCH_CHECK(q.scalar_type() == feat.scalar_type() && q.scalar_type() == scale.scalar_type(),
                     "grid_attention: expected q, feat and scale of one dtype");
-    if (mask_) mask = torch::stable::contiguous(*mask_);
+    STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::Double,
+                    "grid_attention: expected float32 or float64");
+    STD_TORCH_CHECK(feat.dim() - 2 <= 64, "grid_attention: expected at most 64 axes, got ", feat.dim() - 2);
+    STD_TORCH_CHECK(feat.size(0) == q.size(0), "grid_attention: expected q and feat of one batch size");
+    same_grid(scale, "scale");
+    if (mask_) {
+      mask = torch::stable::contiguous(*mask_);
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "grid_attention: expected a bool mask");
+      STD_TORCH_CHECK(mask->dim() == scale.dim(), "grid_attention: expected mask [B, *sizes]");
+      same_grid(*mask, "mask");
+    }
+  }
+
+  void same_grid(const Tensor& t, const char* name) const {
+    for (int64_t a = 0; a < t.dim(); ++a)
+      STD_TORCH_CHECK(t.size(a) == feat.size(a) && (a == 0 || t.size(a) > 0), "grid_attention: expected ", name,
+                      " of feat's batch and sizes, none empty; dimension ", a, " is ", t.size(a), ", not ",
+                      feat.size(a));
+  }
+
+  // A dense tensor of q's shape, up to `dims` dimensions.
+  Tensor like_q(const Tensor& t, int64_t dims, ScalarType dtype, const char* name) const {
+    STD_TORCH_CHECK(t.dim() == dims && t.scalar_type() == dtype, "grid_attention: expected ", name, " of ", dims,
+                    " dimensions and the dtype the forward gives it");
+    for (int64_t a = 0; a < dims; ++a)
+      STD_TORCH_CHECK(t.size(a) == q.size(a), "grid_attention: expected ", name, " of q's shape");
+    return torch::stable::contiguous(t);
   }
 
   // One set of queries expanded over the batch.
@@ -70,10 +96,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
                                             const Tensor& feat, const Tensor& scale, const std::optional<Tensor>& mask,
                                             const Tensor& o, const Tensor& lse, bool token_grads) {
   const Inputs inputs(q, feat, scale, mask);
-  const Tensor grad = torch::stable::contiguous(d_o), out = torch::stable::contiguous(o);
-  const Tensor stats = torch::stable::contiguous(lse);
+  const Tensor grad = inputs.like_q(d_o, 3, q.scalar_type(), "d_o"), out = inputs.like_q(o, 3, q.scalar_type(), "o");
+  const Tensor stats = inputs.like_q(lse, 2, ScalarType::Double, "lse");
   std::optional<Tensor> grad_lse;
-  if (d_lse) grad_lse = torch::stable::contiguous(*d_lse);
+  if (d_lse) grad_lse = inputs.like_q(*d_lse, 2, ScalarType::Double, "d_lse");
   Tensor dq = torch::stable::new_empty(q, sizes_of(q));
   Tensor dfeat = torch::stable::new_empty(q, token_grads ? sizes_of(feat) : std::vector<int64_t>{0});
   Tensor dscale = torch::stable::new_empty(q, token_grads ? sizes_of(scale) : std::vector<int64_t>{0});

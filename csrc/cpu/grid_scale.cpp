@@ -21,6 +21,8 @@ Tensor forward(const Tensor& feat, const Tensor& axis_mean, const Tensor& axis_s
                   "grid_scale: expected axis_mean and axis_square of sum(sizes) = ", positions, " values");
   STD_TORCH_CHECK(mean.scalar_type() == feat.scalar_type() && square.scalar_type() == feat.scalar_type(),
                   "grid_scale: expected feat, axis_mean and axis_square of one dtype");
+  STD_TORCH_CHECK(feat.scalar_type() == ScalarType::Float || feat.scalar_type() == ScalarType::Double,
+                  "grid_scale: expected float32 or float64");
   Tensor scale = torch::stable::new_empty(feat, shape);
   const auto run = [&](auto zero) {
     using T = decltype(zero);

@@ -65,12 +65,17 @@ class CrossAttention(nn.Module):
         choice = choose_grid_attention(
             GridAttentionCall(tokens.feat.dtype, tokens.feat.device, sizes, dropout, inverted)
         )
+        if forced_backend() != "auto" or choice.backend is None:
+            return choice
         count = math.prod(sizes)
-        if forced_backend() == "auto" and choice.backend is not None and max(sizes) == count >= ONE_AXIS_LIMIT:
+        if choice.backend == "reference":
+            why = "it forms the N x M logits, which attention on built keys and values need not"
+        elif max(sizes) == count >= ONE_AXIS_LIMIT:
             # Every latent would need a table entry for every token, twice: keys and values are smaller and faster.
             why = f"one axis of {count}: its table would be as large as the logits"
-            return Choice(choice.op, None, choice.rejected | {choice.backend: [why]})
-        return choice
+        else:
+            return choice
+        return Choice(choice.op, None, choice.rejected | {choice.backend: [why]})
 
     def forward(self, x: Tensor, tokens: Tokens, mask: Tensor | None = None, inverted: bool = False) -> Tensor:
         """Attend.

@@ -8,14 +8,13 @@ high frequencies sin(pi f p) loses digits in float32.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _CACHE_SIZE = 64
-_cache: OrderedDict[tuple, AxisCodes] = OrderedDict()
+_cache: dict[tuple, AxisCodes] = {}
 
 
 class AxisCodes(NamedTuple):
@@ -27,26 +26,26 @@ class AxisCodes(NamedTuple):
 
 
 def _compute(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, device: torch.device) -> AxisCodes:
-    position = torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device=device).unsqueeze(1)
-    frequency = torch.linspace(1.0, max_freq / 2, num_bands, dtype=torch.float64, device=device)
+    # On the CPU: some devices have no float64.
+    position = torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device="cpu").unsqueeze(1)
+    frequency = torch.linspace(1.0, max_freq / 2, num_bands, dtype=torch.float64, device="cpu")
     angle = position * frequency * math.pi
     code = torch.cat([angle.sin(), angle.cos(), position], 1)
     mean = code.mean(1)
     square = (code - mean.unsqueeze(1)).square().sum(1)
-    return AxisCodes(code.to(dtype), mean.to(dtype), square.to(dtype))
+    return AxisCodes(*(t.to(device, dtype) for t in (code, mean, square)))
 
 
 def _cached(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, device: torch.device) -> AxisCodes:
     key = (size, num_bands, max_freq, dtype, device)
-    if key in _cache:
-        _cache.move_to_end(key)
-        return _cache[key]
+    if (codes := _cache.get(key)) is not None:
+        return codes
     with torch.inference_mode(False), torch.no_grad():  # usable in training whatever mode it was first asked for in
         codes = _compute(*key)
     if type(codes.code) is Tensor:  # not a fake tensor of some tracer
         _cache[key] = codes
         if len(_cache) > _CACHE_SIZE:
-            _cache.popitem(last=False)
+            _cache.pop(next(iter(_cache)), None)  # the oldest
     return codes
 
 

@@ -65,7 +65,7 @@ def _check_mask(name: str, data: Tensor, mask: Tensor) -> Tensor:
             f"{name}: expected a bool mask (True where a token may be attended to), got {mask.dtype}; "
             "convert it with mask.bool()"
         )
-    if mask.dim() < 2 or mask.shape[0] != batch or mask.shape[1:].numel() != tokens:
+    if mask.dim() < 2 or mask.shape[0] not in (1, batch) or mask.shape[1:].numel() != tokens:
         raise ValueError(
             f"{name}: expected mask of shape {(batch, tokens)} or {(batch, *sizes)}, got {tuple(mask.shape)}; "
             "give one bool for every token of every batch element"
@@ -75,4 +75,4 @@ def _check_mask(name: str, data: Tensor, mask: Tensor) -> Tensor:
             f"{name}: expected mask on {data.device}, like data, got {mask.device}; move it, "
             f"e.g. mask.to('{data.device}')"
         )
-    return mask.flatten(1)
+    return mask.flatten(1).expand(batch, -1)

@@ -25,7 +25,8 @@ class Perceiver(nn.Module):
     """N latents that attend to M raw inputs in every block, then to each other.
 
     The arguments, the state_dict, the outputs and the gradients are perceiver-pytorch 0.11.0's; the same seed gives
-    the same initial weights. Checkpoints of perceiver-pytorch 0.3 to 0.9 are renamed as they load.
+    the same initial weights. Checkpoints of perceiver-pytorch 0.3 to 0.9 are renamed as they load. The kernels give first
+    derivatives and take no torch.func transforms; ``use_backend("reference")`` has both.
 
     Args:
         num_freq_bands: number of Fourier frequencies per axis, K.
@@ -133,9 +134,10 @@ class Perceiver(nn.Module):
             if final_classifier_head
             else nn.Identity()
         )
-        self.register_load_state_dict_pre_hook(
-            lambda module, state_dict, prefix, *_: upgrade_state_dict(state_dict, prefix)
-        )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        upgrade_state_dict(state_dict, prefix)  # before the submodules take their shares
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def describe(self, data: Tensor) -> Tokens:
         """The tokens of ``data``, shared by all cross-attention layers of one forward."""

@@ -336,3 +336,21 @@ def test_bad_arguments_are_explained():
 
 def test_empty_batch():
     assert pf.Perceiver(**SMALL)(torch.randn(0, 5, 6, 3)).shape == (0, 6)
+
+
+def test_a_model_can_be_pickled_and_copied():
+    import copy
+    import io
+
+    model, data = pf.Perceiver(**SMALL), torch.randn(1, 5, 6, 3)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(other(data), model(data))
+
+
+def test_one_mask_for_the_whole_batch():
+    theirs, ours = model_pair(torch.float64, **SMALL)
+    data, mask = torch.randn(3, 5, 6, 3, dtype=torch.float64), torch.rand(1, 30) > 0.4
+    assert relative_error(ours(data, mask=mask), theirs(data, mask=mask)) < 1e-12

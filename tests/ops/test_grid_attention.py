@@ -300,3 +300,48 @@ def test_forced_backends():
         call = {k: v.to("meta") if k != "q_axes" else tuple(t.to("meta") for t in v) for k, v in call.items()}
         with pytest.raises(pf.BackendError, match="cpu.*forced.*not meta"):
             grid_attention(**call)
+
+
+@pytest.mark.parametrize("threads, queries", [(2, 3), (3, 3), (16, 3), (12, 250)])
+@pytest.mark.parametrize("sizes", [(3, 8192), (5, 8192), (2, 3, 4096)])
+def test_no_token_is_lost_when_few_rows_are_split(threads, queries, sizes):
+    """Tokens are cut into parts by rows and, where rows are few, by columns too: the parts must cover the grid."""
+    torch.set_num_threads(threads)
+    try:
+        q, feat, scale, _ = grid_inputs(1, queries, 1, sizes)
+        d_o, d_lse = torch.randn_like(q), torch.randn(q.shape[:2], dtype=torch.float64)
+        actual = run(grid_attention_joined, q, feat, scale, None, d_o, d_lse)
+        exact = run(reference.grid_attention, q, feat, scale, None, d_o, d_lse)
+        for name, value in exact.items():
+            assert relative_error(actual[name], value) < 1e-12, name
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [1, 2, 3, 4, 5])
+def test_a_mask_that_masks_nothing_changes_no_bit(features, dtype):
+    q, feat, scale, _ = grid_inputs(1, 9, features, (13, 22), dtype, magnitude=3.0)
+    everything = torch.ones(1, 13, 22, dtype=torch.bool)
+    plain, masked = (grid_attention_joined(q, feat, scale, mask) for mask in (None, everything))
+    assert torch.equal(plain[0], masked[0]) and torch.equal(plain[1], masked[1])
+
+
+def test_the_registered_op_refuses_what_it_cannot_read():
+    q, feat, scale, mask = grid_inputs(1, 5, 3, (4, 6), torch.float32, True)
+    forward = torch.ops.perceiver_fast.grid_attention_forward
+    o, lse = forward(q, feat, scale, mask)
+    for bad in (
+        (q.half(), feat.half(), scale.half(), None),
+        (q, feat, scale[:, :2], None),
+        (q, feat, scale, mask.to(torch.uint8)),
+        (q, feat, scale, mask[:, :2]),
+        (q[..., 1:], feat, scale, None),
+        (q.expand(2, -1, -1), feat, scale, None),
+    ):
+        with pytest.raises(RuntimeError, match="grid_attention: expected"):
+            forward(*bad)
+    backward = torch.ops.perceiver_fast.grid_attention_backward
+    for d_o, d_lse in ((o[:, :2], None), (o.double(), None), (o, lse.float())):
+        with pytest.raises(RuntimeError, match="grid_attention: expected"):
+            backward(d_o, d_lse, q, feat, scale, None, o, lse, False)

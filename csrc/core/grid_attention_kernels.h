@@ -1,8 +1,8 @@
 // The inner loops of grid attention, forward and backward, for one instruction set.
 //
-// S[n,m] = r_m (sum_f q_feat[n,f] x_mf + sum_a q_axes_a[n, i_a(m)]); a token arrives as (r, r x), so a pair
-// costs one add, F + 1 fused multiply-adds, one exp2 and F + 3 accumulations: 19 vector instructions for
-// RGB on AVX-512, 24 in the backward.
+// S[n,m] = r_m (sum_f q_feat[n,f] x_mf + sum_a q_axes_a[n, i_a(m)]); a token arrives as (r, r x), so a vector of pairs
+// costs an add, a multiply, F fused multiply-adds, one exp2 and F + 3 accumulations: 18 vector instructions for RGB
+// with AVX-512, 24 in the backward.
 //
 // Every float sum is kept short: a tile of columns, then a block of rows, then the blocks. A chain is never
 // longer than a few hundred terms, so the error does not grow with the number of tokens.

@@ -14,11 +14,11 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def compare(config, prepare=lambda state, data: data, seed=0):
+def compare(config, prepare=lambda state, data: data, seed=0, noise=1e-14):
     """Errors of ours (float64, float32) and of theirs (float32) against theirs in float64, for all results.
 
     Gradients that are nothing but rounding beside the others' norm (1e-9 of it, as where softmax saturates) are left out
-    of the comparison of float32 errors, and in float64 agree to 1e-14 of it.
+    of the comparison of float32 errors, and in float64 agree to ``noise`` times it.
     """
     torch.manual_seed(seed)
     theirs, ours = model_pair(torch.float64, **config["keywords"])
@@ -44,7 +44,7 @@ def compare(config, prepare=lambda state, data: data, seed=0):
     for name, exact in results["exact"].items():
         size = exact.norm().item()
         error64 = (results["ours64"][name] - exact).norm().item()
-        assert error64 <= 1e-10 * size + 1e-14 * whole, (name, config)
+        assert error64 <= 1e-10 * size + noise * whole, (name, config)
         if size > 1e-9 * whole:
             yield name, relative_error(results["ours32"][name], exact), relative_error(results["theirs32"][name], exact)
 
@@ -87,7 +87,8 @@ def test_extreme_logits():
     for seed in range(340, 370):
         config = random_config(seed)
         config["keywords"]["depth"] = 1  # a second layer would multiply the first one's rounding by 1e4
-        list(compare(config, scale_queries, seed))
+        # float64 rounds to 1e-16 of the whole; behind the scaled weights that is up to 1e4 times more.
+        list(compare(config, scale_queries, seed, noise=1e-13))
 
 
 @pytest.mark.parametrize("sizes, latents", [((1, 1), 5), ((1,), 1), ((6, 5), 1), ((1, 1, 1), 1), ((1, 9), 4)])

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op, with the stems of ``perceiver_fast.ops``. None yet: GPUs run the reference."""
+"""Triton kernels, one file per op, with the stems of ``perceiver_fast.ops``. None yet: GPUs run PyTorch's attention."""

@@ -30,7 +30,7 @@ def _load():
 
         _C.active_isa()
     except Exception as error:  # a wrong ABI, a missing symbol or a bad PERCEIVER_FAST_CPU_ISA: said once, kept as reason
-        log.warning("the C++ extension failed to load, the reference path runs instead: %s", error)
+        log.warning("the C++ extension failed to load, plain PyTorch runs instead: %s", error)
         return None, f"the C++ extension failed to load: {error}"
     return _C, None
 

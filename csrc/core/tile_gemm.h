@@ -1,0 +1,67 @@
+// Small matrix products on tiles that sit in cache, for one instruction set:
+//
+//   c[i][x] += sum_k w(i, k) b[k][x]        w(i, k) = w[i * w_row + k * w_step]
+//
+// Columns x run over vectors, and the elements of w are broadcast as they lie, so either a matrix (w_step = 1) or its
+// transpose (w_row = 1) is read in place and nothing is packed. Eight rows of two vectors stay in registers: sixteen
+// independent sums, more than two multiply-add units of latency four need, and ten loads for sixteen multiply-adds.
+#pragma once
+
+#include "simd.h"
+
+namespace perceiver_fast {
+namespace PF_ISA {
+
+// Rows by vectors held in registers: AVX-512 has 32 of them, the others 16.
+constexpr int kTileRows = PF_VECTOR_BYTES == 64 ? 8 : 6;
+constexpr int kTileVectors = 2;
+
+template <class T, int Rows, int Vectors, bool Accumulate>
+PF_INLINE void tile_gemm_block(int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b, int64_t b_row,
+                               T* c, int64_t c_row) {
+  using S = Simd<T>;
+  typename S::Vec sum[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vectors; ++v)
+      sum[i][v] = Accumulate ? S::load(c + i * c_row + v * S::lanes) : typename S::Vec{};
+  for (int64_t k = 0; k < depth; ++k, w += w_step, b += b_row) {
+    typename S::Vec row[Vectors];
+    for (int v = 0; v < Vectors; ++v) row[v] = S::load(b + v * S::lanes);
+    for (int i = 0; i < Rows; ++i) {
+      const auto element = S::set(w[i * w_row]);
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(element, row[v], sum[i][v]);
+    }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vectors; ++v) S::store(c + i * c_row + v * S::lanes, sum[i][v]);
+}
+
+// All rows of one strip of `Vectors` vectors.
+template <class T, int Vectors, bool Accumulate>
+void tile_gemm_strip(int64_t rows, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b, int64_t b_row,
+                     T* c, int64_t c_row) {
+  int64_t i = 0;
+#define PF_ROWS(COUNT)                        \
+  for (; i + COUNT <= rows; i += COUNT)       \
+    tile_gemm_block<T, COUNT, Vectors, Accumulate>(depth, w + i * w_row, w_row, w_step, b, b_row, c + i * c_row, c_row);
+  PF_ROWS(kTileRows)
+  PF_ROWS(4)
+  PF_ROWS(1)
+#undef PF_ROWS
+}
+
+// c = w b, or c += w b when Accumulate. `columns` is a multiple of the vector's lanes; b and c are row-major with
+// rows b_row and c_row apart.
+template <class T, bool Accumulate>
+void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
+               int64_t b_row, T* c, int64_t c_row) {
+  constexpr int64_t strip = kTileVectors * Simd<T>::lanes;
+  int64_t x = 0;
+  for (; x + strip <= columns; x += strip)
+    tile_gemm_strip<T, kTileVectors, Accumulate>(rows, depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
+  for (; x < columns; x += Simd<T>::lanes)
+    tile_gemm_strip<T, 1, Accumulate>(rows, depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
+}
+
+}  // namespace PF_ISA
+}  // namespace perceiver_fast

@@ -1,10 +1,14 @@
 // Small matrix products on tiles that sit in cache, for one instruction set:
 //
-//   c[i][x] += sum_k w(i, k) b[k][x]        w(i, k) = w[i * w_row + k * w_step]
+//   c[i][x] = sum_k w(i, k) b[k][x]        w(i, k) = w[i * w_row + k * w_step]
 //
 // Columns x run over vectors, and the elements of w are broadcast as they lie, so either a matrix (w_step = 1) or its
-// transpose (w_row = 1) is read in place and nothing is packed. Eight rows of two vectors stay in registers: sixteen
-// independent sums, more than two multiply-add units of latency four need, and ten loads for sixteen multiply-adds.
+// transpose (w_row = 1) is read in place and nothing is packed. With AVX-512 eight rows of two vectors stay in
+// registers: sixteen independent sums, more than two multiply-add units of latency four need, and ten loads for
+// sixteen multiply-adds.
+//
+// An element's sum runs over k in order from zero, whatever the block it falls into: two calls that compute the same
+// product agree to the last bit.
 #pragma once
 
 #include "simd.h"
@@ -13,17 +17,14 @@ namespace perceiver_fast {
 namespace PF_ISA {
 
 // Rows by vectors held in registers: AVX-512 has 32 of them, the others 16.
-constexpr int kTileRows = PF_VECTOR_BYTES == 64 ? 8 : 6;
-constexpr int kTileVectors = 2;
+constexpr int kGemmRows = PF_VECTOR_BYTES == 64 ? 8 : 6;
+constexpr int kGemmVectors = 2;
 
 template <class T, int Rows, int Vectors, bool Accumulate>
 PF_INLINE void tile_gemm_block(int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b, int64_t b_row,
                                T* c, int64_t c_row) {
   using S = Simd<T>;
-  typename S::Vec sum[Rows][Vectors];
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v)
-      sum[i][v] = Accumulate ? S::load(c + i * c_row + v * S::lanes) : typename S::Vec{};
+  typename S::Vec sum[Rows][Vectors] = {};
   for (int64_t k = 0; k < depth; ++k, w += w_step, b += b_row) {
     typename S::Vec row[Vectors];
     for (int v = 0; v < Vectors; ++v) row[v] = S::load(b + v * S::lanes);
@@ -33,7 +34,10 @@ PF_INLINE void tile_gemm_block(int64_t depth, const T* w, int64_t w_row, int64_t
     }
   }
   for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v) S::store(c + i * c_row + v * S::lanes, sum[i][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      T* at = c + i * c_row + v * S::lanes;
+      S::store(at, Accumulate ? S::load(at) + sum[i][v] : sum[i][v]);  // tile by tile, so that chains stay short
+    }
 }
 
 // All rows of one strip of `Vectors` vectors.
@@ -41,11 +45,11 @@ template <class T, int Vectors, bool Accumulate>
 void tile_gemm_strip(int64_t rows, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b, int64_t b_row,
                      T* c, int64_t c_row) {
   int64_t i = 0;
-#define PF_ROWS(COUNT)                        \
-  for (; i + COUNT <= rows; i += COUNT)       \
+#define PF_ROWS(COUNT)                  \
+  for (; i + COUNT <= rows; i += COUNT) \
     tile_gemm_block<T, COUNT, Vectors, Accumulate>(depth, w + i * w_row, w_row, w_step, b, b_row, c + i * c_row, c_row);
-  PF_ROWS(kTileRows)
-  PF_ROWS(4)
+  PF_ROWS(kGemmRows)
+  PF_ROWS(3)
   PF_ROWS(1)
 #undef PF_ROWS
 }
@@ -55,10 +59,10 @@ void tile_gemm_strip(int64_t rows, int64_t depth, const T* w, int64_t w_row, int
 template <class T, bool Accumulate>
 void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
                int64_t b_row, T* c, int64_t c_row) {
-  constexpr int64_t strip = kTileVectors * Simd<T>::lanes;
+  constexpr int64_t strip = kGemmVectors * Simd<T>::lanes;
   int64_t x = 0;
   for (; x + strip <= columns; x += strip)
-    tile_gemm_strip<T, kTileVectors, Accumulate>(rows, depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
+    tile_gemm_strip<T, kGemmVectors, Accumulate>(rows, depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
   for (; x < columns; x += Simd<T>::lanes)
     tile_gemm_strip<T, 1, Accumulate>(rows, depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
 }

@@ -1,9 +1,10 @@
-"""Attention over keys and values that were built: what remains where no identity applies.
+"""Attention over keys and values that exist as tensors: what remains where no identity applies.
 
-    o = softmax(q k^T / sqrt(d)) v
+    S = scale q k^T,    P = softmax over tokens of S,    o = P v
 
-torch's scaled_dot_product_attention runs it without an N x M matrix; attention dropout and inverted attention run in
-plain PyTorch with one.
+and, inverted, ``P[n, m] = A[n, m] / sum_m A[n, m]`` with ``A = softmax over queries of S``. Tokens are streamed in
+tiles and the backward recomputes P, so memory is O(N + M) for any number of queries, tokens and channels, with masks,
+dropout and inverted attention too. On GPUs torch's scaled_dot_product_attention runs what it can.
 """
 
 from __future__ import annotations
@@ -14,30 +15,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_fast import backends, reference
+from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops.library import compute_dtype, library
 
 OP = "cross_attention"
+
+library.define(
+    "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float dropout, Tensor? seed, "
+    "bool inverted) -> (Tensor o, Tensor lse, Tensor token_lse)"
+)
+library.define(
+    "cross_attention_backward(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, "
+    "float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor token_lse) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+@torch.library.register_fake("perceiver_fast::cross_attention_forward")
+def _(q, k, v, mask, scale, dropout, seed, inverted):
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64)
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse, lse.new_empty(k.shape[:3] if inverted else (0,))
+
+
+@torch.library.register_fake("perceiver_fast::cross_attention_backward")
+def _(d_o, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class CrossAttentionFunction(torch.autograd.Function):
+    """Connects the registered forward and backward; saves its inputs, o and statistics, nothing of size N x M."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale, dropout, seed, inverted):
+        o, lse, token_lse = torch.ops.perceiver_fast.cross_attention_forward(
+            q, k, v, mask, scale, dropout, seed, inverted
+        )
+        ctx.save_for_backward(q, k, v, mask, seed, o, lse, token_lse)
+        ctx.options = scale, dropout, inverted
+        ctx.set_materialize_grads(False)
+        if inverted:
+            ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o, d_lse):
+        q, k, v, mask, seed, o, lse, token_lse = ctx.saved_tensors
+        scale, dropout, inverted = ctx.options
+        if d_o is None:
+            d_o = torch.zeros_like(o)
+        grads = torch.ops.perceiver_fast.cross_attention_backward(
+            d_o, None if inverted else d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse
+        )
+        return *grads, None, None, None, None, None
 
 
 @dataclass(frozen=True)
 class CrossAttentionCall:
     """What the choice of a backend may depend on."""
 
+    dtype: torch.dtype
+    device: torch.device
     dropout: float = 0.0
     inverted: bool = False
+    lse: bool = False
+
+
+def _cpu_reasons(call: CrossAttentionCall) -> list[str]:
+    reasons = [] if extension.error is None else [extension.error]
+    if call.device.type != "cpu":
+        reasons.append(f"it runs on cpu tensors, not {call.device.type}")
+    if call.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"it takes float64, float32, bfloat16 and float16, not {call.dtype}")
+    return reasons
 
 
 def _sdpa_reasons(call: CrossAttentionCall) -> list[str]:
     reasons = []
-    if call.dropout > 0:
-        reasons.append(f"attention dropout {call.dropout:g} is on")
     if call.inverted:
         reasons.append("inverted attention normalises over the latents")
+    if call.dropout > 0 and call.device.type == "cpu":
+        reasons.append(f"attention dropout {call.dropout:g} is on")
+    if call.lse:
+        reasons.append("it does not return the log-sum-exp")
     return reasons
 
 
-BACKENDS = (Backend("sdpa", _sdpa_reasons), Backend("reference", lambda call: []))
+BACKENDS = (Backend("cpu", _cpu_reasons), Backend("sdpa", _sdpa_reasons), Backend("reference", lambda call: []))
 
 
 def choose_cross_attention(call: CrossAttentionCall) -> Choice:
@@ -45,25 +110,46 @@ def choose_cross_attention(call: CrossAttentionCall) -> Choice:
     return backends.choose(OP, BACKENDS, call)
 
 
+def dropout_seed(probability: float, device: torch.device) -> Tensor | None:
+    """A fresh seed from torch's generator, int64 of one element; None without dropout."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if probability > 0 else None
+
+
 def cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, inverted: bool = False
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    inverted: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of N queries to M tokens whose keys and values are given.
 
     Args:
-        q: ``[B, H, N, d]``.
-        k: ``[B, H, M, d]``.
-        v: ``[B, H, M, dv]``.
+        q: ``[B, H, N, d]``, floating point; may be expanded over B.
+        k: ``[B, H, M, d]``, the dtype of q.
+        v: ``[B, H, M, dv]``, the dtype of q; dv need not be d.
         mask: bool ``[B, M]``, True where a token may be attended to. Default: all. A row that is all False attends
             uniformly to all tokens, as perceiver-pytorch does.
-        dropout: probability of dropping an attention weight. Default: 0.
+        dropout: probability of dropping an attention weight. Which ones is a function of a seed that is drawn from
+            torch's generator, and of indices: the number of threads does not matter. Default: 0.
         inverted: softmax over the queries, then normalised over the tokens. Default: False.
+        scale: of the logits. Default: 1 / sqrt(d).
+        return_lse: also return the natural log-sum-exp of the logits. Default: False.
 
     Returns:
-        ``[B, H, N, dv]``, the dtype of q.
+        ``[B, H, N, dv]``, the dtype of q; with return_lse also lse ``[B, H, N]`` float64, -finfo.max for a batch element
+        that is all masked. float64 is computed in float64, all others in float32. Differentiable once.
 
     Raises:
+        TypeError, ValueError: a wrong dtype, rank, size or device; the message says expected, got and what to do.
         perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Source:
+        Online softmax and recomputation as in Dao et al., "FlashAttention", NeurIPS 2022; inverted attention as in
+        perceiver-pytorch 0.11.0, after Locatello et al., "Slot attention", NeurIPS 2020.
 
     Example:
         >>> import torch
@@ -71,13 +157,81 @@ def cross_attention(
         >>> cross_attention(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 4)).shape
         torch.Size([1, 2, 5, 4])
     """
-    if backends.require(choose_cross_attention(CrossAttentionCall(dropout, inverted))).backend == "reference":
-        return reference.cross_attention(q, k, v, mask, dropout, inverted)
-    bias = None
-    if mask is not None:
-        # A row that is all masked is uniform and its logits are constants: zero queries and no mask do just that.
-        empty = ~mask.any(-1, keepdim=True)
-        q = q.masked_fill(empty[:, None, None], 0.0)
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-        bias = bias.masked_fill(~(mask | empty), torch.finfo(q.dtype).min)[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    _check(q, k, v, mask, dropout, inverted, return_lse)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = CrossAttentionCall(q.dtype, q.device, dropout, inverted, return_lse)
+    backend = backends.require(choose_cross_attention(call)).backend
+    if backend == "reference":
+        seed = dropout_seed(dropout, q.device)
+        o, lse = reference.cross_attention(q, k, v, mask, scale, dropout, seed, inverted)
+        return (o, lse) if return_lse else o
+    empty = None
+    if not inverted:
+        q, mask, empty = _without_constants(q, k, mask, keep_lse=return_lse)
+    if backend == "sdpa":
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+            bias = bias.masked_fill(~mask, torch.finfo(q.dtype).min)[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    compute = compute_dtype(q.dtype)
+    seed = dropout_seed(dropout, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        o, lse = CrossAttentionFunction.apply(
+            q.to(compute), k.to(compute), v.to(compute), mask, scale, dropout, seed, inverted
+        )
+    o = o.to(q.dtype)
+    if not return_lse:
+        return o
+    return o, lse if empty is None else lse.masked_fill(empty[:, None, None], -torch.finfo(compute).max)
+
+
+def _without_constants(q: Tensor, k: Tensor, mask: Tensor | None, keep_lse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Zero queries where the weights do not depend on them, so that their gradients are exactly zero.
+
+    A batch element that is all masked attends uniformly, which is what zero queries and no mask do; one that sees a
+    single token has a weight of one there, but its log-sum-exp is that token's logit.
+
+    Returns:
+        q, the mask without its empty rows (or None), and which batch elements were empty (or None).
+    """
+    if mask is None:
+        return (q * 0 if k.shape[2] == 1 and not keep_lse else q), None, None
+    visible = mask.sum(-1)
+    empty = visible == 0
+    constant = empty if keep_lse else visible <= 1
+    return q.masked_fill(constant[:, None, None, None], 0.0), mask | empty[:, None], empty
+
+
+def _check(q, k, v, mask, dropout, inverted, return_lse) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise ValueError(f"{OP}: expected {name} [B, H, rows, channels], got shape {tuple(t.shape)}")
+        if not t.is_floating_point():
+            raise TypeError(f"{OP}: expected {name} to be floating point, got {t.dtype}; convert it with .float()")
+        if t.dtype != q.dtype:
+            raise TypeError(f"{OP}: expected {name} to be {q.dtype} like q, got {t.dtype}; convert one of them")
+        if t.device != q.device:
+            raise ValueError(f"{OP}: expected {name} on {q.device} like q, got {t.device}; move it with .to(...)")
+        if t.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"{OP}: expected {name} of q's batch size and heads {tuple(q.shape[:2])}, got {tuple(t.shape[:2])}"
+            )
+    if k.shape[2] == 0 or v.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{OP}: expected k and v of the same number of tokens, at least one, got {k.shape[2]} and {v.shape[2]}"
+        )
+    if k.shape[3] != q.shape[3] or k.shape[3] == 0:
+        raise ValueError(f"{OP}: expected k of q's channels, at least one, got {q.shape[3]} and {k.shape[3]}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{OP}: expected a dropout probability in [0, 1), got {dropout}")
+    if inverted and return_lse:
+        raise ValueError(f"{OP}: inverted attention has no log-sum-exp over the tokens; leave return_lse out")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{OP}: expected a bool mask, got {mask.dtype}; convert it with mask.bool()")
+    if mask.shape != (q.shape[0], k.shape[2]):
+        raise ValueError(f"{OP}: expected mask of shape {(q.shape[0], k.shape[2])}, got {tuple(mask.shape)}")
+    if mask.device != q.device:
+        raise ValueError(f"{OP}: expected mask on {q.device}, got {mask.device}; move it with .to(...)")

@@ -6,25 +6,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_fast.reference.dropout import apply_dropout
+
 
 def cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, inverted: bool = False
-) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v``.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    inverted: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale q k^T) v`` and the logarithm of the softmax's denominator.
 
     Args:
         q: ``[B, H, N, d]``.
         k: ``[B, H, M, d]``.
         v: ``[B, H, M, dv]``.
         mask: bool ``[B, M]``, True where a token may be attended to; a row that is all False attends uniformly.
+        scale: of the logits. Default: 1 / sqrt(d).
         dropout: probability of dropping an attention weight.
+        seed: int64 of one element, which weights are dropped; see :mod:`perceiver_fast.reference.dropout`.
         inverted: softmax over the queries, then normalised over the tokens (perceiver-pytorch's
             ``inverted_cross_attn``).
 
     Returns:
-        ``[B, H, N, dv]``.
+        o ``[B, H, N, dv]`` and lse ``[B, H, N]`` float64 (inverted: the logarithm of the normaliser over the tokens).
     """
-    logits = torch.einsum("bhnd,bhmd->bhnm", q, k) * q.shape[-1] ** -0.5
+    logits = torch.einsum("bhnd,bhmd->bhnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         mask = mask[:, None, None, :]
         logits = logits.masked_fill(~mask, -torch.finfo(logits.dtype).max)
@@ -32,8 +43,11 @@ def cross_attention(
         weight = logits.softmax(dim=-2)
         if mask is not None:
             weight = weight.masked_fill(~mask, 0.0)
+        lse = weight.sum(-1).clamp_min(1e-8).log()
         weight = F.normalize(weight, p=1, dim=-1, eps=1e-8)
     else:
+        lse = logits.logsumexp(-1)
         weight = logits.softmax(dim=-1)
-    weight = F.dropout(weight, dropout)
-    return torch.einsum("bhnm,bhmd->bhnd", weight, v)
+    if dropout > 0:
+        weight = apply_dropout(weight, seed, dropout)
+    return torch.einsum("bhnm,bhmd->bhnd", weight, v), lse.double()

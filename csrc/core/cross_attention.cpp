@@ -1,0 +1,200 @@
+#include "cross_attention.h"
+
+#include "cross_attention_plan.h"
+
+namespace perceiver_fast {
+
+#define PF_DECLARE(ISA)                                                  \
+  extern const CrossAttentionKernels<float> cross_attention_##ISA##_f32; \
+  extern const CrossAttentionKernels<double> cross_attention_##ISA##_f64;
+PF_DECLARE(baseline)
+#if defined(__x86_64__)
+PF_DECLARE(avx2)
+PF_DECLARE(avx512)
+#endif
+
+template <>
+const CrossAttentionKernels<float>& cross_attention_kernels<float>(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) return cross_attention_avx512_f32;
+  if (isa == Isa::avx2) return cross_attention_avx2_f32;
+#endif
+  (void)isa;
+  return cross_attention_baseline_f32;
+}
+
+template <>
+const CrossAttentionKernels<double>& cross_attention_kernels<double>(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) return cross_attention_avx512_f64;
+  if (isa == Isa::avx2) return cross_attention_avx2_f64;
+#endif
+  (void)isa;
+  return cross_attention_baseline_f64;
+}
+
+namespace {
+
+// Sums of a group of query blocks over some of the tokens. A block has [dim_v] rows of sums, then its total, its shift.
+template <class T>
+struct ForwardState {
+  int64_t width, rows;
+
+  ForwardState(const AttentionPlan<T>& plan) : width(plan.width), rows(plan.in.dim_v + 2) {}
+  int64_t block_size() const { return rows * width; }
+  T* out(T* state, int64_t i) const { return state + i * block_size(); }
+  T* total(T* state, int64_t i) const { return out(state, i) + (rows - 2) * width; }
+  T* shift(T* state, int64_t i) const { return out(state, i) + (rows - 1) * width; }
+};
+
+// Blocks [first, last) of one head over tiles [tile, end).
+template <class T>
+void run_group(const AttentionPlan<T>& plan, const TokenTerms<T>& terms, int64_t head, int64_t first, int64_t last,
+               int64_t tile, int64_t end, T* state) {
+  const ForwardState<T> at(plan);
+  const int64_t width = plan.width, q_size = plan.in.dim * width, count = last - first;
+  const Aligned<T> q(count * q_size), scratch(kTileTokens * width);
+  std::vector<typename KeyLane<T>::type> keys(plan.in.dropout ? count * width : 0);
+  for (int64_t i = 0; i < count; ++i) {
+    pack_queries(plan, head, first + i, q.get() + i * q_size);
+    if (plan.in.dropout) pack_keys(plan, head, first + i, keys.data() + i * width);
+  }
+  std::fill(state, state + count * at.block_size(), T(0));
+  for (; tile < end; ++tile) {
+    const TokenTile<T> tokens = tile_of(plan, terms, head, tile);
+    for (int64_t i = 0; i < count; ++i)
+      plan.kernels.forward(tokens,
+                           {q.get() + i * q_size, at.shift(state, i), at.total(state, i), at.out(state, i),
+                            keys.data() + (keys.empty() ? 0 : i * width), scratch.get()},
+                           plan.in.inverted);
+  }
+}
+
+// Adds the sums of another part of the tokens, which may be shifted otherwise.
+template <class T>
+void add_state(const ForwardState<T>& at, T* state, T* other, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    T *shift = at.shift(state, i), *other_shift = at.shift(other, i);
+    T *total = at.total(state, i), *other_total = at.total(other, i);
+    for (int64_t lane = 0; lane < at.width; ++lane) {
+      // An empty sum has no say; the smaller shift belongs to the larger logits.
+      const bool take = total[lane] == 0 || (other_total[lane] != 0 && other_shift[lane] < shift[lane]);
+      const T common = take ? other_shift[lane] : shift[lane];
+      const T mine = total[lane] == 0 ? T(1) : T(std::exp2(double(common - shift[lane])));
+      const T theirs = other_total[lane] == 0 ? T(1) : T(std::exp2(double(common - other_shift[lane])));
+      for (int64_t row = 0; row + 1 < at.rows; ++row) {
+        T& sum = at.out(state, i)[row * at.width + lane];
+        sum = sum * mine + at.out(other, i)[row * at.width + lane] * theirs;
+      }
+      shift[lane] = common;
+    }
+  }
+}
+
+template <class T>
+void finish_group(const AttentionPlan<T>& plan, int64_t head, int64_t first, int64_t last, T* state, T* o,
+                  double* lse) {
+  const ForwardState<T> at(plan);
+  const CrossAttentionInput<T>& in = plan.in;
+  std::vector<T> factor(plan.width);
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t i = block - first, row = head * in.queries + block * plan.width, count = plan.count_of(block);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      double total = at.total(state, i)[lane];
+      if (in.inverted && total < kInvertedEps) total = kInvertedEps;
+      factor[lane] = T(in.dropout.scale() / total);
+      lse[row + lane] = std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
+    }
+    transpose_columns(at.out(state, i), count, in.dim_v, plan.width, factor.data(), o + row * in.dim_v, in.dim_v);
+  }
+}
+
+// Logarithm of the softmax's denominator of every token over the queries.
+template <class T>
+void token_statistics(const AttentionPlan<T>& plan, double* token_lse, const Parallel& parallel) {
+  const CrossAttentionInput<T>& in = plan.in;
+  const TokenTerms<T> none({in.batch, in.heads, in.queries, in.tokens, in.dim, in.dim_v, in.q, in.k, in.v, nullptr,
+                            in.scale, Dropout(0, 0), true}, nullptr);
+  const int64_t width = plan.width, q_size = in.dim * width;
+  parallel.run(plan.heads() * plan.tiles, [&](int64_t begin, int64_t end) {
+    const Aligned<T> q(plan.blocks * q_size), scratch(kTileTokens * width);
+    const Aligned<T> maximum(kTileTokens * width), sum(kTileTokens * width), bias(width);
+    int64_t packed = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / plan.tiles;
+      if (head != packed)
+        for (int64_t block = 0; block < plan.blocks; ++block)
+          pack_queries(plan, head, block, q.get() + block * q_size);
+      packed = head;
+      std::fill_n(maximum.get(), kTileTokens * width, -std::numeric_limits<T>::max());
+      std::fill_n(sum.get(), kTileTokens * width, T(0));
+      const TokenTile<T> tile = tile_of(plan, none, head, task % plan.tiles);
+      for (int64_t block = 0; block < plan.blocks; ++block) {
+        for (int64_t lane = 0; lane < width; ++lane)
+          bias.get()[lane] = lane < plan.count_of(block) ? T(0) : -std::numeric_limits<T>::infinity();
+        plan.kernels.token_sums(tile, q.get() + block * q_size, bias.get(), maximum.get(), sum.get(), scratch.get());
+      }
+      double* out = token_lse + head * in.tokens + task % plan.tiles * kTileTokens;
+      for (int64_t m = 0; m < tile.count; ++m) {
+        const T *top = maximum.get() + m * width, *part = sum.get() + m * width;
+        const T most = *std::max_element(top, top + width);
+        double total = 0;
+        for (int64_t lane = 0; lane < width; ++lane)
+          if (part[lane] != 0) total += part[lane] * std::exp2(top[lane] - most);
+        out[m] = (std::log2(total) + double(most)) / kLog2OfE;
+      }
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse, double* token_lse,
+                             const Parallel& parallel) {
+  const AttentionPlan<T> plan(in);
+  if (in.inverted) token_statistics(plan, token_lse, parallel);
+  const TokenTerms<T> terms(in, in.inverted ? token_lse : nullptr);
+  const ForwardState<T> at(plan);
+  const int64_t group = plan.group_size((in.dim + in.dim_v + 2) * plan.width), groups = ceil_div(plan.blocks, group);
+  const int64_t tasks = plan.heads() * groups, size = group * at.block_size();
+  // Few tasks: split the tokens too. Depends on shape and thread count alone: the same run gives the same bits.
+  int64_t parts = 1;
+  if (tasks % parallel.threads != 0 && tasks < 8 * parallel.threads)
+    parts = std::max<int64_t>(1, std::min(ceil_div(4 * parallel.threads, tasks), plan.tiles / 4));
+  const auto first = [&](int64_t task) { return task % groups * group; };
+  const auto last = [&](int64_t task) { return std::min(first(task) + group, plan.blocks); };
+  if (parts == 1) {
+    parallel.run(tasks, [&](int64_t begin, int64_t end) {
+      const Aligned<T> state(size);
+      for (int64_t task = begin; task < end; ++task) {
+        run_group(plan, terms, task / groups, first(task), last(task), 0, plan.tiles, state.get());
+        finish_group(plan, task / groups, first(task), last(task), state.get(), o, lse);
+      }
+    });
+    return;
+  }
+  const Aligned<T> states(tasks * parts * size);
+  parallel.run(tasks * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t task = i / parts, part = i % parts;
+      run_group(plan, terms, task / groups, first(task), last(task), plan.tiles * part / parts,
+                plan.tiles * (part + 1) / parts, states.get() + i * size);
+    }
+  });
+  parallel.run(tasks, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      T* state = states.get() + task * parts * size;
+      for (int64_t part = 1; part < parts; ++part)
+        add_state(at, state, state + part * size, last(task) - first(task));
+      finish_group(plan, task / groups, first(task), last(task), state, o, lse);
+    }
+  });
+}
+
+template void cross_attention_forward<float>(const CrossAttentionInput<float>&, float*, double*, double*,
+                                             const Parallel&);
+template void cross_attention_forward<double>(const CrossAttentionInput<double>&, double*, double*, double*,
+                                              const Parallel&);
+
+}  // namespace perceiver_fast

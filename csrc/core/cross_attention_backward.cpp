@@ -1,0 +1,294 @@
+// Backward of streaming attention: one pass over tiles and blocks computes all three gradients from recomputed weights.
+//
+// Work is split over the longer of the two sides (tokens, or queries), so that its gradients have one writer each;
+// the other side's gradients are partial sums, added up in order at the end.
+#include "cross_attention.h"
+#include "cross_attention_plan.h"
+
+namespace perceiver_fast {
+
+namespace {
+
+// P = 2^(S log2(e) + shift) * weight, dS = P (u - delta); the weight rides on the output's gradient and on delta.
+template <class T>
+struct QueryTerms {
+  std::vector<T> shift, weight, delta;
+
+  QueryTerms(const CrossAttentionInput<T>& in, const T* o, const double* lse, const T* d_o, const double* d_lse,
+             const Parallel& parallel)
+      : shift(in.batch * in.heads * in.queries), weight(shift.size()), delta(shift.size()) {
+    const double clamped = std::log(kInvertedEps);
+    parallel.run(int64_t(shift.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const double lse2 = lse[i] * kLog2OfE;
+        shift[i] = in.inverted ? T(0) : T(-std::nearbyint(lse2));
+        weight[i] = T(std::exp2(-lse2 - double(shift[i])));
+        double sum = 0;
+        if (!in.inverted || lse[i] > clamped)  // a clamped normaliser is a constant
+          for (int64_t c = 0; c < in.dim_v; ++c) sum += double(d_o[i * in.dim_v + c]) * double(o[i * in.dim_v + c]);
+        if (d_lse != nullptr) sum -= d_lse[i];
+        delta[i] = T(sum) * weight[i];
+      }
+    });
+  }
+};
+
+// A block's packed queries and gradients, all in one piece of memory.
+template <class T>
+struct PackedBlock {
+  int64_t d, v, pad_d, pad_v, width;
+
+  explicit PackedBlock(const AttentionPlan<T>& plan)
+      : d(plan.in.dim), v(plan.in.dim_v), pad_d(plan.padded(d)), pad_v(plan.padded(v)), width(plan.width) {}
+  int64_t size() const { return (d + v + pad_d + pad_v + 3) * width; }
+  T* q(T* at) const { return at; }
+  T* grad(T* at) const { return at + d * width; }
+  T* q_rows(T* at) const { return grad(at) + v * width; }
+  T* grad_rows(T* at) const { return q_rows(at) + pad_d * width; }
+  T* shift(T* at) const { return grad_rows(at) + pad_v * width; }
+  T* delta(T* at) const { return shift(at) + width; }
+  T* change(T* at) const { return delta(at) + width; }
+};
+
+template <class T>
+class Backward {
+ public:
+  Backward(const AttentionPlan<T>& plan, TokenTerms<T>& terms, const QueryTerms<T>& queries, const T* d_o,
+           const Parallel& parallel)
+      : plan_(plan), in_(plan.in), terms_(terms), queries_(queries), d_o_(d_o), parallel_(parallel), packed_(plan),
+        group_(plan.group_size(packed_.size() + packed_.d * plan.width)) {}
+
+  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP.
+  void fill_token_delta() {
+    const int64_t W = plan_.width;
+    parallel_.run(plan_.heads() * plan_.tiles, [&](int64_t begin, int64_t end) {
+      const Aligned<T> block(packed_.size()), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
+      std::vector<typename KeyLane<T>::type> keys(W);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t head = task / plan_.tiles, tile = task % plan_.tiles;
+        const TokenTile<T> tokens = tile_of(plan_, terms_, head, tile);
+        std::fill_n(sums.get(), kTileTokens * W, T(0));
+        for (int64_t i = 0; i < plan_.blocks; ++i) {
+          pack(head, i, block.get(), keys.data());
+          plan_.kernels.token_delta(tokens, view(block.get(), keys.data(), p.get(), ds.get()), sums.get());
+        }
+        T* delta = terms_.delta.data() + terms_.row(head) + tile * kTileTokens;
+        for (int64_t m = 0; m < tokens.count; ++m) {
+          delta[m] = 0;
+          for (int64_t lane = 0; lane < W; ++lane) delta[m] += sums.get()[m * W + lane];
+        }
+      }
+    });
+  }
+
+  void run(const double* d_lse, T* dq, T* dk, T* dv) {
+    const int64_t heads = plan_.heads(), W = plan_.width, M = in_.tokens;
+    by_tokens_ = in_.inverted || in_.tokens >= in_.queries;
+    const int64_t units = by_tokens_ ? plan_.tiles : plan_.blocks;
+    parts_ = heads % parallel_.threads == 0 ? 1 : std::min(units, ceil_div(2 * parallel_.threads, heads));
+    const int64_t dq_copies = by_tokens_ ? parts_ : 1, token_copies = by_tokens_ ? 1 : parts_;
+    dq_size_ = plan_.blocks * (packed_.d + 2) * W;
+    const Aligned<T> dq_sums(heads * dq_copies * dq_size_);
+    // Sums of dk and dv go straight where they belong when rows need no padding and have one writer.
+    const bool k_direct = token_copies == 1 && packed_.pad_d == packed_.d;
+    const bool v_direct = token_copies == 1 && packed_.pad_v == packed_.v;
+    const Aligned<T> dk_sums(k_direct ? 0 : heads * token_copies * M * packed_.pad_d);
+    const Aligned<T> dv_sums(v_direct ? 0 : heads * token_copies * M * packed_.pad_v);
+    dq_ = dq_sums.get();
+    dk_ = k_direct ? dk : dk_sums.get();
+    dv_ = v_direct ? dv : dv_sums.get();
+
+    flagged_.assign(heads * plan_.blocks, 1);
+    each_part(false);
+    add_copies(dq_, heads, dq_copies, dq_size_);
+    if (!in_.inverted && find_errors(d_lse, dq_copies)) {
+      each_part(true);
+      add_copies(dq_, heads, dq_copies, dq_size_);
+    }
+    add_copies(dk_, heads, token_copies, M * packed_.pad_d);
+    add_copies(dv_, heads, token_copies, M * packed_.pad_v);
+    unpack(dq_copies, token_copies, dq, k_direct ? nullptr : dk, v_direct ? nullptr : dv);
+  }
+
+ private:
+  using Key = typename KeyLane<T>::type;
+
+  void pack(int64_t head, int64_t block, T* at, Key* keys) const {
+    const int64_t W = plan_.width, row = head * in_.queries + block * W, count = plan_.count_of(block);
+    const T* weight = queries_.weight.data() + row;
+    pack_queries(plan_, head, block, packed_.q(at));
+    std::vector<T> factor(W, T(0));
+    for (int64_t lane = 0; lane < count; ++lane) factor[lane] = weight[lane] * T(in_.dropout.scale());
+    transpose_rows(d_o_ + row * in_.dim_v, in_.dim_v, count, in_.dim_v, W, factor.data(), packed_.grad(at));
+    T *q_rows = packed_.q_rows(at), *grad_rows = packed_.grad_rows(at);
+    std::fill(q_rows, packed_.shift(at), T(0));
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const T* q = in_.q.at(head / in_.heads, head % in_.heads, block * W + lane);
+      for (int64_t c = 0; c < in_.dim; ++c) q_rows[lane * packed_.pad_d + c] = T(in_.scale) * q[c];
+      for (int64_t c = 0; c < in_.dim_v; ++c)
+        grad_rows[lane * packed_.pad_v + c] = factor[lane] * d_o_[(row + lane) * in_.dim_v + c];
+    }
+    for (int64_t lane = 0; lane < W; ++lane) {
+      packed_.shift(at)[lane] = lane < count ? queries_.shift[row + lane] : T(0);
+      packed_.delta(at)[lane] = lane < count ? queries_.delta[row + lane] : T(0);
+      packed_.change(at)[lane] = lane < count && !change_.empty() ? change_[row + lane] : T(0);
+    }
+    if (in_.dropout) pack_keys(plan_, head, block, keys);
+  }
+
+  BackwardBlock<T> view(T* at, const Key* keys, T* p, T* ds) const {
+    return {packed_.q(at),     packed_.shift(at), packed_.grad(at), packed_.delta(at), packed_.q_rows(at),
+            packed_.grad_rows(at), packed_.pad_d, packed_.pad_v,    nullptr,           nullptr,
+            nullptr,           nullptr,           nullptr,          keys,              p,
+            ds};
+  }
+
+  void each_part(bool correction) {
+    parallel_.run(plan_.heads() * parts_, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) run_part(task / parts_, task % parts_, correction);
+    });
+  }
+
+  // One part of a head: all flagged blocks and some tiles, or some of the flagged blocks and all tiles.
+  void run_part(int64_t head, int64_t part, bool correction) const {
+    const auto share = [&](int64_t n, int64_t i) { return n * i / parts_; };
+    const int64_t tile0 = by_tokens_ ? share(plan_.tiles, part) : 0;
+    const int64_t tile1 = by_tokens_ ? share(plan_.tiles, part + 1) : plan_.tiles;
+    std::vector<int64_t> blocks;
+    for (int64_t i = by_tokens_ ? 0 : share(plan_.blocks, part);
+         i < (by_tokens_ ? plan_.blocks : share(plan_.blocks, part + 1)); ++i)
+      if (flagged_[head * plan_.blocks + i]) blocks.push_back(i);
+    T* dq = dq_ + (by_tokens_ ? head * parts_ + part : head) * dq_size_;
+    const int64_t token_row = (by_tokens_ ? head : head * parts_ + part) * in_.tokens;
+    // A correction adds to what is there: to the sum of all copies, which is the first one; the others start anew.
+    if (!correction) {
+      for (int64_t i : blocks) std::fill_n(dq + i * dq_block(), dq_block(), T(0));
+    } else if (by_tokens_ && part > 0) {
+      std::fill_n(dq, dq_size_, T(0));
+    }
+    if (!correction) {
+      const int64_t m0 = tile0 * kTileTokens, m1 = std::min(tile1 * kTileTokens, in_.tokens);
+      std::fill(dk_ + (token_row + m0) * packed_.pad_d, dk_ + (token_row + m1) * packed_.pad_d, T(0));
+      std::fill(dv_ + (token_row + m0) * packed_.pad_v, dv_ + (token_row + m1) * packed_.pad_v, T(0));
+    }
+    const int64_t W = plan_.width, size = packed_.size();
+    const Aligned<T> memory(group_ * size), p(kTileTokens * W), ds(kTileTokens * W);
+    std::vector<Key> keys(group_ * W);
+    for (size_t first = 0; first < blocks.size(); first += group_) {
+      const int64_t count = std::min<int64_t>(group_, int64_t(blocks.size() - first));
+      for (int64_t i = 0; i < count; ++i)
+        pack(head, blocks[first + i], memory.get() + i * size, keys.data() + i * W);
+      for (int64_t tile = tile0; tile < tile1; ++tile) {
+        const TokenTile<T> tokens = tile_of(plan_, terms_, head, tile);
+        for (int64_t i = 0; i < count; ++i) {
+          T* at = memory.get() + i * size;
+          BackwardBlock<T> block = view(at, keys.data() + i * W, p.get(), ds.get());
+          block.dq = dq + blocks[first + i] * dq_block();
+          block.sum = block.dq + packed_.d * W;
+          block.size = block.sum + W;
+          block.dk = dk_ + (token_row + tile * kTileTokens) * packed_.pad_d;
+          block.dv = dv_ + (token_row + tile * kTileTokens) * packed_.pad_v;
+          if (correction) plan_.kernels.correct(tokens, block, packed_.change(at));
+          else plan_.kernels.backward(tokens, block);
+        }
+      }
+    }
+  }
+
+  // dS sums to d_lse over the tokens. What is left beside that is the error of delta, which came from rounded outputs.
+  // Beside weights' gradients of ordinary size it is nothing; where softmax is saturated they are tiny, and their
+  // blocks get a second pass that takes the error out.
+  bool find_errors(const double* d_lse, int64_t copies) {
+    const T tolerance = 16 * std::numeric_limits<T>::epsilon();
+    const int64_t W = plan_.width;
+    change_.assign(queries_.shift.size(), T(0));
+    flagged_.assign(plan_.heads() * plan_.blocks, 0);
+    bool any = false;
+    for (int64_t i = 0; i < plan_.heads() * plan_.blocks; ++i) {
+      const int64_t head = i / plan_.blocks, block = i % plan_.blocks, row = head * in_.queries + block * W;
+      const T* sum = dq_ + head * copies * dq_size_ + block * dq_block() + packed_.d * W;
+      for (int64_t lane = 0; lane < plan_.count_of(block); ++lane) {
+        const T error = sum[lane] - (d_lse == nullptr ? T(0) : T(d_lse[row + lane]));
+        change_[row + lane] = error * queries_.weight[row + lane];
+        if (std::abs(error) > tolerance * sum[W + lane]) flagged_[i] = any = true;
+      }
+    }
+    return any;
+  }
+
+  // Adds the copies of every head to its first.
+  void add_copies(T* data, int64_t heads, int64_t copies, int64_t size) const {
+    if (copies == 1) return;
+    constexpr int64_t kChunk = 4096;
+    const int64_t chunks = ceil_div(size, kChunk);
+    parallel_.run(heads * chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        T* head = data + task / chunks * copies * size;
+        const int64_t i0 = task % chunks * kChunk, i1 = std::min(i0 + kChunk, size);
+        for (int64_t copy = 1; copy < copies; ++copy)
+          for (int64_t i = i0; i < i1; ++i) head[i] += head[copy * size + i];
+      }
+    });
+  }
+
+  void unpack(int64_t dq_copies, int64_t token_copies, T* dq, T* dk, T* dv) const {
+    const std::vector<T> scale(plan_.width, T(in_.scale));
+    parallel_.run(plan_.heads() * plan_.blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = i / plan_.blocks, block = i % plan_.blocks;
+        transpose_columns(dq_ + head * dq_copies * dq_size_ + block * dq_block(), plan_.count_of(block), in_.dim,
+                          plan_.width, scale.data(), dq + (head * in_.queries + block * plan_.width) * in_.dim,
+                          in_.dim);
+      }
+    });
+    const auto strip = [&](const T* from, int64_t padded, T* to, int64_t channels) {
+      if (to == nullptr) return;
+      parallel_.run(plan_.heads() * in_.tokens, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const T* row = from + (i / in_.tokens * token_copies * in_.tokens + i % in_.tokens) * padded;
+          std::copy(row, row + channels, to + i * channels);
+        }
+      });
+    };
+    strip(dk_, packed_.pad_d, dk, in_.dim);
+    strip(dv_, packed_.pad_v, dv, in_.dim_v);
+  }
+
+  int64_t dq_block() const { return (packed_.d + 2) * plan_.width; }  // [dim] rows of dq, sums of dS, sums of |dS|
+
+  const AttentionPlan<T>& plan_;
+  const CrossAttentionInput<T>& in_;
+  TokenTerms<T>& terms_;
+  const QueryTerms<T>& queries_;
+  const T* d_o_;
+  const Parallel& parallel_;
+  const PackedBlock<T> packed_;
+  const int64_t group_;
+  bool by_tokens_ = true;
+  int64_t parts_ = 1, dq_size_ = 0;
+  T *dq_ = nullptr, *dk_ = nullptr, *dv_ = nullptr;
+  std::vector<char> flagged_;  // blocks to work on
+  std::vector<T> change_;      // by how much delta was off, times the weight
+};
+
+}  // namespace
+
+template <class T>
+void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
+                              const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) {
+  const AttentionPlan<T> plan(in);
+  TokenTerms<T> terms(in, in.inverted ? token_lse : nullptr);
+  const QueryTerms<T> queries(in, o, lse, d_o, d_lse, parallel);
+  Backward<T> backward(plan, terms, queries, d_o, parallel);
+  if (in.inverted) backward.fill_token_delta();
+  backward.run(d_lse, dq, dk, dv);
+}
+
+template void cross_attention_backward<float>(const CrossAttentionInput<float>&, const float*, const double*,
+                                              const double*, const float*, const double*, float*, float*, float*,
+                                              const Parallel&);
+template void cross_attention_backward<double>(const CrossAttentionInput<double>&, const double*, const double*,
+                                               const double*, const double*, const double*, double*, double*, double*,
+                                               const Parallel&);
+
+}  // namespace perceiver_fast

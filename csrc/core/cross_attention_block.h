@@ -1,0 +1,81 @@
+// What the per-ISA kernels of streaming attention work on, and the table they are reached through.
+//
+// A block is `queries` queries of one batch element and head (two vectors), transposed so that a query is a lane; a
+// tile is up to kTileTokens tokens, read where they lie. Logits and weights of one tile and block are a [tokens][queries]
+// scratch that stays in L1. Exponents are of two and shifted by integers, which costs no bit, so that forward and
+// backward agree on every weight.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace perceiver_fast {
+
+constexpr int64_t kTileTokens = 128;
+
+template <class T>
+struct KeyLane;  // as wide as T: dropout keys of queries
+template <>
+struct KeyLane<float> {
+  using type = uint32_t;
+};
+template <>
+struct KeyLane<double> {
+  using type = uint64_t;
+};
+
+template <class T>
+struct TokenTile {
+  int64_t dim, dim_v, count;
+  const T *k, *v;
+  int64_t k_row, v_row;
+  // What tokens add to the exponents of their weights, and what they multiply them by; null: nothing. A masked token
+  // has a shift of -inf. Inverted attention's backward subtracts delta from the weights' gradients.
+  const T *shift, *weight, *delta;
+  const uint32_t* keys;  // of dropout
+  uint32_t threshold;    // of dropout; zero: none
+};
+
+// out += p v, total += p with p = 2^(S + shift); a shift that turns out too small is changed, and out and total with it.
+template <class T>
+struct ForwardBlock {
+  const T* q;  // [dim][queries], times scale log2(e)
+  T *shift, *total;  // [queries]
+  T* out;            // [dim_v][queries]
+  const typename KeyLane<T>::type* keys;
+  T* scratch;  // [kTileTokens][queries]
+};
+
+// With p = 2^(S + shift) and dS = p (v grad - delta):  dq += dS k, dk += dS q_rows, dv += p grad_rows.
+template <class T>
+struct BackwardBlock {
+  const T *q, *shift;            // as in the forward
+  const T *grad, *delta;         // [dim_v][queries], [queries]: times the weight that makes P of p
+  const T *q_rows, *grad_rows;   // [queries][pad_d], [queries][pad_v]: q times the logits' scale
+  int64_t pad_d, pad_v;          // dim and dim_v rounded up to vectors
+  T* dq;                         // [dim][queries]
+  T *dk, *dv;                    // [count][pad_d], [count][pad_v]
+  T *sum, *size;                 // [queries]: sums of dS and of |dS|
+  const typename KeyLane<T>::type* keys;
+  T *p, *ds;  // scratch [kTileTokens][queries] each
+};
+
+template <class T>
+struct CrossAttentionKernels {
+  int lanes, queries;
+  void (*forward)(const TokenTile<T>&, const ForwardBlock<T>&, bool fixed_shift);
+  void (*backward)(const TokenTile<T>&, const BackwardBlock<T>&);
+  // delta grew by `change`: what follows for dq and dk. Nothing else is touched.
+  void (*correct)(const TokenTile<T>&, const BackwardBlock<T>&, const T* change);
+  // Inverted attention. Running maximum and sum of 2^(S - maximum) of every token, [count][queries] each, lane by lane;
+  // `bias` [queries] is -inf in lanes without a query.
+  void (*token_sums)(const TokenTile<T>&, const T* q, const T* bias, T* maximum, T* sum, T* scratch);
+  // sums [count][queries] += p (v grad - delta).
+  void (*token_delta)(const TokenTile<T>&, const BackwardBlock<T>&, T* sums);
+};
+
+template <class T>
+const CrossAttentionKernels<T>& cross_attention_kernels(Isa isa);
+
+}  // namespace perceiver_fast

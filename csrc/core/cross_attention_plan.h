@@ -1,0 +1,134 @@
+// What the forward and the backward driver of streaming attention share: blocks of queries, tiles of tokens, packing.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "aligned.h"
+#include "cross_attention.h"
+#include "cross_attention_block.h"
+
+namespace perceiver_fast {
+
+constexpr double kLog2OfE = 1.4426950408889634;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+struct AttentionPlan {
+  const CrossAttentionInput<T>& in;
+  const CrossAttentionKernels<T>& kernels;
+  int64_t width, blocks, tiles;  // queries of a block; blocks of queries and tiles of tokens of one head
+
+  explicit AttentionPlan(const CrossAttentionInput<T>& input)
+      : in(input), kernels(cross_attention_kernels<T>(active_isa())), width(kernels.queries),
+        blocks(ceil_div(input.queries, width)), tiles(ceil_div(input.tokens, kTileTokens)) {}
+
+  int64_t heads() const { return in.batch * in.heads; }
+  int64_t count_of(int64_t block) const { return std::min(width, in.queries - block * width); }
+  int64_t padded(int64_t channels) const { return ceil_div(channels, kernels.lanes) * kernels.lanes; }
+
+  // Blocks that are worked on together, so that a tile is read from memory once for all of them: as many as keep
+  // `floats` numbers a block in half a typical second-level cache.
+  int64_t group_size(int64_t floats) const {
+    constexpr int64_t kCache = 512 << 10;
+    const int64_t most = std::max<int64_t>(1, kCache / (floats * int64_t(sizeof(T))));
+    return ceil_div(blocks, ceil_div(blocks, most));  // groups of one size
+  }
+};
+
+// What tokens add to exponents and multiply weights by, and their dropout keys.
+template <class T>
+struct TokenTerms {
+  int64_t tokens, per_head;  // per_head: 1 when the arrays have a row for every head, 0 when for every batch element
+  int64_t heads;
+  std::vector<T> shift, weight, delta;
+  std::vector<uint32_t> keys;
+
+  TokenTerms(const CrossAttentionInput<T>& in, const double* token_lse)
+      : tokens(in.tokens), per_head(token_lse != nullptr), heads(in.heads) {
+    const bool needed = in.mask != nullptr || token_lse != nullptr || in.dropout;
+    const int64_t rows = !needed ? 0 : per_head ? in.batch * heads : in.batch;
+    shift.assign(rows * tokens, T(0));
+    weight.assign(rows * tokens, T(1));
+    delta.assign(rows * tokens, T(0));
+    for (int64_t i = 0; i < rows * tokens; ++i) {
+      const int64_t b = per_head ? i / tokens / heads : i / tokens;
+      if (in.mask != nullptr && !in.mask[b * tokens + i % tokens]) {
+        shift[i] = -std::numeric_limits<T>::infinity();
+      } else if (token_lse != nullptr) {
+        const double lse2 = token_lse[i] * kLog2OfE;
+        shift[i] = T(-std::nearbyint(lse2));
+        weight[i] = T(std::exp2(-lse2 - double(shift[i])));
+      }
+    }
+    if (in.dropout) {
+      keys.resize(tokens);
+      for (int64_t m = 0; m < tokens; ++m) keys[m] = in.dropout.token_key(m);
+    }
+  }
+
+  int64_t row(int64_t head) const { return (per_head ? head : head / heads) * tokens; }
+};
+
+template <class T>
+TokenTile<T> tile_of(const AttentionPlan<T>& plan, const TokenTerms<T>& terms, int64_t head, int64_t tile) {
+  const CrossAttentionInput<T>& in = plan.in;
+  const int64_t b = head / in.heads, h = head % in.heads, m = tile * kTileTokens;
+  const int64_t row = terms.row(head) + m;
+  const bool biased = !terms.shift.empty();
+  return {in.dim,
+          in.dim_v,
+          std::min(kTileTokens, in.tokens - m),
+          in.k.at(b, h, m),
+          in.v.at(b, h, m),
+          in.k.row_stride,
+          in.v.row_stride,
+          biased ? terms.shift.data() + row : nullptr,
+          biased ? terms.weight.data() + row : nullptr,
+          biased ? terms.delta.data() + row : nullptr,
+          in.dropout ? terms.keys.data() + m : nullptr,
+          in.dropout.threshold};
+}
+
+// columns[c][lane] = factor * rows[lane][c]; zero in lanes beyond `count`.
+template <class T>
+void transpose_rows(const T* rows, int64_t row_stride, int64_t count, int64_t channels, int64_t width, const T* factor,
+                    T* columns) {
+  for (int64_t c0 = 0; c0 < channels; c0 += 16) {  // a cache line of every row at a time
+    const int64_t c1 = std::min<int64_t>(c0 + 16, channels);
+    for (int64_t lane = 0; lane < width; ++lane)
+      for (int64_t c = c0; c < c1; ++c)
+        columns[c * width + lane] = lane < count ? factor[lane] * rows[lane * row_stride + c] : T(0);
+  }
+}
+
+// rows[lane][c] = factor[lane] * columns[c][lane].
+template <class T>
+void transpose_columns(const T* columns, int64_t count, int64_t channels, int64_t width, const T* factor, T* rows,
+                       int64_t row_stride) {
+  for (int64_t c0 = 0; c0 < channels; c0 += 16) {
+    const int64_t c1 = std::min<int64_t>(c0 + 16, channels);
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int64_t c = c0; c < c1; ++c) rows[lane * row_stride + c] = factor[lane] * columns[c * width + lane];
+  }
+}
+
+// Queries of a block as the kernels take them: times scale log2(e).
+template <class T>
+void pack_queries(const AttentionPlan<T>& plan, int64_t head, int64_t block, T* q) {
+  const CrossAttentionInput<T>& in = plan.in;
+  const std::vector<T> factor(plan.width, T(in.scale * kLog2OfE));
+  transpose_rows(in.q.at(head / in.heads, head % in.heads, block * plan.width), in.q.row_stride, plan.count_of(block),
+                 in.dim, plan.width, factor.data(), q);
+}
+
+template <class T>
+void pack_keys(const AttentionPlan<T>& plan, int64_t head, int64_t block, typename KeyLane<T>::type* keys) {
+  for (int64_t lane = 0; lane < plan.width; ++lane)
+    keys[lane] = plan.in.dropout.query_key(head * plan.in.queries + block * plan.width + lane);
+}
+
+}  // namespace perceiver_fast

@@ -1,0 +1,43 @@
+// The vector half of dropout.h, for one instruction set: hashes of a vector of queries (or tokens) with one token
+// (or query).
+#pragma once
+
+#include "simd.h"
+
+namespace perceiver_fast {
+namespace PF_ISA {
+
+// Keys sit in lanes as wide as T; all arithmetic is of 32 bits.
+template <class T>
+struct DropoutLanes;
+template <>
+struct DropoutLanes<float> {
+  using Key = uint32_t;
+  typedef uint32_t Vec __attribute__((vector_size(PF_VECTOR_BYTES)));
+  static PF_INLINE Vec low32(Vec x) { return x; }
+};
+template <>
+struct DropoutLanes<double> {
+  using Key = uint64_t;
+  typedef uint64_t Vec __attribute__((vector_size(PF_VECTOR_BYTES)));
+  static PF_INLINE Vec low32(Vec x) { return x & 0xffffffffu; }
+};
+
+// p where the weight is kept, zero where it is dropped. The mixer is Chris Wellons' lowbias32.
+template <class T>
+PF_INLINE typename Simd<T>::Vec keep(typename Simd<T>::Vec p, const typename DropoutLanes<T>::Key* keys, uint32_t key,
+                                     uint32_t threshold) {
+  using D = DropoutLanes<T>;
+  typename D::Vec x;
+  std::memcpy(&x, keys, sizeof x);
+  x ^= typename D::Key(key);
+  x ^= x >> 16;
+  x = D::low32(x * 0x7feb352du);
+  x ^= x >> 15;
+  x = D::low32(x * 0x846ca68bu);
+  x ^= x >> 16;
+  return x >= typename D::Key(threshold) ? p : typename Simd<T>::Vec{};
+}
+
+}  // namespace PF_ISA
+}  // namespace perceiver_fast

@@ -1,0 +1,132 @@
+// torch operators perceiver_fast::cross_attention_forward and _backward for CPU tensors, on torch's stable ABI.
+#include "../core/cross_attention.h"
+
+#include <tuple>
+
+#include "torch_stable.h"
+
+namespace perceiver_fast {
+namespace {
+
+struct Inputs {
+  Tensor q, k, v;
+  std::optional<Tensor> mask;
+  double scale, dropout;
+  bool inverted;
+  uint64_t seed = 0;
+
+  Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& mask_, double scale_,
+         double dropout_, const std::optional<Tensor>& seed_, bool inverted_)
+      : q(dense_rows(q_)), k(dense_rows(k_)), v(dense_rows(v_)), scale(scale_), dropout(dropout_),
+        inverted(inverted_) {
+    const auto dtype = q.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                    "cross_attention: expected float32 or float64");
+    STD_TORCH_CHECK(k.scalar_type() == dtype && v.scalar_type() == dtype,
+                    "cross_attention: expected q, k and v of one dtype");
+    STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == q.size(1) && v.size(1) == q.size(1),
+                    "cross_attention: expected q, k and v of one batch size and number of heads");
+    STD_TORCH_CHECK(k.size(3) == q.size(3) && v.size(2) == k.size(2),
+                    "cross_attention: expected k of q's channels and v of k's tokens");
+    STD_TORCH_CHECK(k.size(2) > 0, "cross_attention: expected at least one token");
+    if (mask_) {
+      STD_TORCH_CHECK(mask_->scalar_type() == ScalarType::Bool && mask_->dim() == 2 && mask_->size(0) == q.size(0) &&
+                          mask_->size(1) == k.size(2),
+                      "cross_attention: expected a bool mask [B, M]");
+      mask = torch::stable::contiguous(*mask_);
+    }
+    STD_TORCH_CHECK(dropout >= 0 && dropout < 1, "cross_attention: expected 0 <= dropout < 1, got ", dropout);
+    STD_TORCH_CHECK(dropout == 0 || seed_, "cross_attention: expected a seed with dropout");
+    if (dropout > 0) {
+      STD_TORCH_CHECK(seed_->scalar_type() == ScalarType::Long && seed_->numel() == 1,
+                      "cross_attention: expected a seed of one int64");
+      seed = uint64_t(*static_cast<const int64_t*>(seed_->data_ptr()));
+    }
+  }
+
+  static Tensor dense_rows(const Tensor& t) {
+    STD_TORCH_CHECK(t.dim() == 4, "cross_attention: expected [B, H, rows, channels], got ", t.dim(), " dimensions");
+    return t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+  }
+
+  template <class T>
+  static HeadMatrix<T> matrix(const Tensor& t) {
+    return {static_cast<const T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+  }
+
+  template <class T>
+  CrossAttentionInput<T> view() const {
+    return {q.size(0),    q.size(1),    q.size(2),
+            k.size(2),    q.size(3),    v.size(3),
+            matrix<T>(q), matrix<T>(k), matrix<T>(v),
+            mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr,
+            scale,        Dropout(dropout, seed), inverted};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const std::optional<Tensor>& mask, double scale, double dropout,
+                                           const std::optional<Tensor>& seed, bool inverted) {
+  const Inputs inputs(q, k, v, mask, scale, dropout, seed, inverted);
+  const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2);
+  Tensor o = torch::stable::new_empty(q, {B, H, N, v.size(3)});
+  Tensor lse = torch::stable::new_empty(q, {B, H, N}, ScalarType::Double);
+  Tensor token_lse = torch::stable::new_empty(
+      q, inverted ? std::vector<int64_t>{B, H, M} : std::vector<int64_t>{0}, ScalarType::Double);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    cross_attention_forward<T>(inputs.view<T>(), static_cast<T*>(o.data_ptr()), static_cast<double*>(lse.data_ptr()),
+                               static_cast<double*>(token_lse.data_ptr()), torch_parallel());
+  };
+  if (q.scalar_type() == ScalarType::Double) run(0.0);
+  else run(0.0f);
+  return {o, lse, token_lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::optional<Tensor>& d_lse, const Tensor& q,
+                                            const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                                            double scale, double dropout, const std::optional<Tensor>& seed,
+                                            bool inverted, const Tensor& o, const Tensor& lse,
+                                            const Tensor& token_lse) {
+  const Inputs inputs(q, k, v, mask, scale, dropout, seed, inverted);
+  STD_TORCH_CHECK(!d_lse || !inverted, "cross_attention: inverted attention's lse has no gradient");
+  for (const Tensor* t : {&d_o, &o})
+    STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == q.size(0) && t->size(1) == q.size(1) && t->size(2) == q.size(2) &&
+                        t->size(3) == v.size(3) && t->scalar_type() == q.scalar_type(),
+                    "cross_attention: expected o and its gradient [B, H, N, dv] of q's dtype");
+  const auto statistics = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 3 && t.scalar_type() == ScalarType::Double && t.size(0) == q.size(0) &&
+                        t.size(1) == q.size(1) && t.size(2) == q.size(2),
+                    "cross_attention: expected ", name, " [B, H, N] float64");
+    return torch::stable::contiguous(t);
+  };
+  const Tensor grad = torch::stable::contiguous(d_o), out = torch::stable::contiguous(o);
+  const Tensor stats = statistics(lse, "lse"), token_stats = torch::stable::contiguous(token_lse);
+  STD_TORCH_CHECK(!inverted || (token_lse.scalar_type() == ScalarType::Double &&
+                                token_lse.numel() == k.size(0) * k.size(1) * k.size(2)),
+                  "cross_attention: expected token_lse [B, H, M] float64");
+  std::optional<Tensor> grad_lse;
+  if (d_lse) grad_lse = statistics(*d_lse, "d_lse");
+  Tensor dq = torch::stable::new_empty(q, sizes_of(q)), dk = torch::stable::new_empty(k, sizes_of(k));
+  Tensor dv = torch::stable::new_empty(v, sizes_of(v));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    cross_attention_backward<T>(
+        inputs.view<T>(), static_cast<const T*>(out.data_ptr()), static_cast<const double*>(stats.data_ptr()),
+        static_cast<const double*>(token_stats.data_ptr()), static_cast<const T*>(grad.data_ptr()),
+        grad_lse ? static_cast<const double*>(grad_lse->data_ptr()) : nullptr, static_cast<T*>(dq.data_ptr()),
+        static_cast<T*>(dk.data_ptr()), static_cast<T*>(dv.data_ptr()), torch_parallel());
+  };
+  if (q.scalar_type() == ScalarType::Double) run(0.0);
+  else run(0.0f);
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(perceiver_fast, CPU, m) {
+  m.impl("cross_attention_forward", TORCH_BOX(&forward));
+  m.impl("cross_attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace perceiver_fast

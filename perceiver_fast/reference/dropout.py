@@ -1,0 +1,69 @@
+"""Which attention weights dropout keeps, as a function of a seed and of indices: the statement of csrc/core/dropout.h.
+
+Every query row and every token has a 32-bit key, the upper half of splitmix64 (Sebastiano Vigna) of its index and the
+seed; a weight is dropped when lowbias32 (Chris Wellons) of both keys is below p 2^32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WRAP = 1 << 64
+
+
+def _signed(x: int) -> int:
+    return (x + (1 << 63)) % _WRAP - (1 << 63)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: torch shifts int64 arithmetically
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _lowbias32(x: Tensor) -> Tensor:
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def dropout_threshold(probability: float) -> int:
+    """Weights whose hash is below it are dropped."""
+    return min(int(probability * 2**32), 2**32 - 1)
+
+
+def dropout_scale(probability: float) -> float:
+    """What kept weights are multiplied by: the inverse of the share that is kept."""
+    return 2**32 / (2**32 - dropout_threshold(probability))
+
+
+def dropout_keep(seed: Tensor, rows: int, tokens: int, probability: float) -> Tensor:
+    """Bool ``[rows, tokens]``, True where a weight is kept.
+
+    Args:
+        seed: int64, one element.
+        rows: number of query rows: batch, heads and queries in row-major order.
+        tokens: number of tokens.
+        probability: of a weight being dropped.
+    """
+    mixed = _splitmix64(seed.reshape(()))
+    row = torch.arange(rows, dtype=torch.int64, device=seed.device)
+    token = torch.arange(tokens, dtype=torch.int64, device=seed.device)
+    row_key = _shift(_splitmix64(mixed ^ _splitmix64(2 * row)), 32)
+    token_key = _shift(_splitmix64(mixed ^ _splitmix64(2 * token + 1)), 32)
+    return _lowbias32(row_key[:, None] ^ token_key) >= dropout_threshold(probability)
+
+
+def apply_dropout(weight: Tensor, seed: Tensor, probability: float) -> Tensor:
+    """Attention weights ``[.., N, *sizes]`` with some dropped and the others scaled up; leading dimensions are rows."""
+    flat = weight.flatten(3) if weight.dim() > 4 else weight
+    keep = dropout_keep(seed, flat.shape[:-1].numel(), flat.shape[-1], probability).view(flat.shape)
+    return (flat * keep * dropout_scale(probability)).view(weight.shape)

@@ -80,8 +80,8 @@ class _Stop(Exception):
 def _weights(cross_attn: nn.Module, x: Tensor, tokens, mask: Tensor | None, data: Tensor) -> Tensor:
     batch, sizes, fn = data.shape[0], data.shape[1:-1], cross_attn.fn
     if isinstance(tokens, GridTokens):
-        q, _, _ = cross_attn.grid_tables(x, tokens)
-        q, scale = q.expand(batch, -1, -1), tokens.scale(cross_attn.norm_context.eps)
+        q, *_ = cross_attn.grid_tables(x, tokens)
+        q, scale = q.flatten(1, 2).expand(batch, -1, -1), tokens.scale(cross_attn.norm_context.eps)
         logits = grid_logits(q, tokens.feat, scale).flatten(2)  # [B, H n, M]
     else:
         q = fn.split_heads(fn.to_q(x).expand(batch, -1, -1))

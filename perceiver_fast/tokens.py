@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,23 @@ from perceiver_fast.ops.library import autocast_dtype, compute_dtype
 
 
 class Tokens:
-    """What every description of tokens offers."""
+    """What every description of tokens offers.
+
+    Attributes:
+        kind: what the tokens are, for people: "grid tokens".
+        count: number of tokens of a batch element, M.
+        channels: channels of a token as perceiver-pytorch would build it, C.
+        stored_channels: channels of a token that exist in memory.
+        device: where they are.
+        compute: the dtype that attention on them is computed in.
+    """
+
+    kind: str
+    count: int
+    channels: int
+    stored_channels: int
+    device: torch.device
+    compute: torch.dtype
 
     def materialize(self) -> Tensor:
         """The ``[B, M, C]`` tensor this object stands for. Only tests call it."""
@@ -20,6 +38,10 @@ class Tokens:
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         """``to_kv(norm(tokens))``, ``[B, M, 2 H d]``, for paths that need keys and values as tensors."""
         raise NotImplementedError
+
+    def projection_operations(self, width: int) -> float:
+        """Multiply-adds of :meth:`keys_values` for one batch element and ``width`` output channels."""
+        return self.count * self.channels * width
 
 
 def absorb_norm(to_kv: nn.Linear, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -38,6 +60,8 @@ class GridTokens(Tokens):
         codes: one :class:`perceiver_fast.layers.fourier.AxisCodes` per axis, in float32 or float64.
     """
 
+    kind = "grid tokens"
+
     def __init__(self, feat: Tensor, codes: tuple):
         self.dtype = feat.dtype
         self.feat = feat.to(compute_dtype(feat.dtype))
@@ -55,16 +79,36 @@ class GridTokens(Tokens):
         return self.feat.shape[-1]
 
     @property
+    def count(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
     def channels(self) -> int:
-        """Channels of a token as perceiver-pytorch would build it, C."""
         return self.features + sum(code.code.shape[-1] for code in self.codes)
+
+    @property
+    def stored_channels(self) -> int:
+        return self.features
+
+    @property
+    def device(self) -> torch.device:
+        return self.feat.device
+
+    @property
+    def compute(self) -> torch.dtype:
+        return self.feat.dtype
+
+    def projection_operations(self, width: int) -> float:
+        tables = sum(code.code.shape[0] * code.code.shape[1] for code in self.codes)
+        return width * (tables + self.count * (self.features + len(self.codes) + 1))
 
     def scale(self, eps: float) -> Tensor:
         """LayerNorm's ``1 / sqrt(var + eps)`` of every token, ``[B, *sizes]``."""
         if eps not in self._scale:
             mean = torch.cat([code.mean for code in self.codes])
             square = torch.cat([code.square for code in self.codes])
-            self._scale[eps] = ops.grid_scale(self.feat, mean, square, self.codes[0].code.shape[-1], eps)
+            widths = [code.code.shape[-1] for code in self.codes]
+            self._scale[eps] = ops.grid_scale(self.feat, mean, square, widths, eps)
         return self._scale[eps]
 
     def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -100,20 +144,46 @@ class GridTokens(Tokens):
 
 
 class DenseTokens(Tokens):
-    """Tokens that exist as a tensor: input that comes with its own encoding.
+    """Tokens that exist as a tensor: input that comes with its own encoding, or another model's latents.
 
     Args:
         context: ``[B, M, C]``.
     """
 
+    kind = "dense tokens"
+
     def __init__(self, context: Tensor):
         self.context = context
         self._normalized: dict[float, Tensor] = {}
 
+    @property
+    def count(self) -> int:
+        return self.context.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.context.shape[2]
+
+    @property
+    def stored_channels(self) -> int:
+        return self.context.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
+
+    @property
+    def compute(self) -> torch.dtype:
+        return compute_dtype(self.context.dtype)
+
     def materialize(self) -> Tensor:
         return self.context
 
+    def normalized(self, eps: float) -> Tensor:
+        """LayerNorm of the tokens without its affine part, which is the layers' own: computed once for all of them."""
+        if eps not in self._normalized:
+            self._normalized[eps] = F.layer_norm(self.context, self.context.shape[-1:], eps=eps)
+        return self._normalized[eps]
+
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        if norm.eps not in self._normalized:  # once for all layers: the affine part is theirs
-            self._normalized[norm.eps] = F.layer_norm(self.context, self.context.shape[-1:], eps=norm.eps)
-        return F.linear(self._normalized[norm.eps], *absorb_norm(to_kv, norm, to_kv.weight.dtype))
+        return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))

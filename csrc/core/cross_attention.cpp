@@ -113,8 +113,7 @@ void finish_group(const AttentionPlan<T>& plan, int64_t head, int64_t first, int
 template <class T>
 void token_statistics(const AttentionPlan<T>& plan, double* token_lse, const Parallel& parallel) {
   const CrossAttentionInput<T>& in = plan.in;
-  const TokenTerms<T> none({in.batch, in.heads, in.queries, in.tokens, in.dim, in.dim_v, in.q, in.k, in.v, nullptr,
-                            in.scale, Dropout(0, 0), true}, nullptr);
+  const TokenTerms<T> none(in.batch, in.heads, in.tokens, nullptr, nullptr, Dropout(0, 0));
   const int64_t width = plan.width, q_size = in.dim * width;
   parallel.run(plan.heads() * plan.tiles, [&](int64_t begin, int64_t end) {
     const Aligned<T> q(plan.blocks * q_size), scratch(kTileTokens * width);
@@ -128,7 +127,8 @@ void token_statistics(const AttentionPlan<T>& plan, double* token_lse, const Par
       packed = head;
       std::fill_n(maximum.get(), kTileTokens * width, -std::numeric_limits<T>::max());
       std::fill_n(sum.get(), kTileTokens * width, T(0));
-      const TokenTile<T> tile = tile_of(plan, none, head, task % plan.tiles);
+      TokenTile<T> tile = tile_of(plan, none, head, task % plan.tiles);
+      tile.threshold = 0;  // the denominator is of all weights
       for (int64_t block = 0; block < plan.blocks; ++block) {
         for (int64_t lane = 0; lane < width; ++lane)
           bias.get()[lane] = lane < plan.count_of(block) ? T(0) : -std::numeric_limits<T>::infinity();
@@ -154,7 +154,7 @@ void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse
                              const Parallel& parallel) {
   const AttentionPlan<T> plan(in);
   if (in.inverted) token_statistics(plan, token_lse, parallel);
-  const TokenTerms<T> terms(in, in.inverted ? token_lse : nullptr);
+  const TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   const ForwardState<T> at(plan);
   const int64_t group = plan.group_size((in.dim + in.dim_v + 2) * plan.width), groups = ceil_div(plan.blocks, group);
   const int64_t tasks = plan.heads() * groups, size = group * at.block_size();

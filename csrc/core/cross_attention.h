@@ -43,7 +43,4 @@ template <class T>
 void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
                               const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel);
 
-// The normaliser of inverted attention is at least this, as torch.nn.functional.normalize has it in perceiver-pytorch.
-constexpr double kInvertedEps = 1e-8;
-
 }  // namespace perceiver_fast

@@ -277,7 +277,7 @@ template <class T>
 void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
                               const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) {
   const AttentionPlan<T> plan(in);
-  TokenTerms<T> terms(in, in.inverted ? token_lse : nullptr);
+  TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   const QueryTerms<T> queries(in, o, lse, d_o, d_lse, parallel);
   Backward<T> backward(plan, terms, queries, d_o, parallel);
   if (in.inverted) backward.fill_token_delta();

@@ -8,22 +8,12 @@
 
 #include <cstdint>
 
+#include "dropout.h"
 #include "isa.h"
 
 namespace perceiver_fast {
 
 constexpr int64_t kTileTokens = 128;
-
-template <class T>
-struct KeyLane;  // as wide as T: dropout keys of queries
-template <>
-struct KeyLane<float> {
-  using type = uint32_t;
-};
-template <>
-struct KeyLane<double> {
-  using type = uint64_t;
-};
 
 template <class T>
 struct TokenTile {

@@ -9,10 +9,9 @@
 #include "aligned.h"
 #include "cross_attention.h"
 #include "cross_attention_block.h"
+#include "token_terms.h"
 
 namespace perceiver_fast {
-
-constexpr double kLog2OfE = 1.4426950408889634;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -39,46 +38,12 @@ struct AttentionPlan {
   }
 };
 
-// What tokens add to exponents and multiply weights by, and their dropout keys.
-template <class T>
-struct TokenTerms {
-  int64_t tokens, per_head;  // per_head: 1 when the arrays have a row for every head, 0 when for every batch element
-  int64_t heads;
-  std::vector<T> shift, weight, delta;
-  std::vector<uint32_t> keys;
-
-  TokenTerms(const CrossAttentionInput<T>& in, const double* token_lse)
-      : tokens(in.tokens), per_head(token_lse != nullptr), heads(in.heads) {
-    const bool needed = in.mask != nullptr || token_lse != nullptr || in.dropout;
-    const int64_t rows = !needed ? 0 : per_head ? in.batch * heads : in.batch;
-    shift.assign(rows * tokens, T(0));
-    weight.assign(rows * tokens, T(1));
-    delta.assign(rows * tokens, T(0));
-    for (int64_t i = 0; i < rows * tokens; ++i) {
-      const int64_t b = per_head ? i / tokens / heads : i / tokens;
-      if (in.mask != nullptr && !in.mask[b * tokens + i % tokens]) {
-        shift[i] = -std::numeric_limits<T>::infinity();
-      } else if (token_lse != nullptr) {
-        const double lse2 = token_lse[i] * kLog2OfE;
-        shift[i] = T(-std::nearbyint(lse2));
-        weight[i] = T(std::exp2(-lse2 - double(shift[i])));
-      }
-    }
-    if (in.dropout) {
-      keys.resize(tokens);
-      for (int64_t m = 0; m < tokens; ++m) keys[m] = in.dropout.token_key(m);
-    }
-  }
-
-  int64_t row(int64_t head) const { return (per_head ? head : head / heads) * tokens; }
-};
-
 template <class T>
 TokenTile<T> tile_of(const AttentionPlan<T>& plan, const TokenTerms<T>& terms, int64_t head, int64_t tile) {
   const CrossAttentionInput<T>& in = plan.in;
   const int64_t b = head / in.heads, h = head % in.heads, m = tile * kTileTokens;
   const int64_t row = terms.row(head) + m;
-  const bool biased = !terms.shift.empty();
+  const bool biased = !terms.empty();
   return {in.dim,
           in.dim_v,
           std::min(kTileTokens, in.tokens - m),
@@ -89,7 +54,7 @@ TokenTile<T> tile_of(const AttentionPlan<T>& plan, const TokenTerms<T>& terms, i
           biased ? terms.shift.data() + row : nullptr,
           biased ? terms.weight.data() + row : nullptr,
           biased ? terms.delta.data() + row : nullptr,
-          in.dropout ? terms.keys.data() + m : nullptr,
+          terms.keys.empty() ? nullptr : terms.keys.data() + m,
           in.dropout.threshold};
 }
 

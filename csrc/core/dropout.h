@@ -16,6 +16,17 @@ inline uint64_t splitmix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+template <class T>
+struct KeyLane;  // an integer as wide as T, to hold a key in a vector's lane
+template <>
+struct KeyLane<float> {
+  using type = uint32_t;
+};
+template <>
+struct KeyLane<double> {
+  using type = uint64_t;
+};
+
 struct Dropout {
   uint32_t threshold;  // a weight is dropped when its hash is below; zero: no dropout
   uint64_t seed;

@@ -2,6 +2,7 @@
 // (or query).
 #pragma once
 
+#include "dropout.h"
 #include "simd.h"
 
 namespace perceiver_fast {
@@ -12,31 +13,29 @@ template <class T>
 struct DropoutLanes;
 template <>
 struct DropoutLanes<float> {
-  using Key = uint32_t;
   typedef uint32_t Vec __attribute__((vector_size(PF_VECTOR_BYTES)));
   static PF_INLINE Vec low32(Vec x) { return x; }
 };
 template <>
 struct DropoutLanes<double> {
-  using Key = uint64_t;
   typedef uint64_t Vec __attribute__((vector_size(PF_VECTOR_BYTES)));
   static PF_INLINE Vec low32(Vec x) { return x & 0xffffffffu; }
 };
 
 // p where the weight is kept, zero where it is dropped. The mixer is Chris Wellons' lowbias32.
 template <class T>
-PF_INLINE typename Simd<T>::Vec keep(typename Simd<T>::Vec p, const typename DropoutLanes<T>::Key* keys, uint32_t key,
+PF_INLINE typename Simd<T>::Vec keep(typename Simd<T>::Vec p, const typename KeyLane<T>::type* keys, uint32_t key,
                                      uint32_t threshold) {
   using D = DropoutLanes<T>;
   typename D::Vec x;
   std::memcpy(&x, keys, sizeof x);
-  x ^= typename D::Key(key);
+  x ^= typename KeyLane<T>::type(key);
   x ^= x >> 16;
   x = D::low32(x * 0x7feb352du);
   x ^= x >> 15;
   x = D::low32(x * 0x846ca68bu);
   x ^= x >> 16;
-  return x >= typename D::Key(threshold) ? p : typename Simd<T>::Vec{};
+  return x >= typename KeyLane<T>::type(threshold) ? p : typename Simd<T>::Vec{};
 }
 
 }  // namespace PF_ISA

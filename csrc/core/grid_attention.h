@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "dropout.h"
 #include "parallel.h"
 
 namespace perceiver_fast {
@@ -14,21 +15,41 @@ namespace perceiver_fast {
 template <class T>
 struct GridAttentionInput {
   int64_t batch, queries, features;
+  int64_t heads;  // consecutive batch elements that share one element's tokens and mask: inverted attention, heads apart
   std::vector<int64_t> sizes;
   const T* q;              // [B, N, L]: q_feat, then q_axes joined
   int64_t q_batch_stride;  // N * L, or 0 when the whole batch shares its queries
-  const T* feat;           // [B, M, F]
-  const T* scale;          // [B, M]
-  const uint8_t* mask;     // [B, M] or null
+  const T* feat;           // [B / heads, M, F]
+  const T* scale;          // [B / heads, M]
+  const uint8_t* mask;     // [B / heads, M] or null
+  Dropout dropout{0, 0};
+  bool inverted = false;   // softmax over the queries, then normalised over the tokens
 };
 
-// o [B, N, L], lse [B, N] (natural logarithm; double because logits of 1e4 leave a float lse four digits).
 template <class T>
-void grid_attention_forward(const GridAttentionInput<T>& in, T* o, double* lse, const Parallel& parallel);
+struct GridAttentionOutput {
+  T* o;               // [B, N, L]
+  double* lse;        // [B, N]: natural logarithm; double because logits of 1e4 leave a float lse four digits
+  T* kept;            // [B, N]: sum of the weights, with dropout or inverted; else null
+  double* token_lse;  // [B, M]: of inverted attention's softmax over the queries; else null
+};
 
-// dq [B, N, L]; dfeat [B, M, F] and dscale [B, M] are computed unless null. dlse [B, N] may be null.
 template <class T>
-void grid_attention_backward(const GridAttentionInput<T>& in, const T* o, const double* lse, const T* d_o,
-                             const double* d_lse, T* dq, T* dfeat, T* dscale, const Parallel& parallel);
+void grid_attention_forward(const GridAttentionInput<T>& in, const GridAttentionOutput<T>& out,
+                            const Parallel& parallel);
+
+// Gradients of the outputs; those of lse and of kept may be null.
+template <class T>
+struct GridAttentionGradient {
+  const T* o;         // [B, N, L]
+  const double* lse;  // [B, N]
+  const T* kept;      // [B, N]
+};
+
+// dq [B, N, L]; dfeat [B, M, F] and dscale [B, M] (every head its own) are computed unless null.
+template <class T>
+void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentionOutput<T>& out,
+                             const GridAttentionGradient<T>& grad, T* dq, T* dfeat, T* dscale,
+                             const Parallel& parallel);
 
 }  // namespace perceiver_fast

@@ -1,6 +1,6 @@
 #define PF_ISA avx512
 #define PF_VECTOR_BYTES 64
-#include "grid_attention_kernels.h"
+#include "grid_attention_token_kernels.h"
 
 namespace perceiver_fast {
 

@@ -1,6 +1,6 @@
 #define PF_ISA baseline
 #define PF_VECTOR_BYTES 16
-#include "grid_attention_kernels.h"
+#include "grid_attention_token_kernels.h"
 
 namespace perceiver_fast {
 

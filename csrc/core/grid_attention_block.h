@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "dropout.h"
 #include "isa.h"
 
 namespace perceiver_fast {
@@ -29,18 +30,28 @@ struct TokenBox {
   int64_t row_begin, row_end;  // rows: indices over the product of the outer axes
   int64_t col_begin, col_end;
   bool masked;
+  // Inverted attention and dropout; null otherwise. What tokens add to the exponents of their weights (an integer, -inf
+  // when masked), what they multiply them by, and what inverted attention's backward subtracts from the weights'
+  // gradients: [M] each. Keys are of dropout, and a threshold of zero drops nothing.
+  const T *shift, *weight, *delta;
+  const uint32_t* keys;
+  uint32_t threshold;
 };
 
-// Forward:  out[:L] += sum_m p r [x, onehot], out[L] += sum_m p, with p = 2^(S + shift).
-// Backward: out[:L] += sum_m dS r [x, onehot], out[L] += sum_m dS, with dS = p (r grad.[x, onehot] - delta).
+// Forward:  out[:L] += sum_m kept r [x, onehot], out[L] += sum_m p, out[L + 1] += sum_m kept, with p = 2^(S + shift) and
+//           kept what dropout leaves of p (out[L + 1] is written with dropout alone).
+// Backward: out[:L] += sum_m dS r [x, onehot], out[L] += sum_m dS, with dS = p (r grad.[x, onehot] - delta); with
+//           dropout the gradient, bonus added, counts where p is kept.
 template <class T>
 struct QueryBlock {
   const T* q;      // [L][lanes]
   const T* shift;  // [lanes], integral
   const T* grad;   // [L][lanes], backward only: gradient of the output times the weight that makes P of p
   const T* delta;  // [lanes], backward only, times the same weight
-  T* out;          // [L + 1][lanes]
+  const T* bonus;  // [lanes], backward with dropout only, times the same weight
+  T* out;          // [L + 2][lanes]
   T* scratch;      // [2 * (F + 1)][lanes]
+  const typename KeyLane<T>::type* keys;  // [lanes], of dropout
 };
 
 // Gradients of the tokens of a box, from all queries of one batch element:
@@ -53,6 +64,8 @@ struct TokenGradient {
   const T* grad;      // [N][L], times the weight that makes P of p
   const T* shift;     // [N], integral: p = 2^(S log2(e) + shift)
   const T* delta;     // [N], times the same weight: dS = p (r u - delta)
+  const T* bonus;     // [N], with dropout only, times the same weight
+  const uint32_t* keys;  // [N], of dropout
   const T* feat;      // [M][F]
   T* dfeat;           // [M][F]
   T* dscale;          // [M]
@@ -67,6 +80,10 @@ struct GridAttentionKernels {
   void (*backward)(const TokenBox<T>&, const QueryBlock<T>&);
   void (*maximum)(const TokenBox<T>&, const T* q, T* max);  // max [lanes] is raised to the largest S
   void (*token_gradient)(const TokenBox<T>&, const TokenGradient<T>&);
+  // Inverted attention, [M] each. log2 of the sum over the queries of 2^S, as a maximum and a sum of 2^(S - maximum);
+  // and the sum over the queries of P times its gradient. Of TokenGradient, the latter needs no feat and no outputs.
+  void (*token_sums)(const TokenBox<T>&, const TokenGradient<T>&, T* maximum, T* sum);
+  void (*token_delta)(const TokenBox<T>&, const TokenGradient<T>&, T* delta);
 };
 
 template <class T>

@@ -8,6 +8,7 @@
 // longer than a few hundred terms, so the error does not grow with the number of tokens.
 #pragma once
 
+#include "dropout_mask.h"
 #include "grid_attention_block.h"
 #include "simd.h"
 
@@ -59,8 +60,14 @@ struct OuterIndex {
   }
 };
 
-// What a kernel has to reckon with beside the plain case; each costs an instruction or two a pair.
-enum class Variant { plain, masked, masked_and_shifted };
+// What a kernel has to reckon with beside the plain case. A mask and a shift cost an instruction or two a pair, inverted
+// attention four; dropped is all of them and dropout, whose hash costs ten.
+enum class Variant { plain, masked, masked_and_shifted, inverted, dropped };
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
 
 // U consecutive tokens against one vector of queries. FS > 0 fixes the number of features at compile time
 // and keeps q_feat and its sums in registers; FS = 0 reads them from memory, which U tokens share.
@@ -69,10 +76,13 @@ struct Step {
   using S = Simd<T>;
   using V = typename S::Vec;
 
-  static PF_INLINE void run(int64_t features, const T* tok, const T* q_inner, const T* g_inner, T* out_inner,
-                            const V* q_feat, const V* g_feat, V* acc, V& total, V& row_sum, V a, V g_a, V shift,
-                            V delta) {
-    const int64_t F = FS > 0 ? FS : features, K = F + 2;
+  // `m` is the first token; a and g_a are the outer axes' shares of its row.
+  static PF_INLINE void run(const TokenBox<T>& box, int64_t m, const T* q_inner, const T* g_inner, T* out_inner,
+                            const V* q_feat, const V* g_feat, V* acc, V& total, V& kept, V& row_sum, V a, V g_a,
+                            V shift, V delta, V bonus, const typename KeyLane<T>::type* keys) {
+    constexpr bool by_token = kind == Variant::inverted || kind == Variant::dropped;
+    const int64_t F = FS > 0 ? FS : box.features, K = F + 2;
+    const T* tok = box.tokens + m * K;
     V t[U], p[U], r[U];
     for (int u = 0; u < U; ++u) {
       r[u] = S::set(tok[u * K]);
@@ -81,17 +91,29 @@ struct Step {
     }
     for (int64_t f = 0; f < F; ++f)
       for (int u = 0; u < U; ++u) t[u] = fma(q_feat[f], S::set(tok[u * K + 1 + f]), t[u]);
-    for (int u = 0; u < U; ++u) p[u] = exp2<T, kind == Variant::masked_and_shifted>(t[u], shift);
+    for (int u = 0; u < U; ++u) {
+      if (by_token) p[u] = exp2<T, true>(t[u], shift + box.shift[m + u]) * box.weight[m + u];
+      else p[u] = exp2<T, kind == Variant::masked_and_shifted>(t[u], shift);
+    }
     // Channels are read again from L1 below; kept in registers, the forward would spill.
     if (FS > 0 && !Backward) asm("" : "+r"(tok));
     if (Backward) {
-      for (int u = 0; u < U; ++u) t[u] = (S::load(g_inner + u * S::lanes) + g_a) * r[u] - delta;
+      const V start = kind == Variant::dropped ? bonus : -delta;
+      for (int u = 0; u < U; ++u) t[u] = (S::load(g_inner + u * S::lanes) + g_a) * r[u] + start;
       for (int64_t f = 0; f < F; ++f)
         for (int u = 0; u < U; ++u) t[u] += g_feat[f] * tok[u * K + 1 + f];
-      for (int u = 0; u < U; ++u) p[u] *= t[u];
+      for (int u = 0; u < U; ++u) {
+        if (kind == Variant::dropped) t[u] = keep<T>(t[u], keys, box.keys[m + u], box.threshold) - delta;
+        if (by_token) t[u] -= box.delta[m + u];
+        p[u] *= t[u];
+      }
     }
     for (int u = 0; u < U; ++u) {
       total += p[u];
+      if (kind == Variant::dropped && !Backward) {
+        p[u] = keep<T>(p[u], keys, box.keys[m + u], box.threshold);
+        kept += p[u];
+      }
       row_sum += p[u] * r[u];
       T* o = out_inner + u * S::lanes;
       S::store(o, S::load(o) + p[u] * r[u]);
@@ -108,7 +130,7 @@ template <class T, int FS, Variant kind, bool Backward>
 void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
   using S = Simd<T>;
   using V = typename S::Vec;
-  const int64_t F = FS > 0 ? FS : box.features, K = F + 2;
+  const int64_t F = FS > 0 ? FS : box.features;
   const int64_t lanes = S::lanes;
   const FlushDenormals flush;
 
@@ -139,6 +161,7 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
   }
   const V shift = S::load(block.shift);
   const V delta = Backward ? S::load(block.delta) : V{};
+  const V bonus = Backward && kind == Variant::dropped ? S::load(block.bonus) : V{};
 
   const int64_t columns = box.col_end - box.col_begin;
   const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
@@ -150,25 +173,28 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
       const int64_t j1 = box.col_begin + columns * (tile + 1) / tiles;
       for (int64_t i = 0; i < (j1 - j0) * lanes; ++i) tile_sums[i] = 0;
       for (int64_t f = 0; f <= F; ++f) block_acc[f] = V{};
+      V block_kept{};
       OuterIndex outer(box.outer_axes, box.outer_sizes, row0);
       for (int64_t row = row0; row < row1; ++row, outer.next()) {
         const V a = outer.template sum<T>(q_outer);
         const V g_a = Backward ? outer.template sum<T>(g_outer) : V{};
         for (int64_t f = 0; f < F; ++f) row_acc[f] = V{};
-        V total{}, row_sum{};
-        const T* tok = box.tokens + (row * box.inner_size + j0) * K;
+        V total{}, kept{}, row_sum{};
+        const int64_t m = row * box.inner_size;
         int64_t j = j0;
-        for (; j + kUnroll <= j1; j += kUnroll, tok += kUnroll * K)
-          Step<T, FS, kUnroll, kind, Backward>::run(F, tok, q_inner + j * lanes, g_inner + j * lanes,
-                                                    tile_sums + (j - j0) * lanes, q_feat, g_feat, row_acc, total,
-                                                    row_sum, a, g_a, shift, delta);
-        for (; j < j1; ++j, tok += K)
-          Step<T, FS, 1, kind, Backward>::run(F, tok, q_inner + j * lanes, g_inner + j * lanes,
-                                              tile_sums + (j - j0) * lanes, q_feat, g_feat, row_acc, total, row_sum, a,
-                                              g_a, shift, delta);
+        const auto step = [&](auto unroll) {
+          constexpr int U = decltype(unroll)::value;
+          for (; j + U <= j1; j += U)
+            Step<T, FS, U, kind, Backward>::run(box, m + j, q_inner + j * lanes, g_inner + j * lanes,
+                                                tile_sums + (j - j0) * lanes, q_feat, g_feat, row_acc, total, kept,
+                                                row_sum, a, g_a, shift, delta, bonus, block.keys);
+        };
+        step(Count<kUnroll>{});
+        step(Count<1>{});
         outer.add(out_outer, row_sum);
         for (int64_t f = 0; f < F; ++f) block_acc[f] += row_acc[f];
         block_acc[F] += total;
+        if (kind == Variant::dropped) block_kept += kept;
       }
       for (int64_t j = j0; j < j1; ++j) {
         T* o = out_inner + j * lanes;
@@ -179,6 +205,10 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
         S::store(o, S::load(o) + block_acc[f]);
       }
       S::store(out_total, S::load(out_total) + block_acc[F]);
+      if (kind == Variant::dropped && !Backward) {
+        T* out_kept = out_total + lanes;
+        S::store(out_kept, S::load(out_kept) + block_kept);
+      }
     }
   }
 }
@@ -188,9 +218,12 @@ void accumulate_any(const TokenBox<T>& box, const QueryBlock<T>& block) {
   bool shifted = false;
   for (int lane = 0; lane < Simd<T>::lanes; ++lane) shifted |= block.shift[lane] != 0;
 #define PF_CASE(FS)                                                                              \
+  if (box.shift) return accumulate<T, FS, Variant::inverted, Backward>(box, block);              \
   if (shifted) return accumulate<T, FS, Variant::masked_and_shifted, Backward>(box, block);      \
   if (box.masked) return accumulate<T, FS, Variant::masked, Backward>(box, block);               \
   return accumulate<T, FS, Variant::plain, Backward>(box, block)
+  // The hash outweighs what a fixed number of features saves.
+  if (box.threshold != 0) return accumulate<T, 0, Variant::dropped, Backward>(box, block);
   switch (box.features) {
     case 1: PF_CASE(1);
     case 2: PF_CASE(2);
@@ -225,100 +258,6 @@ void maximum(const TokenBox<T>& box, const T* q, T* max) {
   }
   S::store(max, largest);
 }
-
-// Gradients of the tokens: here the lanes are consecutive columns of a row and the queries run in the loop,
-// so that the sums over queries stay in registers and no two threads write the same token.
-template <class T, int FS>
-void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
-  using S = Simd<T>;
-  using V = typename S::Vec;
-  const FlushDenormals flush;
-  const T ln2 = T(0.6931471805599453);
-  const int64_t F = FS > 0 ? FS : box.features, K = F + 2;
-  int64_t outer_total = 0;
-  for (int64_t a = 0; a < box.outer_axes; ++a) outer_total += box.outer_sizes[a];
-  T *q_row = g.row_sums, *g_row = q_row + g.queries;  // per query: sums over this row's outer indices
-  V local[FS > 0 ? 3 * FS : 1];
-  V* x = FS > 0 ? local : reinterpret_cast<V*>(g.columns);  // r x of a vector of tokens
-  V *ds_q = x + F, *p_g = ds_q + F;                         // sums of dS q_feat and of P grad_feat
-  OuterIndex outer(box.outer_axes, box.outer_sizes, box.row_begin);
-  for (int64_t row = box.row_begin; row < box.row_end; ++row, outer.next()) {
-    for (int64_t n = 0; n < g.queries; ++n) {
-      T q_sum = 0, g_sum = 0;
-      int64_t at = n * g.length + F;
-      for (int64_t a = 0; a < box.outer_axes; at += box.outer_sizes[a], ++a) {
-        q_sum += g.q[at + outer.index[a]];
-        g_sum += g.grad[at + outer.index[a]];
-      }
-      q_row[n] = q_sum;
-      g_row[n] = g_sum;
-    }
-    for (int64_t j = box.col_begin; j < box.col_end; j += S::lanes) {
-      const int64_t count = box.col_end - j < S::lanes ? box.col_end - j : S::lanes;
-      const int64_t m = row * box.inner_size + j;
-      alignas(64) T column[S::lanes] = {}, q_tail[S::lanes] = {}, g_tail[S::lanes] = {};
-      const auto gather = [&](int64_t k) {
-        for (int64_t i = 0; i < count; ++i) column[i] = box.tokens[(m + i) * K + k];
-        return S::load(column);
-      };
-      const V r = gather(0), bias = gather(1 + F);
-      for (int64_t f = 0; f < F; ++f) {
-        x[f] = gather(1 + f);
-        ds_q[f] = p_g[f] = V{};
-      }
-      V ds_t{}, p_u{};
-      for (int64_t n = 0; n < g.queries; ++n) {
-        const T *q = g.q + n * g.length, *grad = g.grad + n * g.length;
-        const T *q_inner = q + F + outer_total + j, *g_inner = grad + F + outer_total + j;
-        if (count < S::lanes) {  // the row ends inside the vector, and the last row's table inside the array
-          for (int64_t i = 0; i < count; ++i) q_tail[i] = q_inner[i], g_tail[i] = g_inner[i];
-          q_inner = q_tail;
-          g_inner = g_tail;
-        }
-        const V q_axes = S::load(q_inner) + q_row[n], g_axes = S::load(g_inner) + g_row[n];
-        V t = q_axes * r + bias, u = g_axes * r - g.delta[n];
-        for (int64_t f = 0; f < F; ++f) {
-          t = fma(S::set(q[f]), x[f], t);
-          u += x[f] * grad[f];
-        }
-        const V p = exp2<T, true>(t, S::set(g.shift[n]));
-        const V ds = p * u;
-        for (int64_t f = 0; f < F; ++f) {
-          ds_q[f] += ds * q[f];
-          p_g[f] += p * grad[f];
-        }
-        ds_t += ds * q_axes;
-        p_u += p * g_axes;
-      }
-      // Sums are over q log2(e). Channels reach dscale through x, not through r x / r: a scale may be zero.
-      V dr = ds_t * ln2 + p_u;
-      for (int64_t f = 0; f < F; ++f) {
-        const V dx = ds_q[f] * ln2 + p_g[f];
-        for (int64_t i = 0; i < count; ++i) column[i] = g.feat[(m + i) * F + f];
-        dr += S::load(column) * dx;
-        S::store(column, dx * r);
-        for (int64_t i = 0; i < count; ++i) g.dfeat[(m + i) * F + f] = column[i];
-      }
-      S::store(column, dr);
-      for (int64_t i = 0; i < count; ++i) g.dscale[m + i] = column[i];
-    }
-  }
-}
-
-template <class T>
-void token_gradient_any(const TokenBox<T>& box, const TokenGradient<T>& g) {
-  switch (box.features) {
-    case 1: return token_gradient<T, 1>(box, g);
-    case 2: return token_gradient<T, 2>(box, g);
-    case 3: return token_gradient<T, 3>(box, g);
-    case 4: return token_gradient<T, 4>(box, g);
-    default: return token_gradient<T, 0>(box, g);
-  }
-}
-
-template <class T>
-constexpr GridAttentionKernels<T> kernels{Simd<T>::lanes, accumulate_any<T, false>, accumulate_any<T, true>,
-                                          maximum<T>, token_gradient_any<T>};
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

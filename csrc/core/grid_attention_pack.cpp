@@ -77,7 +77,7 @@ void pack_records(const T* feat, const T* scale, const uint8_t* mask, int64_t co
 
 template <class T>
 PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, const Parallel& parallel) {
-  const int64_t B = in.batch, F = in.features;
+  const int64_t B = in.batch / in.heads, F = in.features;
   PackedTokens<T> packed;
   packed.data = Aligned<T>(B * tokens * (F + 2));
   packed.all_masked.assign(B, 0);
@@ -86,7 +86,7 @@ PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, con
     for (int64_t b = 0; b < B; ++b) {
       const uint8_t* mask = in.mask + b * tokens;
       const int64_t visible = std::count_if(mask, mask + tokens, [](uint8_t m) { return m != 0; });
-      packed.all_masked[b] = visible == 0;
+      packed.all_masked[b] = visible == 0 && !in.inverted;  // inverted: attends to nothing
       packed.constant[b] |= visible <= 1;
     }
 

@@ -9,18 +9,18 @@ namespace {
 // Variances of one row of tokens, [columns]. `means` holds the outer axes' means and has room for the inner one.
 // FS > 0 fixes the number of features.
 template <class T, int FS>
-void row_variance(const T* feat, int64_t columns, int64_t features, T* means, int64_t axes, T outer_mean,
-                  T outer_square, const T* inner_mean, const T* inner_square, T width, T per_channel, T* variance) {
+void row_variance(const T* feat, int64_t columns, int64_t features, T* means, const T* widths, int64_t axes, T outer_sum,
+                  T outer_square, const T* inner_mean, const T* inner_square, T per_channel, T* variance) {
   const int64_t F = FS > 0 ? FS : features;
   for (int64_t j = 0; j < columns; ++j, feat += F) {
     means[axes - 1] = inner_mean[j];
-    T sum = width * (outer_mean + inner_mean[j]);
+    T sum = outer_sum + widths[axes - 1] * inner_mean[j];
     for (int64_t f = 0; f < F; ++f) sum += feat[f];
     const T mu = sum * per_channel;
-    T spread = 0, square = outer_square + inner_square[j];
-    for (int64_t a = 0; a < axes; ++a) spread += (means[a] - mu) * (means[a] - mu);
+    T square = outer_square + inner_square[j];
+    for (int64_t a = 0; a < axes; ++a) square += widths[a] * ((means[a] - mu) * (means[a] - mu));
     for (int64_t f = 0; f < F; ++f) square += (feat[f] - mu) * (feat[f] - mu);
-    variance[j] = (square + width * spread) * per_channel;
+    variance[j] = square * per_channel;
   }
 }
 
@@ -28,7 +28,8 @@ void row_variance(const T* feat, int64_t columns, int64_t features, T* means, in
 
 template <class T>
 void grid_scale_forward(const T* feat, int64_t batch, const std::vector<int64_t>& sizes, int64_t features,
-                        const T* axis_mean, const T* axis_square, int64_t axis_channels, double eps, T* scale,
+                        const T* axis_mean, const T* axis_square, const std::vector<int64_t>& axis_channels, double eps,
+                        T* scale,
                         const Parallel& parallel) {
   const int64_t axes = sizes.size(), columns = sizes.back();
   int64_t rows = 1, inner = 0;  // `inner`: where the last axis starts in axis_mean and axis_square
@@ -36,32 +37,36 @@ void grid_scale_forward(const T* feat, int64_t batch, const std::vector<int64_t>
     rows *= sizes[a];
     inner += sizes[a];
   }
-  const T width = T(axis_channels), per_channel = T(1) / T(features + axes * axis_channels);
+  const std::vector<T> widths(axis_channels.begin(), axis_channels.end());
+  int64_t channels = features;
+  for (int64_t width : axis_channels) channels += width;
+  const T per_channel = T(1) / T(channels);
   const auto variance = features == 1 ? row_variance<T, 1> : features == 3 ? row_variance<T, 3> : row_variance<T, 0>;
 
   parallel.run(batch * rows, [&](int64_t begin, int64_t end) {
     std::vector<T> means(axes);
     for (int64_t line = begin; line < end; ++line) {
-      T outer_mean = 0, outer_square = 0;
+      T outer_sum = 0, outer_square = 0;
       int64_t row = line % rows, start = inner;
       for (int64_t a = axes - 2; a >= 0; --a) {
         start -= sizes[a];
         means[a] = axis_mean[start + row % sizes[a]];
-        outer_mean += means[a];
+        outer_sum += widths[a] * means[a];
         outer_square += axis_square[start + row % sizes[a]];
         row /= sizes[a];
       }
       T* out = scale + line * columns;
-      variance(feat + line * columns * features, columns, features, means.data(), axes, outer_mean, outer_square,
-               axis_mean + inner, axis_square + inner, width, per_channel, out);
+      variance(feat + line * columns * features, columns, features, means.data(), widths.data(), axes, outer_sum,
+               outer_square, axis_mean + inner, axis_square + inner, per_channel, out);
       for (int64_t j = 0; j < columns; ++j) out[j] = T(1) / std::sqrt(out[j] + T(eps));  // a loop compilers vectorise
     }
   });
 }
 
 template void grid_scale_forward<float>(const float*, int64_t, const std::vector<int64_t>&, int64_t, const float*,
-                                        const float*, int64_t, double, float*, const Parallel&);
+                                        const float*, const std::vector<int64_t>&, double, float*, const Parallel&);
 template void grid_scale_forward<double>(const double*, int64_t, const std::vector<int64_t>&, int64_t, const double*,
-                                         const double*, int64_t, double, double*, const Parallel&);
+                                         const double*, const std::vector<int64_t>&, double, double*,
+                                         const Parallel&);
 
 }  // namespace perceiver_fast

@@ -11,13 +11,13 @@ namespace {
 struct Inputs {
   Tensor q, k, v;
   std::optional<Tensor> mask;
-  double scale, dropout;
+  double scale;
+  Dropout dropout;
   bool inverted;
-  uint64_t seed = 0;
 
   Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& mask_, double scale_,
-         double dropout_, const std::optional<Tensor>& seed_, bool inverted_)
-      : q(dense_rows(q_)), k(dense_rows(k_)), v(dense_rows(v_)), scale(scale_), dropout(dropout_),
+         double probability, const std::optional<Tensor>& seed, bool inverted_)
+      : q(dense_rows(q_)), k(dense_rows(k_)), v(dense_rows(v_)), scale(scale_), dropout(dropout_of(probability, seed)),
         inverted(inverted_) {
     const auto dtype = q.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
@@ -34,13 +34,6 @@ struct Inputs {
                           mask_->size(1) == k.size(2),
                       "cross_attention: expected a bool mask [B, M]");
       mask = torch::stable::contiguous(*mask_);
-    }
-    STD_TORCH_CHECK(dropout >= 0 && dropout < 1, "cross_attention: expected 0 <= dropout < 1, got ", dropout);
-    STD_TORCH_CHECK(dropout == 0 || seed_, "cross_attention: expected a seed with dropout");
-    if (dropout > 0) {
-      STD_TORCH_CHECK(seed_->scalar_type() == ScalarType::Long && seed_->numel() == 1,
-                      "cross_attention: expected a seed of one int64");
-      seed = uint64_t(*static_cast<const int64_t*>(seed_->data_ptr()));
     }
   }
 
@@ -60,7 +53,7 @@ struct Inputs {
             k.size(2),    q.size(3),    v.size(3),
             matrix<T>(q), matrix<T>(k), matrix<T>(v),
             mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr,
-            scale,        Dropout(dropout, seed), inverted};
+            scale,        dropout,      inverted};
   }
 };
 

@@ -11,11 +11,14 @@ namespace {
 
 // Dense inputs, kept alive as long as the raw pointers taken from them.
 struct Inputs {
+  Dropout dropout;
+  bool inverted;
   Tensor q, feat, scale;
   std::optional<Tensor> mask;
 
-  Inputs(const Tensor& q_, const Tensor& feat_, const Tensor& scale_, const std::optional<Tensor>& mask_)
-      : q(shares_queries(q_) ? q_ : torch::stable::contiguous(q_)), feat(torch::stable::contiguous(feat_)),
+  Inputs(const Tensor& q_, const Tensor& feat_, const Tensor& scale_, const std::optional<Tensor>& mask_,
+         double probability, const std::optional<Tensor>& seed, bool inverted_)
+      : dropout(dropout_of(probability, seed)), inverted(inverted_), q(shares_queries(q_) ? q_ : torch::stable::contiguous(q_)), feat(torch::stable::contiguous(feat_)),
         scale(torch::stable::contiguous(scale_)) {
     STD_TORCH_CHECK(q.dim() == 3 && feat.dim() >= 3 && scale.dim() == feat.dim() - 1,
                     "grid_attention: expected q [B, N, L], feat [B, *sizes, F], scale [B, *sizes]");
@@ -24,7 +27,9 @@ struct Inputs {
     STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::Double,
                     "grid_attention: expected float32 or float64");
     STD_TORCH_CHECK(feat.dim() - 2 <= 64, "grid_attention: expected at most 64 axes, got ", feat.dim() - 2);
-    STD_TORCH_CHECK(feat.size(0) == q.size(0), "grid_attention: expected q and feat of one batch size");
+    const int64_t per = feat.size(0) > 0 ? q.size(0) / feat.size(0) : 1;
+    STD_TORCH_CHECK(per * feat.size(0) == q.size(0) && (per == 1 || inverted),
+                    "grid_attention: expected q and feat of one batch size (inverted: q of a multiple, its heads)");
     same_grid(scale, "scale");
     if (mask_) {
       mask = torch::stable::contiguous(*mask_);
@@ -59,6 +64,9 @@ struct Inputs {
   GridAttentionInput<T> view() const {
     GridAttentionInput<T> in;
     in.batch = q.size(0);
+    in.heads = feat.size(0) > 0 ? q.size(0) / feat.size(0) : 1;
+    in.dropout = dropout;
+    in.inverted = inverted;
     in.queries = q.size(1);
     in.features = feat.size(feat.dim() - 1);
     int64_t length = in.features;
@@ -77,41 +85,70 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& feat, const Tensor& scale,
-                                   const std::optional<Tensor>& mask) {
-  const Inputs inputs(q, feat, scale, mask);
+template <class T>
+GridAttentionOutput<T> outputs(const Tensor& o, const Tensor& lse, const Tensor& kept, const Tensor& token_lse) {
+  return {static_cast<T*>(o.data_ptr()), static_cast<double*>(lse.data_ptr()),
+          kept.dim() == 2 ? static_cast<T*>(kept.data_ptr()) : nullptr,
+          token_lse.dim() == 2 ? static_cast<double*>(token_lse.data_ptr()) : nullptr};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& feat, const Tensor& scale,
+                                                   const std::optional<Tensor>& mask, double dropout,
+                                                   const std::optional<Tensor>& seed, bool inverted) {
+  const Inputs inputs(q, feat, scale, mask, dropout, seed, inverted);
+  const int64_t B = q.size(0), N = q.size(1), heads = feat.size(0) > 0 ? B / feat.size(0) : 1;
+  const bool counts = dropout > 0 || inverted;
   Tensor o = torch::stable::new_empty(q, sizes_of(q));
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Double);
+  Tensor lse = torch::stable::new_empty(q, {B, N}, ScalarType::Double);
+  Tensor kept = torch::stable::new_empty(q, counts ? std::vector<int64_t>{B, N} : std::vector<int64_t>{0});
+  std::vector<int64_t> token_shape{0};
+  if (inverted) token_shape = {B, scale.numel() / (heads > 0 && B > 0 ? B / heads : 1)};
+  Tensor token_lse = torch::stable::new_empty(q, token_shape, ScalarType::Double);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    grid_attention_forward<T>(inputs.view<T>(), static_cast<T*>(o.data_ptr()), static_cast<double*>(lse.data_ptr()),
-                              torch_parallel());
+    grid_attention_forward<T>(inputs.view<T>(), outputs<T>(o, lse, kept, token_lse), torch_parallel());
   };
   if (q.scalar_type() == ScalarType::Double) run(0.0);
   else run(0.0f);
-  return {o, lse};
+  return {o, lse, kept, token_lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::optional<Tensor>& d_lse, const Tensor& q,
-                                            const Tensor& feat, const Tensor& scale, const std::optional<Tensor>& mask,
-                                            const Tensor& o, const Tensor& lse, bool token_grads) {
-  const Inputs inputs(q, feat, scale, mask);
-  const Tensor grad = inputs.like_q(d_o, 3, q.scalar_type(), "d_o"), out = inputs.like_q(o, 3, q.scalar_type(), "o");
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::optional<Tensor>& d_lse,
+                                            const std::optional<Tensor>& d_kept, const Tensor& q, const Tensor& feat,
+                                            const Tensor& scale, const std::optional<Tensor>& mask, double dropout,
+                                            const std::optional<Tensor>& seed, bool inverted, const Tensor& o,
+                                            const Tensor& lse, const Tensor& kept, const Tensor& token_lse,
+                                            bool token_grads) {
+  const Inputs inputs(q, feat, scale, mask, dropout, seed, inverted);
+  const auto dtype = q.scalar_type();
+  const Tensor grad = inputs.like_q(d_o, 3, dtype, "d_o"), out = inputs.like_q(o, 3, dtype, "o");
   const Tensor stats = inputs.like_q(lse, 2, ScalarType::Double, "lse");
-  std::optional<Tensor> grad_lse;
+  const bool counts = dropout > 0 || inverted;
+  const Tensor sums = counts ? inputs.like_q(kept, 2, dtype, "kept") : kept;
+  const Tensor token_stats = torch::stable::contiguous(token_lse);
+  STD_TORCH_CHECK(!inverted || (token_lse.scalar_type() == ScalarType::Double &&
+                                token_lse.numel() * feat.size(0) == q.size(0) * scale.numel()),
+                  "grid_attention: expected token_lse [B, M] float64");
+  STD_TORCH_CHECK(!d_lse || !inverted, "grid_attention: inverted attention's lse has no gradient");
+  STD_TORCH_CHECK(!d_kept || counts, "grid_attention: expected no gradient of kept without dropout or inverted");
+  std::optional<Tensor> grad_lse, grad_kept;
   if (d_lse) grad_lse = inputs.like_q(*d_lse, 2, ScalarType::Double, "d_lse");
+  if (d_kept) grad_kept = inputs.like_q(*d_kept, 2, dtype, "d_kept");
+  std::vector<int64_t> feat_shape = sizes_of(feat), scale_shape = sizes_of(scale);
+  feat_shape[0] = scale_shape[0] = q.size(0);  // every head its own
   Tensor dq = torch::stable::new_empty(q, sizes_of(q));
-  Tensor dfeat = torch::stable::new_empty(q, token_grads ? sizes_of(feat) : std::vector<int64_t>{0});
-  Tensor dscale = torch::stable::new_empty(q, token_grads ? sizes_of(scale) : std::vector<int64_t>{0});
+  Tensor dfeat = torch::stable::new_empty(q, token_grads ? feat_shape : std::vector<int64_t>{0});
+  Tensor dscale = torch::stable::new_empty(q, token_grads ? scale_shape : std::vector<int64_t>{0});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     grid_attention_backward<T>(
-        inputs.view<T>(), static_cast<const T*>(out.data_ptr()), static_cast<const double*>(stats.data_ptr()),
-        static_cast<const T*>(grad.data_ptr()), grad_lse ? static_cast<const double*>(grad_lse->data_ptr()) : nullptr,
+        inputs.view<T>(), outputs<T>(out, stats, sums, token_stats),
+        {static_cast<const T*>(grad.data_ptr()), grad_lse ? static_cast<const double*>(grad_lse->data_ptr()) : nullptr,
+         grad_kept ? static_cast<const T*>(grad_kept->data_ptr()) : nullptr},
         static_cast<T*>(dq.data_ptr()), token_grads ? static_cast<T*>(dfeat.data_ptr()) : nullptr,
         token_grads ? static_cast<T*>(dscale.data_ptr()) : nullptr, torch_parallel());
   };
-  if (q.scalar_type() == ScalarType::Double) run(0.0);
+  if (dtype == ScalarType::Double) run(0.0);
   else run(0.0f);
   return {dq, dfeat, dscale};
 }

@@ -6,8 +6,8 @@
 namespace perceiver_fast {
 namespace {
 
-Tensor forward(const Tensor& feat, const Tensor& axis_mean, const Tensor& axis_square, int64_t axis_channels,
-               double eps) {
+Tensor forward(const Tensor& feat, const Tensor& axis_mean, const Tensor& axis_square,
+               std::vector<int64_t> axis_channels, double eps) {
   STD_TORCH_CHECK(feat.dim() >= 3, "grid_scale: expected feat [B, *sizes, F], got ", feat.dim(), " dimensions");
   const Tensor x = torch::stable::contiguous(feat), mean = torch::stable::contiguous(axis_mean);
   const Tensor square = torch::stable::contiguous(axis_square);
@@ -15,6 +15,8 @@ Tensor forward(const Tensor& feat, const Tensor& axis_mean, const Tensor& axis_s
   const int64_t features = shape.back();
   shape.pop_back();
   const std::vector<int64_t> sizes(shape.begin() + 1, shape.end());
+  STD_TORCH_CHECK(axis_channels.size() == sizes.size(), "grid_scale: expected axis_channels of ", sizes.size(),
+                  " axes, got ", axis_channels.size());
   int64_t positions = 0;
   for (int64_t size : sizes) positions += size;
   STD_TORCH_CHECK(mean.numel() == positions && square.numel() == positions,

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "../core/dropout.h"
 #include "../core/parallel.h"
 
 namespace perceiver_fast {
@@ -18,6 +19,15 @@ using torch::stable::Tensor;
 inline Parallel torch_parallel() {
   return {int(torch::stable::get_num_threads()),
           [](int64_t n, const auto& body) { torch::stable::parallel_for(0, n, 1, body); }};
+}
+
+// A dropout probability with the seed that decides what is dropped.
+inline Dropout dropout_of(double probability, const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(probability >= 0 && probability < 1, "expected a dropout probability in [0, 1), got ", probability);
+  if (probability == 0) return Dropout(0, 0);
+  STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "expected a seed of one int64 with dropout");
+  return Dropout(probability, uint64_t(*static_cast<const int64_t*>(seed->data_ptr())));
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {

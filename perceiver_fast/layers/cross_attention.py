@@ -1,29 +1,28 @@
 """Cross-attention of the latents to tokens, with PreNorm of both sides: where the package's kernels are used.
 
-On a grid, LayerNorm and the projection of the tokens are absorbed into the layer's weight, and the weight into the
-N queries and N results:
+LayerNorm's affine part moves into the projection after it, ``W = to_kv gamma`` and ``b = to_kv beta``. Then there are
+three ways (layers/plan.py says which is taken):
 
-    W       = (to_kv * gamma) minus its row means      LayerNorm's centring is linear: z W^T = (z - mean) (W')^T
-    [K | V] = W [I_F | E_1^T | .. | E_A^T]             keys and values of the basis [x, onehot, .., onehot]
-    q       = to_q(norm(x)) K / sqrt(d)                [N, L], what ops.grid_attention takes
-    out     = to_out(o V^T + W_v beta)                 beta's share is the same for every token
+    grid       [K | V] = W' [I_F | E_1^T | .. | E_A^T], W' = W minus its row means (LayerNorm's centring is linear):
+               keys and values of the basis [x, onehot, .., onehot];  q = to_q(x) K / sqrt(d);  out = o V^T + b_v
+    absorbed   q = to_q(x) W_k / sqrt(d) attends to the normalised tokens themselves;  out = o W_v^T + b_v
+    projected  keys and values are built:  to_kv(norm(tokens))
+
+A bias on keys adds the same to all logits of a query, which a softmax over tokens does not notice; inverted attention
+does, and gets it as one more channel. A bias on values counts as often as the weights sum to.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.backends import Choice, forced_backend, require
 from perceiver_fast.layers.attention import Attention
-from perceiver_fast.ops.cross_attention import CrossAttentionCall, choose_cross_attention, cross_attention
-from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention, grid_attention_joined
+from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
+from perceiver_fast.ops.cross_attention import cross_attention
+from perceiver_fast.ops.grid_attention import grid_attention_joined
 from perceiver_fast.ops.library import autocast_dtype
-from perceiver_fast.tokens import GridTokens, Tokens
-
-ONE_AXIS_LIMIT = 1024  # tokens; below it either path takes no time, and the kernel is the more exact one
+from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens, absorb_norm
 
 
 class CrossAttention(nn.Module):
@@ -33,49 +32,40 @@ class CrossAttention(nn.Module):
         dim: channels of the latents, D.
         context_dim: channels of the tokens as perceiver-pytorch builds them, C.
         heads, dim_head, dropout: see :class:`Attention`.
+        queries_contribute_kv: the queries join the tokens, as in perceiver-pytorch; needs context_dim == dim.
     """
 
-    def __init__(self, dim: int, context_dim: int, heads: int, dim_head: int, dropout: float):
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+        queries_contribute_kv: bool = False,
+    ):
         super().__init__()
+        if queries_contribute_kv and context_dim != dim:
+            raise ValueError(
+                f"queries_contribute_kv: expected context_dim == dim, got {context_dim} and {dim}; the queries are "
+                "projected to keys and values by the weights of the tokens"
+            )
+        self.queries_contribute_kv = queries_contribute_kv
         self.fn = Attention(dim, context_dim, heads=heads, dim_head=dim_head, dropout=dropout)
         self.norm = nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(context_dim)
 
-    def plan(self, tokens: Tokens, inverted: bool = False) -> Choice:
-        """The op and backend that a forward on ``tokens`` takes in the current mode, and why not the others.
+    def plan(self, tokens: Tokens, queries: int, inverted: bool = False) -> Plan:
+        """The way that a forward of ``queries`` latents takes in the current mode, and why not the others.
 
         Raises:
             perceiver_fast.backends.BackendError: a forced backend cannot run it.
         """
-        dropout = self.fn.active_dropout
-        if isinstance(tokens, GridTokens):
-            grid = self._plan_grid(tokens, dropout, inverted)
-        else:
-            grid = Choice("grid_attention", None, {"any": ["the tokens come with their own encoding, not as a grid"]})
-        built = choose_cross_attention(CrossAttentionCall(dropout, inverted))
-        choice = require(grid, built)
-        if choice is grid:
-            return grid
-        passed_over = {f"grid_attention[{name}]": why for name, why in grid.rejected.items()}
-        return Choice(built.op, built.backend, passed_over | built.rejected)
-
-    @staticmethod
-    def _plan_grid(tokens: GridTokens, dropout: float, inverted: bool) -> Choice:
-        sizes = tokens.sizes
-        choice = choose_grid_attention(
-            GridAttentionCall(tokens.feat.dtype, tokens.feat.device, sizes, dropout, inverted)
+        fn = self.fn
+        return plan_cross_attention(
+            tokens,
+            Layer(queries, fn.heads, fn.dim_head, fn.active_dropout, inverted, False, self.queries_contribute_kv),
         )
-        if forced_backend() != "auto" or choice.backend is None:
-            return choice
-        count = math.prod(sizes)
-        if choice.backend == "reference":
-            why = "it forms the N x M logits, which attention on built keys and values need not"
-        elif max(sizes) == count >= ONE_AXIS_LIMIT:
-            # Every latent would need a table entry for every token, twice: keys and values are smaller and faster.
-            why = f"one axis of {count}: its table would be as large as the logits"
-        else:
-            return choice
-        return Choice(choice.op, None, choice.rejected | {choice.backend: [why]})
 
     def forward(self, x: Tensor, tokens: Tokens, mask: Tensor | None = None, inverted: bool = False) -> Tensor:
         """Attend.
@@ -90,41 +80,83 @@ class CrossAttention(nn.Module):
             ``[B, N, D]``.
         """
         x = self.norm(x)
-        if self.plan(tokens, inverted).op == "grid_attention":
-            return self._attend_to_grid(x, tokens, mask)
-        return self._attend_to_built(x, tokens, mask, inverted)
+        attend = getattr(self, f"_attend_{self.plan(tokens, x.shape[1], inverted).path}")
+        out = attend(x, tokens, mask, inverted)  # [B, N, H, d]
+        return self.fn.to_out(out.flatten(2).to(autocast_dtype(x.device) or x.dtype))
 
-    def grid_tables(self, x: Tensor, tokens: GridTokens) -> tuple[Tensor, Tensor, Tensor]:
+    def grid_tables(self, x: Tensor, tokens: GridTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the grid op needs of normalised latents ``x``, in the dtype it computes in.
 
         Returns:
-            q ``[B, H N, L]`` (or ``[1, H N, L]``), the values of the basis ``[H, L, d]`` and beta's share ``[H, d]``.
+            q ``[B, H, N, L]`` (or with B = 1), the keys' bias in the logits ``[B, H, N]``, the values of the basis
+            ``[H, L, d]`` and their bias ``[H, d]``.
         """
-        fn = self.fn
-        q = fn.to_q(x)
+        q = self.fn.to_q(x)
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = tokens.project(fn.to_kv, self.norm_context)
-            keys, values = weight.unflatten(0, (2, fn.heads, fn.dim_head))  # [H, d, L]
-            q = q.to(weight.dtype).unflatten(-1, (fn.heads, fn.dim_head)) * fn.dim_head**-0.5  # [B, N, H, d]
-            q = torch.einsum("bnhd,hdl->bhnl", q, keys).flatten(1, 2)
-            beta = bias.unflatten(0, (2, fn.heads, fn.dim_head))[1]
-        return q, values.transpose(1, 2), beta
+            weight, bias = tokens.project(self.fn.to_kv, self.norm_context)
+            q, constant, values, beta = self._absorb(q, weight, bias)
+        return q, constant, values.transpose(1, 2), beta
 
-    def _attend_to_grid(self, x: Tensor, tokens: GridTokens, mask: Tensor | None) -> Tensor:
-        feat = tokens.feat
-        q, values, beta = self.grid_tables(x, tokens)
+    def _absorb(self, q: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries times keys, the same for the keys' bias; values ``[H, d, L]`` and their bias."""
+        heads = (2, self.fn.heads, self.fn.dim_head)
+        q = q.to(weight.dtype).unflatten(-1, heads[1:]) * self.fn.dim_head**-0.5  # [B, N, H, d]
+        (keys, values), (key_bias, value_bias) = weight.unflatten(0, heads), bias.unflatten(0, heads)
+        constant = torch.einsum("bnhd,hd->bhn", q, key_bias)
+        return torch.einsum("bnhd,hdl->bhnl", q, keys), constant, values, value_bias
+
+    def _attend_grid(self, x: Tensor, tokens: GridTokens, mask: Tensor | None, inverted: bool) -> Tensor:
+        feat, heads, features = tokens.feat, self.fn.heads, tokens.features
+        q, constant, values, beta = self.grid_tables(x, tokens)
         with torch.autocast(x.device.type, enabled=False):
-            q = q.expand(feat.shape[0], -1, -1)
-            mask = None if mask is None else mask.view(feat.shape[:-1])
             scale = tokens.scale(self.norm_context.eps)
-            o, _ = grid_attention_joined(q, feat, scale, mask)
-            out = torch.einsum("bhnl,hld->bnhd", o.unflatten(1, (self.fn.heads, -1)), values) + beta
-        return self.fn.to_out(out.flatten(2).to(autocast_dtype(x.device) or x.dtype))
+            if inverted:  # a channel that is one after scaling carries the keys' bias
+                feat = torch.cat([feat, 1 / scale.unsqueeze(-1)], -1)
+                q = torch.cat([q[..., :features], constant.unsqueeze(-1), q[..., features:]], -1)
+            q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
+            mask = None if mask is None else mask.view(feat.shape[:-1])
+            o, _, kept = grid_attention_joined(q, feat, scale, mask, self.fn.active_dropout, inverted, heads)
+            o = o.unflatten(1, (heads, -1))
+            if inverted:
+                o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)
+            return torch.einsum("bhnl,hld->bnhd", o, values) + self._value_bias(beta, kept)
 
-    def _attend_to_built(self, x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool) -> Tensor:
+    def _value_bias(self, beta: Tensor, kept: Tensor | None) -> Tensor:
+        """``[H, d]``, or times the sum of every query's weights ``[B, H N]``."""
+        if kept is None:
+            return beta
+        return torch.einsum("bhn,hd->bnhd", kept.view(kept.shape[0], self.fn.heads, -1), beta)
+
+    def _attend_absorbed(self, x: Tensor, tokens: DenseTokens, mask: Tensor | None, inverted: bool) -> Tensor:
+        heads, dropout = self.fn.heads, self.fn.active_dropout
+        q = self.fn.to_q(x)
+        with torch.autocast(x.device.type, enabled=False):
+            z = tokens.normalized(self.norm_context.eps).to(tokens.compute)
+            q, constant, values, beta = self._absorb(q, *absorb_norm(self.fn.to_kv, self.norm_context, z.dtype))
+            counts = inverted or dropout > 0
+            if counts:  # a channel of ones carries the keys' bias, and counts what weights sum to
+                z = torch.cat([z, z.new_ones(1).expand(*z.shape[:-1], 1)], -1)
+                q = torch.cat([q, constant.unsqueeze(-1)], -1)
+            q = q.expand(z.shape[0], -1, -1, -1)
+            if inverted:  # heads apart: the softmax runs over the queries of one
+                z = z.unsqueeze(1).expand(-1, heads, -1, -1)
+            else:
+                q, z = q.flatten(1, 2).unsqueeze(1), z.unsqueeze(1)
+            o = cross_attention(q, z, z, mask, dropout, inverted, scale=1.0)
+            o = o.reshape(o.shape[0], heads, -1, o.shape[-1])
+            kept = None
+            if counts:
+                o, kept = o[..., :-1], o[..., -1].flatten(1)
+            return torch.einsum("bhnc,hdc->bnhd", o, values) + self._value_bias(beta, kept)
+
+    def _attend_projected(self, x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool) -> Tensor:
         fn = self.fn
         kv = tokens.keys_values(fn.to_kv, self.norm_context)
-        q = fn.split_heads(fn.to_q(x).expand(kv.shape[0], -1, -1))
+        x = x.expand(kv.shape[0], -1, -1)
+        if self.queries_contribute_kv:
+            kv = torch.cat([fn.to_kv(x), kv], 1)
+            if mask is not None:
+                mask = torch.cat([mask.new_ones(mask.shape[0], x.shape[1]), mask], -1)
         k, v = (fn.split_heads(t) for t in kv.chunk(2, dim=-1))
-        out = cross_attention(q, k, v, mask, fn.active_dropout, inverted)
-        return fn.to_out(out.transpose(1, 2).flatten(2))
+        out = cross_attention(fn.split_heads(fn.to_q(x)), k, v, mask, fn.active_dropout, inverted)
+        return out.transpose(1, 2)

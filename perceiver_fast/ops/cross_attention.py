@@ -17,7 +17,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.library import compute_dtype, library
+from perceiver_fast.ops.library import compute_dtype, dropout_seed, library
 
 OP = "cross_attention"
 
@@ -108,11 +108,6 @@ BACKENDS = (Backend("cpu", _cpu_reasons), Backend("sdpa", _sdpa_reasons), Backen
 def choose_cross_attention(call: CrossAttentionCall) -> Choice:
     """The backend that runs ``call``."""
     return backends.choose(OP, BACKENDS, call)
-
-
-def dropout_seed(probability: float, device: torch.device) -> Tensor | None:
-    """A fresh seed from torch's generator, int64 of one element; None without dropout."""
-    return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if probability > 0 else None
 
 
 def cross_attention(

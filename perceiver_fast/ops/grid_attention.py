@@ -11,6 +11,9 @@ product of each query with the columns of ``[K_x, K_1, .., K_A]``: F + n_1 + .. 
 
 and the values' projection is applied to o, N rows, afterwards. Neither the encoding, nor keys, nor values, nor an
 N x M matrix ever exists; the backward recomputes P from lse. Heads share the tokens, so they fold into N.
+
+Inverted attention, ``P[n, m] = A[n, m] / sum_m A[n, m]`` with ``A = softmax over queries of S``, first sums every
+token's softmax over the queries; dropout draws every weight's fate from a hash of its indices.
 """
 
 from __future__ import annotations
@@ -23,50 +26,71 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, library
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, dropout_seed, library
 
 OP = "grid_attention"
 
-library.define("grid_attention_forward(Tensor q, Tensor feat, Tensor scale, Tensor? mask) -> (Tensor o, Tensor lse)")
 library.define(
-    "grid_attention_backward(Tensor d_o, Tensor? d_lse, Tensor q, Tensor feat, Tensor scale, Tensor? mask, "
-    "Tensor o, Tensor lse, bool token_grads) -> (Tensor dq, Tensor dfeat, Tensor dscale)"
+    "grid_attention_forward(Tensor q, Tensor feat, Tensor scale, Tensor? mask, float dropout, Tensor? seed, "
+    "bool inverted) -> (Tensor o, Tensor lse, Tensor kept, Tensor token_lse)"
+)
+library.define(
+    "grid_attention_backward(Tensor d_o, Tensor? d_lse, Tensor? d_kept, Tensor q, Tensor feat, Tensor scale, "
+    "Tensor? mask, float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor kept, Tensor token_lse, "
+    "bool token_grads) -> (Tensor dq, Tensor dfeat, Tensor dscale)"
 )
 
 
 @torch.library.register_fake("perceiver_fast::grid_attention_forward")
-def _(q, feat, scale, mask):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float64)
+def _(q, feat, scale, mask, dropout, seed, inverted):
+    lse = q.new_empty(q.shape[:2], dtype=torch.float64)
+    kept = q.new_empty(q.shape[:2] if dropout > 0 or inverted else (0,))
+    return q.new_empty(q.shape), lse, kept, lse.new_empty((q.shape[0], scale[0].numel()) if inverted else (0,))
 
 
 @torch.library.register_fake("perceiver_fast::grid_attention_backward")
-def _(d_o, d_lse, q, feat, scale, mask, o, lse, token_grads):
-    dfeat = feat.new_empty(feat.shape if token_grads else (0,))
-    dscale = scale.new_empty(scale.shape if token_grads else (0,))
+def _(d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads):
+    dfeat = feat.new_empty((q.shape[0], *feat.shape[1:]) if token_grads else (0,))
+    dscale = scale.new_empty((q.shape[0], *scale.shape[1:]) if token_grads else (0,))
     return q.new_empty(q.shape), dfeat, dscale
 
 
 class GridAttentionFunction(torch.autograd.Function):
-    """Connects the registered forward and backward; saves its inputs, o and lse, nothing of size N x M."""
+    """Connects the registered forward and backward; saves its inputs, o and statistics, nothing of size N x M.
+
+    Returns o, lse and kept, the sum of every query's weights: one, but for dropout and inverted attention.
+    """
 
     @staticmethod
-    def forward(ctx, q, feat, scale, mask):
-        o, lse = torch.ops.perceiver_fast.grid_attention_forward(q, feat, scale, mask)
-        ctx.save_for_backward(q, feat, scale, mask, o, lse)
+    def forward(ctx, q, feat, scale, mask, dropout, seed, inverted):
+        o, lse, kept, token_lse = torch.ops.perceiver_fast.grid_attention_forward(
+            q, feat, scale, mask, dropout, seed, inverted
+        )
+        ctx.save_for_backward(q, feat, scale, mask, seed, o, lse, kept, token_lse)
+        ctx.options = dropout, inverted
         ctx.set_materialize_grads(False)
-        return o, lse
+        if inverted:
+            ctx.mark_non_differentiable(lse)
+        return o, lse, kept
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_o, d_lse):
-        q, feat, scale, mask, o, lse = ctx.saved_tensors
+    def backward(ctx, d_o, d_lse, d_kept):
+        q, feat, scale, mask, seed, o, lse, kept, token_lse = ctx.saved_tensors
+        dropout, inverted = ctx.options
+        counts = dropout > 0 or inverted
         if d_o is None:
             d_o = torch.zeros_like(o)
         token_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dq, dfeat, dscale = torch.ops.perceiver_fast.grid_attention_backward(
-            d_o, d_lse, q, feat, scale, mask, o, lse, token_grads
-        )
-        return dq, dfeat if token_grads else None, dscale if token_grads else None, None
+            d_o, None if inverted else d_lse, d_kept if counts else None, q, feat, scale, mask, dropout, seed, inverted,
+            o, lse, kept, token_lse, token_grads,
+        )  # fmt: skip
+        if not token_grads:
+            return dq, None, None, None, None, None, None
+        if feat.shape[0] != q.shape[0]:  # heads apart
+            dfeat, dscale = (d.unflatten(0, (feat.shape[0], -1)).sum(1) for d in (dfeat, dscale))
+        return dq, dfeat, dscale, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -76,17 +100,6 @@ class GridAttentionCall:
     dtype: torch.dtype
     device: torch.device
     sizes: tuple[int, ...]
-    dropout: float = 0.0
-    inverted: bool = False
-
-
-def _semantics(call: GridAttentionCall) -> list[str]:
-    reasons = []
-    if call.dropout > 0:
-        reasons.append(f"attention dropout {call.dropout:g} is on")
-    if call.inverted:
-        reasons.append("inverted attention normalises over the latents")
-    return reasons
 
 
 def _cpu_reasons(call: GridAttentionCall) -> list[str]:
@@ -97,10 +110,10 @@ def _cpu_reasons(call: GridAttentionCall) -> list[str]:
         reasons.append(f"it takes float64, float32, bfloat16 and float16, not {call.dtype}")
     if len(call.sizes) > 64:
         reasons.append(f"it takes up to 64 axes, not {len(call.sizes)}")
-    return reasons + _semantics(call)
+    return reasons
 
 
-BACKENDS = (Backend("cpu", _cpu_reasons), Backend("reference", _semantics))
+BACKENDS = (Backend("cpu", _cpu_reasons), Backend("reference", lambda call: []))
 
 
 def choose_grid_attention(call: GridAttentionCall) -> Choice:
@@ -108,29 +121,54 @@ def choose_grid_attention(call: GridAttentionCall) -> Choice:
     return backends.choose(OP, BACKENDS, call)
 
 
-def grid_attention_joined(q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def grid_attention_joined(
+    q: Tensor,
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    inverted: bool = False,
+    heads: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`grid_attention` with q_feat and q_axes joined, for callers that hold them so; inputs are not checked.
 
     Args:
-        q: ``[B, N, L]``, L = F + sum(sizes); may be expanded over B.
+        q: ``[B, H N, L]``, L = F + sum(sizes); may be expanded over B.
         feat: ``[B, *sizes, F]``.
         scale: ``[B, *sizes]``.
         mask: bool ``[B, *sizes]`` or None.
+        dropout, inverted: see :func:`grid_attention`.
+        heads: H. Only inverted attention, whose softmax runs over the queries of a head, needs to know.
 
     Returns:
-        o ``[B, N, L]`` and lse ``[B, N]`` float64.
+        o ``[B, H N, L]``, lse ``[B, H N]`` float64, and kept ``[B, H N]``, the sum of every query's weights after dropout
+        or normalisation, or None where it is one.
     """
     result = autocast_dtype(q.device) or q.dtype
     compute = compute_dtype(q.dtype)
-    backend = backends.require(choose_grid_attention(GridAttentionCall(compute, q.device, tuple(feat.shape[1:-1])))).backend
+    sizes = tuple(feat.shape[1:-1])
+    backend = backends.require(choose_grid_attention(GridAttentionCall(compute, q.device, sizes))).backend
+    shape = q.shape
+    if inverted:
+        q = q.unflatten(1, (heads, -1))
+        q = (q * 0 if q.shape[2] == 1 else q).flatten(0, 1)  # a softmax over one query is constant: no gradient, exactly
     run = GridAttentionFunction.apply if backend == "cpu" else reference.grid_attention
     with torch.autocast(q.device.type, enabled=False):
-        o, lse = run(q.to(compute), feat.to(compute), scale.to(compute), mask)
-    return o if result == compute or q.dtype == torch.float64 else o.to(result), lse
+        seed = dropout_seed(dropout, q.device)
+        o, lse, kept = run(q.to(compute), feat.to(compute), scale.to(compute), mask, dropout, seed, inverted)
+    o = o.view(shape)
+    kept = kept.view(shape[:2]) if dropout > 0 or inverted else None
+    return o if result == compute or q.dtype == torch.float64 else o.to(result), lse.view(shape[:2]), kept
 
 
 def grid_attention(
-    q_feat: Tensor, q_axes: Sequence[Tensor], feat: Tensor, scale: Tensor, mask: Tensor | None = None
+    q_feat: Tensor,
+    q_axes: Sequence[Tensor],
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    inverted: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Softmax attention of N queries to the M tokens of a grid, from per-axis tables.
 
@@ -144,6 +182,10 @@ def grid_attention(
         scale: ``[B, M]``, the scale of every token (LayerNorm's 1/std).
         mask: bool ``[B, M]``, True where a token may be attended to. Default: all of them. A row that is all False
             attends uniformly to all tokens, as perceiver-pytorch does, and has lse = -finfo.max.
+        dropout: probability of dropping a weight. Which ones is a function of a seed that is drawn from torch's
+            generator, and of indices: the number of threads does not matter. Default: 0.
+        inverted: softmax over the N queries, then normalised over the tokens; lse is then the logarithm of the
+            normaliser, and has no gradient. Default: False.
 
     Returns:
         o_feat ``[B, N, F]``, o_axes (one ``[B, N, n_a]`` per axis), and lse ``[B, N]``, the natural log-sum-exp of S,
@@ -170,12 +212,16 @@ def grid_attention(
     """
     q_axes = tuple(q_axes)
     sizes = _check(q_feat, q_axes, feat, scale, mask)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{OP}: expected a dropout probability in [0, 1), got {dropout}")
     batch, features = feat.shape[0], feat.shape[-1]
-    o, lse = grid_attention_joined(
+    o, lse, _ = grid_attention_joined(
         torch.cat([q_feat, *q_axes], -1),
         feat.reshape(batch, *sizes, features),
         scale.reshape(batch, *sizes),
         None if mask is None else mask.reshape(batch, *sizes),
+        dropout,
+        inverted,
     )
     o_feat, *o_axes = o.split([features, *sizes], -1)
     return o_feat, tuple(o_axes), lse

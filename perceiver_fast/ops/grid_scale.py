@@ -8,18 +8,20 @@ The mean itself is never needed: subtracting it is linear, so the layers centre 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
 from perceiver_fast.ops.library import library
-from perceiver_fast.reference.grid_scale import grid_mean
+from perceiver_fast.reference.grid_scale import along_axes, grid_mean
 
 OP = "grid_scale"
 
 library.define(
-    "grid_scale_forward(Tensor feat, Tensor axis_mean, Tensor axis_square, SymInt axis_channels, float eps) -> Tensor"
+    "grid_scale_forward(Tensor feat, Tensor axis_mean, Tensor axis_square, SymInt[] axis_channels, float eps) -> Tensor"
 )
 
 
@@ -41,12 +43,16 @@ BACKENDS = (Backend("cpu", _cpu_reasons), Backend("reference", lambda feat: []))
 
 
 class GridScaleFunction(torch.autograd.Function):
-    """The kernel forward, with ``dx_f = -r^3 (x_f - mu) dr / C`` in plain PyTorch (inputs seldom need a gradient)."""
+    """The kernel forward, with its gradients in plain PyTorch: inputs and codes seldom need them.
+
+    Deviations from the mean sum to zero, so the mean counts as a constant: ``d var / d x_f = 2 (x_f - mu) / C``.
+    """
 
     @staticmethod
     def forward(ctx, feat, axis_mean, axis_square, axis_channels, eps):
         scale = torch.ops.perceiver_fast.grid_scale_forward(feat, axis_mean, axis_square, axis_channels, eps)
         ctx.save_for_backward(feat, axis_mean, scale)
+        ctx.set_materialize_grads(False)
         ctx.axis_channels = axis_channels
         return scale
 
@@ -54,10 +60,20 @@ class GridScaleFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_scale):
         feat, axis_mean, scale = ctx.saved_tensors
-        mu = grid_mean(feat, axis_mean, ctx.axis_channels)
-        channels = feat.shape[-1] + (feat.dim() - 2) * ctx.axis_channels
-        factor = -d_scale * scale.pow(3) / channels
-        return factor.unsqueeze(-1) * (feat - mu.unsqueeze(-1)), None, None, None, None
+        if d_scale is None:
+            return (None,) * 5
+        widths = ctx.axis_channels
+        mu = grid_mean(feat, axis_mean, widths)
+        factor = -d_scale * scale.pow(3) / (feat.shape[-1] + sum(widths))  # d loss / d (C var / 2)
+        d_feat = factor.unsqueeze(-1) * (feat - mu.unsqueeze(-1)) if ctx.needs_input_grad[0] else None
+        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            return d_feat, None, None, None, None
+        d_mean, d_square = [], []
+        for axis, (width, mean) in enumerate(zip(widths, along_axes(axis_mean, feat))):
+            others = [d for d in range(factor.dim()) if d != axis + 1]
+            d_mean.append((factor * width * (mean - mu)).sum(others))
+            d_square.append(factor.sum(others) / 2)
+        return d_feat, torch.cat(d_mean), torch.cat(d_square), None, None
 
 
 def choose_grid_scale(feat: Tensor) -> Choice:
@@ -65,18 +81,18 @@ def choose_grid_scale(feat: Tensor) -> Choice:
     return backends.choose(OP, BACKENDS, feat)
 
 
-def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: int, eps: float = 1e-5) -> Tensor:
+def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float = 1e-5) -> Tensor:
     """LayerNorm's ``1 / sqrt(var + eps)`` of every token ``[feat_m, e_1(i_1), .., e_A(i_A)]``, without building it.
 
     Args:
         feat: raw channels ``[B, *sizes, F]``, float32 or float64.
         axis_mean: ``[sum(sizes)]``, the mean of every axis code, axes joined in order.
         axis_square: ``[sum(sizes)]``, the sum of squares of every axis code about its own mean.
-        axis_channels: channels of one axis code, the same for every axis.
+        axis_channels: channels of every axis' code.
         eps: LayerNorm's epsilon. Default: 1e-5, torch's.
 
     Returns:
-        ``[B, *sizes]``, the dtype of feat. Differentiable once in feat.
+        ``[B, *sizes]``, the dtype of feat. Differentiable once in feat, axis_mean and axis_square.
 
     Raises:
         perceiver_fast.backends.BackendError: a forced backend cannot run the call.
@@ -84,7 +100,7 @@ def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channe
     Example:
         >>> import torch
         >>> from perceiver_fast.ops import grid_scale
-        >>> grid_scale(torch.ones(1, 2, 2, 1), torch.zeros(4), torch.full((4,), 2.0), 2).shape
+        >>> grid_scale(torch.ones(1, 2, 2, 1), torch.zeros(4), torch.full((4,), 2.0), [2, 2]).shape
         torch.Size([1, 2, 2])
     """
     if backends.require(choose_grid_scale(feat)).backend == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 library = torch.library.Library("perceiver_fast", "DEF")
 
@@ -17,3 +18,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def dropout_seed(probability: float, device: torch.device) -> Tensor | None:
+    """A fresh seed from torch's generator, int64 of one element; None without dropout."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if probability > 0 else None

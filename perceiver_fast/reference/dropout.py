@@ -63,7 +63,6 @@ def dropout_keep(seed: Tensor, rows: int, tokens: int, probability: float) -> Te
 
 
 def apply_dropout(weight: Tensor, seed: Tensor, probability: float) -> Tensor:
-    """Attention weights ``[.., N, *sizes]`` with some dropped and the others scaled up; leading dimensions are rows."""
-    flat = weight.flatten(3) if weight.dim() > 4 else weight
-    keep = dropout_keep(seed, flat.shape[:-1].numel(), flat.shape[-1], probability).view(flat.shape)
-    return (flat * keep * dropout_scale(probability)).view(weight.shape)
+    """Attention weights ``[.., N, M]`` with some dropped and the others scaled up; leading dimensions are rows."""
+    keep = dropout_keep(seed, weight.shape[:-1].numel(), weight.shape[-1], probability)
+    return weight * keep.view(weight.shape) * dropout_scale(probability)

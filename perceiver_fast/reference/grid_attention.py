@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from perceiver_fast.reference.dropout import apply_dropout
 
 
 def grid_logits(q: Tensor, feat: Tensor, scale: Tensor) -> Tensor:
@@ -27,27 +30,52 @@ def grid_logits(q: Tensor, feat: Tensor, scale: Tensor) -> Tensor:
     return logits * scale.unsqueeze(1)
 
 
-def grid_attention(q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``o[b, n] = sum_m softmax_m(S)[n, m] scale_m [feat_m, onehot(i_1(m)), .., onehot(i_A(m))]``.
+def grid_attention(
+    q: Tensor,
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    inverted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``o[b, n] = sum_m P[n, m] scale_m [feat_m, onehot(i_1(m)), .., onehot(i_A(m))]``, P the softmax of the logits.
 
     Args:
-        q, feat, scale: see :func:`grid_logits`.
+        q, feat, scale: see :func:`grid_logits`. With inverted, q may have a multiple of feat's batch size: its heads.
         mask: bool ``[B, *sizes]``, True where a token may be attended to. A row that is all False attends
             uniformly to all tokens, as perceiver-pytorch does.
+        dropout, seed: probability of dropping a weight, and which; see :mod:`perceiver_fast.reference.dropout`.
+        inverted: softmax over the queries, then normalised over the tokens.
 
     Returns:
-        o ``[B, N, L]`` in the dtype of the inputs, and lse ``[B, N]`` float64, the log-sum-exp of the logits
-        (-finfo.max of the dtype for a row that is all masked).
+        o ``[B, N, L]`` in the dtype of the inputs, lse ``[B, N]`` float64, the log-sum-exp of the logits
+        (-finfo.max of the dtype for a row that is all masked; inverted: the logarithm of the normaliser), and kept
+        ``[B, N]``, the sum of P.
     """
-    sizes = feat.shape[1:-1]
+    heads, sizes = q.shape[0] // max(1, feat.shape[0]), feat.shape[1:-1]
+    if heads > 1:
+        feat, scale = (t.repeat_interleave(heads, 0) for t in (feat, scale))
+        mask = None if mask is None else mask.repeat_interleave(heads, 0)
     logits = grid_logits(q, feat, scale)
     if mask is not None:
         logits = logits.masked_fill(~mask.unsqueeze(1), -torch.finfo(logits.dtype).max)
     flat = logits.flatten(2)
-    lse = flat.logsumexp(-1)
-    weight = flat.softmax(-1).view(logits.shape) * scale.unsqueeze(1)  # P r
+    if inverted:
+        weight = flat.softmax(1)
+        if mask is not None:
+            weight = weight.masked_fill(~mask.flatten(1).unsqueeze(1), 0.0)
+        lse = weight.sum(-1).clamp_min(1e-8).log()
+        weight = F.normalize(weight, p=1, dim=-1, eps=1e-8)
+    else:
+        lse = flat.logsumexp(-1)
+        weight = flat.softmax(-1)
+    if dropout > 0:
+        weight = apply_dropout(weight, seed, dropout)
+    kept = weight.sum(-1)
+    weight = weight.view(logits.shape) * scale.unsqueeze(1)  # P r
     parts = [torch.einsum("bn...,b...f->bnf", weight, feat)]
     for axis in range(len(sizes)):
         others = [2 + a for a in range(len(sizes)) if a != axis]
         parts.append(weight.sum(others) if others else weight)
-    return torch.cat(parts, -1), lse.double()
+    return torch.cat(parts, -1), lse.double(), kept

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
-def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: int, eps: float) -> Tensor:
+def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float) -> Tensor:
     """``1 / sqrt(var + eps)`` of every token ``[feat_m, e_1(i_1), .., e_A(i_A)]``, without building it.
 
     The variance is a sum of squares about the mean, part by part, so nothing cancels:
@@ -15,24 +17,24 @@ def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channe
         feat: raw channels ``[B, *sizes, F]``.
         axis_mean: ``[sum(sizes)]``, the mean of every axis code.
         axis_square: ``[sum(sizes)]``, the sum of squares of every axis code about its mean.
-        axis_channels: channels of one axis code, C_a, the same for every axis.
+        axis_channels: channels of every axis code, C_a.
         eps: LayerNorm's epsilon.
 
     Returns:
         ``[B, *sizes]``, the dtype of feat.
     """
-    channels = feat.shape[-1] + (feat.dim() - 2) * axis_channels
+    channels = feat.shape[-1] + sum(axis_channels)
     mu = grid_mean(feat, axis_mean, axis_channels)
     total = (feat - mu.unsqueeze(-1)).square().sum(-1)
-    for mean, square in zip(along_axes(axis_mean, feat), along_axes(axis_square, feat)):
-        total = total + square + axis_channels * (mean - mu).square()
+    for width, mean, square in zip(axis_channels, along_axes(axis_mean, feat), along_axes(axis_square, feat)):
+        total = total + square + width * (mean - mu).square()
     return (total / channels + eps).rsqrt()
 
 
-def grid_mean(feat: Tensor, axis_mean: Tensor, axis_channels: int) -> Tensor:
+def grid_mean(feat: Tensor, axis_mean: Tensor, axis_channels: Sequence[int]) -> Tensor:
     """Mean over the channels of every token, ``[B, *sizes]``."""
-    channels = feat.shape[-1] + (feat.dim() - 2) * axis_channels
-    return (feat.sum(-1) + axis_channels * sum(along_axes(axis_mean, feat))) / channels
+    axes = sum(width * mean for width, mean in zip(axis_channels, along_axes(axis_mean, feat)))
+    return (feat.sum(-1) + axes) / (feat.shape[-1] + sum(axis_channels))
 
 
 def along_axes(joined: Tensor, feat: Tensor) -> list[Tensor]:

@@ -34,7 +34,7 @@ CASES = [
 
 def run(function, q, feat, scale, mask, d_o, d_lse):
     q, feat, scale = (t.clone().requires_grad_() for t in (q, feat, scale))
-    o, lse = function(q, feat, scale, mask)
+    o, lse = function(q, feat, scale, mask)[:2]
     gradients = torch.autograd.grad((o * d_o).sum() + (lse * d_lse).sum(), (q, feat, scale))
     return {"o": o, "lse": lse, **dict(zip(("dq", "dfeat", "dscale"), gradients))}
 
@@ -85,9 +85,9 @@ def test_logits_far_below_their_bound():
     q[0, :, 0] = 4e4  # times -1 at the token where both axes peak
     q[0, :, [1, 5]] = 2e4
     q, feat, scale = q.double(), feat.double(), torch.ones(1, 4, 4, dtype=torch.float64)
-    exact, exact_lse = reference.grid_attention(q, feat, scale)
+    exact, exact_lse, _ = reference.grid_attention(q, feat, scale)
     for dtype in (torch.float64, torch.float32):
-        o, lse = grid_attention_joined(q.to(dtype), feat.to(dtype), scale.to(dtype))
+        o, lse, _ = grid_attention_joined(q.to(dtype), feat.to(dtype), scale.to(dtype))
         assert relative_error(o, exact) < 1e-6
         assert relative_error(lse, exact_lse) < 1e-6
 
@@ -133,24 +133,28 @@ def test_gradcheck(masked):
 def test_opcheck(masked):
     q, feat, scale, mask = grid_inputs(2, 5, 3, (4, 6), torch.float32, masked)
     ops = torch.ops.perceiver_fast
-    torch.library.opcheck(ops.grid_attention_forward.default, (q, feat, scale, mask))
-    o, lse = ops.grid_attention_forward(q, feat, scale, mask)
-    for token_grads in (False, True):
-        args = (torch.randn_like(o), torch.randn_like(lse), q, feat, scale, mask, o, lse, token_grads)
-        torch.library.opcheck(ops.grid_attention_backward.default, args)
+    for inverted, dropout in ((False, 0.0), (True, 0.0), (False, 0.5)):
+        inputs = (q, feat, scale, mask, dropout, torch.tensor([3]), inverted)
+        torch.library.opcheck(ops.grid_attention_forward.default, inputs)
+        o, lse, kept, token_lse = ops.grid_attention_forward(*inputs)
+        d_lse = None if inverted else torch.randn_like(lse)
+        d_kept = torch.randn_like(kept) if kept.dim() == 2 else None
+        for token_grads in (False, True):
+            args = (torch.randn_like(o), d_lse, d_kept, *inputs, o, lse, kept, token_lse, token_grads)
+            torch.library.opcheck(ops.grid_attention_backward.default, args)
 
 
 def test_token_gradients_only_when_asked():
     q, feat, scale, _ = grid_inputs(1, 5, 3, (4, 6), torch.float32)
-    d_q, d_feat, d_scale = torch.ops.perceiver_fast.grid_attention_backward(
-        q, None, q, feat, scale, None, *torch.ops.perceiver_fast.grid_attention_forward(q, feat, scale, None), False
-    )
+    inputs = (q, feat, scale, None, 0.0, None, False)
+    out = torch.ops.perceiver_fast.grid_attention_forward(*inputs)
+    d_q, d_feat, d_scale = torch.ops.perceiver_fast.grid_attention_backward(q, None, None, *inputs, *out, False)
     assert d_q.shape == q.shape and d_feat.numel() == 0 and d_scale.numel() == 0
 
 
 def test_second_derivative_says_it_is_not_there():
     q, feat, scale, _ = grid_inputs(1, 3, 2, (3, 4))
-    o, _ = grid_attention_joined(q.requires_grad_(), feat, scale)
+    o, *_ = grid_attention_joined(q.requires_grad_(), feat, scale)
     (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
@@ -158,7 +162,7 @@ def test_second_derivative_says_it_is_not_there():
 
 def test_all_masked_rows_are_uniform():
     q, feat, scale, mask = grid_inputs(2, 5, 3, (4, 6), masked=True)
-    o, lse = grid_attention_joined(q, feat, scale, mask)
+    o, lse, _ = grid_attention_joined(q, feat, scale, mask)
     expected = (scale[0].unsqueeze(-1) * feat[0]).mean((0, 1))
     assert relative_error(o[0, :, :3], expected.expand(5, 3)) < 1e-14
     assert (lse[0] == -torch.finfo(torch.float64).max).all()
@@ -169,7 +173,7 @@ def test_nan_and_infinity_propagate(value):
     q, feat, scale, mask = grid_inputs(1, 5, 3, (4, 6), torch.float32, True)
     feat[0, 2, 2, 1] = value
     mask[0, 2, 2] = True
-    o, _ = grid_attention_joined(q, feat, scale, mask)
+    o, *_ = grid_attention_joined(q, feat, scale, mask)
     assert torch.equal(o.isnan(), reference.grid_attention(q, feat, scale, mask)[0].isnan())
     mask[0, 2, 2] = False  # a masked value is multiplied by zero, which keeps a NaN: it reaches every query
     assert grid_attention_joined(q, feat, scale, mask)[0].isnan().all()
@@ -222,7 +226,7 @@ def test_more_than_two_to_the_31_pairs():
     rows, columns = torch.randn(1, queries, side), torch.randn(1, queries, side)
     feat = torch.randn(1, side, side, 1)
     q = torch.cat([torch.zeros(1, queries, 1), rows, columns], -1)
-    o, lse = grid_attention_joined(q, feat, torch.ones(1, side, side))
+    o, lse, _ = grid_attention_joined(q, feat, torch.ones(1, side, side))
     p_rows, p_columns = rows.double().softmax(-1), columns.double().softmax(-1)
     assert relative_error(o[..., 1 : 1 + side], p_rows) < 1e-6
     assert relative_error(o[..., 1 + side :], p_columns) < 1e-6
@@ -234,16 +238,16 @@ def test_more_than_two_to_the_31_pairs():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_inputs_are_computed_in_float32(dtype):
     q, feat, scale, _ = grid_inputs(1, 5, 3, (4, 6), dtype)
-    o, lse = grid_attention_joined(q, feat, scale)
+    o, lse, _ = grid_attention_joined(q, feat, scale)
     wide = grid_attention_joined(q.float(), feat.float(), scale.float())
     assert o.dtype == dtype and torch.equal(o, wide[0].to(dtype)) and torch.equal(lse, wide[1])
 
 
 def test_autocast_computes_in_float32_and_returns_its_dtype():
     q, feat, scale, _ = grid_inputs(1, 5, 3, (4, 6), torch.float32)
-    plain, _ = grid_attention_joined(q, feat, scale)
+    plain, *_ = grid_attention_joined(q, feat, scale)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        o, _ = grid_attention_joined(q.requires_grad_(), feat, scale)
+        o, *_ = grid_attention_joined(q.requires_grad_(), feat, scale)
     assert o.dtype == torch.bfloat16 and torch.equal(o, plain.bfloat16())
     o.sum().backward()
     assert q.grad.dtype == torch.float32
@@ -254,7 +258,7 @@ def test_separate_tables_give_the_joined_result():
     o_feat, o_axes, lse = grid_attention(
         q[..., :3], (q[..., 3:7], q[..., 7:]), feat.flatten(1, 2), scale.flatten(1), mask.flatten(1)
     )
-    o, joined_lse = grid_attention_joined(q, feat, scale, mask)
+    o, joined_lse, _ = grid_attention_joined(q, feat, scale, mask)
     assert torch.equal(torch.cat([o_feat, *o_axes], -1), o) and torch.equal(lse, joined_lse)
 
 
@@ -330,7 +334,8 @@ def test_a_mask_that_masks_nothing_changes_no_bit(features, dtype):
 def test_the_registered_op_refuses_what_it_cannot_read():
     q, feat, scale, mask = grid_inputs(1, 5, 3, (4, 6), torch.float32, True)
     forward = torch.ops.perceiver_fast.grid_attention_forward
-    o, lse = forward(q, feat, scale, mask)
+    plain = (0.0, None, False)
+    o, lse, kept, token_lse = forward(q, feat, scale, mask, *plain)
     for bad in (
         (q.half(), feat.half(), scale.half(), None),
         (q, feat, scale[:, :2], None),
@@ -340,8 +345,8 @@ def test_the_registered_op_refuses_what_it_cannot_read():
         (q.expand(2, -1, -1), feat, scale, None),
     ):
         with pytest.raises(RuntimeError, match="grid_attention: expected"):
-            forward(*bad)
+            forward(*bad, *plain)
     backward = torch.ops.perceiver_fast.grid_attention_backward
     for d_o, d_lse in ((o[:, :2], None), (o.double(), None), (o, lse.float())):
         with pytest.raises(RuntimeError, match="grid_attention: expected"):
-            backward(d_o, d_lse, q, feat, scale, None, o, lse, False)
+            backward(d_o, d_lse, None, q, feat, scale, None, *plain, o, lse, kept, token_lse, False)

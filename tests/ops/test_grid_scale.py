@@ -34,7 +34,9 @@ def test_is_layer_norms_scale(shape, offset, backend):
 def test_gradcheck_and_opcheck():
     feat = torch.randn(2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: tokens_of(x).scale(1e-5), (feat,))
-    args = (feat.detach(), torch.randn(7).double(), torch.rand(7).double(), 11, 1e-5)
+    mean, square = torch.randn(7).double().requires_grad_(), torch.rand(7).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, m, s: grid_scale(x, m, s, [11, 4], 1e-5), (feat, mean, square))
+    args = (feat.detach(), mean.detach(), square.detach(), [11, 4], 1e-5)
     torch.library.opcheck(torch.ops.perceiver_fast.grid_scale_forward.default, args)
     assert grid_scale(*args).shape == (2, 3, 4)
 

@@ -1,0 +1,158 @@
+// Backward of grid attention: gradients of the queries block by block, then of the tokens part by part.
+#include "grid_attention.h"
+#include "grid_attention_plan.h"
+
+namespace perceiver_fast {
+
+namespace {
+
+// What the backward needs of every query, [B * N] each: P = 2^(S log2(e) + shift) * weight, dS = P (r u - delta).
+// With dropout u gets `bonus` before its mask, the gradient of the sum of the weights, and `keep_scale` is in both.
+template <class T>
+struct QueryStatistics {
+  std::vector<T> shift, weight, delta, bonus;
+  T keep_scale;
+
+  T grad_weight(int64_t row) const { return weight[row] * keep_scale; }
+};
+
+template <class T>
+QueryStatistics<T> query_statistics(const GridPlan<T>& plan, const PackedTokens<T>& packed,
+                                    const GridAttentionOutput<T>& out, const GridAttentionGradient<T>& grad,
+                                    const Parallel& parallel) {
+  const GridAttentionInput<T>& in = plan.in;
+  const int64_t N = in.queries, rows = in.batch * N, L = plan.length;
+  const double clamped = std::log(kInvertedEps);
+  QueryStatistics<T> stats{std::vector<T>(rows), std::vector<T>(rows), std::vector<T>(rows), std::vector<T>(rows),
+                           T(in.dropout ? in.dropout.scale() : 1)};
+  parallel.run(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const bool uniform = packed.all_masked[plan.token_batch(i / N)];
+      const double lse2 = uniform ? std::log2(double(plan.tokens)) : out.lse[i] * kLog2OfE;
+      stats.shift[i] = in.inverted ? T(0) : shift_for<T>(lse2);
+      stats.weight[i] = T(std::exp2(-lse2 - double(stats.shift[i])));
+      double delta = 0;
+      if (!in.inverted || out.lse[i] > clamped) {  // a clamped normaliser is a constant
+        for (int64_t l = 0; l < L; ++l) delta += double(grad.o[i * L + l]) * double(out.o[i * L + l]);
+        if (grad.kept != nullptr) delta += double(grad.kept[i]) * double(out.kept[i]);
+      }
+      if (grad.lse != nullptr && !uniform) delta -= grad.lse[i];
+      if (grad.kept != nullptr && in.dropout) stats.bonus[i] = grad.kept[i] * stats.grad_weight(i);
+      if (grad.kept != nullptr && !in.dropout) delta -= double(grad.kept[i]);
+      stats.delta[i] = T(delta);
+    }
+  });
+  return stats;
+}
+
+// Runs body(box, queries, b) for every part of the tokens of every batch element; `queries` has the outputs left out.
+template <class T, class Body>
+void for_each_part(const GridPlan<T>& plan, const PackedTokens<T>& packed, const TokenTerms<T>& terms,
+                   const QueryStatistics<T>& stats, const T* d_o, const Parallel& parallel, const Body& body) {
+  const GridAttentionInput<T>& in = plan.in;
+  const int64_t N = in.queries, F = in.features, M = plan.tokens, L = plan.length;
+  const Aligned<T> q(in.batch * N * L), grad(in.batch * N * L);
+  std::vector<T> delta(in.batch * N);
+  std::vector<uint32_t> keys(in.dropout ? in.batch * N : 0);
+  parallel.run(in.batch * N, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* row = plan.q(i / N) + i % N * L;
+      const T weight = stats.grad_weight(i), log2e = packed.all_masked[plan.token_batch(i / N)] ? T(0) : T(kLog2OfE);
+      for (int64_t l = 0; l < L; ++l) {
+        q.get()[i * L + l] = row[l] * log2e;
+        grad.get()[i * L + l] = d_o[i * L + l] * weight;
+      }
+      delta[i] = stats.delta[i] * stats.weight[i];
+      if (in.dropout) keys[i] = in.dropout.query_key(i);
+    }
+  });
+  const int64_t parts = part_count(plan.rows, plan.columns, std::min<int64_t>(4 * parallel.threads, M / 512));
+  parallel.run(in.batch * parts, [&](int64_t begin, int64_t end) {
+    const Aligned<T> row_sums(2 * N), columns(3 * F * plan.kernels.lanes);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / parts, n = b * N;
+      body(part_of(plan.box(packed, terms, b), task % parts, parts),
+           TokenGradient<T>{N, L, q.get() + n * L, grad.get() + n * L, stats.shift.data() + n, delta.data() + n,
+                            stats.bonus.data() + n, keys.empty() ? nullptr : keys.data() + n,
+                            in.feat + plan.token_batch(b) * M * F, nullptr, nullptr, row_sums.get(), columns.get()},
+           b);
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentionOutput<T>& out,
+                             const GridAttentionGradient<T>& grad, T* dq, T* dfeat, T* dscale,
+                             const Parallel& parallel) {
+  const GridPlan<T> plan(in);
+  const PackedTokens<T> packed = pack_tokens(in, plan.tokens, parallel);
+  TokenTerms<T> terms = grid_token_terms(plan, packed, in.inverted ? out.token_lse : nullptr);
+  const int64_t N = in.queries, L = plan.length, M = plan.tokens, F = in.features, lanes = plan.kernels.lanes;
+  QueryStatistics<T> stats = query_statistics(plan, packed, out, grad, parallel);
+  if (in.inverted)  // what the softmax over the queries needs of every token before dS is known
+    for_each_part(plan, packed, terms, stats, grad.o, parallel,
+                  [&](const TokenBox<T>& box, const TokenGradient<T>& queries, int64_t b) {
+                    plan.kernels.token_delta(box, queries, terms.delta.data() + b * M);
+                  });
+
+  // The weight of P rides on the output's gradient, so that the loop multiplies by it nowhere.
+  const auto work = [&](int64_t task, int64_t part, int64_t parts, T* sums) {
+    const QueryTable<T> table(plan, packed, task);
+    const int64_t row = table.b * N + table.first;
+    const Aligned<T> d_o(L * lanes), scratch(2 * (F + 1) * lanes);
+    std::vector<T> shift(lanes), delta(lanes), bonus(lanes), weight(lanes);
+    for (int64_t lane = 0; lane < table.count; ++lane) {
+      shift[lane] = stats.shift[row + lane];
+      delta[lane] = stats.delta[row + lane] * stats.weight[row + lane];
+      bonus[lane] = stats.bonus[row + lane];
+      weight[lane] = stats.grad_weight(row + lane);
+    }
+    pack_table(grad.o + row * L, L, table.count, L, lanes, weight.data(), d_o.get());
+    std::fill(sums, sums + (L + 3) * lanes, T(0));
+    plan.kernels.backward(part_of(plan.box(packed, terms, table.b), part, parts),
+                          {table.q.get(), shift.data(), d_o.get(), delta.data(), bonus.data(), sums, scratch.get(),
+                           table.keys.data()});
+  };
+  // dS sums to d_lse over the tokens. What it sums to in floating point is the error of delta, which came from
+  // rounded outputs; with P summing to one that error put err * o into dq. Taking it out leaves an error of second
+  // order, so that saturated queries get their tiny gradients and not the noise of delta. (With dropout o is not what P
+  // sums to, and inverted attention's dS sums to zero over the queries.)
+  const bool correct = !in.inverted && !in.dropout;
+  const auto finish = [&](int64_t task, T* sums) {
+    const int64_t b = task / plan.blocks, first = task % plan.blocks * lanes, tokens_of = plan.token_batch(b);
+    const int64_t count = std::min<int64_t>(lanes, N - first);
+    const std::vector<T> factor(lanes, T(1));
+    for (int64_t lane = 0; correct && lane < count; ++lane) {
+      const int64_t row = b * N + first + lane;
+      const T wanted = grad.lse == nullptr || packed.all_masked[tokens_of] ? T(0) : T(grad.lse[row]);
+      const T error = sums[L * lanes + lane] - wanted;
+      stats.delta[row] += error;
+      for (int64_t l = 0; l < L; ++l) {
+        T& sum = sums[l * lanes + lane];
+        sum = packed.constant[tokens_of] ? wanted * out.o[row * L + l] : sum - error * out.o[row * L + l];
+      }
+    }
+    if (in.dropout && !in.inverted &&
+        (packed.all_masked[tokens_of] || (packed.constant[tokens_of] && grad.lse == nullptr)))
+      std::fill(sums, sums + L * lanes, T(0));  // weights that do not depend on the queries
+    unpack_table(sums, L, lanes, factor.data(), count, dq + (b * N + first) * L, L);
+  };
+  for_each_block(plan, parallel, work, finish);
+  if (dfeat == nullptr) return;
+  for_each_part(plan, packed, terms, stats, grad.o, parallel,
+                [&](const TokenBox<T>& box, TokenGradient<T> queries, int64_t b) {
+                  queries.dfeat = dfeat + b * M * F;
+                  queries.dscale = dscale + b * M;
+                  plan.kernels.token_gradient(box, queries);
+                });
+}
+
+#define PF_INSTANTIATE(T)                                                                               \
+  template void grid_attention_backward<T>(const GridAttentionInput<T>&, const GridAttentionOutput<T>&, \
+                                           const GridAttentionGradient<T>&, T*, T*, T*, const Parallel&);
+PF_INSTANTIATE(float)
+PF_INSTANTIATE(double)
+
+}  // namespace perceiver_fast

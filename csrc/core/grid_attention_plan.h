@@ -1,0 +1,159 @@
+// What the forward and the backward driver of grid attention share: blocks of queries, boxes of tokens, packing.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "grid_attention.h"
+#include "grid_attention_block.h"
+#include "grid_attention_pack.h"
+#include "token_terms.h"
+
+namespace perceiver_fast {
+
+// Exponents up to here need no shift: sums of 2^24 powers of two times |r x| up to 2^40 do not overflow float, and
+// terms that matter beside a sum of at least 2^-kSafe do not underflow. LayerNorm keeps |r x| below sqrt(C).
+template <class T>
+constexpr double kSafe = sizeof(T) == 8 ? 400 : 60;
+
+template <class T>
+struct GridPlan {
+  const GridAttentionInput<T>& in;
+  const GridAttentionKernels<T>& kernels;
+  int64_t rows, columns, tokens, length, blocks;  // length is L; blocks of `lanes` queries per batch element
+
+  explicit GridPlan(const GridAttentionInput<T>& input)
+      : in(input), kernels(grid_attention_kernels<T>(active_isa())), rows(1), columns(input.sizes.back()) {
+    for (size_t a = 0; a + 1 < input.sizes.size(); ++a) rows *= input.sizes[a];
+    tokens = rows * columns;
+    length = std::accumulate(input.sizes.begin(), input.sizes.end(), input.features);
+    blocks = (input.queries + kernels.lanes - 1) / kernels.lanes;
+  }
+
+  const T* q(int64_t b) const { return in.q + b * in.q_batch_stride; }
+
+  int64_t token_batch(int64_t b) const { return b / in.heads; }
+
+  TokenBox<T> box(const PackedTokens<T>& packed, const TokenTerms<T>& terms, int64_t b) const {
+    const int64_t tokens_of = token_batch(b), row = terms.row(b);
+    const bool by_token = !terms.empty() && (in.inverted || in.dropout);
+    return {packed.data.get() + tokens_of * tokens * (in.features + 2),
+            in.features,
+            int64_t(in.sizes.size()) - 1,
+            in.sizes.data(),
+            columns,
+            0,
+            rows,
+            0,
+            columns,
+            in.mask != nullptr && !packed.all_masked[tokens_of],
+            by_token ? terms.shift.data() + row : nullptr,
+            by_token ? terms.weight.data() + row : nullptr,
+            by_token ? terms.delta.data() + row : nullptr,
+            terms.keys.empty() ? nullptr : terms.keys.data(),
+            in.dropout.threshold};
+  }
+};
+
+// Masked tokens stand in the packed records; here too for the kernels that take terms by token.
+template <class T>
+TokenTerms<T> grid_token_terms(const GridPlan<T>& plan, const PackedTokens<T>& packed, const double* token_lse) {
+  const GridAttentionInput<T>& in = plan.in;
+  const bool needed = in.inverted || in.dropout;
+  TokenTerms<T> terms(in.batch / in.heads, in.heads, plan.tokens, needed ? in.mask : nullptr, token_lse, in.dropout);
+  for (int64_t b = 0; needed && b < in.batch; ++b)
+    if (packed.all_masked[plan.token_batch(b)])
+      std::fill_n(terms.shift.begin() + terms.row(b), plan.tokens, T(0));
+  return terms;
+}
+
+// Number of parts, about `wanted` and at least one, that a box is cut into: by rows while there are enough of them.
+inline int64_t part_count(int64_t rows, int64_t columns, int64_t wanted) {
+  const int64_t down = std::max<int64_t>(1, std::min(rows, wanted));
+  return down * std::max<int64_t>(1, std::min(columns, (wanted + down - 1) / down));
+}
+
+// Cuts a whole box into `parts` equal parts; `parts` comes from part_count.
+template <class T>
+TokenBox<T> part_of(TokenBox<T> box, int64_t part, int64_t parts) {
+  const int64_t rows = box.row_end, columns = box.col_end, down = std::min(rows, parts), across = parts / down;
+  const int64_t i = part / across, j = part % across;
+  box.row_begin = rows * i / down;
+  box.row_end = rows * (i + 1) / down;
+  box.col_begin = columns * j / across;
+  box.col_end = columns * (j + 1) / across;
+  return box;
+}
+
+// Parts to cut each query block's tokens into, so that every thread has work (few latents, many tokens).
+// Depends on shape and thread count alone: the same run gives the same bits.
+template <class T>
+int64_t token_parts(const GridPlan<T>& plan, int64_t block_tasks, int threads) {
+  if (block_tasks % threads == 0 || block_tasks >= 8 * threads) return 1;
+  const int64_t wanted = (4 * threads + block_tasks - 1) / block_tasks;
+  return part_count(plan.rows, plan.columns, std::min<int64_t>(wanted, plan.tokens / 2048));
+}
+
+// Accumulators of a query block: [L][lanes] sums, [lanes] sum of p, [lanes] of what dropout kept of p, and [lanes] the
+// shift the p were taken at.
+// `work(task, part, parts, sums)` fills them for one part of the tokens; the parts are added up in order, and
+// `finish(task, sums)` turns the total into results. One task is one query block of one batch element.
+template <class T, class Work, class Finish>
+void for_each_block(const GridPlan<T>& plan, const Parallel& parallel, Work work, Finish finish) {
+  const int64_t lanes = plan.kernels.lanes, added = (plan.length + 2) * lanes, size = added + lanes;
+  const int64_t tasks = plan.in.batch * plan.blocks;
+  const int64_t parts = token_parts(plan, tasks, parallel.threads);
+  if (parts == 1) {
+    parallel.run(tasks, [&](int64_t begin, int64_t end) {
+      Aligned<T> sums(size);
+      for (int64_t task = begin; task < end; ++task) {
+        work(task, 0, 1, sums.get());
+        finish(task, sums.get());
+      }
+    });
+    return;
+  }
+  Aligned<T> sums(tasks * parts * size);
+  parallel.run(tasks * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(i / parts, i % parts, parts, sums.get() + i * size);
+  });
+  parallel.run(tasks, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      T* first = sums.get() + task * parts * size;
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t i = 0; i < added; ++i) first[i] += first[part * size + i];
+      finish(task, first);
+    }
+  });
+}
+
+// The queries of one block, packed.
+template <class T>
+struct QueryTable {
+  int64_t b, first, count;  // batch element, first query, number of queries (at most `lanes`)
+  Aligned<T> q;
+  std::vector<typename KeyLane<T>::type> keys;  // of dropout
+
+  QueryTable(const GridPlan<T>& plan, const PackedTokens<T>& packed, int64_t task)
+      : b(task / plan.blocks), first(task % plan.blocks * plan.kernels.lanes),
+        count(std::min<int64_t>(plan.kernels.lanes, plan.in.queries - first)), q(plan.length * plan.kernels.lanes) {
+    const int lanes = plan.kernels.lanes;
+    const std::vector<T> log2e(lanes, T(kLog2OfE));  // the kernels take exponents of two
+    const int64_t rows = packed.all_masked[plan.token_batch(b)] ? 0 : count;  // zero queries attend uniformly
+    pack_table(plan.q(b) + first * plan.length, plan.length, rows, plan.length, lanes, log2e.data(), q.get());
+    if (!plan.in.dropout) return;
+    for (int lane = 0; lane < lanes; ++lane)
+      keys.push_back(plan.in.dropout.query_key(b * plan.in.queries + first + lane));
+  }
+};
+
+// The integer that brings logits up to `largest` (log2 units) into the range of T; none for ordinary ones.
+template <class T>
+T shift_for(double largest) {
+  return std::abs(largest) <= kSafe<T> ? T(0) : T(-std::nearbyint(largest));
+}
+
+}  // namespace perceiver_fast

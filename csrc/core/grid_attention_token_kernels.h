@@ -1,0 +1,207 @@
+// The loops of grid attention that sum over queries, for one instruction set. Here the lanes are consecutive columns
+// of a row and the queries run in the loop, so that sums over queries stay in registers and no two threads write the
+// same token.
+#pragma once
+
+#include "grid_attention_kernels.h"
+
+namespace perceiver_fast {
+namespace PF_ISA {
+
+// A vector of tokens: columns j .. j + count of one row.
+template <class T>
+struct TokenLanes {
+  using S = Simd<T>;
+  using V = typename S::Vec;
+  const TokenBox<T>& box;
+  int64_t m, count, stride;  // the first token, how many, and the size of a record
+
+  V gather(int64_t k) const {
+    alignas(64) T lanes[S::lanes] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = box.tokens[(m + i) * stride + k];
+    return S::load(lanes);
+  }
+  V load(const T* of_tokens) const {
+    alignas(64) T lanes[S::lanes] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = of_tokens[m + i];
+    return S::load(lanes);
+  }
+  void store(T* to_tokens, V v) const {
+    alignas(64) T lanes[S::lanes];
+    S::store(lanes, v);
+    for (int64_t i = 0; i < count; ++i) to_tokens[m + i] = lanes[i];
+  }
+};
+
+// Calls body(tokens, inner) for every vector of tokens of a box, with g.row_sums holding every query's sums over the
+// outer axes of that row: of q, then (when there is one) of the gradient. `inner` is where the vector's columns stand in
+// a query's table.
+template <class T, class Body>
+PF_INLINE void for_each_vector(const TokenBox<T>& box, const TokenGradient<T>& g, const Body& body) {
+  int64_t outer_total = 0;
+  for (int64_t a = 0; a < box.outer_axes; ++a) outer_total += box.outer_sizes[a];
+  OuterIndex outer(box.outer_axes, box.outer_sizes, box.row_begin);
+  for (int64_t row = box.row_begin; row < box.row_end; ++row, outer.next()) {
+    for (int64_t n = 0; n < g.queries; ++n) {
+      T q_sum = 0, g_sum = 0;
+      int64_t at = n * g.length + box.features;
+      for (int64_t a = 0; a < box.outer_axes; at += box.outer_sizes[a], ++a) {
+        q_sum += g.q[at + outer.index[a]];
+        if (g.grad != nullptr) g_sum += g.grad[at + outer.index[a]];
+      }
+      g.row_sums[n] = q_sum;
+      g.row_sums[g.queries + n] = g_sum;
+    }
+    for (int64_t j = box.col_begin; j < box.col_end; j += Simd<T>::lanes) {
+      const int64_t count = box.col_end - j < Simd<T>::lanes ? box.col_end - j : Simd<T>::lanes;
+      body(TokenLanes<T>{box, row * box.inner_size + j, count, box.features + 2}, box.features + outer_total + j);
+    }
+  }
+}
+
+// A vector of a query's table; a vector that the row ends in is copied, since the last row's table ends in the array.
+template <class T>
+PF_INLINE typename Simd<T>::Vec table_at(const T* at, int64_t count) {
+  if (count == Simd<T>::lanes) return Simd<T>::load(at);
+  alignas(64) T tail[Simd<T>::lanes] = {};
+  for (int64_t i = 0; i < count; ++i) tail[i] = at[i];
+  return Simd<T>::load(tail);
+}
+
+// FS > 0 fixes the number of features. ByToken: inverted attention or dropout.
+template <class T, int FS, bool ByToken>
+void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
+  using S = Simd<T>;
+  using V = typename S::Vec;
+  const FlushDenormals flush;
+  const T ln2 = T(0.6931471805599453);
+  const int64_t F = FS > 0 ? FS : box.features;
+  V local[FS > 0 ? 3 * FS : 1];
+  V* x = FS > 0 ? local : reinterpret_cast<V*>(g.columns);  // r x of a vector of tokens
+  V *ds_q = x + F, *p_g = ds_q + F;                         // sums of dS q_feat and of P grad_feat
+  for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
+    const V r = tokens.gather(0), bias = tokens.gather(1 + F);
+    V token_shift{}, token_weight{}, token_delta{};
+    alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
+    if (ByToken) {
+      token_shift = tokens.load(box.shift);
+      token_weight = tokens.load(box.weight);
+      token_delta = tokens.load(box.delta);
+      for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
+    }
+    for (int64_t f = 0; f < F; ++f) {
+      x[f] = tokens.gather(1 + f);
+      ds_q[f] = p_g[f] = V{};
+    }
+    V ds_t{}, p_u{};
+    for (int64_t n = 0; n < g.queries; ++n) {
+      const T *q = g.q + n * g.length, *grad = g.grad + n * g.length;
+      const V q_axes = table_at(q + inner, tokens.count) + g.row_sums[n];
+      const V g_axes = table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n];
+      V t = q_axes * r + bias, u = g_axes * r + (ByToken ? g.bonus[n] : -g.delta[n]);
+      for (int64_t f = 0; f < F; ++f) {
+        t = fma(S::set(q[f]), x[f], t);
+        u += x[f] * grad[f];
+      }
+      V p = exp2<T, true>(t, ByToken ? token_shift + g.shift[n] : S::set(g.shift[n])), kept = p;
+      if (ByToken) {
+        kept = p = p * token_weight;
+        if (box.threshold != 0) {
+          kept = keep<T>(p, keys, g.keys[n], box.threshold);
+          u = keep<T>(u, keys, g.keys[n], box.threshold);
+        }
+        u -= token_delta + g.delta[n];
+      }
+      const V ds = p * u;
+      for (int64_t f = 0; f < F; ++f) {
+        ds_q[f] += ds * q[f];
+        p_g[f] += kept * grad[f];
+      }
+      ds_t += ds * q_axes;
+      p_u += kept * g_axes;
+    }
+    // Sums are over q log2(e). Channels reach dscale through x, not through r x / r: a scale may be zero.
+    V dr = ds_t * ln2 + p_u;
+    alignas(64) T column[S::lanes] = {};
+    for (int64_t f = 0; f < F; ++f) {
+      const V dx = ds_q[f] * ln2 + p_g[f];
+      for (int64_t i = 0; i < tokens.count; ++i) column[i] = g.feat[(tokens.m + i) * F + f];
+      dr += S::load(column) * dx;
+      S::store(column, dx * r);
+      for (int64_t i = 0; i < tokens.count; ++i) g.dfeat[(tokens.m + i) * F + f] = column[i];
+    }
+    tokens.store(g.dscale, dr);
+  });
+}
+
+// S log2(e) of a vector of tokens and query n, by the operations of the forward.
+template <class T>
+PF_INLINE typename Simd<T>::Vec token_logits(const TokenLanes<T>& tokens, const TokenGradient<T>& g, int64_t inner,
+                                             int64_t n, typename Simd<T>::Vec r, const typename Simd<T>::Vec* x) {
+  const T* q = g.q + n * g.length;
+  auto t = (table_at(q + inner, tokens.count) + g.row_sums[n]) * r;
+  for (int64_t f = 0; f < tokens.box.features; ++f) t = fma(Simd<T>::set(q[f]), x[f], t);
+  return t;
+}
+
+template <class T>
+void token_sums(const TokenBox<T>& box, const TokenGradient<T>& g, T* maximum, T* sum) {
+  using S = Simd<T>;
+  using V = typename S::Vec;
+  const FlushDenormals flush;
+  V* x = reinterpret_cast<V*>(g.columns);
+  for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
+    const V r = tokens.gather(0);
+    for (int64_t f = 0; f < box.features; ++f) x[f] = tokens.gather(1 + f);
+    V top = S::set(-__builtin_inff()), total{};
+    for (int64_t n = 0; n < g.queries; ++n) top = S::max(token_logits(tokens, g, inner, n, r, x), top);
+    for (int64_t n = 0; n < g.queries; ++n)
+      total += exp2<T, false>(token_logits(tokens, g, inner, n, r, x) - top, V{});
+    tokens.store(maximum, top);
+    tokens.store(sum, total);
+  });
+}
+
+template <class T>
+void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
+  using S = Simd<T>;
+  using V = typename S::Vec;
+  const FlushDenormals flush;
+  V* x = reinterpret_cast<V*>(g.columns);
+  for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
+    const V r = tokens.gather(0), shift = tokens.load(box.shift), weight = tokens.load(box.weight);
+    for (int64_t f = 0; f < box.features; ++f) x[f] = tokens.gather(1 + f);
+    alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
+    for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
+    V total{};
+    for (int64_t n = 0; n < g.queries; ++n) {
+      const T* grad = g.grad + n * g.length;
+      const V p = exp2<T, true>(token_logits(tokens, g, inner, n, r, x), shift + g.shift[n]) * weight;
+      V u = (table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n]) * r + g.bonus[n];
+      for (int64_t f = 0; f < box.features; ++f) u += x[f] * grad[f];
+      if (box.threshold != 0) u = keep<T>(u, keys, g.keys[n], box.threshold);
+      total += p * (u - g.delta[n]);
+    }
+    tokens.store(delta, total);
+  });
+}
+
+template <class T>
+void token_gradient_any(const TokenBox<T>& box, const TokenGradient<T>& g) {
+  if (box.shift != nullptr) return token_gradient<T, 0, true>(box, g);
+  switch (box.features) {
+    case 1: return token_gradient<T, 1, false>(box, g);
+    case 2: return token_gradient<T, 2, false>(box, g);
+    case 3: return token_gradient<T, 3, false>(box, g);
+    case 4: return token_gradient<T, 4, false>(box, g);
+    default: return token_gradient<T, 0, false>(box, g);
+  }
+}
+
+template <class T>
+constexpr GridAttentionKernels<T> kernels{Simd<T>::lanes,        accumulate_any<T, false>, accumulate_any<T, true>,
+                                          maximum<T>,            token_gradient_any<T>,    token_sums<T>,
+                                          token_delta<T>};
+
+}  // namespace PF_ISA
+}  // namespace perceiver_fast

@@ -1,0 +1,58 @@
+// What a token brings to the weights of all queries, for masks, inverted attention and dropout.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "dropout.h"
+
+namespace perceiver_fast {
+
+constexpr double kLog2OfE = 1.4426950408889634;
+
+// The normaliser of inverted attention is at least this, as torch.nn.functional.normalize has it in perceiver-pytorch.
+constexpr double kInvertedEps = 1e-8;
+
+// Exponents of weights get `shift`, an integer or -inf (masked); weights are multiplied by `weight`. Inverted attention
+// divides by the softmax's denominator over the queries that way, exactly for logits of any size, and its backward
+// subtracts `delta` from the gradients of weights. Empty when nothing needs them.
+template <class T>
+struct TokenTerms {
+  std::vector<T> shift, weight, delta;
+  std::vector<uint32_t> keys;
+
+  // `mask` [batch, tokens] and `token_lse` [batch * heads, tokens] may be null.
+  TokenTerms(int64_t batch, int64_t heads, int64_t tokens, const uint8_t* mask, const double* token_lse,
+             const Dropout& dropout)
+      : tokens_(tokens), heads_(heads), per_head_(token_lse != nullptr) {
+    if (mask == nullptr && token_lse == nullptr && !dropout) return;
+    const int64_t count = (per_head_ ? batch * heads : batch) * tokens;
+    shift.assign(count, T(0));
+    weight.assign(count, T(1));
+    delta.assign(count, T(0));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = i / tokens / (per_head_ ? heads : 1);
+      if (mask != nullptr && !mask[b * tokens + i % tokens]) {
+        shift[i] = -std::numeric_limits<T>::infinity();
+      } else if (token_lse != nullptr) {
+        const double lse2 = token_lse[i] * kLog2OfE;
+        shift[i] = T(-std::nearbyint(lse2));
+        weight[i] = T(std::exp2(-lse2 - double(shift[i])));
+      }
+    }
+    if (!dropout) return;
+    keys.resize(tokens);
+    for (int64_t m = 0; m < tokens; ++m) keys[m] = dropout.token_key(m);
+  }
+
+  bool empty() const { return shift.empty(); }
+  // Where the tokens of a head (counted over the batch) start.
+  int64_t row(int64_t head) const { return (per_head_ ? head : head / heads_) * tokens_; }
+
+ private:
+  int64_t tokens_, heads_;
+  bool per_head_;
+};
+
+}  // namespace perceiver_fast

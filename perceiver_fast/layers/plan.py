@@ -1,0 +1,131 @@
+"""Which way a cross-attention layer takes: the planner.
+
+There are three ways to attend N queries of d channels (H heads) to M tokens of C channels:
+
+    grid       tokens ``[x ; e_1(i_1) ; ..]`` on a grid, never built: F raw channels, one table entry per query and index
+    absorbed   the projections move into the queries and results, and attention runs over the C channels themselves
+    projected  keys and values are built, and attention runs over d channels
+
+The work of each is counted in multiply-adds and in bytes that pass through memory, and the least is taken among those
+that a backend can run without an N x M matrix. Counts are of the forward; the backward's are about 2.5 times as large on
+every way, so the order is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from perceiver_fast.backends import Choice, forced_backend, require
+from perceiver_fast.ops.cross_attention import CrossAttentionCall, choose_cross_attention
+from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention
+from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+
+PAIR = 12  # multiply-adds in whose time a query-token pair's exponential and sums are done: 11 to 14 instructions
+BYTE = 4  # multiply-adds in whose time a byte passes through memory: 4 to 10 on two to sixteen cores
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counted work of one forward of one batch element: multiply-adds, and bytes through memory."""
+
+    operations: float
+    bytes: float
+
+    @property
+    def cost(self) -> float:
+        """Both in multiply-adds: what ways are compared by."""
+        return self.operations + BYTE * self.bytes
+
+    def __str__(self) -> str:
+        return f"{self.operations / 1e9:.2f} G multiply-adds, {self.bytes / 2**20:.0f} MiB"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way taken, the op and backend that run it, and the work counted for every way that was open."""
+
+    path: str
+    choice: Choice
+    work: dict[str, Work] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.choice.op} on {self.choice.backend}"
+        return f"{text}, {self.work[self.path]}" if self.path in self.work else text
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the plan depends on beside the tokens: N, H, d and the mode."""
+
+    queries: int
+    heads: int
+    dim_head: int
+    dropout: float = 0.0
+    inverted: bool = False
+    lse: bool = False
+    queries_contribute_kv: bool = False
+
+
+def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
+    """The forward's work on one way; raises KeyError for a way that the tokens do not offer."""
+    rows, width = layer.queries * layer.heads, 2 * layer.heads * layer.dim_head
+    pairs = rows * tokens.count
+    if path == "grid":
+        length = tokens.features + sum(tokens.sizes)
+        operations = pairs * (2 * tokens.features + len(tokens.sizes) + PAIR) + 2 * rows * layer.dim_head * length
+        # The tables of queries and of results, written and read; and the tokens.
+        return Work(operations, FLOAT * (4 * rows * length + tokens.count * (tokens.features + 2)))
+    if path == "absorbed":
+        channels = tokens.channels
+        operations = pairs * (2 * channels + PAIR) + 2 * rows * layer.dim_head * channels
+        return Work(operations, FLOAT * 3 * tokens.count * channels)
+    if path == "projected":
+        operations = tokens.projection_operations(width) + pairs * (2 * layer.dim_head + PAIR)
+        return Work(operations, FLOAT * tokens.count * (tokens.stored_channels + 2 * width))
+    raise KeyError(path)
+
+
+def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
+    """The way with the least counted work among those that can run.
+
+    A forced backend that can run the grid decides for it, as it does where a backend has but one way.
+
+    Raises:
+        perceiver_fast.backends.BackendError: a forced backend cannot run any way.
+    """
+    dense = choose_cross_attention(
+        CrossAttentionCall(tokens.compute, tokens.device, layer.dropout, layer.inverted, layer.lse)
+    )
+    grid = _grid_choice(tokens, layer)
+    ways = {"projected": dense}
+    if grid.backend is not None:
+        ways["grid"] = grid
+    if isinstance(tokens, DenseTokens) and not layer.queries_contribute_kv:
+        ways["absorbed"] = dense
+    require(*ways.values(), grid)
+    work = {path: count_work(path, tokens, layer) for path, choice in ways.items() if choice.backend is not None}
+    if "grid" in work and forced_backend() != "auto":
+        path = "grid"
+    else:
+        path = min(work, key=lambda path: work[path].cost)
+    rejected = {f"grid_attention[{name}]": why for name, why in grid.rejected.items()} if path != "grid" else {}
+    for other, counted in work.items():
+        if other != path:
+            rejected[other] = [f"more work: {counted}"]
+    choice = ways[path]
+    return Plan(path, Choice(choice.op, choice.backend, rejected | choice.rejected), work)
+
+
+def _grid_choice(tokens: Tokens, layer: Layer) -> Choice:
+    if layer.queries_contribute_kv:
+        return Choice("grid_attention", None, {"any": ["queries join the keys and values"]})
+    if not isinstance(tokens, GridTokens):
+        return Choice("grid_attention", None, {"any": [f"{tokens.kind} are no grid"]})
+    choice = choose_grid_attention(GridAttentionCall(tokens.compute, tokens.device, tokens.sizes))
+    if forced_backend() != "auto" or choice.backend is None:
+        return choice
+    if choice.backend == "reference":
+        why = "it forms the N x M logits, which attention on built keys and values need not"
+        return Choice(choice.op, None, choice.rejected | {choice.backend: [why]})
+    return choice

@@ -66,11 +66,43 @@ class GridPerceiver(nn.Module):
         return describe_grid(data, self.num_freq_bands, self.max_freq)
 
 
-def classifier(latent_dim: int, num_classes: int) -> nn.Sequential:
-    """The head of the variants; :func:`classify` calls it."""
+class PooledPerceiver(GridPerceiver):
+    """Base class of the variants: layers one after the other, then the mean of the latents through the head.
+
+    A subclass fills ``layers`` and ``to_logits``, and defines :meth:`run_layer`.
+    """
+
+    layers: nn.ModuleList
+    to_logits: nn.Sequential
+
+    def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
+        """Latents and tokens through layer ``index``."""
+        raise NotImplementedError
+
+    def forward(self, data: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Classify.
+
+        Args:
+            data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters.
+            mask: bool, ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to. A row that is all
+                False attends uniformly to all tokens, as in perceiver-pytorch. Default: all True.
+
+        Returns:
+            Logits ``[B, num_classes]``.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, rank, channels, size, mask or device; the message says expected, got
+                and what to do.
+            perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
+        """
+        mask = self.check_inputs(data, mask)
+        tokens = self.describe(data)
+        x = self.latents.unsqueeze(0)  # [1, N, D]: the first layer's queries are the same for the whole batch
+        for index in range(len(self.layers)):
+            x, tokens = self.run_layer(index, x, tokens, mask)
+        return self.to_logits(x.mean(dim=-2).expand(data.shape[0], -1))  # without a layer x is still shared
+
+
+def pooled_head(latent_dim: int, num_classes: int) -> nn.Sequential:
+    """``to_logits`` of the variants, from the mean of the latents."""
     return nn.Sequential(nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))
-
-
-def classify(head: nn.Module, x: Tensor, batch: int) -> Tensor:
-    """The mean of latents ``[B, N, D]`` through ``head``: ``[B, num_classes]``."""
-    return head(x.mean(dim=-2).expand(batch, -1))  # without a layer the latents are still shared by the batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -37,12 +38,19 @@ class LinearAttention(nn.Module):
         Returns:
             ``[B, M, C]``.
         """
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
+        to_q, to_k, to_v = self.to_qkv.weight.chunk(3)  # one after the other: less memory, in inference
+        q = (self._heads(x, to_q) * self.scale).softmax(dim=-1)
+        k = self._heads(x, to_k)
         if mask is not None:
             # Before the softmax, so that a masked token has weight zero and the others' weights sum to one. (After it,
             # and with the mask's meaning reversed, is where perceiver-pytorch 0.11.0 masks; for nearly all shapes that
             # raises an error.)
             k = k.masked_fill(~mask[:, None, :, None], -torch.finfo(k.dtype).max)
-        q, k = (q * self.scale).softmax(dim=-1), k.softmax(dim=-2)
-        out = v @ (q.transpose(-1, -2) @ k)
+        summary = q.transpose(-1, -2) @ k.softmax(dim=-2)  # [B, H, d, d]
+        del q, k
+        out = self._heads(x, to_v) @ summary
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Projected by ``weight``, ``[B, H, M, d]``."""
+        return F.linear(x, weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -31,7 +31,7 @@ class Perceiver(PooledPerceiver):
     True, perceiver-pytorch counts input_channels twice and raises an error; here layers have the width of the encoded
     input, and the model is perceiver-pytorch's on input encoded beforehand. A mask with depth above one, nearly always
     an error there, leaves masked tokens out of all attention. Tokens are rewritten, so they exist: memory grows by some
-    1,000 numbers a token.
+    1,000 numbers a token in inference.
 
     Args:
         num_freq_bands, depth, max_freq, input_channels, input_axis, num_latents, latent_dim, cross_heads, latent_heads,

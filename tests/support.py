@@ -185,7 +185,7 @@ print(resident("VmHWM") - before, resident("VmHWM"))
 
 
 def megabytes(prepare: str, run: str) -> list[float]:
-    """Memory that ``run`` adds, and the peak of its process: code run in a fresh one, after ``prepare``; sets ``out``."""
+    """Memory that ``run``, which sets ``out``, adds after ``prepare``, and the peak of the new process both run in."""
     command = [sys.executable, "-c", MEASURE.format(prepare=prepare, run=run)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

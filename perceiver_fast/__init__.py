@@ -8,13 +8,17 @@ from perceiver_fast import backends, ops, reference
 from perceiver_fast.attention_map import attention_map
 from perceiver_fast.backends import BackendError, use_backend
 from perceiver_fast.explain import explain
-from perceiver_fast.models import Perceiver
+from perceiver_fast.layers import PerceiverBlock
+from perceiver_fast.models import Perceiver, PerceiverIO, PerceiverLM
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
     "Perceiver",
+    "PerceiverBlock",
+    "PerceiverIO",
+    "PerceiverLM",
     "attention_map",
     "backends",
     "explain",

@@ -1,6 +1,9 @@
 """What several tests need: error measures, random configurations, and models of both libraries with one set of weights."""
 
+import math
 import random
+import subprocess
+import sys
 
 import perceiver_pytorch
 import torch
@@ -77,3 +80,113 @@ def outputs_and_gradients(model, data, mask=None, weight=None, **call):
     (out * (torch.ones_like(out) if weight is None else weight.to(out.dtype))).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return out.detach(), gradients | {"data": data.grad}
+
+
+def tensors(value) -> list[torch.Tensor]:
+    """All tensors of an output: a tensor, or tuples and lists of them."""
+    return [value] if torch.is_tensor(value) else [t for part in value for t in tensors(part)]
+
+
+def results(model, dtype, inputs, weight=None, default_dtype=torch.float32):
+    """Outputs of a model in ``dtype``, and the gradients of a weighted sum of them.
+
+    Args:
+        inputs: the forward's keyword arguments; floating-point tensors are converted and get a gradient.
+        weight: of the first output in that sum. Default: drawn at random, the same for all calls.
+        default_dtype: torch's during the forward.
+    """
+    model.to(dtype).zero_grad()
+    torch.manual_seed(0)  # of dropout
+    call = {}
+    for name, value in inputs.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            value = value.to(dtype, copy=True).requires_grad_()
+        elif isinstance(value, list):
+            value = [part.to(dtype) for part in value]
+        call[name] = value
+    torch.set_default_dtype(default_dtype)
+    try:
+        outputs = tensors(model(**call))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype) for out in outputs]
+    if weight is not None:
+        weights[0] = weight.to(dtype)
+    sum((out * w).sum() for out, w in zip(outputs, weights)).backward()
+    found = {f"out {i}": out.detach() for i, out in enumerate(outputs)}
+    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | {name: v.grad for name, v in call.items() if torch.is_tensor(v) and v.grad is not None}
+
+
+def compare_models(theirs, ours, inputs, noise=1e-14, weight=None, exact_positions=False, where=None):
+    """Errors of ours (float64, float32) and of theirs (float32) against theirs in float64, for all results.
+
+    Gradients that are nothing but rounding beside the others' norm (1e-9 of it, as where softmax saturates) are left
+    out of the comparison of float32 errors, and in float64 agree to ``noise`` times it.
+
+    Args:
+        theirs, ours: models with the same weights, all exact in float32.
+        inputs, weight: see :func:`results`.
+        exact_positions: let theirs compute positions in float64 when all else is: the variants' are in torch's default
+            dtype.
+        where: named when a comparison fails.
+
+    Yields:
+        name, error of ours in float32, error of theirs in float32.
+    """
+    default_dtype = torch.float64 if exact_positions else torch.float32
+    exact = results(theirs, torch.float64, inputs, weight, default_dtype)
+    ours64 = results(ours, torch.float64, inputs, weight)
+    ours32 = results(ours, torch.float32, inputs, weight)
+    theirs32 = results(theirs, torch.float32, inputs, weight)
+    assert ours64.keys() == exact.keys(), where
+    whole = torch.stack([g.norm() for g in exact.values()]).norm().item()
+    for name, value in exact.items():
+        size = value.norm().item()
+        assert ours64[name].shape == value.shape, (name, where)
+        error64 = (ours64[name] - value).norm().item()
+        assert error64 <= 1e-10 * size + noise * whole, (name, error64, size, whole, where)
+        if size > 1e-9 * whole:
+            yield name, relative_error(ours32[name], value), relative_error(theirs32[name], value)
+
+
+def check_float32(rows, floor=5e-7, exceptions=1 / 300):
+    """Float32 errors no greater than theirs on the whole, and each within 2x of theirs but for a few, within 5x.
+
+    The exceptions are small gradients, sums of few terms, where theirs happened to round well.
+
+    Args:
+        rows: (where, name, error of ours, error of theirs).
+    """
+    count, beyond, ratios = 0, [], []
+    for where, name, ours, theirs in rows:
+        count += 1
+        if min(ours, theirs) > 0:
+            ratios.append(math.log(ours / theirs))
+        assert ours <= 5 * theirs + 4 * floor, (where, name, ours, theirs)
+        if ours > 2 * theirs + floor:
+            beyond.append((where, name, ours, theirs))
+    assert len(beyond) <= count * exceptions, (count, beyond)
+    assert math.exp(sum(ratios) / len(ratios)) < 1.15  # the geometric mean
+
+
+MEASURE = """
+import torch, perceiver_fast as pf
+def resident(field):
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(field + ":")) / 1024
+{prepare}
+open("/proc/self/clear_refs", "w").write("5")
+before = resident("VmRSS")
+{run}
+assert out.isfinite().all()
+print(resident("VmHWM") - before, resident("VmHWM"))
+"""
+
+
+def megabytes(prepare: str, run: str) -> list[float]:
+    """Memory that ``run``, which sets ``out``, adds after ``prepare``, and the peak of the new process both run in."""
+    command = [sys.executable, "-c", MEASURE.format(prepare=prepare, run=run)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [float(number) for number in done.stdout.split()]

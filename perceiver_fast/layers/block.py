@@ -5,19 +5,40 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
+from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.layers.cross_attention import CrossAttention
 from perceiver_fast.layers.feed_forward import FeedForward, PreNorm
-from perceiver_fast.tokens import Tokens
+from perceiver_fast.tokens import DenseTokens, Tokens
 
 
 class PerceiverBlock(nn.Module):
-    """Cross-attention and feed-forward, then ``self_per_cross_attn`` times self-attention and feed-forward."""
+    """Cross-attention and feed-forward, then ``self_per_cross_attn`` times self-attention and feed-forward.
+
+    Args:
+        dim: channels of the latents, D.
+        context_dim: channels of what is attended to, C. Default: dim.
+        cross_heads, latent_heads: heads of cross-attention and of self-attention. Default: 1 and 8.
+        cross_dim_head, latent_dim_head: channels of a head. Default: 64.
+        self_per_cross_attn: self-attentions after the cross-attention. Default: 1.
+        attn_dropout, ff_dropout: dropout of attention weights and after feed-forwards, in training. Default: 0.
+        has_cross_attn: if False the block is its self-attentions alone. Default: True.
+
+    Source:
+        perceiver-pytorch 0.11.0.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast import PerceiverBlock
+        >>> block = PerceiverBlock(dim=16, context_dim=9)
+        >>> block(torch.randn(2, 8, 16), torch.randn(2, 30, 9)).shape
+        torch.Size([2, 8, 16])
+    """
 
     def __init__(
         self,
         *,
         dim: int,
-        context_dim: int,
+        context_dim: int | None = None,
         cross_heads: int = 1,
         latent_heads: int = 8,
         cross_dim_head: int = 64,
@@ -25,10 +46,16 @@ class PerceiverBlock(nn.Module):
         self_per_cross_attn: int = 1,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
+        has_cross_attn: bool = True,
     ):
         super().__init__()
-        self.cross_attn = CrossAttention(dim, context_dim, cross_heads, cross_dim_head, attn_dropout)
-        self.cross_ff = PreNorm(dim, FeedForward(dim, dropout=ff_dropout))
+        self.has_cross_attn = has_cross_attn
+        self.dim = dim
+        self.context_dim = dim if context_dim is None else context_dim
+        self.cross_attn = self.cross_ff = None
+        if has_cross_attn:
+            self.cross_attn = CrossAttention(dim, self.context_dim, cross_heads, cross_dim_head, attn_dropout)
+            self.cross_ff = PreNorm(dim, FeedForward(dim, dropout=ff_dropout))
         self.self_attns = nn.ModuleList(
             nn.ModuleList(
                 [
@@ -39,11 +66,50 @@ class PerceiverBlock(nn.Module):
             for _ in range(self_per_cross_attn)
         )
 
-    def forward(self, x: Tensor, tokens: Tokens, mask: Tensor | None = None, inverted: bool = False) -> Tensor:
-        """Latents ``[B, N, D]`` (or ``[1, N, D]`` shared by the batch) to ``[B, N, D]``."""
-        x = self.cross_attn(x, tokens, mask=mask, inverted=inverted) + x
-        x = self.cross_ff(x) + x
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | Tokens | None = None,
+        mask: Tensor | None = None,
+        inverted_attention: bool = False,
+    ) -> Tensor:
+        """Attend to ``context``, then among ``x``.
+
+        Args:
+            x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them.
+            context: what is attended to, ``[B, M, C]`` or a description of it. Without cross-attention: ignored.
+            mask: bool ``[B, M]``, True where a token may be attended to. Default: all.
+            inverted_attention: softmax over the latents, then normalised over the tokens. Default: False.
+
+        Returns:
+            ``[B, N, D]``.
+
+        Raises:
+            TypeError, ValueError: a context tensor, or x or mask beside one, of wrong dtype, rank, size or device;
+                the message says expected, got and what to do.
+        """
+        if self.has_cross_attn:
+            if not isinstance(context, Tokens):  # descriptions come from models, which have checked their input
+                context, mask = self._describe(x, context, mask)
+            x = self.cross_attn(x, context, mask=mask, inverted=inverted_attention) + x
+            x = self.cross_ff(x) + x
         for self_attn, self_ff in self.self_attns:
             x = self_attn(x) + x
             x = self_ff(x) + x
         return x
+
+    def _describe(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> tuple[Tokens, Tensor | None]:
+        who, like = type(self).__name__, self.cross_attn.norm.weight
+        if context is None:
+            raise ValueError(
+                f"{who}: expected context [batch, n_1, {self.context_dim}] to attend to, got None; "
+                "give it, or build the block with has_cross_attn=False"
+            )
+        check_data(who, "x", x, like, axes=1, channels=self.dim, channels_argument="dim")
+        check_data(who, "context", context, like, axes=1, channels=self.context_dim, channels_argument="context_dim")
+        if x.shape[0] not in (1, context.shape[0]):
+            raise ValueError(
+                f"{who}: expected x for a batch of {context.shape[0]}, like context, got {tuple(x.shape)}; "
+                "give both the same batch"
+            )
+        return DenseTokens(context), check_mask(who, mask, "context", context, context.shape[1:-1])

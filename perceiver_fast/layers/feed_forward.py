@@ -28,12 +28,23 @@ class FeedForward(nn.Module):
 
 
 class PreNorm(nn.Module):
-    """``fn(LayerNorm(x))``."""
+    """``fn(LayerNorm(x), ..)``."""
 
     def __init__(self, dim: int, fn: nn.Module):
         super().__init__()
         self.fn = fn
         self.norm = nn.LayerNorm(dim)
 
+    def forward(self, x: Tensor, **keywords) -> Tensor:
+        return self.fn(self.norm(x), **keywords)
+
+
+class Residual(nn.Module):
+    """``x + fn(x)``."""
+
+    def __init__(self, fn: nn.Module):
+        super().__init__()
+        self.fn = fn
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fn(self.norm(x))
+        return x + self.fn(x)

@@ -15,6 +15,33 @@ _RENAMES = (
     (re.compile(r"\.fn\.net\.3\."), ".fn.net.2."),  # until 0.7: dropout before the last linear
 )
 
+# PerceiverIO's of 0.8 were lists: [cross_attn, cross_ff], and [self_attn, self_ff] a layer.
+_IO_RENAMES = (
+    (re.compile(r"^cross_attend_blocks\.0\."), "cross_attend_block.cross_attn."),
+    (re.compile(r"^cross_attend_blocks\.1\."), "cross_attend_block.cross_ff."),
+    (re.compile(r"^(layers\.\d+)\.([01])\."), r"\1.self_attns.0.\2."),
+)
+
+
+def _rename(state_dict: MutableMapping, prefix: str, starts: tuple[str, ...], renames: tuple) -> None:
+    starts = tuple(prefix + start for start in starts)
+    for key in [k for k in state_dict if k.startswith(starts)]:
+        name = key[len(prefix) :]
+        for pattern, replacement in renames:
+            name = pattern.sub(replacement, name)
+        if prefix + name != key:
+            state_dict[prefix + name] = state_dict.pop(key)
+
+
+def upgrade_io_state_dict(state_dict: MutableMapping, prefix: str = "") -> None:
+    """Rename, in place, the keys of a PerceiverIO of perceiver-pytorch 0.8 to those of 0.10 and later.
+
+    Args:
+        state_dict: the checkpoint; keys that are already new are left alone.
+        prefix: what the model's keys start with, when it is part of a larger one.
+    """
+    _rename(state_dict, prefix, ("layers.", "cross_attend_blocks."), _IO_RENAMES)
+
 
 def upgrade_state_dict(state_dict: MutableMapping, prefix: str = "") -> None:
     """Rename, in place, the keys of a perceiver-pytorch 0.3 to 0.9 checkpoint to those of 0.10 and later.
@@ -39,9 +66,4 @@ def upgrade_state_dict(state_dict: MutableMapping, prefix: str = "") -> None:
                 old = f"{prefix}to_logits.{int(new) - 1}.{name}"
                 if old in state_dict:
                     state_dict[f"{prefix}to_logits.{new}.{name}"] = state_dict.pop(old)
-    for key in [k for k in state_dict if k.startswith(prefix + "layers.")]:
-        name = key[len(prefix) :]
-        for pattern, replacement in _RENAMES:
-            name = pattern.sub(replacement, name)
-        if prefix + name != key:
-            state_dict[prefix + name] = state_dict.pop(key)
+    _rename(state_dict, prefix, ("layers.",), _RENAMES)

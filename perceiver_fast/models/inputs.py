@@ -1,78 +1,70 @@
-"""Checks of what a model is called with: clear errors first, nothing converted in silence."""
+"""Checks of what models are called with; every model has ``check_inputs``, which makes those it needs."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.layers.checks import check_channels, check_device, check_real, check_tensor
 
 
-def check_inputs(model, data: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Check ``data`` and ``mask`` against ``model``; return the mask flattened to ``[B, M]``.
+def check_inputs(model: nn.Module, data: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Check ``data`` and ``mask`` as the forward of ``model`` does; return the mask flattened to ``[B, M]``.
 
     Raises:
         TypeError, ValueError: the message says expected, got and what to do.
     """
-    name = type(model).__name__
-    if not isinstance(data, Tensor):
-        raise TypeError(f"{name}: expected data to be a torch.Tensor, got {type(data).__name__}; use torch.as_tensor")
-    axes = ", ".join(f"n_{a + 1}" for a in range(model.input_axis))
-    layout = f"[batch, {axes}, {model.input_channels}]"
-    if data.dim() != model.input_axis + 2:
-        raise ValueError(
-            f"{name}: expected data of {model.input_axis + 2} dimensions {layout} (input_axis={model.input_axis}), "
-            f"got {data.dim()}: {tuple(data.shape)}; add the batch or channel dimension, or build the model with "
-            "another input_axis"
-        )
-    if data.shape[-1] != model.input_channels:
-        raise ValueError(
-            f"{name}: expected data with {model.input_channels} channels last {layout}, got {data.shape[-1]}: "
-            f"{tuple(data.shape)}; permute the channels to the end, or build the model with "
-            f"input_channels={data.shape[-1]}"
-        )
-    if 0 in data.shape[1:-1]:
-        raise ValueError(
-            f"{name}: expected at least one position on every axis {layout}, got {tuple(data.shape)}; "
-            "drop empty inputs before the model"
-        )
-    if not data.is_floating_point():
-        raise TypeError(
-            f"{name}: expected real floating-point data, got {data.dtype}; convert it, e.g. data.float() / 255 for "
-            "8-bit images, or torch.view_as_real for complex data"
-        )
-    latents = model.latents
-    if data.device != latents.device:
-        raise ValueError(
-            f"{name}: expected data on {latents.device}, where the model is, got {data.device}; "
-            f"move one of them, e.g. data.to('{latents.device}')"
-        )
-    if data.dtype != latents.dtype and autocast_dtype(data.device) is None:
-        raise TypeError(
-            f"{name}: expected data of dtype {latents.dtype}, like the model's parameters, got {data.dtype}; "
-            f"convert one of them, e.g. data.to({latents.dtype}), or use torch.autocast"
-        )
-    return None if mask is None else _check_mask(name, data, mask)
+    return model.check_inputs(data, mask)
 
 
-def _check_mask(name: str, data: Tensor, mask: Tensor) -> Tensor:
-    batch, sizes = data.shape[0], data.shape[1:-1]
-    tokens = sizes.numel()
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected mask to be a torch.Tensor, got {type(mask).__name__}; use torch.as_tensor")
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"{name}: expected a bool mask (True where a token may be attended to), got {mask.dtype}; "
-            "convert it with mask.bool()"
-        )
-    if mask.dim() < 2 or mask.shape[0] not in (1, batch) or mask.shape[1:].numel() != tokens:
+def check_queries(who: str, queries: Tensor, batch: int, channels: int, like: Tensor) -> Tensor:
+    """Check decoder queries; return them as ``[B, Q, D]``, or ``[1, Q, D]`` where the whole batch shares them.
+
+    Raises:
+        TypeError, ValueError: the message says expected, got and what to do.
+    """
+    check_tensor(who, "queries", queries)
+    layout = f"[Q, {channels}] or [{batch}, Q, {channels}]"
+    if queries.dim() not in (2, 3):
         raise ValueError(
-            f"{name}: expected mask of shape {(batch, tokens)} or {(batch, *sizes)}, got {tuple(mask.shape)}; "
-            "give one bool for every token of every batch element"
+            f"{who}: expected queries of 2 or 3 dimensions {layout}, got {queries.dim()}: {tuple(queries.shape)}; "
+            "flatten their positions into one dimension"
         )
-    if mask.device != data.device:
+    check_channels(who, "queries", queries, layout, channels, "queries_dim")
+    if queries.dim() == 3 and queries.shape[0] not in (1, batch):
         raise ValueError(
-            f"{name}: expected mask on {data.device}, like data, got {mask.device}; move it, "
-            f"e.g. mask.to('{data.device}')"
+            f"{who}: expected queries for a batch of {batch}, like data: {layout}, got {tuple(queries.shape)}; "
+            "give 2-dimensional queries if the whole batch shares them"
         )
-    return mask.flatten(1).expand(batch, -1)
+    check_real(who, "queries", queries, like)
+    return queries if queries.dim() == 3 else queries.unsqueeze(0)
+
+
+def check_ids(who: str, ids: Tensor, num_tokens: int, max_length: int, like: Tensor) -> None:
+    """Check token ids ``[batch, n]`` of a language model.
+
+    Raises:
+        TypeError, ValueError, IndexError: the message says expected, got and what to do.
+    """
+    check_tensor(who, "x", ids)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{who}: expected token ids of dtype torch.int64 or int32, got {ids.dtype}; use x.long()")
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(
+            f"{who}: expected token ids of 2 dimensions [batch, n], n at least 1, got {tuple(ids.shape)}; "
+            "add the batch dimension, or drop empty sequences"
+        )
+    if ids.shape[1] > max_length:
+        raise ValueError(
+            f"{who}: expected at most {max_length} tokens (max_seq_len={max_length}), got {ids.shape[1]}; "
+            f"cut the sequence, or build the model with max_seq_len={ids.shape[1]}"
+        )
+    check_device(who, "x", ids, like)
+    # Elsewhere, and where a graph is traced, looking at values would stall it; there the embedding's own check acts.
+    if ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling():
+        low, high = (bound.item() for bound in ids.aminmax())
+        if low < 0 or high >= num_tokens:
+            raise IndexError(
+                f"{who}: expected token ids in 0..{num_tokens - 1} (num_tokens={num_tokens}), got {low}..{high}; "
+                f"fix the tokenizer, or build the model with num_tokens={high + 1}"
+            )

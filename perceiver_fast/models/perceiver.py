@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock, axis_codes
+from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock
 from perceiver_fast.models.checkpoints import upgrade_state_dict
-from perceiver_fast.models.inputs import check_inputs
-from perceiver_fast.ops.library import compute_dtype
-from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+from perceiver_fast.models.grid import GridPerceiver
+from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks
 
 
 class MeanPool(nn.Module):
@@ -21,7 +19,7 @@ class MeanPool(nn.Module):
         return x.mean(dim=1)
 
 
-class Perceiver(nn.Module):
+class Perceiver(GridPerceiver):
     """N latents that attend to M raw inputs in every block, then to each other.
 
     The arguments, the state_dict, the outputs and the gradients are perceiver-pytorch 0.11.0's; the same seed gives
@@ -88,11 +86,15 @@ class Perceiver(nn.Module):
         attn_residual: bool = False,
         attn_residual_rank: int = 64,
     ):
-        super().__init__()
-        self.input_axis = input_axis
-        self.max_freq = max_freq
-        self.num_freq_bands = num_freq_bands
-        self.fourier_encode_data = fourier_encode_data
+        super().__init__(
+            num_freq_bands=num_freq_bands,
+            max_freq=max_freq,
+            input_channels=input_channels,
+            input_axis=input_axis,
+            num_latents=num_latents,
+            latent_dim=latent_dim,
+            fourier_encode_data=fourier_encode_data,
+        )
         self.has_attn_residual = attn_residual
         if isinstance(inverted_cross_attn, bool):
             inverted_cross_attn = (inverted_cross_attn,) * depth
@@ -102,33 +104,24 @@ class Perceiver(nn.Module):
                 f"inverted_cross_attn: expected one bool, or {depth} of them for depth={depth}, "
                 f"got {len(self.inverted_cross_attn)}"
             )
-        self.input_channels = input_channels
-        self.input_dim = input_channels + (input_axis * (2 * num_freq_bands + 1) if fourier_encode_data else 0)
 
-        self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
-        self.layers = nn.ModuleList()
-        self.attn_residuals = nn.ModuleList()
-        for i in range(depth):
-            if weight_tie_layers and i >= 2:  # all blocks but the first are one and the same
-                self.layers.append(self.layers[1])
-                self.attn_residuals.append(self.attn_residuals[1])
-                continue
-            self.layers.append(
-                PerceiverBlock(
-                    dim=latent_dim,
-                    context_dim=self.input_dim,
-                    cross_heads=cross_heads,
-                    latent_heads=latent_heads,
-                    cross_dim_head=cross_dim_head,
-                    latent_dim_head=latent_dim_head,
-                    self_per_cross_attn=self_per_cross_attn,
-                    attn_dropout=attn_dropout,
-                    ff_dropout=ff_dropout,
-                )
+        def layer() -> tuple[PerceiverBlock, EnformerAttentionResidual | None]:
+            block = PerceiverBlock(
+                dim=latent_dim,
+                context_dim=self.input_dim,
+                cross_heads=cross_heads,
+                latent_heads=latent_heads,
+                cross_dim_head=cross_dim_head,
+                latent_dim_head=latent_dim_head,
+                self_per_cross_attn=self_per_cross_attn,
+                attn_dropout=attn_dropout,
+                ff_dropout=ff_dropout,
             )
-            self.attn_residuals.append(
-                EnformerAttentionResidual(latent_dim, rank=attn_residual_rank) if attn_residual else None
-            )
+            return block, EnformerAttentionResidual(latent_dim, rank=attn_residual_rank) if attn_residual else None
+
+        layers = build_layers(layer, depth, shared=1 if weight_tie_layers else None)
+        self.layers = nn.ModuleList(block for block, _ in layers)
+        self.attn_residuals = nn.ModuleList(attn_residual for _, attn_residual in layers)
         self.to_logits = (
             nn.Sequential(MeanPool(), nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))
             if final_classifier_head
@@ -138,18 +131,6 @@ class Perceiver(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         upgrade_state_dict(state_dict, prefix)  # before the submodules take their shares
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def describe(self, data: Tensor) -> Tokens:
-        """The tokens of ``data``, shared by all cross-attention layers of one forward."""
-        if not self.fourier_encode_data:
-            return DenseTokens(data.flatten(1, -2))
-        dtype = compute_dtype(data.dtype)
-        return GridTokens(
-            data,
-            tuple(
-                axis_codes(size, self.num_freq_bands, self.max_freq, dtype, data.device) for size in data.shape[1:-1]
-            ),
-        )
 
     def forward(
         self,
@@ -178,23 +159,13 @@ class Perceiver(nn.Module):
                 and what to do.
             perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
         """
-        mask = check_inputs(self, data, mask)
-        tokens = self.describe(data)
-        batch = data.shape[0]
+        mask = self.check_inputs(data, mask)
+        tokens, batch = self.describe(data), data.shape[0]
         x = self.latents.unsqueeze(0)  # [1, N, D]: the first block's queries are the same for the whole batch
-
-        keep_hiddens = return_hiddens or self.has_attn_residual or block_outputs is not None
-        if keep_hiddens:
-            if block_outputs is None:
-                block_outputs = [x.expand(batch, -1, -1)]
-            block_outputs = [block_outputs] if torch.is_tensor(block_outputs) else list(block_outputs)
-
-        for block, attn_residual, inverted in zip(self.layers, self.attn_residuals, self.inverted_cross_attn):
-            x = block(x, tokens, mask=mask, inverted=inverted)
-            if keep_hiddens:
-                block_outputs.append(x)
-            if attn_residual is not None:
-                x = attn_residual(block_outputs)
-
-        out = x.expand(batch, -1, -1) if return_embeddings else self.to_logits(x.expand(batch, -1, -1))
-        return (out, block_outputs) if return_hiddens else out
+        hiddens = first_hiddens(x.expand(batch, -1, -1), block_outputs, return_hiddens or self.has_attn_residual)
+        arguments = (
+            dict(context=tokens, mask=mask, inverted_attention=inverted) for inverted in self.inverted_cross_attn
+        )
+        x = run_blocks(x, self.layers, self.attn_residuals, hiddens, arguments).expand(batch, -1, -1)
+        out = x if return_embeddings else self.to_logits(x)
+        return (out, hiddens) if return_hiddens else out

@@ -4,7 +4,15 @@ import warnings
 
 import pytest
 import torch
-from support import model_pair, needs_extension, outputs_and_gradients, random_config, relative_error
+from support import (
+    check_float32,
+    compare_models,
+    model_pair,
+    needs_extension,
+    outputs_and_gradients,
+    random_config,
+    relative_error,
+)
 
 import perceiver_fast as pf
 
@@ -15,11 +23,7 @@ SMALL = dict(
 
 
 def compare(config, prepare=lambda state, data: data, seed=0, noise=1e-14):
-    """Errors of ours (float64, float32) and of theirs (float32) against theirs in float64, for all results.
-
-    Gradients that are nothing but rounding beside the others' norm (1e-9 of it, as where softmax saturates) are left out
-    of the comparison of float32 errors, and in float64 agree to ``noise`` times it.
-    """
+    """:func:`support.compare_models` of a random configuration; ``prepare`` may change weights and data."""
     torch.manual_seed(seed)
     theirs, ours = model_pair(torch.float64, **config["keywords"])
     data = torch.randn(config["batch"], *config["sizes"], config["keywords"]["input_channels"])
@@ -29,39 +33,16 @@ def compare(config, prepare=lambda state, data: data, seed=0, noise=1e-14):
     if config["masked"] and config["batch"] > 1:
         mask[0] = False
     weight = torch.randn(config["batch"], config["keywords"]["num_classes"])
-    results = {}
-    for name, model, dtype in (
-        ("exact", theirs, torch.float64),
-        ("ours64", ours, torch.float64),
-        ("ours32", ours, torch.float32),
-        ("theirs32", theirs, torch.float32),
-    ):
+    for model in (theirs, ours):
         model.load_state_dict(state)
-        model.to(dtype)
-        out, gradients = outputs_and_gradients(model, data.to(dtype), mask, weight)
-        results[name] = {"out": out} | gradients
-    whole = torch.stack([g.norm() for g in results["exact"].values()]).norm().item()
-    for name, exact in results["exact"].items():
-        size = exact.norm().item()
-        error64 = (results["ours64"][name] - exact).norm().item()
-        assert error64 <= 1e-10 * size + noise * whole, (name, config)
-        if size > 1e-9 * whole:
-            yield name, relative_error(results["ours32"][name], exact), relative_error(results["theirs32"][name], exact)
+    yield from compare_models(theirs, ours, dict(data=data, mask=mask), noise, weight, where=config)
 
 
 def check(seeds, prepare=lambda state, data: data, floor=5e-7, exceptions=1 / 300):
-    """Every float64 result within 1e-10; float32 results within 2x of theirs but for a few, which stay within 5x.
-
-    The exceptions are small gradients, sums of few terms, where theirs happened to round well.
-    """
-    count, beyond = 0, []
-    for seed in seeds:
-        for name, ours, theirs in compare(random_config(seed), prepare, seed):
-            count += 1
-            assert ours <= 5 * theirs + 4 * floor, (seed, name, ours, theirs)
-            if ours > 2 * theirs + floor:
-                beyond.append((seed, name, ours, theirs))
-    assert len(beyond) <= count * exceptions, beyond
+    """Every float64 result within 1e-10; float32 results as :func:`support.check_float32` asks."""
+    check_float32(
+        ((seed, *row) for seed in seeds for row in compare(random_config(seed), prepare, seed)), floor, exceptions
+    )
 
 
 @pytest.mark.parametrize("block", range(8))

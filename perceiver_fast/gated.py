@@ -1,0 +1,5 @@
+"""``perceiver_pytorch.gated``'s import path."""
+
+from perceiver_fast.models.gated import Perceiver
+
+__all__ = ["Perceiver"]

@@ -1,0 +1,56 @@
+"""Attention among the tokens themselves, in time and memory proportional to their number."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LinearAttention(nn.Module):
+    """``v (softmax_d(q)^T softmax_M(k))`` for every head; the d x d matrix in brackets sums over all tokens.
+
+    This is perceiver-pytorch's order of the factors, not that of the literature, where k meets v first.
+
+    Args:
+        dim: channels of the tokens, C.
+        heads, dim_head: number of heads, and channels of a head, d. Default: 4 and 64.
+        dropout: dropout of the result in training. Default: 0.
+
+    Source:
+        perceiver-pytorch 0.11.0; after Shen et al., "Efficient attention: attention with linear complexities", 2021.
+    """
+
+    def __init__(self, dim: int, *, heads: int = 4, dim_head: int = 64, dropout: float = 0.0):
+        super().__init__()
+        self.heads = heads
+        self.scale = dim_head**-0.5
+        self.to_qkv = nn.Linear(dim, heads * dim_head * 3, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: tokens ``[B, M, C]``.
+            mask: bool ``[B, M]``, True where a token counts; a row that is all False counts all tokens alike.
+
+        Returns:
+            ``[B, M, C]``.
+        """
+        to_q, to_k, to_v = self.to_qkv.weight.chunk(3)  # one after the other: less memory, in inference
+        q = (self._heads(x, to_q) * self.scale).softmax(dim=-1)
+        k = self._heads(x, to_k)
+        if mask is not None:
+            # Before the softmax, so that a masked token has weight zero and the others' weights sum to one. (After it,
+            # and with the mask's meaning reversed, is where perceiver-pytorch 0.11.0 masks; for nearly all shapes that
+            # raises an error.)
+            k = k.masked_fill(~mask[:, None, :, None], -torch.finfo(k.dtype).max)
+        summary = q.transpose(-1, -2) @ k.softmax(dim=-2)  # [B, H, d, d]
+        del q, k
+        out = self._heads(x, to_v) @ summary
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Projected by ``weight``, ``[B, H, M, d]``."""
+        return F.linear(x, weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)

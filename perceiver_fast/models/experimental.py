@@ -1,0 +1,122 @@
+"""The experimental variant of perceiver-pytorch: the tokens attend to each other and to the latents, too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.layers import Attention, CrossAttention, FeedForward, LinearAttention, PreNorm
+from perceiver_fast.models.grid import PooledPerceiver, pooled_head
+from perceiver_fast.models.stack import build_layers
+from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+
+
+def project_grid(tokens: GridTokens, linear: nn.Linear) -> Tensor:
+    """``linear`` of the tokens a grid stands for, ``[B, M, C']``, without building their position codes."""
+    feat, codes = tokens.feat, [axis.code for axis in tokens.codes]
+    with torch.autocast(feat.device.type, enabled=False):
+        weight = linear.weight.to(feat.dtype).split([tokens.features, *(code.shape[-1] for code in codes)], dim=1)
+        out = feat @ weight[0].T + linear.bias.to(feat.dtype)
+        for axis, (code, columns) in enumerate(zip(codes, weight[1:])):
+            out = out + (code @ columns.T).view(*(-1 if a == axis else 1 for a in range(len(codes))), out.shape[-1])
+    return out.flatten(1, -2).to(autocast_dtype(out.device) or linear.weight.dtype)
+
+
+class Perceiver(PooledPerceiver):
+    """A Perceiver that rewrites its input: between blocks, tokens attend to each other and to the latents.
+
+    With ``fourier_encode_data=False`` the arguments, the state_dict, the outputs and the gradients are those of
+    ``perceiver_pytorch.experimental.Perceiver`` 0.11.0; the same seed gives the same initial weights. With its default,
+    True, perceiver-pytorch counts input_channels twice and raises an error; here layers have the width of the encoded
+    input, and the model is perceiver-pytorch's on input encoded beforehand. A mask with depth above one, nearly always
+    an error there, leaves masked tokens out of all attention. Tokens are rewritten, so they exist: memory grows by some
+    1,000 numbers a token in inference.
+
+    Args:
+        num_freq_bands, depth, max_freq, input_channels, input_axis, num_latents, latent_dim, cross_heads, latent_heads,
+            cross_dim_head, latent_dim_head, num_classes, attn_dropout, ff_dropout, weight_tie_layers,
+            fourier_encode_data: as those of :class:`perceiver_fast.Perceiver`.
+
+    Source:
+        perceiver-pytorch 0.11.0.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.experimental import Perceiver
+        >>> model = Perceiver(num_freq_bands=6, depth=2, max_freq=10.0, num_latents=8, latent_dim=16, num_classes=5)
+        >>> model(torch.randn(2, 12, 10, 3)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_freq_bands: int,
+        depth: int,
+        max_freq: float,
+        input_channels: int = 3,
+        input_axis: int = 2,
+        num_latents: int = 512,
+        latent_dim: int = 512,
+        cross_heads: int = 1,
+        latent_heads: int = 8,
+        cross_dim_head: int = 64,
+        latent_dim_head: int = 64,
+        num_classes: int = 1000,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        weight_tie_layers: bool = False,
+        fourier_encode_data: bool = True,
+    ):
+        super().__init__(
+            num_freq_bands=num_freq_bands,
+            max_freq=max_freq,
+            input_channels=input_channels,
+            input_axis=input_axis,
+            num_latents=num_latents,
+            latent_dim=latent_dim,
+            fourier_encode_data=fourier_encode_data,
+        )
+        width = self.input_dim
+        self.data_proj = nn.Linear(width, width)
+
+        def layer() -> nn.ModuleList:
+            return nn.ModuleList(
+                [
+                    CrossAttention(latent_dim, width, cross_heads, cross_dim_head, attn_dropout),
+                    PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)),
+                    CrossAttention(width, latent_dim, cross_heads, cross_dim_head, attn_dropout),
+                    PreNorm(width, FeedForward(width, dropout=ff_dropout)),
+                    PreNorm(width, LinearAttention(width, dropout=attn_dropout)),
+                    PreNorm(
+                        latent_dim,
+                        Attention(latent_dim, heads=latent_heads, dim_head=latent_dim_head, dropout=attn_dropout),
+                    ),
+                    PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)),
+                ]
+            )
+
+        self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
+        self.to_logits = pooled_head(latent_dim, num_classes)
+
+    def describe(self, data: Tensor) -> Tokens:
+        """The tokens that the first layer attends to: projected, so built."""
+        tokens = super().describe(data)
+        if isinstance(tokens, GridTokens):
+            return DenseTokens(project_grid(tokens, self.data_proj))
+        return DenseTokens(self.data_proj(tokens.context))
+
+    def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
+        cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff = self.layers[index]
+        x = cross_attn(x, tokens, mask=mask) + x
+        x = cross_ff(x) + x
+        if index < len(self.layers) - 1:  # nothing would read the tokens that the last layer rewrote
+            data = tokens.context
+            data = input_attn(data, mask=mask) + data
+            data = rev_cross_attn(data, DenseTokens(x)) + data
+            data = rev_cross_ff(data) + data
+            tokens = DenseTokens(data)
+        x = latent_attn(x) + x
+        x = latent_ff(x) + x
+        return x, tokens

@@ -1,0 +1,108 @@
+"""What models of input on a grid share: latents, description and checks of the input, pooling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.layers import axis_codes
+from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+
+
+def describe_grid(data: Tensor, num_freq_bands: int, max_freq: float) -> GridTokens:
+    """The tokens of ``data [B, n_1, .., n_A, F]`` with Fourier codes of their positions, not built."""
+    dtype = compute_dtype(data.dtype)
+    codes = (axis_codes(size, num_freq_bands, max_freq, dtype, data.device) for size in data.shape[1:-1])
+    return GridTokens(data, tuple(codes))
+
+
+class GridPerceiver(nn.Module):
+    """Base class: N latents and a description of the grid they attend to.
+
+    Args:
+        num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim, fourier_encode_data: see
+            :class:`perceiver_fast.Perceiver`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_freq_bands: int,
+        max_freq: float,
+        input_channels: int,
+        input_axis: int,
+        num_latents: int,
+        latent_dim: int,
+        fourier_encode_data: bool = True,
+    ):
+        super().__init__()
+        self.input_axis = input_axis
+        self.max_freq = max_freq
+        self.num_freq_bands = num_freq_bands
+        self.fourier_encode_data = fourier_encode_data
+        self.input_channels = input_channels
+        self.input_dim = input_channels + (input_axis * (2 * num_freq_bands + 1) if fourier_encode_data else 0)
+        self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
+
+    def check_inputs(self, data: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Check ``data`` and ``mask``; return the mask flattened to ``[B, M]``.
+
+        Raises:
+            TypeError, ValueError: the message says expected, got and what to do.
+        """
+        who = type(self).__name__
+        check_data(
+            who, "data", data, self.latents, axes=self.input_axis, channels=self.input_channels,
+            channels_argument="input_channels", axes_argument="input_axis",
+        )  # fmt: skip
+        return check_mask(who, mask, "data", data, data.shape[1:-1])
+
+    def describe(self, data: Tensor) -> Tokens:
+        """The tokens of ``data``, shared by all cross-attention layers of one forward."""
+        if not self.fourier_encode_data:
+            return DenseTokens(data.flatten(1, -2))
+        return describe_grid(data, self.num_freq_bands, self.max_freq)
+
+
+class PooledPerceiver(GridPerceiver):
+    """Base class of the variants: layers one after the other, then the mean of the latents through the head.
+
+    A subclass fills ``layers`` and ``to_logits``, and defines :meth:`run_layer`.
+    """
+
+    layers: nn.ModuleList
+    to_logits: nn.Sequential
+
+    def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
+        """Latents and tokens through layer ``index``."""
+        raise NotImplementedError
+
+    def forward(self, data: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Classify.
+
+        Args:
+            data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters.
+            mask: bool, ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to. A row that is all
+                False attends uniformly to all tokens, as in perceiver-pytorch. Default: all True.
+
+        Returns:
+            Logits ``[B, num_classes]``.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, rank, channels, size, mask or device; the message says expected, got
+                and what to do.
+            perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
+        """
+        mask = self.check_inputs(data, mask)
+        tokens = self.describe(data)
+        x = self.latents.unsqueeze(0)  # [1, N, D]: the first layer's queries are the same for the whole batch
+        for index in range(len(self.layers)):
+            x, tokens = self.run_layer(index, x, tokens, mask)
+        return self.to_logits(x.mean(dim=-2).expand(data.shape[0], -1))  # without a layer x is still shared
+
+
+def pooled_head(latent_dim: int, num_classes: int) -> nn.Sequential:
+    """``to_logits`` of the variants, from the mean of the latents."""
+    return nn.Sequential(nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))

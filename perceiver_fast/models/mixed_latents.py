@@ -1,0 +1,82 @@
+"""The mixing variant of perceiver-pytorch: a feed-forward over the latents in place of their self-attention."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from perceiver_fast.layers import CrossAttention, FeedForward, PreNorm, mixer
+from perceiver_fast.models.grid import PooledPerceiver, pooled_head
+from perceiver_fast.models.stack import build_layers
+from perceiver_fast.tokens import Tokens
+
+
+class Perceiver(PooledPerceiver):
+    """A Perceiver that mixes its latents by a feed-forward over them.
+
+    The arguments, the state_dict, the outputs and the gradients are those of
+    ``perceiver_pytorch.mixed_latents.Perceiver`` 0.11.0; the same seed gives the same initial weights. Positions are
+    computed in float64, theirs in float32.
+
+    Args:
+        num_freq_bands, depth, max_freq, input_channels, input_axis, num_latents, latent_dim, cross_heads,
+            cross_dim_head, num_classes, attn_dropout, ff_dropout, weight_tie_layers: as those of
+            :class:`perceiver_fast.Perceiver`.
+        latent_heads, latent_dim_head, **kwargs: accepted and ignored, as by perceiver-pytorch.
+
+    Source:
+        perceiver-pytorch 0.11.0.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.mixed_latents import Perceiver
+        >>> model = Perceiver(num_freq_bands=6, depth=1, max_freq=10.0, num_latents=8, latent_dim=16, num_classes=5)
+        >>> model(torch.randn(2, 12, 10, 3)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_freq_bands: int,
+        depth: int,
+        max_freq: float,
+        input_channels: int = 3,
+        input_axis: int = 2,
+        num_latents: int = 512,
+        latent_dim: int = 512,
+        cross_heads: int = 1,
+        latent_heads: int = 8,
+        cross_dim_head: int = 64,
+        latent_dim_head: int = 64,
+        num_classes: int = 1000,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        weight_tie_layers: bool = False,
+        **kwargs,
+    ):
+        super().__init__(
+            num_freq_bands=num_freq_bands,
+            max_freq=max_freq,
+            input_channels=input_channels,
+            input_axis=input_axis,
+            num_latents=num_latents,
+            latent_dim=latent_dim,
+        )
+
+        def layer() -> nn.ModuleList:
+            cross_attn = CrossAttention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
+            cross_ff = PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout))
+            latent_attn = PreNorm(latent_dim, mixer(num_latents, dropout=ff_dropout))
+            latent_ff = PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout))
+            return nn.ModuleList([cross_attn, cross_ff, latent_attn, latent_ff])
+
+        self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
+        self.to_logits = pooled_head(latent_dim, num_classes)
+
+    def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
+        cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]
+        x = cross_attn(x, tokens, mask=mask) + x
+        x = cross_ff(x) + x
+        x = latent_attn(x) + x
+        x = latent_ff(x) + x
+        return x, tokens

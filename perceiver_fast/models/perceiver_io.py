@@ -1,0 +1,243 @@
+"""PerceiverIO of perceiver-pytorch, and its language model: any array in, one output a query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.layers import CrossAttention, EnformerAttentionResidual, FeedForward, PerceiverBlock, PreNorm
+from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.layers.sequence_dropout import drop_tokens
+from perceiver_fast.models.checkpoints import upgrade_io_state_dict
+from perceiver_fast.models.inputs import check_ids, check_queries
+from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks
+from perceiver_fast.tokens import DenseTokens, Tokens
+
+DECODER_ROWS = 8192  # queries decoded at once in inference; enough for full speed, few enough to stay in caches
+
+
+class PerceiverIO(nn.Module):
+    """Latents that attend to the input once, then to each other; queries that attend to the latents.
+
+    The arguments, the state_dict, the outputs and the gradients are perceiver-pytorch 0.11.0's; the same seed gives
+    the same initial weights and drops the same tokens. Checkpoints of perceiver-pytorch 0.8 are renamed as they load.
+    In inference, queries are decoded in parts, so that memory beside the output does not grow with their number.
+
+    Args:
+        depth: number of self-attention blocks.
+        dim: channels of the input.
+        queries_dim: channels of the queries.
+        logits_dim: channels of the output. Default: None, queries_dim without a last projection.
+        num_latents: number of latents, N. Default: 512.
+        latent_dim: channels of a latent. Default: 512.
+        cross_heads, latent_heads: heads of cross-attention and of self-attention. Default: 1 and 8.
+        cross_dim_head, latent_dim_head: channels of a head. Default: 64.
+        weight_tie_layers: share the weights of all blocks. Default: False.
+        decoder_ff: a feed-forward after the decoder's cross-attention. Default: False.
+        seq_dropout_prob: share of the input's tokens left out, in training. Default: 0.
+        attn_residual: combine the outputs of all earlier blocks by learned attention. Default: False.
+        attn_residual_rank: rank of its logits. Default: 64.
+        inverted_cross_attn: softmax over the latents, then normalised over the tokens. Default: False.
+
+    Source:
+        Jaegle et al., "Perceiver IO: A general architecture for structured inputs & outputs", ICLR 2022;
+        perceiver-pytorch 0.11.0.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast import PerceiverIO
+        >>> model = PerceiverIO(depth=1, dim=9, queries_dim=6, logits_dim=5, num_latents=8, latent_dim=16)
+        >>> model(torch.randn(2, 30, 9), queries=torch.randn(100, 6)).shape
+        torch.Size([2, 100, 5])
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        dim: int,
+        queries_dim: int,
+        logits_dim: int | None = None,
+        num_latents: int = 512,
+        latent_dim: int = 512,
+        cross_heads: int = 1,
+        latent_heads: int = 8,
+        cross_dim_head: int = 64,
+        latent_dim_head: int = 64,
+        weight_tie_layers: bool = False,
+        decoder_ff: bool = False,
+        seq_dropout_prob: float = 0.0,
+        attn_residual: bool = False,
+        attn_residual_rank: int = 64,
+        inverted_cross_attn: bool = False,
+    ):
+        super().__init__()
+        self.input_axis = 1
+        self.input_channels = self.input_dim = dim
+        self.queries_dim = queries_dim
+        self.seq_dropout_prob = seq_dropout_prob
+        self.has_attn_residual = attn_residual
+        self.inverted_cross_attn = inverted_cross_attn
+        heads = dict(
+            cross_heads=cross_heads,
+            latent_heads=latent_heads,
+            cross_dim_head=cross_dim_head,
+            latent_dim_head=latent_dim_head,
+        )
+
+        self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
+        self.cross_attend_block = PerceiverBlock(dim=latent_dim, context_dim=dim, self_per_cross_attn=0, **heads)
+
+        def layer() -> tuple[PerceiverBlock, EnformerAttentionResidual | None]:
+            block = PerceiverBlock(dim=latent_dim, has_cross_attn=False, **heads)
+            return block, EnformerAttentionResidual(latent_dim, rank=attn_residual_rank) if attn_residual else None
+
+        layers = build_layers(layer, depth, shared=0 if weight_tie_layers else None)
+        self.layers = nn.ModuleList(block for block, _ in layers)
+        self.attn_residuals = nn.ModuleList(attn_residual for _, attn_residual in layers)
+        self.decoder_cross_attn = CrossAttention(queries_dim, latent_dim, cross_heads, cross_dim_head, 0.0)
+        self.decoder_ff = PreNorm(queries_dim, FeedForward(queries_dim)) if decoder_ff else None
+        self.to_logits = nn.Identity() if logits_dim is None else nn.Linear(queries_dim, logits_dim)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        upgrade_io_state_dict(state_dict, prefix)  # before the submodules take their shares
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def check_inputs(self, data: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Check ``data`` and ``mask``; return the mask as ``[B, M]``.
+
+        Raises:
+            TypeError, ValueError: the message says expected, got and what to do.
+        """
+        who = type(self).__name__
+        check_data(who, "data", data, self.latents, axes=1, channels=self.input_channels, channels_argument="dim")
+        return check_mask(who, mask, "data", data, data.shape[1:-1])
+
+    def describe(self, data: Tensor) -> Tokens:
+        """The tokens of ``data``."""
+        return DenseTokens(data)
+
+    def forward(
+        self,
+        data: Tensor,
+        mask: Tensor | None = None,
+        queries: Tensor | None = None,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        return_hiddens: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Decode, or embed.
+
+        Args:
+            data: ``[B, M, dim]``, the dtype and device of the parameters.
+            mask: bool ``[B, M]``, True where a token may be attended to. A row that is all False attends uniformly to
+                all tokens, as in perceiver-pytorch. Default: all True.
+            queries: ``[B, Q, queries_dim]``, or ``[Q, queries_dim]`` when the whole batch shares them. Default: None,
+                return the latents.
+            block_outputs: outputs of earlier blocks, for the attention residual. Default: the latents after the
+                cross-attention.
+            return_hiddens: also return the outputs of all blocks. Default: False.
+
+        Returns:
+            ``[B, Q, logits_dim]``, or latents ``[B, N, latent_dim]``; with return_hiddens, a tuple of that and the list
+            of block outputs, each ``[B, N, latent_dim]``.
+
+        Raises:
+            TypeError, ValueError: wrong dtype, rank, channels, size, mask or device; the message says expected, got
+                and what to do.
+            perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
+        """
+        mask = self.check_inputs(data, mask)
+        if queries is not None:
+            queries = check_queries(type(self).__name__, queries, data.shape[0], self.queries_dim, self.latents)
+        if self.training and self.seq_dropout_prob > 0.0:
+            data, mask = drop_tokens(data, mask, self.seq_dropout_prob)
+        x = self.latents.unsqueeze(0)  # [1, N, D]: the queries of the cross-attention are the same for the whole batch
+        x = self.cross_attend_block(x, self.describe(data), mask=mask, inverted_attention=self.inverted_cross_attn)
+        hiddens = first_hiddens(x, block_outputs, return_hiddens or self.has_attn_residual)
+        x = run_blocks(x, self.layers, self.attn_residuals, hiddens, repeat({}))
+        out = x if queries is None else self._decode(queries, DenseTokens(x))
+        return (out, hiddens) if return_hiddens else out
+
+    def _decode(self, queries: Tensor, latents: Tokens) -> Tensor:
+        # Training keeps every part's intermediates anyway, and a compiled graph would hold one copy a part.
+        if queries.shape[1] <= DECODER_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._decode_part(queries, latents)
+        out = None
+        for start in range(0, queries.shape[1], DECODER_ROWS):
+            part = self._decode_part(queries[:, start : start + DECODER_ROWS], latents)
+            if out is None:
+                out = part.new_empty(part.shape[0], queries.shape[1], part.shape[2])
+            out[:, start : start + DECODER_ROWS] = part
+        return out
+
+    def _decode_part(self, queries: Tensor, latents: Tokens) -> Tensor:
+        x = self.decoder_cross_attn(queries, latents)
+        if self.decoder_ff is not None:
+            x = x + self.decoder_ff(x)
+        return self.to_logits(x)
+
+
+class PerceiverLM(nn.Module):
+    """A language model: embedded tokens are both the input and the queries of a :class:`PerceiverIO`.
+
+    Args:
+        dim: channels of the embeddings.
+        num_tokens: size of the vocabulary.
+        max_seq_len: longest sequence.
+        **kwargs: the other arguments of :class:`PerceiverIO`; depth is required.
+
+    Source:
+        perceiver-pytorch 0.11.0.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast import PerceiverLM
+        >>> model = PerceiverLM(dim=12, num_tokens=50, max_seq_len=64, depth=1, num_latents=8, latent_dim=16)
+        >>> model(torch.randint(0, 50, (2, 30))).shape
+        torch.Size([2, 30, 50])
+    """
+
+    def __init__(self, *, dim: int, num_tokens: int, max_seq_len: int, **kwargs):
+        super().__init__()
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.pos_emb = nn.Embedding(max_seq_len, dim)
+        self.perceiver_io = PerceiverIO(dim=dim, queries_dim=dim, logits_dim=num_tokens, **kwargs)
+
+    def check_inputs(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Check token ids and ``mask``; return the mask.
+
+        Raises:
+            TypeError, ValueError, IndexError: the message says expected, got and what to do.
+        """
+        who = type(self).__name__
+        check_ids(who, x, self.token_emb.num_embeddings, self.pos_emb.num_embeddings, self.token_emb.weight)
+        return check_mask(who, mask, "x", x, x.shape[1:])
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Token ids ``[B, n]`` to ``[B, n, dim]``, positions added."""
+        return self.token_emb(x) + self.pos_emb(torch.arange(x.shape[1], device=x.device))
+
+    def describe(self, x: Tensor) -> Tokens:
+        """The tokens that the latents attend to, of token ids ``[B, n]``."""
+        return self.perceiver_io.describe(self.embed(x))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            x: token ids ``[B, n]``, int64 or int32, n at most max_seq_len.
+            mask: bool ``[B, n]``, True where a token may be attended to. Default: all True.
+
+        Returns:
+            ``[B, n, num_tokens]``.
+
+        Raises:
+            TypeError, ValueError, IndexError: wrong dtype, rank, length, id, mask or device; the message says expected,
+                got and what to do.
+        """
+        mask = self.check_inputs(x, mask)
+        x = self.embed(x)
+        return self.perceiver_io(x, mask=mask, queries=x)

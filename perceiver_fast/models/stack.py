@@ -1,0 +1,59 @@
+"""Stacks of layers: which share their weights, and how their outputs are kept and combined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def build_layers(build: Callable[[], T], depth: int, shared: int | None) -> list[T]:
+    """``depth`` times ``build()``; from index ``shared`` on, if given, all are that one.
+
+    perceiver-pytorch's weight_tie_layers leaves the first layer of most models on its own (``shared=1``), and shares
+    every layer of PerceiverIO (``shared=0``).
+    """
+    layers: list[T] = []
+    for i in range(depth):
+        layers.append(layers[shared] if shared is not None and i > shared else build())
+    return layers
+
+
+def first_hiddens(x: Tensor, block_outputs: Sequence[Tensor] | Tensor | None, keep: bool) -> list[Tensor] | None:
+    """The list that :func:`run_blocks` appends to: a copy of ``block_outputs``, or ``[x]``; None unless kept."""
+    if not keep and block_outputs is None:
+        return None
+    if block_outputs is None:
+        return [x]
+    return [block_outputs] if torch.is_tensor(block_outputs) else list(block_outputs)
+
+
+def run_blocks(
+    x: Tensor,
+    blocks: Iterable[nn.Module],
+    attn_residuals: Iterable[nn.Module | None],
+    hiddens: list[Tensor] | None,
+    arguments: Iterable[dict],
+) -> Tensor:
+    """``x`` through all blocks, each followed by its attention residual if it has one.
+
+    Args:
+        x: latents ``[B, N, D]``.
+        blocks: called with the latents and ``arguments``, one dict a block.
+        attn_residuals: one a block; called with ``hiddens``.
+        hiddens: the blocks' outputs are appended to it; None if nobody asks for them.
+
+    Returns:
+        ``[B, N, D]``.
+    """
+    for block, attn_residual, keywords in zip(blocks, attn_residuals, arguments):
+        x = block(x, **keywords)
+        if hiddens is not None:
+            hiddens.append(x)
+        if attn_residual is not None:
+            x = attn_residual(hiddens)
+    return x

@@ -22,7 +22,7 @@ from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.grid_attention import grid_attention_joined
 from perceiver_fast.ops.library import autocast_dtype
-from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens, absorb_norm
+from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens, absorb_norm, merge_groups
 
 
 class CrossAttention(nn.Module):
@@ -55,8 +55,10 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(context_dim)
 
-    def plan(self, tokens: Tokens, queries: int, inverted: bool = False) -> Plan:
+    def plan(self, tokens: Tokens, queries: int, inverted: bool = False, lse: bool = False) -> Plan:
         """The way that a forward of ``queries`` latents takes in the current mode, and why not the others.
+
+        ``lse`` says that the log-sum-exp is needed, as it is to merge groups of tokens.
 
         Raises:
             perceiver_fast.backends.BackendError: a forced backend cannot run it.
@@ -64,25 +66,46 @@ class CrossAttention(nn.Module):
         fn = self.fn
         return plan_cross_attention(
             tokens,
-            Layer(queries, fn.heads, fn.dim_head, fn.active_dropout, inverted, False, self.queries_contribute_kv),
+            Layer(queries, fn.heads, fn.dim_head, fn.active_dropout, inverted, lse, self.queries_contribute_kv),
         )
 
-    def forward(self, x: Tensor, tokens: Tokens, mask: Tensor | None = None, inverted: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, tokens: Tokens | TokenGroups, mask: Tensor | None = None, inverted: bool = False
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them.
             tokens: what is attended to.
-            mask: bool ``[B, M]``, True where a token may be attended to.
+            mask: bool ``[B, M]``, True where a token may be attended to. Groups of tokens bring their own.
             inverted: softmax over the latents, then normalised over the tokens.
 
         Returns:
             ``[B, N, D]``.
         """
         x = self.norm(x)
-        attend = getattr(self, f"_attend_{self.plan(tokens, x.shape[1], inverted).path}")
-        out = attend(x, tokens, mask, inverted)  # [B, N, H, d]
+        if isinstance(tokens, TokenGroups):
+            out = self._attend_groups(x, tokens, inverted)
+        else:
+            out, _ = self._attend(x, tokens, mask, inverted)
         return self.fn.to_out(out.flatten(2).to(autocast_dtype(x.device) or x.dtype))
+
+    def _attend(
+        self, x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool = False, lse: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[B, N, H, d]``, and the log-sum-exp of the logits ``[B, N, H]`` if asked for."""
+        path = self.plan(tokens, x.shape[1], inverted, lse).path
+        return getattr(self, f"_attend_{path}")(x, tokens, mask, inverted, lse)
+
+    def _attend_groups(self, x: Tensor, tokens: TokenGroups, inverted: bool) -> Tensor:
+        if inverted or self.queries_contribute_kv:
+            raise ValueError(
+                "CrossAttention: expected plain attention to groups of tokens, got "
+                f"{'inverted_attention' if inverted else 'queries_contribute_kv'}; join the groups into one tensor"
+            )
+        results = [self._attend(x, group, mask, lse=True) for group, mask in zip(tokens.groups, tokens.masks)]
+        outs, lses = zip(*results)
+        return merge_groups(outs, lses, [group.count for group in tokens.groups])
 
     def grid_tables(self, x: Tensor, tokens: GridTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the grid op needs of normalised latents ``x``, in the dtype it computes in.
@@ -105,7 +128,9 @@ class CrossAttention(nn.Module):
         constant = torch.einsum("bnhd,hd->bhn", q, key_bias)
         return torch.einsum("bnhd,hdl->bhnl", q, keys), constant, values, value_bias
 
-    def _attend_grid(self, x: Tensor, tokens: GridTokens, mask: Tensor | None, inverted: bool) -> Tensor:
+    def _attend_grid(
+        self, x: Tensor, tokens: GridTokens, mask: Tensor | None, inverted: bool, lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         feat, heads, features = tokens.feat, self.fn.heads, tokens.features
         q, constant, values, beta = self.grid_tables(x, tokens)
         with torch.autocast(x.device.type, enabled=False):
@@ -115,11 +140,14 @@ class CrossAttention(nn.Module):
                 q = torch.cat([q[..., :features], constant.unsqueeze(-1), q[..., features:]], -1)
             q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
             mask = None if mask is None else mask.view(feat.shape[:-1])
-            o, _, kept = grid_attention_joined(q, feat, scale, mask, self.fn.active_dropout, inverted, heads)
+            o, sums, kept = grid_attention_joined(q, feat, scale, mask, self.fn.active_dropout, inverted, heads)
             o = o.unflatten(1, (heads, -1))
             if inverted:
                 o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)
-            return torch.einsum("bhnl,hld->bnhd", o, values) + self._value_bias(beta, kept)
+            out = torch.einsum("bhnl,hld->bnhd", o, values) + self._value_bias(beta, kept)
+            if not lse:
+                return out, None
+            return out, sums.unflatten(1, (heads, -1)).transpose(1, 2) + constant.transpose(1, 2)
 
     def _value_bias(self, beta: Tensor, kept: Tensor | None) -> Tensor:
         """``[H, d]``, or times the sum of every query's weights ``[B, H N]``."""
@@ -127,7 +155,9 @@ class CrossAttention(nn.Module):
             return beta
         return torch.einsum("bhn,hd->bnhd", kept.view(kept.shape[0], self.fn.heads, -1), beta)
 
-    def _attend_absorbed(self, x: Tensor, tokens: DenseTokens, mask: Tensor | None, inverted: bool) -> Tensor:
+    def _attend_absorbed(
+        self, x: Tensor, tokens: DenseTokens, mask: Tensor | None, inverted: bool, lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         heads, dropout = self.fn.heads, self.fn.active_dropout
         q = self.fn.to_q(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -142,14 +172,22 @@ class CrossAttention(nn.Module):
                 z = z.unsqueeze(1).expand(-1, heads, -1, -1)
             else:
                 q, z = q.flatten(1, 2).unsqueeze(1), z.unsqueeze(1)
-            o = cross_attention(q, z, z, mask, dropout, inverted, scale=1.0)
+            o = cross_attention(q, z, z, mask, dropout, inverted, scale=1.0, return_lse=lse)
+            o, sums = o if lse else (o, None)
             o = o.reshape(o.shape[0], heads, -1, o.shape[-1])
             kept = None
             if counts:
                 o, kept = o[..., :-1], o[..., -1].flatten(1)
-            return torch.einsum("bhnc,hdc->bnhd", o, values) + self._value_bias(beta, kept)
+            out = torch.einsum("bhnc,hdc->bnhd", o, values) + self._value_bias(beta, kept)
+            if not lse:
+                return out, None
+            # The keys' bias is in the logits when it rode along.
+            sums = sums.view(o.shape[:3]).transpose(1, 2)
+            return out, sums if counts else sums + constant.transpose(1, 2)
 
-    def _attend_projected(self, x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool) -> Tensor:
+    def _attend_projected(
+        self, x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool, lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         fn = self.fn
         kv = tokens.keys_values(fn.to_kv, self.norm_context)
         x = x.expand(kv.shape[0], -1, -1)
@@ -158,5 +196,6 @@ class CrossAttention(nn.Module):
             if mask is not None:
                 mask = torch.cat([mask.new_ones(mask.shape[0], x.shape[1]), mask], -1)
         k, v = (fn.split_heads(t) for t in kv.chunk(2, dim=-1))
-        out = cross_attention(fn.split_heads(fn.to_q(x)), k, v, mask, fn.active_dropout, inverted)
-        return out.transpose(1, 2)
+        out = cross_attention(fn.split_heads(fn.to_q(x)), k, v, mask, fn.active_dropout, inverted, return_lse=lse)
+        out, sums = out if lse else (out, None)
+        return out.transpose(1, 2), sums.transpose(1, 2) if lse else None

@@ -1,53 +1,15 @@
-"""Tokens are described, never built: what a model's cross-attention layers share of one input."""
+"""Tokens on a grid: raw channels, and one code per axis and index."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast import ops
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype
-
-
-class Tokens:
-    """What every description of tokens offers.
-
-    Attributes:
-        kind: what the tokens are, for people: "grid tokens".
-        count: number of tokens of a batch element, M.
-        channels: channels of a token as perceiver-pytorch would build it, C.
-        stored_channels: channels of a token that exist in memory.
-        device: where they are.
-        compute: the dtype that attention on them is computed in.
-    """
-
-    kind: str
-    count: int
-    channels: int
-    stored_channels: int
-    device: torch.device
-    compute: torch.dtype
-
-    def materialize(self) -> Tensor:
-        """The ``[B, M, C]`` tensor this object stands for. Only tests call it."""
-        raise NotImplementedError
-
-    def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        """``to_kv(norm(tokens))``, ``[B, M, 2 H d]``, for paths that need keys and values as tensors."""
-        raise NotImplementedError
-
-    def projection_operations(self, width: int) -> float:
-        """Multiply-adds of :meth:`keys_values` for one batch element and ``width`` output channels."""
-        return self.count * self.channels * width
-
-
-def absorb_norm(to_kv: nn.Linear, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """LayerNorm's affine part moved into the projection after it: weight ``[D, C]`` and bias ``[D]``."""
-    weight = to_kv.weight.to(dtype)
-    return weight * norm.weight.to(dtype), weight @ norm.bias.to(dtype)
+from perceiver_fast.tokens.base import Tokens, absorb_norm
 
 
 class GridTokens(Tokens):
@@ -141,49 +103,3 @@ class GridTokens(Tokens):
             shape[1 + axis] = sizes[axis]
             parts.append(code.code.view(shape).expand(batch, *sizes, -1))
         return torch.cat(parts, -1).flatten(1, -2).to(self.dtype)
-
-
-class DenseTokens(Tokens):
-    """Tokens that exist as a tensor: input that comes with its own encoding, or another model's latents.
-
-    Args:
-        context: ``[B, M, C]``.
-    """
-
-    kind = "dense tokens"
-
-    def __init__(self, context: Tensor):
-        self.context = context
-        self._normalized: dict[float, Tensor] = {}
-
-    @property
-    def count(self) -> int:
-        return self.context.shape[1]
-
-    @property
-    def channels(self) -> int:
-        return self.context.shape[2]
-
-    @property
-    def stored_channels(self) -> int:
-        return self.context.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        return self.context.device
-
-    @property
-    def compute(self) -> torch.dtype:
-        return compute_dtype(self.context.dtype)
-
-    def materialize(self) -> Tensor:
-        return self.context
-
-    def normalized(self, eps: float) -> Tensor:
-        """LayerNorm of the tokens without its affine part, which is the layers' own: computed once for all of them."""
-        if eps not in self._normalized:
-            self._normalized[eps] = F.layer_norm(self.context, self.context.shape[-1:], eps=eps)
-        return self._normalized[eps]
-
-    def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))

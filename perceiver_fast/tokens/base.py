@@ -1,0 +1,44 @@
+"""What every description of tokens offers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Tokens:
+    """What every description of tokens offers.
+
+    Attributes:
+        kind: what the tokens are, for people: "grid tokens".
+        count: number of tokens of a batch element, M.
+        channels: channels of a token as perceiver-pytorch would build it, C.
+        stored_channels: channels of a token that exist in memory.
+        device: where they are.
+        compute: the dtype that attention on them is computed in.
+    """
+
+    kind: str
+    count: int
+    channels: int
+    stored_channels: int
+    device: torch.device
+    compute: torch.dtype
+
+    def materialize(self) -> Tensor:
+        """The ``[B, M, C]`` tensor this object stands for. Only tests call it."""
+        raise NotImplementedError
+
+    def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        """``to_kv(norm(tokens))``, ``[B, M, 2 H d]``, for paths that need keys and values as tensors."""
+        raise NotImplementedError
+
+    def projection_operations(self, width: int) -> float:
+        """Multiply-adds of :meth:`keys_values` for one batch element and ``width`` output channels."""
+        return self.count * self.channels * width
+
+
+def absorb_norm(to_kv: nn.Linear, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """LayerNorm's affine part moved into the projection after it: weight ``[D, C]`` and bias ``[D]``."""
+    weight = to_kv.weight.to(dtype)
+    return weight * norm.weight.to(dtype), weight @ norm.bias.to(dtype)

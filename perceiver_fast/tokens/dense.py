@@ -1,0 +1,56 @@
+"""Tokens that exist as a tensor."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.tokens.base import Tokens, absorb_norm
+
+
+class DenseTokens(Tokens):
+    """Tokens that exist as a tensor: input that comes with its own encoding, or another model's latents.
+
+    Args:
+        context: ``[B, M, C]``.
+    """
+
+    kind = "dense tokens"
+
+    def __init__(self, context: Tensor):
+        self.context = context
+        self._normalized: dict[float, Tensor] = {}
+
+    @property
+    def count(self) -> int:
+        return self.context.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.context.shape[2]
+
+    @property
+    def stored_channels(self) -> int:
+        return self.context.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
+
+    @property
+    def compute(self) -> torch.dtype:
+        return compute_dtype(self.context.dtype)
+
+    def materialize(self) -> Tensor:
+        return self.context
+
+    def normalized(self, eps: float) -> Tensor:
+        """LayerNorm of the tokens without its affine part, which is the layers' own: computed once for all of them."""
+        if eps not in self._normalized:
+            self._normalized[eps] = F.layer_norm(self.context, self.context.shape[-1:], eps=eps)
+        return self._normalized[eps]
+
+    def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))

@@ -1,0 +1,68 @@
+"""Tokens of several kinds, attended to kind by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from perceiver_fast.tokens.base import Tokens
+
+
+class TokenGroups:
+    """Groups of tokens of one number of channels: modalities, shards of an input, chunks of a stream.
+
+    A layer attends to every group on the way that suits it, and the results are merged by their log-sum-exps,
+    ``o = sum_g w_g o_g`` with ``w_g = exp(lse_g - lse)``: exactly attention to all tokens joined, which are never joined.
+
+    Args:
+        groups: at least one description, all of the same ``channels``.
+        masks: one bool ``[B, M_g]`` or None for every group, True where a token may be attended to. Default: all.
+
+    Raises:
+        ValueError: no group, groups of different channels, or another number of masks.
+    """
+
+    def __init__(self, groups: Sequence[Tokens], masks: Sequence[Tensor | None] | None = None):
+        self.groups = tuple(groups)
+        self.masks = (None,) * len(self.groups) if masks is None else tuple(masks)
+        widths = sorted({group.channels for group in self.groups})
+        if len(widths) != 1:
+            raise ValueError(f"TokenGroups: expected groups of one number of channels, got {widths or 'no group'}")
+        if len(self.masks) != len(self.groups):
+            raise ValueError(
+                f"TokenGroups: expected one mask or None for each of {len(self.groups)} groups, got {len(self.masks)}"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels of a token, C."""
+        return self.groups[0].channels
+
+    @property
+    def count(self) -> int:
+        """Number of tokens of all groups, M."""
+        return sum(group.count for group in self.groups)
+
+    def materialize(self) -> Tensor:
+        """All tokens joined, ``[B, M, C]``. Only tests call it."""
+        return torch.cat([group.materialize() for group in self.groups], 1)
+
+
+def merge_groups(outs: Sequence[Tensor], lses: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Attention to all groups from attention to each.
+
+    Args:
+        outs: ``[B, N, H, d]`` each.
+        lses: ``[B, N, H]`` each, the log-sum-exp of the group's logits; below -1e30 for a group that is all masked.
+        counts: the groups' numbers of tokens: where all groups are masked, attention is uniform over all tokens.
+
+    Returns:
+        ``[B, N, H, d]``.
+    """
+    # A group that is all masked has no say beside one that is not, and its share of the tokens beside others like it.
+    size = torch.tensor(counts, dtype=torch.float64).log().to(lses[0].device)
+    lse = torch.stack(tuple(lses), -1)
+    weight = torch.where(lse < -1e30, size - 1e9, lse).softmax(-1)
+    return sum(w.unsqueeze(-1).to(out.dtype) * out for w, out in zip(weight.unbind(-1), outs))

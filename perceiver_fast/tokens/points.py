@@ -1,0 +1,62 @@
+"""Tokens at arbitrary positions: point clouds, and long signals of one axis, where nothing separates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast import reference
+from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
+from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.tokens.base import Tokens, absorb_norm
+
+ENCODING = 12  # multiply-adds in whose time a sine or a cosine is computed
+
+
+class PointTokens(Tokens):
+    """Tokens ``[x_m ; Fourier code of every coordinate of p_m]``; the code exists only inside the projection kernel.
+
+    Args:
+        feat: raw channels ``[B, M, F]``, floating point.
+        coords: float64 positions ``[B, M, A]``, or ``[1, M, A]`` when the whole batch shares them.
+        frequencies: float64 ``[A, K]``, in half periods a unit of position.
+    """
+
+    kind = "points"
+
+    def __init__(self, feat: Tensor, coords: Tensor, frequencies: Tensor):
+        self.feat, self.coords, self.frequencies = feat, coords, frequencies
+
+    @property
+    def count(self) -> int:
+        return self.feat.shape[1]
+
+    @property
+    def channels(self) -> int:
+        axes, bands = self.frequencies.shape
+        return self.stored_channels + axes * (2 * bands + 1)
+
+    @property
+    def stored_channels(self) -> int:
+        return self.feat.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.feat.device
+
+    @property
+    def compute(self) -> torch.dtype:
+        return compute_dtype(self.feat.dtype)
+
+    def projection_operations(self, width: int) -> float:
+        return self.count * (self.channels * width + 2 * self.frequencies.numel() * ENCODING)
+
+    def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            weight, bias = absorb_norm(to_kv, norm, compute_dtype(to_kv.weight.dtype))
+        kv = fourier_projection_tokens(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
+        return kv.to(to_kv.weight.dtype) if kv.dtype == weight.dtype else kv
+
+    def materialize(self) -> Tensor:
+        code = reference.fourier_encode(self.coords, self.frequencies).to(self.feat.dtype)
+        return torch.cat([self.feat, code.expand(self.feat.shape[0], -1, -1)], -1)

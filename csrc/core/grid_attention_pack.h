@@ -1,29 +1,13 @@
 // Packing for grid attention: tokens as (r, r x, bias) records, queries as tables with one query a lane.
 #pragma once
 
-#include <memory>
 #include <vector>
 
+#include "aligned.h"
 #include "grid_attention.h"
 #include "grid_attention_block.h"
 
 namespace perceiver_fast {
-
-// Uninitialised memory aligned for any vector.
-template <class T>
-class Aligned {
- public:
-  explicit Aligned(int64_t count = 0)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * (count > 0 ? count : 1), kAlignment))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 // Smallest and largest value of r and of every r x_f over the tokens of one batch element, and the largest |r x|^2.
 template <class T>

@@ -1,7 +1,8 @@
 """The oracle: every op in plain PyTorch, any dtype and device. Ground truth is this, in float64."""
 
 from perceiver_fast.reference.cross_attention import cross_attention
+from perceiver_fast.reference.fourier_projection import fourier_encode, fourier_projection
 from perceiver_fast.reference.grid_attention import grid_attention, grid_logits
 from perceiver_fast.reference.grid_scale import grid_scale
 
-__all__ = ["cross_attention", "grid_attention", "grid_logits", "grid_scale"]
+__all__ = ["cross_attention", "fourier_encode", "fourier_projection", "grid_attention", "grid_logits", "grid_scale"]

@@ -95,7 +95,8 @@ void fourier_projection_backward(const FourierProjectionInput<T>& in, const T* s
   const Plan<T> plan(in);
   const int64_t size = plan.channels * plan.row, square = kFourierTile * plan.row;
   const int64_t affordable = std::max<int64_t>(1, kPartBytes / (size * int64_t(sizeof(T) + sizeof(double))));
-  const int64_t parts = std::max<int64_t>(1, std::min({int64_t(parallel.threads), plan.tiles / kPartTiles, affordable}));
+  const int64_t wanted = std::min<int64_t>(parallel.threads, plan.tiles / kPartTiles);
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, affordable));
   const Aligned<double> totals(parts * size);
   parallel.run(parts, [&](int64_t begin, int64_t end) {
     const int64_t columns = dcoords == nullptr ? 0 : kFourierTile;

@@ -6,6 +6,7 @@
 
 #include "fourier_encode.h"
 #include "tile_gemm.h"
+#include "transpose.h"
 
 namespace perceiver_fast {
 namespace PF_ISA {
@@ -35,26 +36,15 @@ struct Tile {
     axis_channels = in.axes * (2 * in.bands + 1);
     channels = features + axis_channels;
   }
-  bool shared() const { return batch_end - batch_begin > 1; }
+  bool shared() const { return batch_end - batch_begin != 1; }  // an empty batch too: its sum is zero
 };
 
 // columns[x][t] = rows[t][x], zero for t in [count, width).
 template <class T>
-void to_columns(const T* rows, int64_t row, int64_t count, int64_t width, int64_t length, T* columns) {
-  constexpr int64_t block = 16;  // of columns: a cache line of floats
-  for (int64_t x0 = 0; x0 < length; x0 += block) {
-    const int64_t x1 = x0 + block < length ? x0 + block : length;
-    for (int64_t t = 0; t < count; ++t)
-      for (int64_t x = x0; x < x1; ++x) columns[x * kFourierTile + t] = rows[t * row + x];
-  }
-  for (int64_t x = 0; x < length && count < width; ++x)
-    for (int64_t t = count; t < width; ++t) columns[x * kFourierTile + t] = 0;
-}
-
-template <class T>
-void to_rows(const T* columns, int64_t count, int64_t length, T* rows) {
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t x = 0; x < length; ++x) rows[t * length + x] = columns[x * kFourierTile + t];
+void to_columns(const T* rows, int64_t row, const Tile<T>& tile, int64_t length, T* columns) {
+  transpose(tile.count, length, rows, row, columns, kFourierTile);
+  for (int64_t t = tile.count; t < tile.width; ++t)
+    for (int64_t x = 0; x < length; ++x) columns[x * kFourierTile + t] = 0;
 }
 
 // total[t] = sum over channels of term(channel, t), each chain short.
@@ -136,7 +126,7 @@ void forward(const FourierForward<T>& call, int64_t tile_begin, int64_t tile_end
       const int64_t token = b * in.tokens + tile.first;
       if (tile.shared()) std::memcpy(call.sums, positions, sizeof(T) * tile.count * call.row);
       if (F > 0) {
-        to_columns(in.feat + token * F, F, tile.count, tile.width, F, call.codes);
+        to_columns(in.feat + token * F, F, tile, F, call.codes);
         project(call, tile, 0, F, true, call.sums);
       }
       if (call.scale != nullptr) statistics.scale(tile, call.codes, call.eps, call.scale + token);
@@ -180,7 +170,7 @@ void feature_gradient(const FourierBackward<T>& call, const Tile<T>& tile, int64
       for (int64_t t = 0; t < width; ++t)
         call.d_codes[f * kFourierTile + t] += factor[t] * (codes[f * kFourierTile + t] - statistics.mean[t]);
   }
-  if (F > 0) to_rows(d_codes, tile.count, F, call.dfeat + token * F);
+  if (F > 0) transpose(F, tile.count, d_codes, kFourierTile, call.dfeat + token * F, F);
 }
 
 // One tile's gradients: of the weight, added to dweight_short, and with dcoords those of the tokens.
@@ -213,12 +203,12 @@ void backward_tile(const FourierBackward<T>& call, const Tile<T>& tile) {
       for (int64_t x = D; x < row; ++x) grad[x] = 0;
     }
     if (F > 0) {
-      to_columns(in.feat + token * F, F, count, width, F, call.codes);
+      to_columns(in.feat + token * F, F, tile, F, call.codes);
       tile_gemm<T, true>(F, row, count, call.codes, kFourierTile, 1, call.grad, row, call.dweight_short, row);
     }
     for (int64_t i = 0; tile.shared() && i < count * row; ++i) sum[i] += call.grad[i];
     if (!tokens) continue;
-    to_columns(call.grad, row, count, width, D, call.grad_columns);
+    to_columns(call.grad, row, tile, D, call.grad_columns);
     if (!tile.shared())
       tile_gemm<T, false>(tile.axis_channels, width, D, weight, D, 1, call.grad_columns, kFourierTile, d_codes,
                           kFourierTile);
@@ -228,7 +218,7 @@ void backward_tile(const FourierBackward<T>& call, const Tile<T>& tile) {
                      row);
   if (!tokens) return;
   if (tile.shared()) {
-    to_columns(sum, row, count, width, D, call.grad_columns);
+    to_columns(sum, row, tile, D, call.grad_columns);
     tile_gemm<T, false>(tile.axis_channels, width, D, weight, D, 1, call.grad_columns, kFourierTile, d_codes,
                         kFourierTile);
   }

@@ -148,15 +148,20 @@ def fourier_projection_tokens(
     return out.to(result)
 
 
-def _grid(
-    feat: Tensor | None, positions: list[Tensor], frequencies: Tensor, weight: Tensor, bias: Tensor | None, eps: float | None
+def _on_grid(
+    feat: Tensor | None,
+    positions: list[Tensor],
+    frequencies: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float | None,
 ) -> Tensor:
-    """The projection on a grid, from the tables of its axes, in the compute dtype."""
+    """The projection on a grid of these positions, from the tables of its axes; all in the dtype of weight."""
     sizes, axis_channels = [len(p) for p in positions], 2 * frequencies.shape[1] + 1
     if eps is not None:
         weight = _centred(weight)
     feat_weight, *axis_weights = weight.split([0 if feat is None else feat.shape[-1]] + [axis_channels] * len(sizes))
-    total = weight.new_zeros(weight.shape[1])
+    total = bias if eps is None and bias is not None else weight.new_zeros(weight.shape[1])
     for axis, (position, w) in enumerate(zip(positions, axis_weights)):
         table = fourier_projection_tokens(None, position.view(1, -1, 1), frequencies[axis : axis + 1], w)[0]
         total = total.unsqueeze(-2) + table  # [n_1, .., n_axis, D]
@@ -167,9 +172,8 @@ def _grid(
         square = torch.cat([code.var(1, unbiased=False) * axis_channels for code in codes])
         raw = weight.new_zeros(1, *sizes, 0) if feat is None else feat.unflatten(1, sizes)
         scale = grid_scale(raw, mean.to(weight.dtype), square.to(weight.dtype), axis_channels, eps)
-        out = out * scale.unsqueeze(-1)
-    if bias is not None:
-        out = out + bias
+        scale = scale.unsqueeze(-1)
+        out = out * scale if bias is None else torch.addcmul(bias, out, scale)
     return out.flatten(1, -2)
 
 
@@ -241,8 +245,6 @@ def fourier_projection(
     frequencies = torch.stack([spaced(1.0, highest / 2, num_freq_bands) for highest in max_freqs])
     if layout == "deepmind":
         weight = _in_kernel_order(weight, len(max_freqs), num_freq_bands)
-    if feat is not None and feat.shape[-1] == 0:
-        feat = feat if isinstance(coords, Tensor) else None
     if isinstance(coords, Tensor):
         coords = coords.double() if coords.dim() == 3 else coords.double().unsqueeze(0)
         return fourier_projection_tokens(feat, coords, frequencies, weight, bias, norm_eps)
@@ -253,4 +255,4 @@ def fourier_projection(
     result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
     with torch.autocast(device.type, enabled=False):
         feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
-        return _grid(feat, positions, frequencies, weight, bias, norm_eps).to(result)
+        return _on_grid(feat, positions, frequencies, weight, bias, norm_eps).to(result)

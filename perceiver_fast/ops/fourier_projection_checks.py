@@ -63,7 +63,9 @@ def _check_coords(coords, weight) -> tuple[int, int, int]:
     """Batch size (1: shared), tokens and axes."""
     if isinstance(coords, Tensor):
         if not coords.is_floating_point():
-            raise TypeError(f"{OP}: expected coords to be floating point, got {coords.dtype}; convert it with .double()")
+            raise TypeError(
+                f"{OP}: expected coords to be floating point, got {coords.dtype}; convert it with .double()"
+            )
         if coords.device != weight.device:
             raise ValueError(
                 f"{OP}: expected coords on {weight.device} like weight, got {coords.device}; move it with .to(...)"
@@ -75,7 +77,9 @@ def _check_coords(coords, weight) -> tuple[int, int, int]:
         batch = coords.shape[0] if coords.dim() == 3 else 1
         return batch, coords.shape[-2], coords.shape[-1]
     if not isinstance(coords, Sequence) or isinstance(coords, str) or not all(isinstance(n, int) for n in coords):
-        raise TypeError(f"{OP}: expected coords to be a tensor, or a tuple of ints (the sizes of a grid), got {coords!r}")
+        raise TypeError(
+            f"{OP}: expected coords to be a tensor, or a tuple of ints (the sizes of a grid), got {coords!r}"
+        )
     if len(coords) == 0 or min(coords) < 1:
         raise ValueError(f"{OP}: expected a grid of at least one axis and sizes of at least 1, got {tuple(coords)}")
     return 1, math.prod(coords), len(coords)
@@ -85,7 +89,8 @@ def _check_max_freq(max_freq, axes: int) -> tuple[float, ...]:
     per_axis = tuple(max_freq) if isinstance(max_freq, Sequence) else (max_freq,) * axes
     if len(per_axis) != axes:
         raise ValueError(
-            f"{OP}: expected max_freq to be one number or one for each of the {axes} axes, got {len(per_axis)}: {max_freq!r}"
+            f"{OP}: expected max_freq to be one number or one for each of the {axes} axes, got {len(per_axis)}: "
+            f"{max_freq!r}"
         )
     for value in per_axis:
         if not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -1,4 +1,4 @@
-// Scratch memory of the drivers.
+// Uninitialised memory aligned for any vector.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,6 @@
 
 namespace perceiver_fast {
 
-// Uninitialised memory aligned for any vector.
 template <class T>
 class Aligned {
  public:

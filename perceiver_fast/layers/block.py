@@ -8,7 +8,7 @@ from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.layers.cross_attention import CrossAttention
 from perceiver_fast.layers.feed_forward import FeedForward, PreNorm
-from perceiver_fast.tokens import DenseTokens, Tokens
+from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens
 
 
 class PerceiverBlock(nn.Module):
@@ -22,6 +22,7 @@ class PerceiverBlock(nn.Module):
         self_per_cross_attn: self-attentions after the cross-attention. Default: 1.
         attn_dropout, ff_dropout: dropout of attention weights and after feed-forwards, in training. Default: 0.
         has_cross_attn: if False the block is its self-attentions alone. Default: True.
+        queries_contribute_kv: the latents join what is attended to; needs context_dim == dim. Default: False.
 
     Source:
         perceiver-pytorch 0.11.0.
@@ -47,6 +48,7 @@ class PerceiverBlock(nn.Module):
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         has_cross_attn: bool = True,
+        queries_contribute_kv: bool = False,
     ):
         super().__init__()
         self.has_cross_attn = has_cross_attn
@@ -54,7 +56,9 @@ class PerceiverBlock(nn.Module):
         self.context_dim = dim if context_dim is None else context_dim
         self.cross_attn = self.cross_ff = None
         if has_cross_attn:
-            self.cross_attn = CrossAttention(dim, self.context_dim, cross_heads, cross_dim_head, attn_dropout)
+            self.cross_attn = CrossAttention(
+                dim, self.context_dim, cross_heads, cross_dim_head, attn_dropout, queries_contribute_kv
+            )
             self.cross_ff = PreNorm(dim, FeedForward(dim, dropout=ff_dropout))
         self.self_attns = nn.ModuleList(
             nn.ModuleList(
@@ -69,7 +73,7 @@ class PerceiverBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Tensor | Tokens | None = None,
+        context: Tensor | Tokens | TokenGroups | None = None,
         mask: Tensor | None = None,
         inverted_attention: bool = False,
     ) -> Tensor:
@@ -89,7 +93,7 @@ class PerceiverBlock(nn.Module):
                 the message says expected, got and what to do.
         """
         if self.has_cross_attn:
-            if not isinstance(context, Tokens):  # descriptions come from models, which have checked their input
+            if not isinstance(context, (Tokens, TokenGroups)):  # descriptions come from models, which have checked their input
                 context, mask = self._describe(x, context, mask)
             x = self.cross_attn(x, context, mask=mask, inverted=inverted_attention) + x
             x = self.cross_ff(x) + x

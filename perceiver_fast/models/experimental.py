@@ -8,8 +8,14 @@ from torch import Tensor, nn
 from perceiver_fast.layers import Attention, CrossAttention, FeedForward, LinearAttention, PreNorm
 from perceiver_fast.models.grid import PooledPerceiver, pooled_head
 from perceiver_fast.models.stack import build_layers
+from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
 from perceiver_fast.ops.library import autocast_dtype
-from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
+
+
+def project_points(tokens: PointTokens, linear: nn.Linear) -> Tensor:
+    """``linear`` of the tokens that points stand for, ``[B, M, C']``, without building their position codes."""
+    return fourier_projection_tokens(tokens.feat, tokens.coords, tokens.frequencies, linear.weight.T, linear.bias)
 
 
 def project_grid(tokens: GridTokens, linear: nn.Linear) -> Tensor:
@@ -105,6 +111,8 @@ class Perceiver(PooledPerceiver):
         tokens = super().describe(data)
         if isinstance(tokens, GridTokens):
             return DenseTokens(project_grid(tokens, self.data_proj))
+        if isinstance(tokens, PointTokens):
+            return DenseTokens(project_points(tokens, self.data_proj))
         return DenseTokens(self.data_proj(tokens.context))
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:

@@ -8,14 +8,30 @@ from torch import Tensor, nn
 from perceiver_fast.layers import axis_codes
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.ops.library import compute_dtype
-from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
 
 
-def describe_grid(data: Tensor, num_freq_bands: int, max_freq: float) -> GridTokens:
+ONE_AXIS_LIMIT = 1024  # positions; a longer single axis would have a table entry for every pair
+
+
+def describe_grid(data: Tensor, num_freq_bands: int, max_freq: float) -> GridTokens | PointTokens:
     """The tokens of ``data [B, n_1, .., n_A, F]`` with Fourier codes of their positions, not built."""
+    if data.dim() == 3 and data.shape[1] > ONE_AXIS_LIMIT:
+        return describe_points(data, grid_positions(data.shape[1], data.device), num_freq_bands, max_freq)
     dtype = compute_dtype(data.dtype)
     codes = (axis_codes(size, num_freq_bands, max_freq, dtype, data.device) for size in data.shape[1:-1])
     return GridTokens(data, tuple(codes))
+
+
+def grid_positions(size: int, device: torch.device) -> Tensor:
+    """``size`` positions evenly spaced in [-1, 1], float64 ``[1, size, 1]``."""
+    return torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device="cpu").to(device).view(1, -1, 1)
+
+
+def describe_points(data: Tensor, coords: Tensor, num_freq_bands: int, max_freq: float) -> PointTokens:
+    """The tokens of ``data [B, M, F]`` at positions ``coords [B, M, A]`` (or B = 1) with Fourier codes, not built."""
+    frequency = torch.linspace(1.0, max_freq / 2, num_freq_bands, dtype=torch.float64, device="cpu").to(data.device)
+    return PointTokens(data, coords.double(), frequency.expand(coords.shape[-1], -1))
 
 
 class GridPerceiver(nn.Module):

@@ -1,0 +1,10 @@
+#define PF_ISA avx512
+#define PF_VECTOR_BYTES 64
+#include "fourier_projection_kernels.h"
+
+namespace perceiver_fast {
+
+extern const FourierProjectionKernels<float> fourier_projection_avx512_f32 = PF_ISA::kernels<float>;
+extern const FourierProjectionKernels<double> fourier_projection_avx512_f64 = PF_ISA::kernels<double>;
+
+}  // namespace perceiver_fast

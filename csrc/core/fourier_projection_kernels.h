@@ -1,0 +1,246 @@
+// The Fourier projection tile by tile, forward and backward, for one instruction set.
+//
+// Batch elements that share positions share their part of the product: forward, its sums; backward, the sum of their
+// gradients takes the place of each.
+#pragma once
+
+#include "fourier_encode.h"
+#include "tile_gemm.h"
+#include "transpose.h"
+
+namespace perceiver_fast {
+namespace PF_ISA {
+
+template <class T>
+constexpr int64_t kPanel = kGemmVectors * Simd<T>::lanes;
+constexpr int64_t kDepth = 192;      // channels of a panel at a time: 24 KB, which stay in L1
+constexpr int64_t kSumBlock = 64;    // terms of the longest chain of a sum over channels
+constexpr int64_t kFlushTiles = 32;  // tiles whose float sums of the weight's gradient meet before they go to double
+
+// Tokens of one tile.
+template <class T>
+struct Tile {
+  int64_t set, first, count, width;    // set of positions, first token, tokens, tokens padded to vectors
+  int64_t batch_begin, batch_end;      // batch elements at these positions
+  int64_t features, axis_channels, channels;  // F, C - F, C
+
+  Tile(const FourierProjectionInput<T>& in, int64_t index) {
+    const int64_t tiles = (in.tokens + kFourierTile - 1) / kFourierTile, lanes = Simd<T>::lanes;
+    set = index / tiles;
+    first = index % tiles * kFourierTile;
+    count = in.tokens - first < kFourierTile ? in.tokens - first : kFourierTile;
+    width = (count + lanes - 1) / lanes * lanes;
+    batch_begin = in.position_batch == in.batch ? set : 0;
+    batch_end = in.position_batch == in.batch ? set + 1 : in.batch;
+    features = in.features;
+    axis_channels = in.axes * (2 * in.bands + 1);
+    channels = features + axis_channels;
+  }
+  bool shared() const { return batch_end - batch_begin != 1; }  // an empty batch too: its sum is zero
+};
+
+// columns[x][t] = rows[t][x], zero for t in [count, width).
+template <class T>
+void to_columns(const T* rows, int64_t row, const Tile<T>& tile, int64_t length, T* columns) {
+  transpose(tile.count, length, rows, row, columns, kFourierTile);
+  for (int64_t t = tile.count; t < tile.width; ++t)
+    for (int64_t x = 0; x < length; ++x) columns[x * kFourierTile + t] = 0;
+}
+
+// total[t] = sum over channels of term(channel, t), each chain short.
+template <class T, class Term>
+PF_INLINE void sum_channels(int64_t channels, int64_t width, T* total, Term term) {
+  for (int64_t t = 0; t < width; ++t) total[t] = 0;
+  for (int64_t begin = 0; begin < channels; begin += kSumBlock) {
+    const int64_t end = begin + kSumBlock < channels ? begin + kSumBlock : channels;
+    T part[kFourierTile] = {};
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t t = 0; t < width; ++t) part[t] += term(c * kFourierTile + t, t);
+    for (int64_t t = 0; t < width; ++t) total[t] += part[t];
+  }
+}
+
+// LayerNorm's statistics of the tokens of a tile, in two parts: positions once, then each batch element's channels.
+template <class T>
+struct Statistics {
+  T position_mean[kFourierTile], position_square[kFourierTile];  // over the positions' channels; square about the mean
+  T mean[kFourierTile];                                          // over all channels
+
+  void positions(const Tile<T>& tile, const T* codes) {
+    codes += tile.features * kFourierTile;
+    sum_channels(tile.axis_channels, tile.width, position_mean, [=](int64_t i, int64_t) { return codes[i]; });
+    for (int64_t t = 0; t < tile.width; ++t) position_mean[t] /= T(tile.axis_channels);
+    const T* middle = position_mean;
+    sum_channels(tile.axis_channels, tile.width, position_square,
+                 [=](int64_t i, int64_t t) { return (codes[i] - middle[t]) * (codes[i] - middle[t]); });
+  }
+  void token_mean(const Tile<T>& tile, const T* codes) {
+    sum_channels(tile.features, tile.width, mean, [=](int64_t i, int64_t) { return codes[i]; });
+    for (int64_t t = 0; t < tile.width; ++t)
+      mean[t] = (mean[t] + T(tile.axis_channels) * position_mean[t]) / T(tile.channels);
+  }
+  void scale(const Tile<T>& tile, const T* codes, double eps, T* scale) {
+    token_mean(tile, codes);
+    const T* mu = mean;
+    T square[kFourierTile];
+    sum_channels(tile.features, tile.width, square,
+                 [=](int64_t i, int64_t t) { return (codes[i] - mu[t]) * (codes[i] - mu[t]); });
+    for (int64_t t = 0; t < tile.count; ++t) {
+      const T off = position_mean[t] - mu[t];
+      const T sum = square[t] + (position_square[t] + T(tile.axis_channels) * off * off);
+      scale[t] = T(1 / __builtin_sqrt(double(sum) / double(tile.channels) + eps));
+    }
+  }
+};
+
+// sums [count][row] = or += the part of z weight that channels [begin, end) make.
+template <class T>
+void project(const FourierForward<T>& call, const Tile<T>& tile, int64_t begin, int64_t end, bool add, T* sums) {
+  for (int64_t c = begin; c < end; c += kDepth, add = true) {
+    const int64_t depth = end - c < kDepth ? end - c : kDepth;
+    const T* codes = call.codes + c * kFourierTile;
+    for (int64_t x = 0; x < call.row; x += kPanel<T>) {
+      const int64_t columns = call.row - x < kPanel<T> ? call.row - x : kPanel<T>;
+      const T* panel = call.panels + x * tile.channels + c * kPanel<T>;
+      if (add)
+        tile_gemm<T, true>(tile.count, columns, depth, codes, 1, kFourierTile, panel, kPanel<T>, sums + x, call.row);
+      else
+        tile_gemm<T, false>(tile.count, columns, depth, codes, 1, kFourierTile, panel, kPanel<T>, sums + x, call.row);
+    }
+  }
+}
+
+template <class T>
+void forward(const FourierForward<T>& call, int64_t tile_begin, int64_t tile_end) {
+  const FourierProjectionInput<T>& in = call.in;
+  const int64_t F = in.features, D = in.outputs;
+  for (int64_t index = tile_begin; index < tile_end; ++index) {
+    const Tile<T> tile(in, index);
+    Statistics<T> statistics;
+    encode_positions(in, in.coords + (tile.set * in.tokens + tile.first) * in.axes, tile.count, tile.width,
+                     call.codes + F * kFourierTile);
+    if (call.scale != nullptr) statistics.positions(tile, call.codes);
+    T* positions = tile.shared() ? call.base : call.sums;
+    project(call, tile, F, tile.channels, false, positions);
+    for (int64_t b = tile.batch_begin; b < tile.batch_end; ++b) {
+      const int64_t token = b * in.tokens + tile.first;
+      if (tile.shared()) std::memcpy(call.sums, positions, sizeof(T) * tile.count * call.row);
+      if (F > 0) {
+        to_columns(in.feat + token * F, F, tile, F, call.codes);
+        project(call, tile, 0, F, true, call.sums);
+      }
+      if (call.scale != nullptr) statistics.scale(tile, call.codes, call.eps, call.scale + token);
+      for (int64_t t = 0; t < tile.count; ++t) {
+        const T r = call.scale != nullptr ? call.scale[token + t] : T(1);
+        const T* sums = call.sums + t * call.row;
+        T* out = call.out + (token + t) * D;
+        for (int64_t x = 0; x < D; ++x) out[x] = r * sums[x] + call.bias[x];
+      }
+    }
+  }
+}
+
+// Gradient of one batch element's raw channels, in codes' place d_codes, and what its scale adds to the positions'
+// gradient: factor * (z - mean), summed over batch elements as factor and factor * mean.
+template <class T>
+void feature_gradient(const FourierBackward<T>& call, const Tile<T>& tile, int64_t b, Statistics<T>& statistics,
+                      T* factor_sum, T* factor_mean_sum) {
+  const FourierProjectionInput<T>& in = call.in;
+  const int64_t F = in.features, D = in.outputs, width = tile.width, token = b * in.tokens + tile.first;
+  const T *codes = call.codes, *d_codes = call.d_codes, *grad = call.grad_columns, *projected = call.projected;
+  if (F > 0)
+    tile_gemm<T, false>(F, width, D, in.weight, D, 1, grad, kFourierTile, call.d_codes, kFourierTile);
+  if (call.scale != nullptr) {
+    T slope[kFourierTile], part[kFourierTile], factor[kFourierTile];  // slope: r dr
+    sum_channels(F, width, slope, [=](int64_t i, int64_t) { return codes[i] * d_codes[i]; });
+    if (tile.shared()) {
+      sum_channels(D, width, part, [=](int64_t i, int64_t) { return grad[i] * projected[i]; });
+    } else {
+      const T *position = codes + F * kFourierTile, *d_position = d_codes + F * kFourierTile;
+      sum_channels(tile.axis_channels, width, part, [=](int64_t i, int64_t) { return position[i] * d_position[i]; });
+    }
+    statistics.token_mean(tile, codes);
+    for (int64_t t = 0; t < width; ++t) {
+      const T r = t < tile.count ? call.scale[token + t] : T(0);
+      factor[t] = -r * r * (slope[t] + part[t]) / T(tile.channels);
+      factor_sum[t] += factor[t];
+      factor_mean_sum[t] += factor[t] * statistics.mean[t];
+    }
+    for (int64_t f = 0; f < F; ++f)
+      for (int64_t t = 0; t < width; ++t)
+        call.d_codes[f * kFourierTile + t] += factor[t] * (codes[f * kFourierTile + t] - statistics.mean[t]);
+  }
+  if (F > 0) transpose(F, tile.count, d_codes, kFourierTile, call.dfeat + token * F, F);
+}
+
+// One tile's gradients: of the weight, added to dweight_short, and with dcoords those of the tokens.
+template <class T>
+void backward_tile(const FourierBackward<T>& call, const Tile<T>& tile) {
+  const FourierProjectionInput<T>& in = call.in;
+  const int64_t F = in.features, D = in.outputs, row = call.row, count = tile.count, width = tile.width;
+  const bool tokens = call.dcoords != nullptr, normed = call.scale != nullptr;
+  const int64_t position = (tile.set * in.tokens + tile.first) * in.axes;
+  T *codes = call.codes + F * kFourierTile, *d_codes = call.d_codes + F * kFourierTile;
+  const T* weight = in.weight + F * D;
+  Statistics<T> statistics;
+  encode_positions(in, in.coords + position, count, width, codes);
+  if (tokens && normed) {
+    statistics.positions(tile, call.codes);
+    if (tile.shared())
+      tile_gemm<T, false>(D, width, tile.axis_channels, weight, 1, D, codes, kFourierTile, call.projected,
+                          kFourierTile);
+  }
+  T factor_sum[kFourierTile] = {}, factor_mean_sum[kFourierTile] = {};
+  T* sum = tile.shared() ? call.grad_sum : call.grad;
+  for (int64_t i = 0; tile.shared() && i < count * row; ++i) sum[i] = 0;
+  for (int64_t b = tile.batch_begin; b < tile.batch_end; ++b) {
+    const int64_t token = b * in.tokens + tile.first;
+    for (int64_t t = 0; t < count; ++t) {
+      const T r = normed ? call.scale[token + t] : T(1);
+      const T* d_out = call.d_out + (token + t) * D;
+      T* grad = call.grad + t * row;
+      for (int64_t x = 0; x < D; ++x) grad[x] = r * d_out[x];
+      for (int64_t x = D; x < row; ++x) grad[x] = 0;
+    }
+    if (F > 0) {
+      to_columns(in.feat + token * F, F, tile, F, call.codes);
+      tile_gemm<T, true>(F, row, count, call.codes, kFourierTile, 1, call.grad, row, call.dweight_short, row);
+    }
+    for (int64_t i = 0; tile.shared() && i < count * row; ++i) sum[i] += call.grad[i];
+    if (!tokens) continue;
+    to_columns(call.grad, row, tile, D, call.grad_columns);
+    if (!tile.shared())
+      tile_gemm<T, false>(tile.axis_channels, width, D, weight, D, 1, call.grad_columns, kFourierTile, d_codes,
+                          kFourierTile);
+    feature_gradient(call, tile, b, statistics, factor_sum, factor_mean_sum);
+  }
+  tile_gemm<T, true>(tile.axis_channels, row, count, codes, kFourierTile, 1, sum, row, call.dweight_short + F * row,
+                     row);
+  if (!tokens) return;
+  if (tile.shared()) {
+    to_columns(sum, row, tile, D, call.grad_columns);
+    tile_gemm<T, false>(tile.axis_channels, width, D, weight, D, 1, call.grad_columns, kFourierTile, d_codes,
+                        kFourierTile);
+  }
+  for (int64_t c = 0; normed && c < tile.axis_channels; ++c)
+    for (int64_t t = 0; t < width; ++t)
+      d_codes[c * kFourierTile + t] += factor_sum[t] * codes[c * kFourierTile + t] - factor_mean_sum[t];
+  position_gradient(in, codes, d_codes, count, width, call.dcoords + position);
+}
+
+template <class T>
+void backward(const FourierBackward<T>& call, int64_t tile_begin, int64_t tile_end) {
+  const int64_t size = (call.in.features + call.in.axes * (2 * call.in.bands + 1)) * call.row;
+  for (int64_t begin = tile_begin; begin < tile_end; begin += kFlushTiles) {
+    const int64_t end = begin + kFlushTiles < tile_end ? begin + kFlushTiles : tile_end;
+    for (int64_t i = 0; i < size; ++i) call.dweight_short[i] = 0;
+    for (int64_t index = begin; index < end; ++index) backward_tile(call, Tile<T>(call.in, index));
+    for (int64_t i = 0; i < size; ++i) call.dweight[i] += call.dweight_short[i];
+  }
+}
+
+template <class T>
+constexpr FourierProjectionKernels<T> kernels{Simd<T>::lanes, int(kPanel<T>), forward<T>, backward<T>};
+
+}  // namespace PF_ISA
+}  // namespace perceiver_fast

@@ -1,0 +1,122 @@
+// torch operators perceiver_fast::fourier_projection_{forward,backward} for CPU tensors, on torch's stable ABI.
+// perceiver_fast/ops/fourier_projection.py defines the schemas.
+#include "../core/fourier_projection.h"
+
+#include "torch_stable.h"
+
+#include <tuple>
+
+namespace perceiver_fast {
+namespace {
+
+std::string shape_of(const Tensor& t) {
+  std::string text;
+  for (int64_t size : sizes_of(t)) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
+void expect(const Tensor& t, const char* name, ScalarType dtype, const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "fourier_projection: expected ", name, " of dtype ",
+                  torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(t.scalar_type()));
+  std::string text;
+  for (int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(sizes_of(t) == shape, "fourier_projection: expected ", name, " of shape [", text, "], got ",
+                  shape_of(t));
+}
+
+// Dense inputs, kept alive as long as the raw pointers taken from them.
+struct Inputs {
+  std::optional<Tensor> feat;
+  Tensor coords, frequencies, weight;
+  int64_t batch, tokens, features;
+
+  Inputs(const std::optional<Tensor>& feat_, const Tensor& coords_, const Tensor& frequencies_, const Tensor& weight_)
+      : coords(torch::stable::contiguous(coords_)), frequencies(torch::stable::contiguous(frequencies_)),
+        weight(torch::stable::contiguous(weight_)) {
+    STD_TORCH_CHECK(coords.dim() == 3 && coords.size(2) > 0,
+                    "fourier_projection: expected coords [Bc, M, A] with at least one axis, got ", shape_of(coords));
+    STD_TORCH_CHECK(frequencies.dim() == 2, "fourier_projection: expected frequencies [A, K], got ",
+                    shape_of(frequencies));
+    STD_TORCH_CHECK(weight.dim() == 2, "fourier_projection: expected weight [C, D], got ", shape_of(weight));
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::Double,
+                    "fourier_projection: expected a weight of float32 or float64, got ",
+                    torch::headeronly::toString(weight.scalar_type()));
+    batch = coords.size(0);
+    tokens = coords.size(1);
+    features = 0;
+    if (feat_) {
+      feat = torch::stable::contiguous(*feat_);
+      STD_TORCH_CHECK(feat->dim() == 3, "fourier_projection: expected feat [B, M, F], got ", shape_of(*feat));
+      features = feat->size(2);
+      if (batch == 1) batch = feat->size(0);
+      expect(*feat, "feat", weight.scalar_type(), {batch, tokens, features});
+    }
+    const int64_t axes = coords.size(2), bands = frequencies.size(1);
+    expect(coords, "coords", ScalarType::Double, {coords.size(0), tokens, axes});
+    expect(frequencies, "frequencies", ScalarType::Double, {axes, bands});
+    expect(weight, "weight", weight.scalar_type(), {features + axes * (2 * bands + 1), weight.size(1)});
+  }
+
+  template <class T>
+  FourierProjectionInput<T> view() const {
+    return {batch, coords.size(0), tokens, features, coords.size(2), frequencies.size(1), weight.size(1),
+            features > 0 ? static_cast<const T*>(feat->data_ptr()) : nullptr,
+            static_cast<const double*>(coords.data_ptr()), static_cast<const double*>(frequencies.data_ptr()),
+            static_cast<const T*>(weight.data_ptr())};
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(const std::optional<Tensor>& feat, const Tensor& coords, const Tensor& frequencies,
+                                   const Tensor& weight, const std::optional<Tensor>& bias, std::optional<double> eps) {
+  const Inputs inputs(feat, coords, frequencies, weight);
+  const int64_t outputs = weight.size(1);
+  std::optional<Tensor> offset;
+  if (bias) {
+    expect(*bias, "bias", weight.scalar_type(), {outputs});
+    offset = torch::stable::contiguous(*bias);
+  }
+  Tensor out = torch::stable::new_empty(weight, {inputs.batch, inputs.tokens, outputs});
+  Tensor scale = torch::stable::new_empty(
+      weight, eps ? std::vector<int64_t>{inputs.batch, inputs.tokens} : std::vector<int64_t>{0});
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    fourier_projection_forward<T>(inputs.view<T>(), offset ? static_cast<const T*>(offset->data_ptr()) : nullptr,
+                                  eps.value_or(0), static_cast<T*>(out.data_ptr()),
+                                  eps ? static_cast<T*>(scale.data_ptr()) : nullptr, torch_parallel());
+  };
+  if (weight.scalar_type() == ScalarType::Double) run(0.0);
+  else run(0.0f);
+  return {out, scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& feat,
+                                            const Tensor& coords, const Tensor& frequencies, const Tensor& weight,
+                                            const Tensor& scale, std::optional<double> eps, bool token_grads) {
+  const Inputs inputs(feat, coords, frequencies, weight);
+  expect(d_out, "d_out", weight.scalar_type(), {inputs.batch, inputs.tokens, weight.size(1)});
+  if (eps) expect(scale, "scale", weight.scalar_type(), {inputs.batch, inputs.tokens});
+  const Tensor grad = torch::stable::contiguous(d_out), r = torch::stable::contiguous(scale);
+  const bool feat_grads = token_grads && feat.has_value();
+  Tensor dweight = torch::stable::new_empty(weight, sizes_of(weight));
+  Tensor dfeat = torch::stable::new_empty(weight, feat_grads ? sizes_of(*feat) : std::vector<int64_t>{0});
+  Tensor dcoords = torch::stable::new_empty(coords, token_grads ? sizes_of(coords) : std::vector<int64_t>{0});
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    fourier_projection_backward<T>(inputs.view<T>(), eps ? static_cast<const T*>(r.data_ptr()) : nullptr,
+                                   static_cast<const T*>(grad.data_ptr()), static_cast<T*>(dweight.data_ptr()),
+                                   static_cast<T*>(dfeat.data_ptr()),
+                                   token_grads ? static_cast<double*>(dcoords.data_ptr()) : nullptr, torch_parallel());
+  };
+  if (weight.scalar_type() == ScalarType::Double) run(0.0);
+  else run(0.0f);
+  return {dweight, dfeat, dcoords};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(perceiver_fast, CPU, m) {
+  m.impl("fourier_projection_forward", TORCH_BOX(&forward));
+  m.impl("fourier_projection_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace perceiver_fast

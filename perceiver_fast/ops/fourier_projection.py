@@ -1,0 +1,258 @@
+"""Fourier position encoding fused with the projection after it: the encoding of all tokens never exists.
+
+A token's code is its raw channels and, for every axis, sines, cosines and the position itself,
+
+    z_m = [feat_m ; for every axis a: sin(pi f_ak p_ma) for k ; cos(pi f_ak p_ma) for k ; p_ma]
+    out_m = r_m z_m W + bias
+
+C = F + A (2 K + 1) channels. Kernels compute the codes of a few tokens at a time, in cache, right before the product,
+and again in the backward; what is saved is what came in, and r. With LayerNorm r_m = 1 / sqrt(var(z_m) + eps), else 1;
+its mean never appears, since subtracting it is linear: W is centred over its rows instead.
+
+On a grid of several axes a position's part of the product is a sum of per-axis tables ``T_a = e_a W_a``, n_1 + .. + n_A
+rows in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perceiver_fast import backends, extension, reference
+from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops.fourier_projection_checks import check
+from perceiver_fast.ops.grid_scale import grid_scale
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, library
+
+OP = "fourier_projection"
+
+library.define(
+    "fourier_projection_forward(Tensor? feat, Tensor coords, Tensor frequencies, Tensor weight, Tensor? bias, "
+    "float? eps) -> (Tensor out, Tensor scale)"
+)
+library.define(
+    "fourier_projection_backward(Tensor d_out, Tensor? feat, Tensor coords, Tensor frequencies, Tensor weight, "
+    "Tensor scale, float? eps, bool token_grads) -> (Tensor dweight, Tensor dfeat, Tensor dcoords)"
+)
+
+
+@torch.library.register_fake("perceiver_fast::fourier_projection_forward")
+def _(feat, coords, frequencies, weight, bias, eps):
+    tokens = (coords if feat is None else feat).shape[:2]
+    return weight.new_empty((*tokens, weight.shape[1])), weight.new_empty((0,) if eps is None else tokens)
+
+
+@torch.library.register_fake("perceiver_fast::fourier_projection_backward")
+def _(d_out, feat, coords, frequencies, weight, scale, eps, token_grads):
+    dfeat = weight.new_empty(feat.shape if token_grads and feat is not None else (0,))
+    return weight.new_empty(weight.shape), dfeat, coords.new_empty(coords.shape if token_grads else (0,))
+
+
+class FourierProjectionFunction(torch.autograd.Function):
+    """Connects the registered forward and backward; saves its inputs and the scale, nothing of size M x C."""
+
+    @staticmethod
+    def forward(ctx, feat, coords, frequencies, weight, bias, eps):
+        out, scale = torch.ops.perceiver_fast.fourier_projection_forward(feat, coords, frequencies, weight, bias, eps)
+        ctx.save_for_backward(feat, coords, frequencies, weight, scale)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        feat, coords, frequencies, weight, scale = ctx.saved_tensors
+        to_feat, to_coords, _, to_weight, to_bias, _ = ctx.needs_input_grad
+        dweight = dfeat = dcoords = None
+        if to_feat or to_coords or to_weight:
+            dweight, dfeat, dcoords = torch.ops.perceiver_fast.fourier_projection_backward(
+                d_out, feat, coords, frequencies, weight, scale, ctx.eps, to_feat or to_coords
+            )
+        return (
+            dfeat if to_feat else None,
+            dcoords if to_coords else None,
+            None,
+            dweight if to_weight else None,
+            d_out.sum((0, 1)) if to_bias else None,
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class FourierProjectionCall:
+    """What the choice of a backend may depend on."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _cpu_reasons(call: FourierProjectionCall) -> list[str]:
+    reasons = [] if extension.error is None else [extension.error]
+    if call.device.type != "cpu":
+        reasons.append(f"it runs on cpu tensors, not {call.device.type}")
+    if call.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"it takes float64, float32, bfloat16 and float16, not {call.dtype}")
+    return reasons
+
+
+# Every backend but the reference registers kernels for the two ops above.
+BACKENDS = (
+    Backend("cpu", _cpu_reasons),
+    Backend("reference", lambda call: []),
+)
+
+
+def choose_fourier_projection(call: FourierProjectionCall) -> Choice:
+    """The backend that runs ``call``; its name is None when no backend can."""
+    return backends.choose(OP, BACKENDS, call)
+
+
+def _centred(weight: Tensor) -> Tensor:
+    return weight - weight.mean(0, keepdim=True)
+
+
+def fourier_projection_tokens(
+    feat: Tensor | None,
+    coords: Tensor,
+    frequencies: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """:func:`fourier_projection` at given positions and frequencies; inputs are not checked.
+
+    Args:
+        feat: ``[B, M, F]`` or None.
+        coords: float64 ``[Bc, M, A]``, Bc = 1 or B.
+        frequencies: float64 ``[A, K]``, in half periods a unit of position.
+        weight: ``[C, D]``, rows feat, then for every axis sines, cosines, position. It need not be centred.
+        bias: ``[D]`` or None.
+        eps: LayerNorm's epsilon, or None for no LayerNorm.
+
+    Returns:
+        ``[B, M, D]``, the dtype of weight, or autocast's when it is on.
+    """
+    device, compute = weight.device, compute_dtype(weight.dtype)
+    result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
+    choice = backends.require(choose_fourier_projection(FourierProjectionCall(weight.dtype, device)))
+    with torch.autocast(device.type, enabled=False):
+        feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
+        if choice.backend == "reference":
+            out = reference.fourier_projection(feat, coords, frequencies, weight, bias, eps)
+        else:
+            weight = weight if eps is None else _centred(weight)
+            out = FourierProjectionFunction.apply(feat, coords, frequencies, weight, bias, eps)
+    return out.to(result)
+
+
+def _on_grid(
+    feat: Tensor | None,
+    positions: list[Tensor],
+    frequencies: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float | None,
+) -> Tensor:
+    """The projection on a grid of these positions, from the tables of its axes; all in the dtype of weight."""
+    sizes, axis_channels = [len(p) for p in positions], 2 * frequencies.shape[1] + 1
+    if eps is not None:
+        weight = _centred(weight)
+    feat_weight, *axis_weights = weight.split([0 if feat is None else feat.shape[-1]] + [axis_channels] * len(sizes))
+    total = bias if eps is None and bias is not None else weight.new_zeros(weight.shape[1])
+    for axis, (position, w) in enumerate(zip(positions, axis_weights)):
+        table = fourier_projection_tokens(None, position.view(1, -1, 1), frequencies[axis : axis + 1], w)[0]
+        total = total.unsqueeze(-2) + table  # [n_1, .., n_axis, D]
+    out = total.unsqueeze(0) if feat is None else total + (feat @ feat_weight).unflatten(1, sizes)
+    if eps is not None:
+        codes = [reference.fourier_encode(p.unsqueeze(1), f) for p, f in zip(positions, frequencies.split(1))]
+        mean = torch.cat([code.mean(1) for code in codes])
+        square = torch.cat([code.var(1, unbiased=False) * axis_channels for code in codes])
+        raw = weight.new_zeros(1, *sizes, 0) if feat is None else feat.unflatten(1, sizes)
+        scale = grid_scale(raw, mean.to(weight.dtype), square.to(weight.dtype), [axis_channels] * len(sizes), eps)
+        scale = scale.unsqueeze(-1)
+        out = out * scale if bias is None else torch.addcmul(bias, out, scale)
+    return out.flatten(1, -2)
+
+
+def _in_kernel_order(weight: Tensor, axes: int, bands: int) -> Tensor:
+    """Rows in deepmind's order, [feat, positions, sines, cosines], brought into the order of the kernels."""
+    features = weight.shape[0] - axes * (2 * bands + 1)
+    feat, position, sine, cosine = weight.split([features, axes, axes * bands, axes * bands])
+    per_axis = [sine.unflatten(0, (axes, bands)), cosine.unflatten(0, (axes, bands)), position.unsqueeze(1)]
+    return torch.cat([feat, torch.cat(per_axis, 1).flatten(0, 1)])
+
+
+def fourier_projection(
+    coords: Tensor | Sequence[int],
+    weight: Tensor,
+    *,
+    num_freq_bands: int,
+    max_freq: float | Sequence[float],
+    feat: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    layout: str = "perceiver-pytorch",
+) -> Tensor:
+    """``LayerNorm([feat, fourier_encode(coords)]) weight + bias`` without the M x C encoding.
+
+    Args:
+        coords: positions ``[B, M, A]``, or ``[M, A]`` when the whole batch shares them; floating point, and computed
+            with in float64. Or the sizes of a grid, a tuple of ints: then positions are evenly spaced in [-1, 1] along
+            every axis and M, their product, runs in row-major order.
+        weight: ``[C, D]``, C = F + A (2 num_freq_bands + 1).
+        num_freq_bands: frequencies an axis, K; may be 0.
+        max_freq: frequencies are evenly spaced in [1, max_freq / 2]. One number, or one per axis.
+        feat: raw channels ``[B, M, F]``. Default: none, F = 0.
+        bias: ``[D]``. Default: none.
+        norm_eps: epsilon of a LayerNorm (without affine part) of the whole token before the projection. Default: no
+            LayerNorm.
+        layout: order of the rows of weight. ``"perceiver-pytorch"`` (default): feat, then for every axis K sines,
+            K cosines and the position. ``"deepmind"``, that of transformers' Perceiver: feat, then the positions of
+            all axes, the sines of all axes and the cosines of all axes.
+
+    Returns:
+        ``[B, M, D]``, the dtype of weight, or autocast's when it is on; B = 1 when neither coords nor feat has a batch.
+        float64 weights are computed in float64, all others in float32; sines and cosines are those of phases in
+        float64 either way. Differentiable once in coords, feat, weight and bias.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, rank, size or device; the message says expected, got and what to do.
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Source:
+        Jaegle et al., "Perceiver", ICML 2021, sec. 3.2; perceiver-pytorch 0.11.0, ``fourier_encode``; transformers,
+        ``generate_fourier_features``. The fusion is this package's.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import fourier_projection
+        >>> points, colours = torch.rand(2, 1000, 3), torch.rand(2, 1000, 4)
+        >>> weight = torch.randn(4 + 3 * (2 * 6 + 1), 32)
+        >>> fourier_projection(points, weight, num_freq_bands=6, max_freq=10.0, feat=colours, norm_eps=1e-5).shape
+        torch.Size([2, 1000, 32])
+        >>> fourier_projection((8, 9), torch.randn(26, 32), num_freq_bands=6, max_freq=(8.0, 9.0)).shape
+        torch.Size([1, 72, 32])
+    """
+    max_freqs = check(coords, weight, num_freq_bands, max_freq, feat, bias, norm_eps, layout)
+    device = weight.device
+
+    def spaced(low: float, high: float, count: int) -> Tensor:  # on the CPU: some devices have no float64
+        return torch.linspace(low, high, count, dtype=torch.float64, device="cpu").to(device)
+
+    frequencies = torch.stack([spaced(1.0, highest / 2, num_freq_bands) for highest in max_freqs])
+    if layout == "deepmind":
+        weight = _in_kernel_order(weight, len(max_freqs), num_freq_bands)
+    if isinstance(coords, Tensor):
+        coords = coords.double() if coords.dim() == 3 else coords.double().unsqueeze(0)
+        return fourier_projection_tokens(feat, coords, frequencies, weight, bias, norm_eps)
+    positions = [spaced(-1.0, 1.0, size) for size in coords]
+    if len(positions) == 1:
+        return fourier_projection_tokens(feat, positions[0].view(1, -1, 1), frequencies, weight, bias, norm_eps)
+    compute = compute_dtype(weight.dtype)
+    result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
+    with torch.autocast(device.type, enabled=False):
+        feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
+        return _on_grid(feat, positions, frequencies, weight, bias, norm_eps).to(result)

@@ -1,27 +1,34 @@
-"""Which path every layer of a model takes on an input, and why not the others. Runs nothing."""
+"""Which path every attention layer of a model takes on an input, and why not the others. Computes nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.models.inputs import check_inputs
+from perceiver_fast.layers import Attention, CrossAttention
+from perceiver_fast.tokens import TokenGroups
 
 
 @dataclass(frozen=True)
 class LayerPath:
-    """One attention layer: its name in the model, its op and backend, and why others were passed over."""
+    """One attention layer: its name in the model, the way taken, and the op and backend that run it.
+
+    ``choice`` holds why other ways and backends were passed over; ``work`` the counted work of the ways that were open.
+    """
 
     layer: str
     choice: Choice
+    path: str = ""
+    work: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The paths of all attention layers of a model; ``str()`` of it is a table for people."""
+    """The paths of all attention layers of a model, in the order they run; ``str()`` of it is a table for people."""
 
     tokens: str
     layers: tuple[LayerPath, ...]
@@ -30,24 +37,27 @@ class Explanation:
         lines = [self.tokens]
         width = max((len(path.layer) for path in self.layers), default=0)
         for path in self.layers:
-            lines.append(f"{path.layer:<{width}}  {path.choice.op} on {path.choice.backend}")
+            work = f" ({path.path}: {path.work[path.path]})" if path.path in path.work else ""
+            lines.append(f"{path.layer:<{width}}  {path.choice.op} on {path.choice.backend}{work}")
             for name, why in path.choice.rejected.items():
                 lines.append(f"{'':<{width}}    not {name}: {'; '.join(why)}")
         return "\n".join(lines)
 
 
-def explain(model: nn.Module, data: Tensor, mask: Tensor | None = None) -> Explanation:
-    """Name the path each attention layer of ``model`` takes on ``data``, in its current mode and backend setting.
+def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
+    """Name the path each attention layer of ``model`` takes on an input, in its current mode and backend setting.
+
+    The model's forward is run on tensors that have shapes and no content, so nothing is computed.
 
     Args:
-        model: a :class:`perceiver_fast.Perceiver`.
-        data, mask: as its forward takes them; only shapes, dtypes and devices matter.
+        model: any model of this package, or one that holds its layers.
+        data, *args, **kwargs: as its forward takes them; only shapes, dtypes and devices matter.
 
     Returns:
         Explanation: print it, or read its ``layers``.
 
     Raises:
-        TypeError, ValueError: as the model's forward; and for a model of another library.
+        TypeError, ValueError: as the model's forward; and for a model without a layer of this package.
         perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
 
     Example:
@@ -56,19 +66,57 @@ def explain(model: nn.Module, data: Tensor, mask: Tensor | None = None) -> Expla
         >>> pf.explain(model, torch.randn(1, 6, 6, 3)).layers[0].choice.op
         'grid_attention'
     """
-    if not (hasattr(model, "describe") and hasattr(model, "layers")):
+    attention = {name: m for name, m in model.named_modules() if isinstance(m, (CrossAttention, Attention))}
+    inner = {id(m.fn) for m in attention.values() if isinstance(m, CrossAttention)}  # their projections
+    layers = {name: m for name, m in attention.items() if id(m) not in inner}
+    if not any(isinstance(m, CrossAttention) for m in layers.values()):
         raise TypeError(f"explain: expected a perceiver_fast model, got {type(model).__name__}")
-    check_inputs(model, data, mask)
-    with torch.no_grad():
-        tokens = model.describe(data)
-    latents, dim = model.latents.shape
-    paths = []
-    for i, (block, inverted) in enumerate(zip(model.layers, model.inverted_cross_attn)):
-        paths.append(LayerPath(f"layers.{i}.cross_attn", block.cross_attn.plan(tokens, inverted)))
-        paths += [
-            LayerPath(f"layers.{i}.self_attns.{j}.0", Choice("self_attention", "sdpa"))
-            for j in range(len(block.self_attns))
-        ]
-    grid = " x ".join(map(str, data.shape[1:-1]))
-    text = f"{latents} latents of {dim} channels; {grid} tokens of {model.input_dim} channels; batch {data.shape[0]}"
-    return Explanation(text, tuple(paths))
+    paths: list[LayerPath] = []
+    names = _names(model, layers)
+
+    def record(module, inputs, keywords):
+        name = next(names[id(module)])
+        if isinstance(module, Attention):
+            paths.append(LayerPath(name, Choice("self_attention", "sdpa")))
+            return
+        x, tokens = inputs[:2]
+        grouped = isinstance(tokens, TokenGroups)
+        for i, group in enumerate(tokens.groups if grouped else [tokens]):
+            plan = module.plan(group, x.shape[1], keywords.get("inverted", False), lse=grouped)
+            label = f"{name} [{i}]" if grouped else name
+            paths.append(LayerPath(label, plan.choice, plan.path, plan.work))
+
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in set(layers.values())]
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (data, args, kwargs))
+            model(fake[0], *fake[1], **fake[2])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Explanation(_describe(model, data), tuple(paths))
+
+
+def _names(model: nn.Module, layers: dict[str, nn.Module]) -> dict[int, object]:
+    """For every module an iterator over its names: a shared one has several, in the order it runs under them."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(module is layer for layer in layers.values()):
+            names.setdefault(id(module), []).append(name)
+
+    def endless(of: list[str]):
+        yield from of
+        while True:
+            yield of[-1]
+
+    return {key: endless(of) for key, of in names.items()}
+
+
+def _describe(model: nn.Module, data) -> str:
+    latents = getattr(model, "latents", None)
+    held = f"{latents.shape[0]} latents of {latents.shape[1]} channels; " if isinstance(latents, Tensor) else ""
+    if not isinstance(data, Tensor):
+        return f"{held}{type(data).__name__} of {len(data)}"
+    width = getattr(model, "input_dim", data.shape[-1])
+    sizes = data.shape[1:] if not data.is_floating_point() else data.shape[1:-1]
+    return f"{held}{' x '.join(map(str, sizes))} tokens of {width} channels; batch {data.shape[0]}"

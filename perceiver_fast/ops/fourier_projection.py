@@ -165,15 +165,18 @@ def _on_grid(
     for axis, (position, w) in enumerate(zip(positions, axis_weights)):
         table = fourier_projection_tokens(None, position.view(1, -1, 1), frequencies[axis : axis + 1], w)[0]
         total = total.unsqueeze(-2) + table  # [n_1, .., n_axis, D]
-    out = total.unsqueeze(0) if feat is None else total + (feat @ feat_weight).unflatten(1, sizes)
+    # In place: [B, M, D] is large here, and a fresh one costs more than the arithmetic on it.
+    out = total.unsqueeze(0) if feat is None else (feat.unflatten(1, sizes) @ feat_weight).add_(total)
     if eps is not None:
         codes = [reference.fourier_encode(p.unsqueeze(1), f) for p, f in zip(positions, frequencies.split(1))]
         mean = torch.cat([code.mean(1) for code in codes])
         square = torch.cat([code.var(1, unbiased=False) * axis_channels for code in codes])
         raw = weight.new_zeros(1, *sizes, 0) if feat is None else feat.unflatten(1, sizes)
-        scale = grid_scale(raw, mean.to(weight.dtype), square.to(weight.dtype), [axis_channels] * len(sizes), eps)
-        scale = scale.unsqueeze(-1)
-        out = out * scale if bias is None else torch.addcmul(bias, out, scale)
+        widths = [axis_channels] * len(sizes)
+        scale = grid_scale(raw, mean.to(weight.dtype), square.to(weight.dtype), widths, eps).unsqueeze(-1)
+        out = out * scale if scale.requires_grad else out.mul_(scale)  # the gradient of scale needs what is multiplied
+        if bias is not None:
+            out.add_(bias)
     return out.flatten(1, -2)
 
 

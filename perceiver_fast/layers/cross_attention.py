@@ -172,7 +172,7 @@ class CrossAttention(nn.Module):
                 z = z.unsqueeze(1).expand(-1, heads, -1, -1)
             else:
                 q, z = q.flatten(1, 2).unsqueeze(1), z.unsqueeze(1)
-            o = cross_attention(q, z, z, mask, dropout, inverted, scale=1.0, return_lse=lse)
+            o = cross_attention(q, z, z.view(z.shape), mask, dropout, inverted, scale=1.0, return_lse=lse)
             o, sums = o if lse else (o, None)
             o = o.reshape(o.shape[0], heads, -1, o.shape[-1])
             kept = None

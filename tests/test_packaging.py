@@ -12,7 +12,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "_C*.so", "_build.json", "out")
+IGNORED = shutil.ignore_patterns(
+    ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "_C*.so", "_cuda.so", "_build.json", "out"
+)
 
 
 def run(*command, cwd, expect=0, **env):
@@ -57,7 +59,8 @@ def sdist(checkout, tmp_path_factory):
 def test_sdist_holds_the_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    needed = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("perceiver_fast/**/*.py")]
+    needed = [path for end in ("cpp", "h", "cu", "cuh") for path in ROOT.glob(f"csrc/**/*.{end}")]
+    needed += ROOT.glob("perceiver_fast/**/*.py")
     needed += [*ROOT.glob("kernels/*.py"), ROOT / "setup.py", ROOT / "LICENSE", ROOT / "README.md"]
     assert len(needed) > 40
     assert {str(path.relative_to(ROOT)) for path in needed} <= names

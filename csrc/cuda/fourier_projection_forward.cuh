@@ -101,6 +101,7 @@ void fourier_projection_forward(const Launch& launch, const FourierTokens<T>& to
                                 int columns, double eps, T* scale, T* out) {
   if (scale)
     launch(fourier_scale_kernel<T>, dim3(blocks_for(tokens.tokens, kStatisticTokens)), tokens, eps, scale);
+  if (columns == 0) return;
   launch(fourier_projection_kernel<T>, dim3(blocks_for(tokens.tokens, Tile<T>::rows), blocks_for(columns, kColumns)),
          tokens, weight, bias, static_cast<const T*>(scale), columns, out);
 }

@@ -95,7 +95,7 @@ def test_says_what_is_wrong():
         ops().fourier_projection_forward(feat, coords.cpu(), frequencies, weight, None, None)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 def test_runs_on_the_tensors_device():
     inputs, d_out = cuda_case("odd")
     first = kernels(inputs, d_out, EPS, torch.float64)

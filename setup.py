@@ -1,10 +1,10 @@
-"""Builds perceiver_fast._C and perceiver_fast/_cuda.so with ninja, or says in one line why not; else see pyproject.toml.
+"""Builds perceiver_fast._C and perceiver_fast/_cuda.so with ninja, or says in one line why not.
 
 Environment variables:
     PERCEIVER_FAST_SKIP_BUILD=1        install pure Python.
     PERCEIVER_FAST_FORCE_BUILD=1       fail when the extension cannot be built, or the CUDA kernels do not compile.
     PERCEIVER_FAST_SKIP_CUDA_BUILD=1   leave the CUDA kernels out.
-    PERCEIVER_FAST_FORCE_CUDA_BUILD=1  build them beside a torch without CUDA too; there they are not loaded.
+    PERCEIVER_FAST_FORCE_CUDA_BUILD=1  want them beside a torch without CUDA too; there they are not loaded.
     PERCEIVER_FAST_CUDA_ARCHS          compute capabilities; default: "80;90;100", those that nvcc knows.
     MAX_JOBS                           parallel compile jobs; default: what cores and free memory allow.
     CXX                                the C++ compiler; default: c++, g++ or clang++.
@@ -123,7 +123,8 @@ def cuda_archs(nvcc):
     """Capabilities to compile for: those asked for, else the default ones that this nvcc knows."""
     wish = os.environ.get("PERCEIVER_FAST_CUDA_ARCHS", "").replace(",", ";")
     if wish:
-        return [arch.strip().replace(".", "") for arch in wish.split(";") if arch.strip()]
+        archs = [arch.strip().replace(".", "") for arch in wish.split(";") if arch.strip()]
+        return need(archs, "PERCEIVER_FAST_CUDA_ARCHS names no architecture")
     known = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     return need([arch for arch in CUDA_ARCHS if f"compute_{arch}" in known], f"{nvcc[0]} knows none of {CUDA_ARCHS}")
 
@@ -217,19 +218,19 @@ class BuildWithNinja(build_ext):
             archs = cuda_archs(nvcc)
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # for what comes after
-            if os.environ.get("CXX"):
-                codes.append(f"-ccbin={shlex.quote(find_compiler()[0])}")
+            host = shlex.split(os.environ.get("CXX", ""))
+            codes += [f"-ccbin={shlex.quote(host[0])}"] if len(host) == 1 else []  # nvcc takes no wrapper
             lib = Path(torch.__file__).parent / "lib"
-            link = ["-shared", shlex.quote(f"-L{lib}"), "-ltorch_cpu"]
-            link += ["-ltorch_cuda"] if list(lib.glob("libtorch_cuda.*")) else []
+            libraries = ["-ltorch_cpu", "-ltorch_cuda"] if torch.version.cuda else ["-ltorch_cpu"]
+            link = ["-shared", shlex.quote(f"-L{lib}"), *libraries]
             sources = [(source, []) for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
             folder = (Path(self.build_temp) / "ninja_cuda").resolve()
             run_ninja(folder, target, nvcc, [*CUDA_FLAGS, *torch_flags(torch), *codes], link, sources)
             return {"compiler": version_of(nvcc, -1), "torch": torch.__version__, "archs": archs}
         except CannotBuild as reason:
-            forced = isinstance(reason, CompilingFailed) and flag("PERCEIVER_FAST_FORCE_BUILD")
-            if forced or flag("PERCEIVER_FAST_FORCE_CUDA_BUILD"):
-                raise SystemExit(f"perceiver-fast: the CUDA kernels are asked for, but {reason}") from reason
+            wanted = isinstance(reason, CompilingFailed) or flag("PERCEIVER_FAST_FORCE_CUDA_BUILD")
+            if wanted and flag("PERCEIVER_FAST_FORCE_BUILD"):
+                raise
             print(f"perceiver-fast: without the CUDA kernels: {reason}", file=sys.stderr)
             target.unlink(missing_ok=True)  # of an earlier build
             return {"skipped": str(reason)}

@@ -1,4 +1,4 @@
-"""Loading of what was compiled, ``perceiver_fast._C`` and the CUDA kernels, and what stands in the way when it does not."""
+"""Loading of what was compiled: ``perceiver_fast._C`` and the CUDA kernels, or what stands in the way of either."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: they compile for every architecture, spill nothing, keep to their budgets, and link.
 
-What a kernel needs of a multiprocessor decides how many blocks share it, and the compiler says it exactly; speed it does
-not say.
+What a kernel needs of a multiprocessor decides how many blocks share it, and the compiler says it exactly. It does not
+say how fast they are.
 """
 
 import re
@@ -97,7 +97,7 @@ def test_kernels_fit(compiled, record_property, capsys):
 
 
 def test_library_links_and_registers(nvcc, compiled, tmp_path):
-    """Beside a torch without CUDA, stand-ins for its few CUDA functions let the library load: nothing else is missing."""
+    """Nothing is missing but, beside a torch without CUDA, its few CUDA functions; stand-ins let the library load."""
     lib = Path(torch.__file__).parent / "lib"
     cuda = ["-ltorch_cuda"] if torch.version.cuda else []
     library, stand_ins = tmp_path / "_cuda.so", tmp_path / "stand_ins.so"

@@ -1,9 +1,10 @@
 // Gradients of features and positions. With e_c = sum_x d_out_x W_cx, dr = sum_c z_c e_c and g = dr r^3 / C:
 //
 //   dz_c = r e_c - g (z_c - mu)
-//   dp_a = r E_a - g (mu S_a + p_a - mu)     E_a = e_p + sum_k pi f (e_sin cos - e_cos sin),  S_a = sum_k pi f (sin - cos)
+//   dp_a = r E_a - g (mu S_a + p_a - mu)
+//   E_a = e_p + sum_k pi f (e_sin cos - e_cos sin),   S_a = sum_k pi f (sin - cos)
 //
-// The second line holds because the sin cos terms of z itself cancel. So one sweep over the channels is enough: dr and
+// dp_a is that short because the products sin cos of z itself cancel. So one sweep over the channels is enough: dr and
 // mu are known at its end, and only E_a and S_a are kept until then.
 #pragma once
 
@@ -86,7 +87,7 @@ struct TokenGradient {
   }
 };
 
-constexpr int kTokenBlocks = 3;  // an SM: a token's sums stay in registers beside the tile, and with a fourth they spill
+constexpr int kTokenBlocks = 3;  // an SM: with a fourth, a token's sums spill from the registers beside the tile
 
 // dposition and spread [B M, A], dfeat [B M, F]. A block owns a tile of tokens and goes over 64 channels after another:
 // the tile of e = d_out W^T by multiply-adds, then one thread a token adds them up.

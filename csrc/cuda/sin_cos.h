@@ -2,9 +2,9 @@
 //
 // A float32 phase would lose digits at high frequencies (at t = 100 its spacing alone is 1e-5 half turns), so the phase
 // is reduced in double and only what remains of it is rounded: t = n/2 + rest with |rest| <= 1/4, then polynomials of
-// the rest and n's last two bits for the quadrant. That is three float64 operations for a sine and a cosine. Data centre
-// cards run them at half the float32 rate; consumer cards at 1/64, where they cost about as much as 200 multiply-adds
-// and so dominate narrow outputs.
+// the rest and n's last two bits for the quadrant. That is three float64 operations for a sine and a cosine. A100 and
+// H100 run them at half the float32 rate; consumer cards at 1/64, where they cost about as much as 200 multiply-adds
+// and so outweigh the product, in which a sine and a cosine meet 128 of them.
 #pragma once
 
 #include <cmath>
@@ -30,9 +30,9 @@ PF_HOST_DEVICE int count_of_halves(double shifted) {
 #endif
 }
 
-// rest = t - n/2 with n = rint(2 t), of t = position * frequency before it is rounded. Adding 1.5 * 2^51, whose last bit
-// is worth a half, rounds to halves and leaves n in the low word: no conversion. For |t| < 2^50; above, a double's phase
-// itself is lost.
+// rest = t - n/2 with n = rint(2 t), of t = position * frequency before it is rounded. Adding 1.5 * 2^51, whose last
+// bit is worth a half, rounds to halves and leaves n in the low word: no conversion. For |t| < 2^50; above, a double's
+// phase itself is lost.
 PF_HOST_DEVICE double reduce_phase(double position, double frequency, int& n) {
   const double magic = 3377699720527872.0;
   const double shifted = fma(position, frequency, magic);

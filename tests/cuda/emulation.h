@@ -1,8 +1,8 @@
 // Just enough of CUDA to run the kernels of csrc/cuda on the host, block after block, where there is no GPU.
 //
-// Every thread of a block is a fiber that runs until it reaches __syncthreads(). Between two barriers the threads run one
-// after the other, upwards or downwards: a kernel that lacks a barrier computes something else in one of the two orders.
-// A barrier that only some threads reach is an error.
+// Every thread of a block is a fiber that runs until it reaches __syncthreads(). Between two barriers the threads run
+// one after the other, upwards or downwards: a kernel that lacks a barrier computes something else in one of the two
+// orders. A barrier that only some threads reach is an error.
 #pragma once
 
 #include <ucontext.h>

@@ -19,7 +19,7 @@ help:
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install 'torch>=2.10' 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
 	$(BIN)/python -m pip install --no-build-isolation -e '.[demo,bench,test]'
@@ -35,4 +35,4 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info perceiver_fast/_C*.so perceiver_fast/_build.json
+	rm -rf $(VENV) build dist out *.egg-info perceiver_fast/_C*.so perceiver_fast/_cuda.so perceiver_fast/_build.json

@@ -1,10 +1,14 @@
-"""Builds perceiver_fast._C with ninja, or says in one line why it does not; everything else is in pyproject.toml.
+"""Builds perceiver_fast._C and perceiver_fast/_cuda.so with ninja, or says in one line why not.
 
 Environment variables:
-    PERCEIVER_FAST_SKIP_BUILD=1   install pure Python.
-    PERCEIVER_FAST_FORCE_BUILD=1  fail when the extension cannot be built.
-    MAX_JOBS                      parallel compile jobs; default: what cores and free memory allow.
-    CXX                           the C++ compiler; default: c++, g++ or clang++.
+    PERCEIVER_FAST_SKIP_BUILD=1        install pure Python.
+    PERCEIVER_FAST_FORCE_BUILD=1       fail when the extension cannot be built, or the CUDA kernels do not compile.
+    PERCEIVER_FAST_SKIP_CUDA_BUILD=1   leave the CUDA kernels out.
+    PERCEIVER_FAST_FORCE_CUDA_BUILD=1  want them beside a torch without CUDA too; there they are not loaded.
+    PERCEIVER_FAST_CUDA_ARCHS          compute capabilities; default: "80;90;100", those that nvcc knows.
+    MAX_JOBS                           parallel compile jobs; default: what cores and free memory allow.
+    CXX                                the C++ compiler; default: c++, g++ or clang++.
+    CUDACXX, CUDA_HOME                 nvcc, or the toolkit that holds it; default: the nvcc on PATH.
 """
 
 import json
@@ -24,6 +28,8 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)  # the stable ABI the bindings target; one build runs on this torch and every later one
 GIGABYTES_PER_JOB = 1.0
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall".split()
+CUDA_ARCHS = ("80", "90", "100")
+CUDA_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA".split()
 # GCC warns about its own intrinsics (maybe-uninitialized) and about vector types as template arguments.
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes", "-Wno-unknown-warning-option"]
 ISA_FLAGS = {
@@ -34,6 +40,10 @@ ISA_FLAGS = {
 
 class CannotBuild(Exception):
     """Something the build needs is missing, or the build failed."""
+
+
+class CompilingFailed(CannotBuild):
+    """All was there, but the compiler would not."""
 
 
 def flag(name):
@@ -74,19 +84,20 @@ def max_jobs():
     return max(1, jobs)
 
 
+def torch_flags(torch):
+    target = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+    return [shlex.quote(f"-I{Path(torch.__file__).parent / 'include'}"), target]
+
+
 def sources_with_flags(torch, pybind11):
     """Every source of the extension with the flags that are its own."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    torch_flags = [
-        shlex.quote(f"-I{Path(torch.__file__).parent / 'include'}"),
-        f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
-    ]
     for source in sorted((ROOT / "csrc/core").glob("*.cpp")):
         isa = source.stem.rsplit("_", 1)[-1]
         if isa not in ISA_FLAGS or x86:
             yield source, ISA_FLAGS.get(isa, [])
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        yield source, torch_flags
+        yield source, torch_flags(torch)
     info = {"PF_TORCH_VERSION": torch.__version__, "PF_TORCH_TARGET": ".".join(map(str, OLDEST_TORCH))}
     yield ROOT / "csrc/module.cpp", [
         shlex.quote(f"-I{pybind11.get_include()}"),
@@ -95,54 +106,94 @@ def sources_with_flags(torch, pybind11):
     ]
 
 
-def ninja_path(path):
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def find_nvcc(torch):
+    """The CUDA compiler's command as a list, if the kernels it would build are wanted here."""
+    need(not flag("PERCEIVER_FAST_SKIP_CUDA_BUILD"), "PERCEIVER_FAST_SKIP_CUDA_BUILD is set")
+    wanted = torch.version.cuda or flag("PERCEIVER_FAST_FORCE_CUDA_BUILD")
+    need(wanted, f"torch {torch.__version__} is not a CUDA build")
+    nvcc = shlex.split(os.environ.get("CUDACXX", ""))
+    if not nvcc:
+        home = os.environ.get("CUDA_HOME", "")
+        nvcc = [path for path in (home and shutil.which("nvcc", path=f"{home}/bin"), shutil.which("nvcc")) if path][:1]
+    need(nvcc and shutil.which(nvcc[0]), "nvcc was not found (CUDACXX, CUDA_HOME or PATH)")
+    return nvcc
 
 
-def write_ninja(folder, target, compiler, torch, pybind11):
-    lib = Path(torch.__file__).parent / "lib"
-    link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+def cuda_archs(nvcc):
+    """Capabilities to compile for: those asked for, else the default ones that this nvcc knows."""
+    wish = os.environ.get("PERCEIVER_FAST_CUDA_ARCHS", "").replace(",", ";")
+    if wish:
+        archs = [arch.strip().replace(".", "") for arch in wish.split(";") if arch.strip()]
+        return need(archs, "PERCEIVER_FAST_CUDA_ARCHS names no architecture")
+    known = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return need([arch for arch in CUDA_ARCHS if f"compute_{arch}" in known], f"{nvcc[0]} knows none of {CUDA_ARCHS}")
+
+
+def run_ninja(folder, target, compiler, flags, link, sources):
+    """Compiles what changed and links it into `target`."""
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    need(ninja, "ninja was not found (pip install ninja)")
+
+    def path(name):
+        return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {shlex.join(compiler)}",
-        f"cflags = {' '.join(FLAGS)} {os.environ.get('CXXFLAGS', '')}",
-        f"ldflags = {' '.join(link)} {shlex.quote(f'-L{lib}')} -ltorch_cpu {os.environ.get('LDFLAGS', '')}",
+        f"compiler = {shlex.join(compiler)}",
+        f"flags = {' '.join(flags)}",
+        f"link = {' '.join(link)}",
         "rule compile",
-        "  command = $cxx -MMD -MF $out.d $cflags $flags -c $in -o $out",
+        "  command = $compiler -MMD -MF $out.d $flags $own -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $in",
         "rule link",
-        "  command = $cxx $in $ldflags -o $out",
+        "  command = $compiler $in $link -o $out",
         "  description = $out",
     ]
     objects = []
-    for source, flags in sources_with_flags(torch, pybind11):
-        objects.append(ninja_path(folder / f"{source.parent.name}_{source.stem}.o"))
-        lines += [f"build {objects[-1]}: compile {ninja_path(source)}", f"  flags = {' '.join(flags)}"]
-    lines += [f"build {ninja_path(target)}: link {' '.join(objects)}", f"default {ninja_path(target)}", ""]
+    for source, own in sources:
+        objects.append(path(folder / f"{source.parent.name}_{source.stem}.o"))
+        lines += [f"build {objects[-1]}: compile {path(source)}", f"  own = {' '.join(own)}"]
+    lines += [f"build {path(target)}: link {' '.join(objects)}", f"default {path(target)}", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))
+    command = [ninja, "-C", str(folder), "-j", str(max_jobs())]
+    print("perceiver-fast:", " ".join(command), flush=True)
+    if subprocess.run(command).returncode != 0:
+        raise CompilingFailed(f"compiling failed; run `pip install -v .` to see how ({shlex.join(compiler)})")
+
+
+def version_of(compiler, line):
+    lines = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
+    return lines[line] if lines else shlex.join(compiler)
 
 
 class BuildWithNinja(build_ext):
     """Compiles what changed; without a compiler it leaves the extension out and writes down why."""
 
     def run(self):
+        (ext,) = self.extensions
+        extension = Path(self.get_ext_fullpath(ext.name)).resolve()
+        cuda = extension.with_name("_cuda.so")
         try:
             need(not flag("PERCEIVER_FAST_SKIP_BUILD"), "PERCEIVER_FAST_SKIP_BUILD is set")
-            record = self.compile()
+            record = self.compile(extension)
+            record["cuda"] = self.compile_cuda(cuda)
         except CannotBuild as reason:
             if flag("PERCEIVER_FAST_FORCE_BUILD"):
                 raise SystemExit(f"perceiver-fast: PERCEIVER_FAST_FORCE_BUILD is set, but {reason}") from reason
             print(f"perceiver-fast: installing pure Python, without the C++ kernels: {reason}", file=sys.stderr)
-            Path(self.get_ext_fullpath(self.extensions[0].name)).unlink(missing_ok=True)  # of an earlier build
+            for built in (extension, cuda):  # of an earlier build
+                built.unlink(missing_ok=True)
             self.extensions = []
-            record = {"skipped": str(reason)}
+            record = {"skipped": str(reason), "cuda": {"skipped": str(reason)}}
         package = ROOT / "perceiver_fast" if self.inplace else Path(self.build_lib) / "perceiver_fast"
         package.mkdir(parents=True, exist_ok=True)
         (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
-    def compile(self):
+    def compile(self, target):
         need(sys.platform != "win32", "Windows is not supported by the C++ kernels")
         compiler = find_compiler()
         header = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -151,21 +202,38 @@ class BuildWithNinja(build_ext):
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
         need(version >= OLDEST_TORCH, f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
         pybind11 = import_needed("pybind11", "pybind11")
-        ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-        need(ninja, "ninja was not found (pip install ninja)")
-
-        (ext,) = self.extensions
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
+        link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        link += [shlex.quote(f"-L{Path(torch.__file__).parent / 'lib'}"), "-ltorch_cpu", os.environ.get("LDFLAGS", "")]
+        flags = [*FLAGS, os.environ.get("CXXFLAGS", "")]
         folder = (Path(self.build_temp) / "ninja").resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_ninja(folder, target, compiler, torch, pybind11)
-        command = [ninja, "-C", str(folder), "-j", str(max_jobs())]
-        print("perceiver-fast:", " ".join(command), flush=True)
-        if subprocess.run(command).returncode != 0:
-            raise CannotBuild(f"compiling failed; run `pip install -v .` to see how ({shlex.join(compiler)})")
-        line = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
-        return {"compiler": line[0] if line else shlex.join(compiler), "torch": torch.__version__, "flags": " ".join(FLAGS)}
+        run_ninja(folder, target, compiler, flags, link, sources_with_flags(torch, pybind11))
+        return {"compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
+
+    def compile_cuda(self, target):
+        """A library of its own, since it loads only beside a torch with CUDA; the CPU kernels do without it."""
+        import torch
+
+        try:
+            nvcc = find_nvcc(torch)
+            archs = cuda_archs(nvcc)
+            codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # for what comes after
+            host = shlex.split(os.environ.get("CXX", ""))
+            codes += [f"-ccbin={shlex.quote(host[0])}"] if len(host) == 1 else []  # nvcc takes no wrapper
+            lib = Path(torch.__file__).parent / "lib"
+            libraries = ["-ltorch_cpu", "-ltorch_cuda"] if torch.version.cuda else ["-ltorch_cpu"]
+            link = ["-shared", shlex.quote(f"-L{lib}"), *libraries]
+            sources = [(source, []) for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+            folder = (Path(self.build_temp) / "ninja_cuda").resolve()
+            run_ninja(folder, target, nvcc, [*CUDA_FLAGS, *torch_flags(torch), *codes], link, sources)
+            return {"compiler": version_of(nvcc, -1), "torch": torch.__version__, "archs": archs}
+        except CannotBuild as reason:
+            wanted = isinstance(reason, CompilingFailed) or flag("PERCEIVER_FAST_FORCE_CUDA_BUILD")
+            if wanted and flag("PERCEIVER_FAST_FORCE_BUILD"):
+                raise
+            print(f"perceiver-fast: without the CUDA kernels: {reason}", file=sys.stderr)
+            target.unlink(missing_ok=True)  # of an earlier build
+            return {"skipped": str(reason)}
 
 
 setup(

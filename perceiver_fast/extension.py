@@ -1,4 +1,4 @@
-"""Loading of the compiled extension ``perceiver_fast._C``, and what stands in the way when it does not load."""
+"""Loading of what was compiled: ``perceiver_fast._C`` and the CUDA kernels, or what stands in the way of either."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
+
+import torch
 
 log = logging.getLogger("perceiver_fast")
 
@@ -39,6 +41,33 @@ module, error = _load()
 """The extension module or None, and why it is None (a str) or None."""
 
 
+def _why_cuda_missing() -> str:
+    record = build_record().get("cuda", {})
+    if record.get("skipped"):
+        return f"the CUDA kernels were not built: {record['skipped']}"
+    return "the CUDA kernels were built but their file is missing (run `pip install .` again)" if record else (
+        "the CUDA kernels were not built (run `pip install .` beside nvcc and a torch with CUDA)"
+    )
+
+
+def _load_cuda() -> str | None:
+    library = Path(__file__).with_name("_cuda.so")
+    if not library.exists():
+        return _why_cuda_missing()
+    if torch.version.cuda is None:  # the library's symbols would be missing
+        return f"the CUDA kernels were built, but torch {torch.__version__} is not a CUDA build"
+    try:
+        torch.ops.load_library(str(library))  # registers the kernels; CUDA itself starts with the first CUDA tensor
+    except Exception as error:
+        log.warning("the CUDA kernels failed to load, plain PyTorch runs instead: %s", error)
+        return f"the CUDA kernels failed to load: {error}"
+    return None
+
+
 def build_record() -> dict:
     """What the build wrote down: compiler, flags, or why it was skipped. Empty when there was no build."""
     return json.loads(_build_record.read_text()) if _build_record.exists() else {}
+
+
+cuda_error = _load_cuda()
+"""Why the CUDA kernels are not there (a str), or None."""

@@ -26,6 +26,9 @@ def collect() -> dict:
     import perceiver_fast
 
     module, record = extension.module, extension.build_record()
+    cuda = {**record.pop("cuda", {}), "loaded": extension.cuda_error is None}
+    if extension.cuda_error is not None:
+        cuda["reason"] = extension.cuda_error
     built = {"built": module is not None}
     if module is None:
         built["reason"] = extension.error
@@ -43,6 +46,7 @@ def collect() -> dict:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "extension": built,
+        "cuda_kernels": cuda,
         "forced_backend": backends.forced_backend(),
         "backends": {OP: reasons},
     }
@@ -56,8 +60,10 @@ def show(info: dict) -> None:
     table = Table(show_header=False, box=None)
     for key in ("perceiver_fast", "python", "torch", "cpu", "threads", "forced_backend"):
         table.add_row(key.replace("_", " "), str(info[key]))
-    for key, value in info["extension"].items():
-        table.add_row(f"extension: {key.replace('_', ' ')}", ", ".join(value) if isinstance(value, list) else str(value))
+    for part in ("extension", "cuda_kernels"):
+        for key, value in info[part].items():
+            shown = ", ".join(value) if isinstance(value, list) else str(value)
+            table.add_row(f"{part}: {key}".replace("_", " "), shown)
     for op, devices in info["backends"].items():
         for device, names in devices.items():
             for name, reasons in names.items():

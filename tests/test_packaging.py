@@ -1,5 +1,6 @@
 """What a user installs: source distribution, wheel, empty environment, and builds that cannot be."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "_C*.so", "_build.json", "out")
+IGNORED = shutil.ignore_patterns(
+    ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "_C*.so", "_cuda.so", "_build.json", "out"
+)
 
 
 def run(*command, cwd, expect=0, **env):
@@ -57,7 +60,8 @@ def sdist(checkout, tmp_path_factory):
 def test_sdist_holds_the_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    needed = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("perceiver_fast/**/*.py")]
+    needed = [path for end in ("cpp", "h", "cu", "cuh") for path in ROOT.glob(f"csrc/**/*.{end}")]
+    needed += ROOT.glob("perceiver_fast/**/*.py")
     needed += [*ROOT.glob("kernels/*.py"), ROOT / "setup.py", ROOT / "LICENSE", ROOT / "README.md"]
     assert len(needed) > 40
     assert {str(path.relative_to(ROOT)) for path in needed} <= names
@@ -120,3 +124,53 @@ def test_broken_source_is_an_error_only_when_forced(checkout, tmp_path):
     assert "compiling failed" in output and "-j 1" in output
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
     assert "compiling failed" in run(*command, cwd=source, expect=1, PERCEIVER_FAST_FORCE_BUILD="1")
+
+
+FAKE_COMPILER = """#!/bin/sh
+case "$1" in
+    --version) echo "fake compiler 1.0" ;;
+    --list-gpu-arch) echo compute_80 compute_90 ;;
+    *) {action} ;;
+esac
+"""
+
+
+def fake_compiler(file, action='for last; do :; done; touch "$last"'):
+    """A compiler that takes everything and writes empty files, or that does what it is told."""
+    file.write_text(FAKE_COMPILER.format(action=action))
+    file.chmod(0o755)
+    return str(file)
+
+
+def build_with_fake_compilers(checkout, folder, nvcc_action=None, **env):
+    env |= {"CXX": fake_compiler(folder / "cxx"), "PERCEIVER_FAST_FORCE_CUDA_BUILD": "1"}
+    env["CUDACXX"] = fake_compiler(folder / "nvcc", *([nvcc_action] if nvcc_action else []))
+    wheel, output = build_wheel(checkout, folder / "wheel", isolated=False, **env)
+    archive = zipfile.ZipFile(wheel)
+    return archive.namelist(), json.loads(archive.read("perceiver_fast/_build.json")), output
+
+
+def test_cuda_kernels_are_in_the_wheel(checkout, tmp_path):
+    names, record, _ = build_with_fake_compilers(checkout, tmp_path)
+    assert "perceiver_fast/_cuda.so" in names and record["cuda"]["archs"] == ["80", "90"]
+    assert record["cuda"]["compiler"] == "fake compiler 1.0" and "skipped" not in record
+
+
+def test_cuda_kernels_that_fail_leave_the_others(checkout, tmp_path):
+    names, record, output = build_with_fake_compilers(checkout, tmp_path, "exit 1")
+    assert any(name.startswith("perceiver_fast/_C") for name in names) and "perceiver_fast/_cuda.so" not in names
+    assert "compiling failed" in record["cuda"]["skipped"] and "skipped" not in record
+    assert "without the CUDA kernels: compiling failed" in output
+
+
+def test_cuda_build_can_be_left_out(checkout, tmp_path):
+    names, record, _ = build_with_fake_compilers(checkout, tmp_path, PERCEIVER_FAST_SKIP_CUDA_BUILD="1")
+    assert "perceiver_fast/_cuda.so" not in names
+    assert record["cuda"] == {"skipped": "PERCEIVER_FAST_SKIP_CUDA_BUILD is set"}
+
+
+def test_failing_cuda_kernels_are_an_error_when_forced(checkout, tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
+    env = {"CXX": fake_compiler(tmp_path / "cxx"), "CUDACXX": fake_compiler(tmp_path / "nvcc", "exit 1")}
+    env |= {"PERCEIVER_FAST_FORCE_BUILD": "1", "PERCEIVER_FAST_FORCE_CUDA_BUILD": "1"}
+    assert "compiling failed" in run(*command, cwd=checkout, expect=1, **env)

@@ -11,6 +11,7 @@ from support import model_pair, needs_extension, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import __main__ as command_line
+from perceiver_fast import extension
 
 SMALL = dict(
     num_freq_bands=4, depth=3, max_freq=10.0, num_latents=7, latent_dim=16, latent_heads=2, latent_dim_head=8,
@@ -109,6 +110,10 @@ def test_info(capsys):
     assert command_line.main(["info"]) == 0
     shown = capsys.readouterr().out
     assert "grid_attention on cuda: cpu" in shown and "not cuda" in shown
+    assert info["cuda_kernels"]["loaded"] == (extension.cuda_error is None)
+    assert info["cuda_kernels"].get("reason") == extension.cuda_error and "cuda kernels: loaded" in shown
+    if torch.version.cuda is None:
+        assert "is not a CUDA build" in extension.cuda_error or "not built" in extension.cuda_error
 
 
 def test_info_runs_without_the_extension():

@@ -4,7 +4,7 @@
 >>> model = pf.Perceiver(num_freq_bands=6, depth=1, max_freq=10.0, num_latents=8, latent_dim=16)
 """
 
-from perceiver_fast import backends, ops, reference
+from perceiver_fast import backends, experimental, gated, mixed_latents, ops, reference
 from perceiver_fast.attention_map import attention_map
 from perceiver_fast.backends import BackendError, use_backend
 from perceiver_fast.explain import explain
@@ -21,7 +21,10 @@ __all__ = [
     "PerceiverLM",
     "attention_map",
     "backends",
+    "experimental",
     "explain",
+    "gated",
+    "mixed_latents",
     "ops",
     "reference",
     "use_backend",

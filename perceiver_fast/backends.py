@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-NAMES = ("auto", "cpu", "reference")
+NAMES = ("auto", "cpu", "cuda", "reference")
 
 _forced = "auto"
 
@@ -98,8 +98,8 @@ class use_backend:
     It holds for the whole process, all threads included.
 
     Args:
-        name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels) or
-            ``"reference"`` (plain PyTorch). The environment variable PERCEIVER_FAST_BACKEND sets the initial value.
+        name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels),
+            ``"cuda"`` (the CUDA kernels, which not every op has) or ``"reference"`` (plain PyTorch). The environment variable PERCEIVER_FAST_BACKEND sets the initial value.
 
     Raises:
         ValueError: the name is unknown. A forced backend that cannot run a call raises :class:`BackendError` there.

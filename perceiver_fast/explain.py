@@ -17,13 +17,15 @@ from perceiver_fast.tokens import TokenGroups
 class LayerPath:
     """One attention layer: its name in the model, the way taken, and the op and backend that run it.
 
-    ``choice`` holds why other ways and backends were passed over; ``work`` the counted work of the ways that were open.
+    ``choice`` holds why other ways and backends were passed over, ``work`` the counted work of the ways that were open,
+    and ``uses`` the ops that describe the tokens on this way.
     """
 
     layer: str
     choice: Choice
     path: str = ""
     work: dict = field(default_factory=dict)
+    uses: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Explanation:
             lines.append(f"{path.layer:<{width}}  {path.choice.op} on {path.choice.backend}{work}")
             for name, why in path.choice.rejected.items():
                 lines.append(f"{'':<{width}}    not {name}: {'; '.join(why)}")
+            for use in path.uses:
+                lines.append(f"{'':<{width}}    with {use.op} on {use.backend}")
+                if use.backend == "reference":
+                    lines += [f"{'':<{width}}      not {n}: {'; '.join(why)}" for n, why in use.rejected.items()]
         return "\n".join(lines)
 
 
@@ -84,7 +90,7 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
         for i, group in enumerate(tokens.groups if grouped else [tokens]):
             plan = module.plan(group, x.shape[1], keywords.get("inverted", False), lse=grouped)
             label = f"{name} [{i}]" if grouped else name
-            paths.append(LayerPath(label, plan.choice, plan.path, plan.work))
+            paths.append(LayerPath(label, plan.choice, plan.path, plan.work, plan.uses))
 
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in set(layers.values())]
     try:

@@ -8,7 +8,25 @@ from pathlib import Path
 import torch
 
 from perceiver_fast import backends, extension
-from perceiver_fast.ops.grid_attention import BACKENDS, OP, GridAttentionCall
+from perceiver_fast.ops.cross_attention import BACKENDS as CROSS_ATTENTION
+from perceiver_fast.ops.cross_attention import CrossAttentionCall
+from perceiver_fast.ops.fourier_projection import BACKENDS as FOURIER_PROJECTION
+from perceiver_fast.ops.fourier_projection import FourierProjectionCall
+from perceiver_fast.ops.grid_attention import BACKENDS as GRID_ATTENTION
+from perceiver_fast.ops.grid_attention import GridAttentionCall
+
+# The ops with their backends and an ordinary call on a device.
+OPS = {
+    "grid_attention": (GRID_ATTENTION, lambda device: GridAttentionCall(torch.float32, device, (1,))),
+    "cross_attention": (CROSS_ATTENTION, lambda device: CrossAttentionCall(torch.float32, device)),
+    "fourier_projection": (FOURIER_PROJECTION, lambda device: FourierProjectionCall(torch.float32, device)),
+}
+
+
+def _reasons(op: str, device: str) -> dict[str, list[str]]:
+    """Why each backend of an op cannot run on a device; empty where it can."""
+    backends_of_op, call = OPS[op]
+    return {backend.name: backend.reasons(call(torch.device(device))) for backend in backends_of_op}
 
 
 def cpu_name() -> str:
@@ -35,10 +53,6 @@ def collect() -> dict:
     else:
         built |= {**record, **module.build_info()}
         built |= {"active_isa": module.active_isa(), "available_isas": module.available_isas()}
-    reasons = {
-        device: {b.name: b.reasons(GridAttentionCall(torch.float32, torch.device(device), (1,))) for b in BACKENDS}
-        for device in ("cpu", "cuda")
-    }
     return {
         "perceiver_fast": perceiver_fast.__version__,
         "python": platform.python_version(),
@@ -48,7 +62,7 @@ def collect() -> dict:
         "extension": built,
         "cuda_kernels": cuda,
         "forced_backend": backends.forced_backend(),
-        "backends": {OP: reasons},
+        "backends": {op: {device: _reasons(op, device) for device in ("cpu", "cuda")} for op in OPS},
     }
 
 

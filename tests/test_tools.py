@@ -30,22 +30,44 @@ def test_explain_names_paths_and_reasons():
     model = pf.Perceiver(**SMALL | dict(inverted_cross_attn=(False, True, False)))
     text = str(pf.explain(model, data))
     assert "7 latents" in text and "5 x 6 tokens" in text
-    layers = {path.layer: path.choice for path in pf.explain(model, data).layers}
-    assert str(layers["layers.0.cross_attn"]) == "grid_attention[cpu]"
-    assert layers["layers.1.cross_attn"].op == "cross_attention"
-    assert "inverted attention" in text and "self_attention on sdpa" in text
+    layers = {path.layer: path for path in pf.explain(model, data).layers}
+    assert all(layers[f"layers.{i}.cross_attn"].choice.op == "grid_attention" for i in range(3))
+    assert layers["layers.0.cross_attn"].path == "grid" and "projected" in layers["layers.0.cross_attn"].work
+    assert "self_attention on sdpa" in text and "with grid_scale on cpu" in text
     model = pf.Perceiver(**SMALL | dict(attn_dropout=0.1))
-    assert "attention dropout 0.1 is on" in str(pf.explain(model, data))
-    assert "grid_attention on cpu" in str(pf.explain(model.eval(), data))  # nothing is dropped in evaluation
+    assert "grid_attention on cpu" in str(pf.explain(model, data))  # dropout is the kernel's too
     sound = pf.Perceiver(**SMALL | dict(input_axis=1))
-    assert "one axis of 2000" in str(pf.explain(sound, torch.randn(1, 2000, 3)))
+    text = str(pf.explain(sound, torch.randn(1, 2000, 3)))
+    assert "cross_attention on cpu (projected" in text and "points are no grid" in text
+    assert "with fourier_projection on cpu" in text
     assert "grid_attention on cpu" in str(pf.explain(sound, torch.randn(1, 200, 3)))
-    own = pf.Perceiver(**SMALL | dict(fourier_encode_data=False))
-    assert "own encoding" in str(pf.explain(own, data)) and "cross_attention on sdpa" in str(pf.explain(own, data))
+    own = pf.Perceiver(**SMALL | dict(fourier_encode_data=False, cross_dim_head=16))
+    text = str(pf.explain(own, data))
+    assert "dense tokens are no grid" in text and "cross_attention on cpu (absorbed" in text and "more work" in text
     with pf.use_backend("reference"):
         assert "grid_attention on reference" in str(pf.explain(pf.Perceiver(**SMALL), data))
     with pytest.raises(TypeError, match="perceiver_fast model, got Linear"):
         pf.explain(torch.nn.Linear(2, 2), data)
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_explain_runs_every_model_on_shapes_alone():
+    models = {
+        "io": (pf.PerceiverIO(depth=1, dim=9, queries_dim=6, num_latents=8, latent_dim=16), torch.randn(2, 30, 9)),
+        "lm": (
+            pf.PerceiverLM(dim=12, num_tokens=50, max_seq_len=64, depth=1, num_latents=8, latent_dim=16),
+            torch.randint(0, 50, (2, 30)),
+        ),
+    }
+    for name in ("gated", "mixed_latents", "experimental"):
+        keywords = {k: v for k, v in SMALL.items()}
+        models[name] = (getattr(pf, name).Perceiver(**keywords), torch.randn(1, 5, 6, 3))
+    for name, (model, data) in models.items():
+        keywords = dict(queries=torch.randn(10, 6)) if name == "io" else {}
+        paths = pf.explain(model, data, **keywords).layers
+        cross = [path for path in paths if path.choice.op != "self_attention"]
+        assert all(path.choice.backend == "cpu" for path in cross), name
+        assert len(cross) == {"io": 2, "lm": 2, "gated": 3, "mixed_latents": 3, "experimental": 5}[name]
 
 
 def their_attention(model, data, layer, mask):

@@ -158,6 +158,7 @@ void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse
   const ForwardState<T> at(plan);
   const int64_t group = plan.group_size((in.dim + in.dim_v + 2) * plan.width), groups = ceil_div(plan.blocks, group);
   const int64_t tasks = plan.heads() * groups, size = group * at.block_size();
+  if (tasks == 0) return;
   // Few tasks: split the tokens too. Depends on shape and thread count alone: the same run gives the same bits.
   int64_t parts = 1;
   if (tasks % parallel.threads != 0 && tasks < 8 * parallel.threads)

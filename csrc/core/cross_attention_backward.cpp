@@ -58,8 +58,9 @@ class Backward {
       : plan_(plan), in_(plan.in), terms_(terms), queries_(queries), d_o_(d_o), parallel_(parallel), packed_(plan),
         group_(plan.group_size(packed_.size() + packed_.d * plan.width)) {}
 
-  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP.
-  void fill_token_delta() {
+  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP, added to what is there. A
+  // second call takes out the first one's rounding, so that saturated tokens get their tiny gradients and not its noise.
+  void add_token_delta() {
     const int64_t W = plan_.width;
     parallel_.run(plan_.heads() * plan_.tiles, [&](int64_t begin, int64_t end) {
       const Aligned<T> block(packed_.size()), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
@@ -74,8 +75,9 @@ class Backward {
         }
         T* delta = terms_.delta.data() + terms_.row(head) + tile * kTileTokens;
         for (int64_t m = 0; m < tokens.count; ++m) {
-          delta[m] = 0;
-          for (int64_t lane = 0; lane < W; ++lane) delta[m] += sums.get()[m * W + lane];
+          T sum = 0;
+          for (int64_t lane = 0; lane < W; ++lane) sum += sums.get()[m * W + lane];
+          delta[m] += sum;
         }
       }
     });
@@ -83,6 +85,7 @@ class Backward {
 
   void run(const double* d_lse, T* dq, T* dk, T* dv) {
     const int64_t heads = plan_.heads(), W = plan_.width, M = in_.tokens;
+    if (heads == 0) return;
     by_tokens_ = in_.inverted || in_.tokens >= in_.queries;
     const int64_t units = by_tokens_ ? plan_.tiles : plan_.blocks;
     parts_ = heads % parallel_.threads == 0 ? 1 : std::min(units, ceil_div(2 * parallel_.threads, heads));
@@ -129,7 +132,8 @@ class Backward {
         grad_rows[lane * packed_.pad_v + c] = factor[lane] * d_o_[(row + lane) * in_.dim_v + c];
     }
     for (int64_t lane = 0; lane < W; ++lane) {
-      packed_.shift(at)[lane] = lane < count ? queries_.shift[row + lane] : T(0);
+      // No query, no weight.
+      packed_.shift(at)[lane] = lane < count ? queries_.shift[row + lane] : -std::numeric_limits<T>::infinity();
       packed_.delta(at)[lane] = lane < count ? queries_.delta[row + lane] : T(0);
       packed_.change(at)[lane] = lane < count && !change_.empty() ? change_[row + lane] : T(0);
     }
@@ -280,7 +284,7 @@ void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, cons
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   const QueryTerms<T> queries(in, o, lse, d_o, d_lse, parallel);
   Backward<T> backward(plan, terms, queries, d_o, parallel);
-  if (in.inverted) backward.fill_token_delta();
+  for (int pass = 0; in.inverted && pass < 2; ++pass) backward.add_token_delta();
   backward.run(d_lse, dq, dk, dv);
 }
 

@@ -61,7 +61,7 @@ struct CrossAttentionKernels {
   // Inverted attention. Running maximum and sum of 2^(S - maximum) of every token, [count][queries] each, lane by lane;
   // `bias` [queries] is -inf in lanes without a query.
   void (*token_sums)(const TokenTile<T>&, const T* q, const T* bias, T* maximum, T* sum, T* scratch);
-  // sums [count][queries] += p (v grad - delta).
+  // sums [count][queries] += p (v grad - delta - the token's delta).
   void (*token_delta)(const TokenTile<T>&, const BackwardBlock<T>&, T* sums);
 };
 

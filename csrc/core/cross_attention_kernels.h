@@ -188,7 +188,8 @@ void token_delta(const TokenTile<T>& tile, const BackwardBlock<T>& block, T* sum
       const int64_t at = m * Q + v;
       V u = S::load(block.ds + at);
       if (Dropped) u = keep<T>(u, block.keys + v, tile.keys[m], tile.threshold);
-      S::store(sums + at, S::load(sums + at) + weight_of<T, true>(tile, m, block.p + at, shift) * (u - delta));
+      const V p = weight_of<T, true>(tile, m, block.p + at, shift);
+      S::store(sums + at, S::load(sums + at) + p * (u - delta - tile.delta[m]));
     }
   }
 }

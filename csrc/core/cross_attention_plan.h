@@ -34,7 +34,7 @@ struct AttentionPlan {
   int64_t group_size(int64_t floats) const {
     constexpr int64_t kCache = 512 << 10;
     const int64_t most = std::max<int64_t>(1, kCache / (floats * int64_t(sizeof(T))));
-    return ceil_div(blocks, ceil_div(blocks, most));  // groups of one size
+    return blocks == 0 ? 1 : ceil_div(blocks, ceil_div(blocks, most));  // groups of one size
   }
 };
 

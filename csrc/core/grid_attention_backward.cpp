@@ -91,7 +91,9 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
   TokenTerms<T> terms = grid_token_terms(plan, packed, in.inverted ? out.token_lse : nullptr);
   const int64_t N = in.queries, L = plan.length, M = plan.tokens, F = in.features, lanes = plan.kernels.lanes;
   QueryStatistics<T> stats = query_statistics(plan, packed, out, grad, parallel);
-  if (in.inverted)  // what the softmax over the queries needs of every token before dS is known
+  // What the softmax over the queries needs of every token before dS is known; a second pass takes out the rounding of
+  // the first, so that saturated tokens get their tiny gradients and not its noise.
+  for (int pass = 0; in.inverted && pass < 2; ++pass)
     for_each_part(plan, packed, terms, stats, grad.o, parallel,
                   [&](const TokenBox<T>& box, const TokenGradient<T>& queries, int64_t b) {
                     plan.kernels.token_delta(box, queries, terms.delta.data() + b * M);

@@ -173,6 +173,7 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
     for (int64_t f = 0; f < box.features; ++f) x[f] = tokens.gather(1 + f);
     alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
     for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
+    const V before = tokens.load(delta);
     V total{};
     for (int64_t n = 0; n < g.queries; ++n) {
       const T* grad = g.grad + n * g.length;
@@ -180,9 +181,9 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
       V u = (table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n]) * r + g.bonus[n];
       for (int64_t f = 0; f < box.features; ++f) u += x[f] * grad[f];
       if (box.threshold != 0) u = keep<T>(u, keys, g.keys[n], box.threshold);
-      total += p * (u - g.delta[n]);
+      total += p * (u - g.delta[n] - before);
     }
-    tokens.store(delta, total);
+    tokens.store(delta, before + total);
   });
 }
 

@@ -49,6 +49,7 @@ class Plan:
     path: str
     choice: Choice
     work: dict[str, Work] = field(default_factory=dict)
+    uses: tuple[Choice, ...] = ()  # ops beside attention
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.choice.op} on {self.choice.backend}"
@@ -118,7 +119,7 @@ def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
             why = "more work" if counted.cost > work[path].cost else "small: the grid's error is the least"
             rejected[other] = [f"{why}: {counted}"]
     choice = ways[path]
-    return Plan(path, Choice(choice.op, choice.backend, rejected | choice.rejected), work)
+    return Plan(path, Choice(choice.op, choice.backend, rejected | choice.rejected), work, tokens.uses(path))
 
 
 def _grid_choice(tokens: Tokens, layer: Layer) -> Choice:

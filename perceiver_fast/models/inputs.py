@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from perceiver_fast.layers.checks import check_channels, check_device, check_real, check_tensor
 
@@ -61,7 +62,8 @@ def check_ids(who: str, ids: Tensor, num_tokens: int, max_length: int, like: Ten
         )
     check_device(who, "x", ids, like)
     # Elsewhere, and where a graph is traced, looking at values would stall it; there the embedding's own check acts.
-    if ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling():
+    has_values = not (torch.compiler.is_compiling() or isinstance(ids, FakeTensor))
+    if has_values and ids.device.type == "cpu" and ids.numel() > 0:
         low, high = (bound.item() for bound in ids.aminmax())
         if low < 0 or high >= num_tokens:
             raise IndexError(

@@ -98,9 +98,19 @@ def _cpu_reasons(call: FourierProjectionCall) -> list[str]:
     return reasons
 
 
+def _cuda_reasons(call: FourierProjectionCall) -> list[str]:
+    reasons = [] if extension.cuda_error is None else [extension.cuda_error]
+    if call.device.type != "cuda":
+        reasons.append(f"it runs on cuda tensors, not {call.device.type}")
+    if call.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"it takes float64, float32, bfloat16 and float16, not {call.dtype}")
+    return reasons
+
+
 # Every backend but the reference registers kernels for the two ops above.
 BACKENDS = (
     Backend("cpu", _cpu_reasons),
+    Backend("cuda", _cuda_reasons),
     Backend("reference", lambda call: []),
 )
 

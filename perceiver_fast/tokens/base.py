@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.backends import Choice
+
 
 class Tokens:
     """What every description of tokens offers.
@@ -32,6 +34,10 @@ class Tokens:
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         """``to_kv(norm(tokens))``, ``[B, M, 2 H d]``, for paths that need keys and values as tensors."""
         raise NotImplementedError
+
+    def uses(self, path: str) -> tuple[Choice, ...]:
+        """Ops beside attention that a layer needs of these tokens on its way, with the backends that run them."""
+        return ()
 
     def projection_operations(self, width: int) -> float:
         """Multiply-adds of :meth:`keys_values` for one batch element and ``width`` output channels."""

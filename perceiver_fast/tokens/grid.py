@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast import ops
+from perceiver_fast.backends import Choice
+from perceiver_fast.ops.grid_scale import choose_grid_scale
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 
@@ -59,6 +61,9 @@ class GridTokens(Tokens):
     @property
     def compute(self) -> torch.dtype:
         return self.feat.dtype
+
+    def uses(self, path: str) -> tuple[Choice, ...]:
+        return (choose_grid_scale(self.feat),)
 
     def projection_operations(self, width: int) -> float:
         tables = sum(code.code.shape[0] * code.code.shape[1] for code in self.codes)

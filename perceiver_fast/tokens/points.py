@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast import reference
-from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
+from perceiver_fast.backends import Choice
+from perceiver_fast.ops.fourier_projection import (
+    FourierProjectionCall,
+    choose_fourier_projection,
+    fourier_projection_tokens,
+)
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 
@@ -47,6 +52,9 @@ class PointTokens(Tokens):
     @property
     def compute(self) -> torch.dtype:
         return compute_dtype(self.feat.dtype)
+
+    def uses(self, path: str) -> tuple[Choice, ...]:
+        return (choose_fourier_projection(FourierProjectionCall(self.feat.dtype, self.device)),)
 
     def projection_operations(self, width: int) -> float:
         return self.count * (self.channels * width + 2 * self.frequencies.numel() * ENCODING)

@@ -58,9 +58,9 @@ class Backward {
       : plan_(plan), in_(plan.in), terms_(terms), queries_(queries), d_o_(d_o), parallel_(parallel), packed_(plan),
         group_(plan.group_size(packed_.size() + packed_.d * plan.width)) {}
 
-  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP, added to what is there. A
-  // second call takes out the first one's rounding, so that saturated tokens get their tiny gradients and not its noise.
-  void add_token_delta() {
+  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP. The second pass
+  // finds the first one's rounding, so that saturated tokens get their tiny gradients and not its noise.
+  void find_token_delta(int pass) {
     const int64_t W = plan_.width;
     parallel_.run(plan_.heads() * plan_.tiles, [&](int64_t begin, int64_t end) {
       const Aligned<T> block(packed_.size()), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
@@ -73,11 +73,11 @@ class Backward {
           pack(head, i, block.get(), keys.data());
           plan_.kernels.token_delta(tokens, view(block.get(), keys.data(), p.get(), ds.get()), sums.get());
         }
-        T* delta = terms_.delta.data() + terms_.row(head) + tile * kTileTokens;
+        T* delta = (pass == 0 ? terms_.delta : terms_.delta_low).data() + terms_.row(head) + tile * kTileTokens;
         for (int64_t m = 0; m < tokens.count; ++m) {
           T sum = 0;
           for (int64_t lane = 0; lane < W; ++lane) sum += sums.get()[m * W + lane];
-          delta[m] += sum;
+          delta[m] = sum;
         }
       }
     });
@@ -284,7 +284,7 @@ void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, cons
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   const QueryTerms<T> queries(in, o, lse, d_o, d_lse, parallel);
   Backward<T> backward(plan, terms, queries, d_o, parallel);
-  for (int pass = 0; in.inverted && pass < 2; ++pass) backward.add_token_delta();
+  for (int pass = 0; in.inverted && pass < 2; ++pass) backward.find_token_delta(pass);
   backward.run(d_lse, dq, dk, dv);
 }
 

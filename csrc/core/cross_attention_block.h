@@ -21,8 +21,9 @@ struct TokenTile {
   const T *k, *v;
   int64_t k_row, v_row;
   // What tokens add to the exponents of their weights, and what they multiply them by; null: nothing. A masked token
-  // has a shift of -inf. Inverted attention's backward subtracts delta from the weights' gradients.
-  const T *shift, *weight, *delta;
+  // has a shift of -inf. Inverted attention's backward subtracts delta, in two pieces, from the weights'
+  // gradients.
+  const T *shift, *weight, *delta, *delta_low;
   const uint32_t* keys;  // of dropout
   uint32_t threshold;    // of dropout; zero: none
 };

@@ -127,7 +127,7 @@ void backward(const TokenTile<T>& tile, const BackwardBlock<T>& block) {
         kept = keep<T>(p, block.keys + v, tile.keys[m], tile.threshold);
         u = keep<T>(u, block.keys + v, tile.keys[m], tile.threshold);
       }
-      V ds = p * (Biased ? u - delta - tile.delta[m] : u - delta);
+      V ds = p * (Biased ? u - delta - tile.delta[m] - tile.delta_low[m] : u - delta);
       sum += ds;
       size += S::max(ds, -ds);
       S::store(p_at, kept);

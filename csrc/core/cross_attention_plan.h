@@ -54,6 +54,7 @@ TokenTile<T> tile_of(const AttentionPlan<T>& plan, const TokenTerms<T>& terms, i
           biased ? terms.shift.data() + row : nullptr,
           biased ? terms.weight.data() + row : nullptr,
           biased ? terms.delta.data() + row : nullptr,
+          biased ? terms.delta_low.data() + row : nullptr,
           terms.keys.empty() ? nullptr : terms.keys.data() + m,
           in.dropout.threshold};
 }

@@ -96,7 +96,8 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
   for (int pass = 0; in.inverted && pass < 2; ++pass)
     for_each_part(plan, packed, terms, stats, grad.o, parallel,
                   [&](const TokenBox<T>& box, const TokenGradient<T>& queries, int64_t b) {
-                    plan.kernels.token_delta(box, queries, terms.delta.data() + b * M);
+                    T* out = (pass == 0 ? terms.delta : terms.delta_low).data() + terms.row(b);
+                    plan.kernels.token_delta(box, queries, out);
                   });
 
   // The weight of P rides on the output's gradient, so that the loop multiplies by it nowhere.
@@ -119,26 +120,43 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
   };
   // dS sums to d_lse over the tokens. What it sums to in floating point is the error of delta, which came from
   // rounded outputs; with P summing to one that error put err * o into dq. Taking it out leaves an error of second
-  // order, so that saturated queries get their tiny gradients and not the noise of delta. (With dropout o is not what P
-  // sums to, and inverted attention's dS sums to zero over the queries.)
-  const bool correct = !in.inverted && !in.dropout;
+  // order, so that saturated queries get their tiny gradients and not the noise of delta. With dropout o is not what P
+  // sums to: where the error would show, the block is run again. (Inverted attention's dS sums to zero over the queries.)
+  const auto errors = [&](int64_t task, T* sums) {
+    const int64_t b = task / plan.blocks, first = task % plan.blocks * lanes;
+    bool shows = false;
+    for (int64_t lane = 0; lane < std::min<int64_t>(lanes, N - first); ++lane) {
+      const int64_t row = b * N + first + lane;
+      const bool none = grad.lse == nullptr || packed.all_masked[plan.token_batch(b)];
+      T& error = sums[L * lanes + lane];
+      error -= none ? T(0) : T(grad.lse[row]);
+      stats.delta[row] += error;
+      T largest_o = 0, largest = 0;
+      for (int64_t l = 0; in.dropout && l < L; ++l) {
+        largest_o = std::max(largest_o, std::abs(out.o[row * L + l]));
+        largest = std::max(largest, std::abs(sums[l * lanes + lane]));
+      }
+      shows |= std::abs(error) * largest_o > 64 * std::numeric_limits<T>::epsilon() * largest;
+    }
+    return shows;
+  };
   const auto finish = [&](int64_t task, T* sums) {
     const int64_t b = task / plan.blocks, first = task % plan.blocks * lanes, tokens_of = plan.token_batch(b);
     const int64_t count = std::min<int64_t>(lanes, N - first);
-    const std::vector<T> factor(lanes, T(1));
-    for (int64_t lane = 0; correct && lane < count; ++lane) {
+    if (!in.inverted && errors(task, sums) && in.dropout) work(task, 0, 1, sums);
+    for (int64_t lane = 0; !in.inverted && lane < count; ++lane) {
       const int64_t row = b * N + first + lane;
       const T wanted = grad.lse == nullptr || packed.all_masked[tokens_of] ? T(0) : T(grad.lse[row]);
-      const T error = sums[L * lanes + lane] - wanted;
-      stats.delta[row] += error;
+      const T error = in.dropout ? T(0) : sums[L * lanes + lane];
       for (int64_t l = 0; l < L; ++l) {
         T& sum = sums[l * lanes + lane];
-        sum = packed.constant[tokens_of] ? wanted * out.o[row * L + l] : sum - error * out.o[row * L + l];
+        sum = packed.constant[tokens_of] && !in.dropout ? wanted * out.o[row * L + l] : sum - error * out.o[row * L + l];
       }
     }
     if (in.dropout && !in.inverted &&
         (packed.all_masked[tokens_of] || (packed.constant[tokens_of] && grad.lse == nullptr)))
       std::fill(sums, sums + L * lanes, T(0));  // weights that do not depend on the queries
+    const std::vector<T> factor(lanes, T(1));
     unpack_table(sums, L, lanes, factor.data(), count, dq + (b * N + first) * L, L);
   };
   for_each_block(plan, parallel, work, finish);

@@ -32,8 +32,8 @@ struct TokenBox {
   bool masked;
   // Inverted attention and dropout; null otherwise. What tokens add to the exponents of their weights (an integer, -inf
   // when masked), what they multiply them by, and what inverted attention's backward subtracts from the weights'
-  // gradients: [M] each. Keys are of dropout, and a threshold of zero drops nothing.
-  const T *shift, *weight, *delta;
+  // gradients, in two pieces: [M] each. Keys are of dropout, and a threshold of zero drops nothing.
+  const T *shift, *weight, *delta, *delta_low;
   const uint32_t* keys;
   uint32_t threshold;
 };
@@ -81,7 +81,7 @@ struct GridAttentionKernels {
   void (*maximum)(const TokenBox<T>&, const T* q, T* max);  // max [lanes] is raised to the largest S
   void (*token_gradient)(const TokenBox<T>&, const TokenGradient<T>&);
   // Inverted attention, [M] each. log2 of the sum over the queries of 2^S, as a maximum and a sum of 2^(S - maximum);
-  // and delta += the sum over the queries of P times (its gradient - delta). Of TokenGradient, the latter needs no feat and no outputs.
+  // and the sum over the queries of P times (its gradient - the box's delta). Of TokenGradient, the latter needs no feat and no outputs.
   void (*token_sums)(const TokenBox<T>&, const TokenGradient<T>&, T* maximum, T* sum);
   void (*token_delta)(const TokenBox<T>&, const TokenGradient<T>&, T* delta);
 };

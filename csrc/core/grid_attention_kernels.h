@@ -104,7 +104,7 @@ struct Step {
         for (int u = 0; u < U; ++u) t[u] += g_feat[f] * tok[u * K + 1 + f];
       for (int u = 0; u < U; ++u) {
         if (kind == Variant::dropped) t[u] = keep<T>(t[u], keys, box.keys[m + u], box.threshold) - delta;
-        if (by_token) t[u] -= box.delta[m + u];
+        if (by_token) t[u] = t[u] - box.delta[m + u] - box.delta_low[m + u];
         p[u] *= t[u];
       }
     }

@@ -53,6 +53,7 @@ struct GridPlan {
             by_token ? terms.shift.data() + row : nullptr,
             by_token ? terms.weight.data() + row : nullptr,
             by_token ? terms.delta.data() + row : nullptr,
+            by_token ? terms.delta_low.data() + row : nullptr,
             terms.keys.empty() ? nullptr : terms.keys.data(),
             in.dropout.threshold};
   }

@@ -81,12 +81,13 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
   V *ds_q = x + F, *p_g = ds_q + F;                         // sums of dS q_feat and of P grad_feat
   for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
     const V r = tokens.gather(0), bias = tokens.gather(1 + F);
-    V token_shift{}, token_weight{}, token_delta{};
+    V token_shift{}, token_weight{}, token_delta{}, delta_low{};
     alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
     if (ByToken) {
       token_shift = tokens.load(box.shift);
       token_weight = tokens.load(box.weight);
       token_delta = tokens.load(box.delta);
+      delta_low = tokens.load(box.delta_low);
       for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
     }
     for (int64_t f = 0; f < F; ++f) {
@@ -110,7 +111,7 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
           kept = keep<T>(p, keys, g.keys[n], box.threshold);
           u = keep<T>(u, keys, g.keys[n], box.threshold);
         }
-        u -= token_delta + g.delta[n];
+        u = u - g.delta[n] - token_delta - delta_low;
       }
       const V ds = p * u;
       for (int64_t f = 0; f < F; ++f) {
@@ -173,7 +174,7 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
     for (int64_t f = 0; f < box.features; ++f) x[f] = tokens.gather(1 + f);
     alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
     for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
-    const V before = tokens.load(delta);
+    const V before = tokens.load(box.delta);
     V total{};
     for (int64_t n = 0; n < g.queries; ++n) {
       const T* grad = g.grad + n * g.length;
@@ -183,7 +184,7 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
       if (box.threshold != 0) u = keep<T>(u, keys, g.keys[n], box.threshold);
       total += p * (u - g.delta[n] - before);
     }
-    tokens.store(delta, before + total);
+    tokens.store(delta, total);
   });
 }
 

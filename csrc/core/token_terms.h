@@ -16,10 +16,11 @@ constexpr double kInvertedEps = 1e-8;
 
 // Exponents of weights get `shift`, an integer or -inf (masked); weights are multiplied by `weight`. Inverted attention
 // divides by the softmax's denominator over the queries that way, exactly for logits of any size, and its backward
-// subtracts `delta` from the gradients of weights. Empty when nothing needs them.
+// subtracts `delta`, then its rounding `delta_low`, from the gradients of weights: where one query has all of a token's
+// weight nothing else is left of them. Empty when nothing needs them.
 template <class T>
 struct TokenTerms {
-  std::vector<T> shift, weight, delta;
+  std::vector<T> shift, weight, delta, delta_low;
   std::vector<uint32_t> keys;
 
   // `mask` [batch, tokens] and `token_lse` [batch * heads, tokens] may be null.
@@ -31,6 +32,7 @@ struct TokenTerms {
     shift.assign(count, T(0));
     weight.assign(count, T(1));
     delta.assign(count, T(0));
+    delta_low.assign(count, T(0));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = i / tokens / (per_head_ ? heads : 1);
       if (mask != nullptr && !mask[b * tokens + i % tokens]) {

@@ -174,7 +174,7 @@ class CrossAttention(nn.Module):
                 q, z = q.flatten(1, 2).unsqueeze(1), z.unsqueeze(1)
             o = cross_attention(q, z, z.view(z.shape), mask, dropout, inverted, scale=1.0, return_lse=lse)
             o, sums = o if lse else (o, None)
-            o = o.reshape(o.shape[0], heads, -1, o.shape[-1])
+            o = o.reshape(o.shape[0], heads, x.shape[1], o.shape[-1])
             kept = None
             if counts:
                 o, kept = o[..., :-1], o[..., -1].flatten(1)

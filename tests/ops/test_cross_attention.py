@@ -89,9 +89,10 @@ def test_float32_error_is_that_of_plain_pytorch(case, dropout, inverted, magnitu
 # Not both: a query that holds a single token then has a gradient of zero, which plain PyTorch finds exactly and the kernel
 # up to rounding of the weights' gradients.
 @pytest.mark.parametrize("dropout, inverted", WEIGHTS[:3])
-@pytest.mark.parametrize("case", ORDINARY[:6], ids=str)
+@pytest.mark.parametrize("case", [case for case in ORDINARY if case[3] > 100], ids=str)
 def test_extreme_logits(case, dropout, inverted):
-    """Logits of thousands: a result hangs on how a few near-ties round, so the errors are compared over many draws."""
+    """Logits of thousands: a result hangs on how a few near-ties round, so the errors are compared over many draws, and
+    where there are many tokens."""
     ratios = {}
     for seed in range(8):
         for name, kernel, plain in errors(case, dropout, inverted, torch.float32, 3000.0, seed):

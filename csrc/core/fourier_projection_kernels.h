@@ -69,7 +69,7 @@ struct Statistics {
   void positions(const Tile<T>& tile, const T* codes) {
     codes += tile.features * kFourierTile;
     sum_channels(tile.axis_channels, tile.width, position_mean, [=](int64_t i, int64_t) { return codes[i]; });
-    for (int64_t t = 0; t < tile.width; ++t) position_mean[t] /= T(tile.axis_channels);
+    for (int64_t t = 0; t < tile.width && tile.axis_channels > 0; ++t) position_mean[t] /= T(tile.axis_channels);
     const T* middle = position_mean;
     sum_channels(tile.axis_channels, tile.width, position_square,
                  [=](int64_t i, int64_t t) { return (codes[i] - middle[t]) * (codes[i] - middle[t]); });
@@ -127,7 +127,7 @@ void forward(const FourierForward<T>& call, int64_t tile_begin, int64_t tile_end
       if (tile.shared()) std::memcpy(call.sums, positions, sizeof(T) * tile.count * call.row);
       if (F > 0) {
         to_columns(in.feat + token * F, F, tile, F, call.codes);
-        project(call, tile, 0, F, true, call.sums);
+        project(call, tile, 0, F, tile.axis_channels > 0, call.sums);
       }
       if (call.scale != nullptr) statistics.scale(tile, call.codes, call.eps, call.scale + token);
       for (int64_t t = 0; t < tile.count; ++t) {

@@ -40,18 +40,16 @@ PF_INLINE void tile_gemm_block(int64_t depth, const T* w, int64_t w_row, int64_t
     }
 }
 
-// All rows of one strip of `Vectors` vectors.
-template <class T, int Vectors, bool Accumulate>
-void tile_gemm_strip(int64_t rows, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b, int64_t b_row,
-                     T* c, int64_t c_row) {
-  int64_t i = 0;
-#define PF_ROWS(COUNT)                  \
-  for (; i + COUNT <= rows; i += COUNT) \
-    tile_gemm_block<T, COUNT, Vectors, Accumulate>(depth, w + i * w_row, w_row, w_step, b, b_row, c + i * c_row, c_row);
-  PF_ROWS(kGemmRows)
-  PF_ROWS(3)
-  PF_ROWS(1)
-#undef PF_ROWS
+// `Rows` rows of c, strip by strip: their elements of w stay in the first-level cache, as b does when it is a tile.
+template <class T, int Rows, bool Accumulate>
+PF_INLINE void tile_gemm_rows(int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
+                              int64_t b_row, T* c, int64_t c_row) {
+  constexpr int64_t strip = kGemmVectors * Simd<T>::lanes;
+  int64_t x = 0;
+  for (; x + strip <= columns; x += strip)
+    tile_gemm_block<T, Rows, kGemmVectors, Accumulate>(depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
+  for (; x < columns; x += Simd<T>::lanes)
+    tile_gemm_block<T, Rows, 1, Accumulate>(depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
 }
 
 // c = w b, or c += w b when Accumulate. `columns` is a multiple of the vector's lanes; b and c are row-major with
@@ -59,12 +57,14 @@ void tile_gemm_strip(int64_t rows, int64_t depth, const T* w, int64_t w_row, int
 template <class T, bool Accumulate>
 void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
                int64_t b_row, T* c, int64_t c_row) {
-  constexpr int64_t strip = kGemmVectors * Simd<T>::lanes;
-  int64_t x = 0;
-  for (; x + strip <= columns; x += strip)
-    tile_gemm_strip<T, kGemmVectors, Accumulate>(rows, depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
-  for (; x < columns; x += Simd<T>::lanes)
-    tile_gemm_strip<T, 1, Accumulate>(rows, depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
+  int64_t i = 0;
+#define PF_ROWS(COUNT)                                                                                        \
+  for (; i + COUNT <= rows; i += COUNT)                                                                       \
+    tile_gemm_rows<T, COUNT, Accumulate>(columns, depth, w + i * w_row, w_row, w_step, b, b_row, c + i * c_row, c_row);
+  PF_ROWS(kGemmRows)
+  PF_ROWS(3)
+  PF_ROWS(1)
+#undef PF_ROWS
 }
 
 }  // namespace PF_ISA

@@ -33,8 +33,8 @@ struct Inputs {
   Inputs(const std::optional<Tensor>& feat_, const Tensor& coords_, const Tensor& frequencies_, const Tensor& weight_)
       : coords(torch::stable::contiguous(coords_)), frequencies(torch::stable::contiguous(frequencies_)),
         weight(torch::stable::contiguous(weight_)) {
-    STD_TORCH_CHECK(coords.dim() == 3 && coords.size(2) > 0,
-                    "fourier_projection: expected coords [Bc, M, A] with at least one axis, got ", shape_of(coords));
+    STD_TORCH_CHECK(coords.dim() == 3 && (coords.size(2) > 0 || feat_),
+                    "fourier_projection: expected coords [Bc, M, A] with at least one axis where there is no feat, got ", shape_of(coords));
     STD_TORCH_CHECK(frequencies.dim() == 2, "fourier_projection: expected frequencies [A, K], got ",
                     shape_of(frequencies));
     STD_TORCH_CHECK(weight.dim() == 2, "fourier_projection: expected weight [C, D], got ", shape_of(weight));
@@ -100,12 +100,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::opti
   Tensor dweight = torch::stable::new_empty(weight, sizes_of(weight));
   Tensor dfeat = torch::stable::new_empty(weight, feat_grads ? sizes_of(*feat) : std::vector<int64_t>{0});
   Tensor dcoords = torch::stable::new_empty(coords, token_grads ? sizes_of(coords) : std::vector<int64_t>{0});
+  // Without axes there are no positions to write to, and yet gradients of the tokens.
+  double none;
+  double* d_coords = dcoords.numel() > 0 ? static_cast<double*>(dcoords.data_ptr()) : &none;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     fourier_projection_backward<T>(inputs.view<T>(), eps ? static_cast<const T*>(r.data_ptr()) : nullptr,
                                    static_cast<const T*>(grad.data_ptr()), static_cast<T*>(dweight.data_ptr()),
                                    static_cast<T*>(dfeat.data_ptr()),
-                                   token_grads ? static_cast<double*>(dcoords.data_ptr()) : nullptr, torch_parallel());
+                                   token_grads ? d_coords : nullptr, torch_parallel());
   };
   if (weight.scalar_type() == ScalarType::Double) run(0.0);
   else run(0.0f);

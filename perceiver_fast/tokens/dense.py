@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.backends import Choice
+from perceiver_fast.ops.fourier_projection import (
+    FourierProjectionCall,
+    choose_fourier_projection,
+    fourier_projection_tokens,
+)
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 
 
@@ -52,5 +58,22 @@ class DenseTokens(Tokens):
             self._normalized[eps] = F.layer_norm(self.context, self.context.shape[-1:], eps=eps)
         return self._normalized[eps]
 
+    def uses(self, path: str) -> tuple[Choice, ...]:
+        return (self._projection(),) if path == "projected" and self._fuses() else ()
+
+    def _projection(self) -> Choice:
+        return choose_fourier_projection(FourierProjectionCall(self.context.dtype, self.device))
+
+    def _fuses(self) -> bool:
+        # In one pass over the tokens LayerNorm and projection take half the time, and so do they and their gradients.
+        # Where only the weights are trained it is faster to keep the normalised tokens, for all layers.
+        trains_weights = torch.is_grad_enabled() and not self.context.requires_grad
+        return self._projection().backend == "cpu" and not trains_weights
+
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        if self._fuses() and self.context.dtype == self.compute and autocast_dtype(self.device) is None:
+            weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)
+            nowhere = self.context.new_empty((*self.context.shape[:2], 0), dtype=torch.float64)  # no coordinates
+            none = nowhere.new_empty(0, 0)
+            return fourier_projection_tokens(self.context, nowhere, none, weight.T, bias, norm.eps)
         return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.families import FAMILIES
+
 FLOAT32_BYTES = 4
 
 
@@ -18,6 +20,7 @@ class Geometry:
 
     Args:
         name: what the command line and the results call it.
+        family: what it is a model of, a key of FAMILIES. Default: perceiver.
         sizes: the input's axes, n_1 .. n_A.
         channels: raw channels of a token. Default: 3.
         model: the other arguments of ``Perceiver``, the same for every implementation.
@@ -33,6 +36,7 @@ class Geometry:
     rounds: int = 5
     levels: tuple[str, ...] = ("model", "op")
     default: bool = True
+    family: str = "perceiver"
 
     @property
     def tokens(self) -> int:
@@ -56,14 +60,15 @@ class Geometry:
         Per cross-attention it keeps the normalised tokens, the logits and the weights for the backward pass; the
         built tokens are shared, and one backward holds about two more of each.
         """
-        built = FLOAT32_BYTES * self.tokens * (self.channels + len(self.sizes) * (2 * self.model["num_freq_bands"] + 1))
-        depth = self.model["depth"]
+        codes = 2 * self.model.get("num_freq_bands", 0) + 1
+        axes = {"perceiver": len(self.sizes), "points": self.channels, "io": 0}[self.family]
+        built = FLOAT32_BYTES * self.tokens * (self.channels + axes * codes)
+        depth = max(1, self.model["depth"])  # PerceiverIO attends to its input once, whatever its depth
         return (depth + 3) * built + (2 * depth + 3) * self.logits_bytes
 
     def input(self) -> Tensor:
         """One random input ``[1, *sizes, channels]``, the same at every call."""
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(1, *self.sizes, self.channels, generator=generator)
+        return FAMILIES[self.family].draw(self.sizes, self.channels, torch.Generator().manual_seed(1))
 
 
 CROSS_ONLY = {
@@ -94,7 +99,10 @@ IMAGENET = {
     "self_per_cross_attn": 6,
     "num_classes": 1000,
 }
-IMAGE, VIDEO, AUDIO = (224, 224), (16, 224, 224), (61_440,)
+# A cross-attention and its feed-forward, in all families.
+IO = {"depth": 0, "queries_dim": 64, "num_latents": 512, "latent_dim": 64}
+POINTS = {**CROSS_ONLY, "max_freq": 1120.0}
+IMAGE, VIDEO, AUDIO, CLOUD = (224, 224), (16, 224, 224), (61_440,), (50_000,)
 
 GEOMETRIES = {
     geometry.name: geometry
@@ -103,7 +111,12 @@ GEOMETRIES = {
         Geometry("readme", IMAGE, README),
         Geometry("imagenet-lucid-1", IMAGE, {**IMAGENET, "depth": 1}, levels=("model",)),
         Geometry("imagenet-lucid", IMAGE, IMAGENET, rounds=3, levels=("model",), default=False),
-        Geometry("audio", AUDIO, {**CROSS_ONLY, "latent_dim": 1024}, channels=1),
+        Geometry("audio-cross", AUDIO, CROSS_ONLY, channels=1, levels=("model",)),
+        Geometry("audio", AUDIO, {**CROSS_ONLY, "latent_dim": 1024}, channels=1, levels=("model",), default=False),
+        Geometry("points", CLOUD, POINTS, channels=3, levels=("model",), family="points"),
+        Geometry("io-512", (50_176,), IO, channels=512, levels=("model",), family="io"),
+        Geometry("io-32", (50_176,), IO, channels=32, levels=("model",), family="io"),
+        Geometry("inverted", IMAGE, {**CROSS_ONLY, "inverted_cross_attn": True}, levels=("model",)),
         Geometry("video", VIDEO, CROSS_ONLY, rounds=3, default=False),
     )
 }

@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import perceiver_pytorch
 import torch
 import torch.nn.functional as F
+from perceiver_pytorch.perceiver_io import Attention as IOAttention
 from perceiver_pytorch.perceiver_pytorch import Attention
 from torch import Tensor, nn
 
-import perceiver_fast
+from benchmarks.families import FAMILIES
 from benchmarks.geometries import Geometry
 from perceiver_fast import extension
 
@@ -47,7 +47,9 @@ class SDPAAttention(Attention):
 def with_sdpa(model: nn.Module) -> nn.Module:
     """Turn every attention of this one ``model`` of perceiver-pytorch into :class:`SDPAAttention`, in place."""
     for module in model.modules():
-        if type(module) is Attention:
+        if type(module) in (Attention, IOAttention):
+            if type(module) is IOAttention:  # perceiver-pytorch has it twice, once without these options
+                module.dropout, module.queries_contribute_kv = nn.Dropout(0.0), False
             module.__class__ = SDPAAttention
     return model
 
@@ -55,7 +57,7 @@ def with_sdpa(model: nn.Module) -> nn.Module:
 def eager(geometry: Geometry) -> nn.Module:
     """perceiver-pytorch as it is, with the weights that all peers share."""
     torch.manual_seed(0)
-    return perceiver_pytorch.Perceiver(**geometry.arguments)
+    return FAMILIES[geometry.family].theirs(**geometry.arguments)
 
 
 def sdpa(geometry: Geometry) -> nn.Module:
@@ -65,7 +67,7 @@ def sdpa(geometry: Geometry) -> nn.Module:
 
 def fast(geometry: Geometry) -> nn.Module:
     """perceiver-fast, loaded with perceiver-pytorch's weights."""
-    model = perceiver_fast.Perceiver(**geometry.arguments)
+    model = FAMILIES[geometry.family].ours(**geometry.arguments)
     model.load_state_dict(eager(geometry).state_dict())
     return model
 

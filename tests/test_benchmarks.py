@@ -29,6 +29,7 @@ def tiny(name):
     """The geometry with the same structure and few of everything."""
     geometry = GEOMETRIES[name]
     small = {"num_latents": 6, "latent_dim": 16, "num_classes": 5, "depth": min(3, geometry.model["depth"])}
+    small = {key: value for key, value in small.items() if key in geometry.model}
     return replace(geometry, sizes=(5, 6, 4)[: len(geometry.sizes)], model={**geometry.model, **small})
 
 

@@ -9,12 +9,14 @@ from perceiver_fast.attention_map import attention_map
 from perceiver_fast.backends import BackendError, use_backend
 from perceiver_fast.explain import explain
 from perceiver_fast.layers import PerceiverBlock
-from perceiver_fast.models import Perceiver, PerceiverIO, PerceiverLM
+from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Modality",
+    "MultimodalPerceiver",
     "Perceiver",
     "PerceiverBlock",
     "PerceiverIO",

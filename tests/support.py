@@ -95,7 +95,8 @@ def results(model, dtype, inputs, weight=None, default_dtype=torch.float32):
         weight: of the first output in that sum. Default: drawn at random, the same for all calls.
         default_dtype: torch's during the forward.
     """
-    model.to(dtype).zero_grad()
+    model.zero_grad()  # first: changing dtype rounds the gradients a model still holds, those of earlier calls
+    model.to(dtype)
     torch.manual_seed(0)  # of dropout
     call = {}
     for name, value in inputs.items():

@@ -106,9 +106,9 @@ class Perceiver(PooledPerceiver):
         self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
         self.to_logits = pooled_head(latent_dim, num_classes)
 
-    def describe(self, data: Tensor) -> Tokens:
+    def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
         """The tokens that the first layer attends to: projected, so built."""
-        tokens = super().describe(data)
+        tokens = super().describe(data, coords)
         if isinstance(tokens, GridTokens):
             return DenseTokens(project_grid(tokens, self.data_proj))
         if isinstance(tokens, PointTokens):

@@ -5,22 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers import axis_codes
+from perceiver_fast.layers import AxisCodes, axis_codes
 from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.models.inputs import check_coords
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
-
 
 ONE_AXIS_LIMIT = 1024  # positions; a longer single axis would have a table entry for every pair
 
 
-def describe_grid(data: Tensor, num_freq_bands: int, max_freq: float) -> GridTokens | PointTokens:
-    """The tokens of ``data [B, n_1, .., n_A, F]`` with Fourier codes of their positions, not built."""
+def describe_grid(
+    data: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None
+) -> GridTokens | PointTokens:
+    """The tokens of data on a grid with Fourier codes of their positions, not built.
+
+    Args:
+        data: ``[B, n_1, .., n_A, F]``.
+        num_freq_bands, max_freq: of the codes.
+        embedding: ``[E]``, channels that all tokens share, between their own and the codes. Default: none.
+    """
     if data.dim() == 3 and data.shape[1] > ONE_AXIS_LIMIT:
-        return describe_points(data, grid_positions(data.shape[1], data.device), num_freq_bands, max_freq)
+        positions = grid_positions(data.shape[1], data.device)
+        return describe_points(data, positions, num_freq_bands, max_freq, embedding)
     dtype = compute_dtype(data.dtype)
-    codes = (axis_codes(size, num_freq_bands, max_freq, dtype, data.device) for size in data.shape[1:-1])
-    return GridTokens(data, tuple(codes))
+    codes = tuple(axis_codes(size, num_freq_bands, max_freq, dtype, data.device) for size in data.shape[1:-1])
+    if embedding is not None:  # one more axis, of one index
+        data, codes = data.unsqueeze(1), (_shared_code(embedding.to(dtype)), *codes)
+    return GridTokens(data, codes)
+
+
+def _shared_code(embedding: Tensor) -> AxisCodes:
+    """The code ``[1, E]`` of an axis of one index, differentiable in ``embedding [E]`` with its statistics."""
+    mean = embedding.mean(0, keepdim=True)
+    return AxisCodes(embedding.unsqueeze(0), mean, (embedding - mean).square().sum(0, keepdim=True))
 
 
 def grid_positions(size: int, device: torch.device) -> Tensor:
@@ -28,9 +45,21 @@ def grid_positions(size: int, device: torch.device) -> Tensor:
     return torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device="cpu").to(device).view(1, -1, 1)
 
 
-def describe_points(data: Tensor, coords: Tensor, num_freq_bands: int, max_freq: float) -> PointTokens:
-    """The tokens of ``data [B, M, F]`` at positions ``coords [B, M, A]`` (or B = 1) with Fourier codes, not built."""
+def describe_points(
+    data: Tensor, coords: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None
+) -> PointTokens:
+    """The tokens of data at given positions with Fourier codes of these, not built.
+
+    Args:
+        data: ``[B, M, F]``.
+        coords: ``[B, M, A]``, or ``[1, M, A]`` or ``[M, A]`` when the whole batch shares them.
+        num_freq_bands, max_freq: of the codes.
+        embedding: ``[E]``, channels that all tokens share, between their own and the codes. Default: none.
+    """
+    coords = coords if coords.dim() == 3 else coords.unsqueeze(0)
     frequency = torch.linspace(1.0, max_freq / 2, num_freq_bands, dtype=torch.float64, device="cpu").to(data.device)
+    if embedding is not None:
+        data = torch.cat([data, embedding.expand(*data.shape[:-1], -1)], -1)
     return PointTokens(data, coords.double(), frequency.expand(coords.shape[-1], -1))
 
 
@@ -62,23 +91,37 @@ class GridPerceiver(nn.Module):
         self.input_dim = input_channels + (input_axis * (2 * num_freq_bands + 1) if fourier_encode_data else 0)
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
 
-    def check_inputs(self, data: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Check ``data`` and ``mask``; return the mask flattened to ``[B, M]``.
+    def check_inputs(self, data: Tensor, mask: Tensor | None, coords: Tensor | None = None) -> Tensor | None:
+        """Check ``data``, ``mask`` and ``coords``; return the mask flattened to ``[B, M]``.
 
         Raises:
             TypeError, ValueError: the message says expected, got and what to do.
         """
         who = type(self).__name__
+        if coords is not None and not self.fourier_encode_data:
+            raise ValueError(
+                f"{who}: expected no coords with fourier_encode_data=False, got coords; put the positions into data, "
+                "or build the model with fourier_encode_data=True"
+            )
+        grid = dict(axes=self.input_axis, axes_argument="input_axis") if coords is None else dict(axes=1)
         check_data(
-            who, "data", data, self.latents, axes=self.input_axis, channels=self.input_channels,
-            channels_argument="input_channels", axes_argument="input_axis",
-        )  # fmt: skip
+            who, "data", data, self.latents, channels=self.input_channels, channels_argument="input_channels", **grid
+        )
+        if coords is not None:
+            check_coords(who, "coords", coords, data, self.input_axis)
         return check_mask(who, mask, "data", data, data.shape[1:-1])
 
-    def describe(self, data: Tensor) -> Tokens:
-        """The tokens of ``data``, shared by all cross-attention layers of one forward."""
+    def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
+        """The tokens of ``data``, shared by all cross-attention layers of one forward.
+
+        Args:
+            data: ``[B, n_1, .., n_A, input_channels]``, or with coords ``[B, M, input_channels]``.
+            coords: positions ``[B, M, A]`` or ``[M, A]``. Default: a grid.
+        """
         if not self.fourier_encode_data:
             return DenseTokens(data.flatten(1, -2))
+        if coords is not None:
+            return describe_points(data, coords, self.num_freq_bands, self.max_freq)
         return describe_grid(data, self.num_freq_bands, self.max_freq)
 
 
@@ -95,13 +138,16 @@ class PooledPerceiver(GridPerceiver):
         """Latents and tokens through layer ``index``."""
         raise NotImplementedError
 
-    def forward(self, data: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, data: Tensor, mask: Tensor | None = None, *, coords: Tensor | None = None) -> Tensor:
         """Classify.
 
         Args:
-            data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters.
+            data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters; with coords
+                ``[B, M, input_channels]``.
             mask: bool, ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to. A row that is all
                 False attends uniformly to all tokens, as in perceiver-pytorch. Default: all True.
+            coords: positions ``[B, M, A]``, or ``[M, A]`` when the whole batch shares them, A = input_axis; see
+                :class:`perceiver_fast.Perceiver`. Default: data is on a grid.
 
         Returns:
             Logits ``[B, num_classes]``.
@@ -111,8 +157,8 @@ class PooledPerceiver(GridPerceiver):
                 and what to do.
             perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
         """
-        mask = self.check_inputs(data, mask)
-        tokens = self.describe(data)
+        mask = self.check_inputs(data, mask, coords)
+        tokens = self.describe(data, coords)
         x = self.latents.unsqueeze(0)  # [1, N, D]: the first layer's queries are the same for the whole batch
         for index in range(len(self.layers)):
             x, tokens = self.run_layer(index, x, tokens, mask)

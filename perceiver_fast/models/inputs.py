@@ -18,6 +18,30 @@ def check_inputs(model: nn.Module, data: Tensor, mask: Tensor | None) -> Tensor 
     return model.check_inputs(data, mask)
 
 
+def check_coords(who: str, what: str, coords: Tensor, data: Tensor, axes: int) -> None:
+    """Check the positions ``[B, M, A]`` or ``[M, A]`` of ``data [B, M, F]``, A = ``axes``.
+
+    Raises:
+        TypeError, ValueError: the message says expected, got and what to do.
+    """
+    check_tensor(who, what, coords)
+    if not coords.is_floating_point():
+        raise TypeError(f"{who}: expected floating-point {what}, got {coords.dtype}; convert, e.g. {what}.double()")
+    batch, tokens = data.shape[:2]
+    layout = f"[{tokens}, {axes}] or [{batch}, {tokens}, {axes}]"
+    if coords.dim() not in (2, 3) or coords.shape[-1] != axes:
+        raise ValueError(
+            f"{who}: expected {what} {layout}, {axes} a token (input_axis={axes}), got {tuple(coords.shape)}; "
+            "put a token's coordinates last, or build the model with another input_axis"
+        )
+    if coords.shape[-2] != tokens or (coords.dim() == 3 and coords.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"{who}: expected {what} {layout}, a position for every token of data {tuple(data.shape)}, "
+            f"got {tuple(coords.shape)}; pad both alike and mask the padding, or leave out the batch if it is shared"
+        )
+    check_device(who, what, coords, data)
+
+
 def check_queries(who: str, queries: Tensor, batch: int, channels: int, like: Tensor) -> Tensor:
     """Check decoder queries; return them as ``[B, Q, D]``, or ``[1, Q, D]`` where the whole batch shares them.
 

@@ -9,14 +9,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock
 from perceiver_fast.models.checkpoints import upgrade_state_dict
 from perceiver_fast.models.grid import GridPerceiver
-from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks
-
-
-class MeanPool(nn.Module):
-    """Mean over the latents, ``[B, N, D]`` to ``[B, D]``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(dim=1)
+from perceiver_fast.models.stack import build_layers, classifier_head, first_hiddens, run_blocks
 
 
 class Perceiver(GridPerceiver):
@@ -25,6 +18,10 @@ class Perceiver(GridPerceiver):
     The arguments, the state_dict, the outputs and the gradients are perceiver-pytorch 0.11.0's; the same seed gives
     the same initial weights. Checkpoints of perceiver-pytorch 0.3 to 0.9 are renamed as they load. The kernels give first
     derivatives and take no torch.func transforms; ``use_backend("reference")`` has both.
+
+    What perceiver-pytorch does not have: ``model(data [B, M, F], coords=[B, M, A])`` takes tokens at arbitrary
+    positions, point clouds for example. A grid's are evenly spaced in [-1, 1] along every axis; the codes have the
+    same frequencies. Points without channels of their own are ``data [B, M, 0]`` with input_channels=0.
 
     Args:
         num_freq_bands: number of Fourier frequencies per axis, K.
@@ -58,6 +55,8 @@ class Perceiver(GridPerceiver):
         >>> from perceiver_fast import Perceiver
         >>> model = Perceiver(num_freq_bands=6, depth=1, max_freq=10.0, num_latents=8, latent_dim=16, num_classes=5)
         >>> model(torch.randn(2, 12, 10, 3)).shape
+        torch.Size([2, 5])
+        >>> model(torch.randn(2, 77, 3), coords=torch.rand(2, 77, 2) * 2 - 1).shape
         torch.Size([2, 5])
     """
 
@@ -122,11 +121,7 @@ class Perceiver(GridPerceiver):
         layers = build_layers(layer, depth, shared=1 if weight_tie_layers else None)
         self.layers = nn.ModuleList(block for block, _ in layers)
         self.attn_residuals = nn.ModuleList(attn_residual for _, attn_residual in layers)
-        self.to_logits = (
-            nn.Sequential(MeanPool(), nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))
-            if final_classifier_head
-            else nn.Identity()
-        )
+        self.to_logits = classifier_head(latent_dim, num_classes) if final_classifier_head else nn.Identity()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         upgrade_state_dict(state_dict, prefix)  # before the submodules take their shares
@@ -139,16 +134,21 @@ class Perceiver(GridPerceiver):
         return_embeddings: bool = False,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
         return_hiddens: bool = False,
+        *,
+        coords: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor] | None]:
         """Classify, or embed.
 
         Args:
-            data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters.
+            data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters; with coords
+                ``[B, M, input_channels]``.
             mask: bool, ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to. A row that is all
                 False attends uniformly to all tokens, as in perceiver-pytorch. Default: all True.
             return_embeddings: return the latents ``[B, N, D]`` in place of the logits. Default: False.
             block_outputs: outputs of earlier blocks, for the attention residual. Default: the initial latents.
             return_hiddens: also return the outputs of all blocks. Default: False.
+            coords: positions ``[B, M, A]``, or ``[M, A]`` when the whole batch shares them, A = input_axis; floating
+                point, and computed with in float64. Gradients reach them. Default: data is on a grid.
 
         Returns:
             Logits ``[B, num_classes]`` or latents ``[B, N, D]``; with return_hiddens, a tuple of that and the list
@@ -159,8 +159,8 @@ class Perceiver(GridPerceiver):
                 and what to do.
             perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
         """
-        mask = self.check_inputs(data, mask)
-        tokens, batch = self.describe(data), data.shape[0]
+        mask = self.check_inputs(data, mask, coords)
+        tokens, batch = self.describe(data, coords), data.shape[0]
         x = self.latents.unsqueeze(0)  # [1, N, D]: the first block's queries are the same for the whole batch
         hiddens = first_hiddens(x.expand(batch, -1, -1), block_outputs, return_hiddens or self.has_attn_residual)
         arguments = (

@@ -1,4 +1,4 @@
-"""Stacks of layers: which share their weights, and how their outputs are kept and combined."""
+"""Stacks of layers: which share their weights, how their outputs are kept and combined, and the head after them."""
 
 from __future__ import annotations
 
@@ -57,3 +57,15 @@ def run_blocks(
         if attn_residual is not None:
             x = attn_residual(hiddens)
     return x
+
+
+class MeanPool(nn.Module):
+    """Mean over the latents, ``[B, N, D]`` to ``[B, D]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)
+
+
+def classifier_head(latent_dim: int, num_classes: int) -> nn.Sequential:
+    """Latents ``[B, N, D]`` to logits ``[B, num_classes]``; parameter names are perceiver-pytorch's."""
+    return nn.Sequential(MeanPool(), nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))

@@ -64,5 +64,6 @@ def merge_groups(outs: Sequence[Tensor], lses: Sequence[Tensor], counts: Sequenc
     # A group that is all masked has no say beside one that is not, and its share of the tokens beside others like it.
     size = torch.tensor(counts, dtype=torch.float64).log().to(lses[0].device)
     lse = torch.stack(tuple(lses), -1)
-    weight = torch.where(lse < -1e30, size - 1e9, lse).softmax(-1)
+    empty = lse < -1e30
+    weight = torch.where(empty.all(-1, keepdim=True), size, lse.masked_fill(empty, -torch.inf)).softmax(-1)
     return sum(w.unsqueeze(-1).to(out.dtype) * out for w, out in zip(weight.unbind(-1), outs))

@@ -1,0 +1,67 @@
+"""Audio: which waveform is it? Raw sound, one token a sample, 4,096 on a single axis.
+
+Pitch, phase and loudness are random, so no sample by itself says much: latents have to gather the shape of the wave
+from all of them. Draws the waveforms and where a few latents listen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from common import console, new_figure, parse, predict, report, save, train
+from torch import Tensor
+
+import perceiver_fast as pf
+
+SAMPLES = 4096
+MODEL = dict(
+    num_freq_bands=32, max_freq=64.0, depth=2, input_channels=1, input_axis=1, num_latents=16, latent_dim=48,
+    cross_dim_head=32, latent_heads=4, latent_dim_head=12,
+)  # fmt: skip
+NAMES = ("sine", "square", "saw", "noise", "fading", "chirp")
+
+
+def draw(batch: int) -> tuple[tuple, Tensor]:
+    """Sounds ``[B, 4096, 1]`` and which waveform ``[B]``."""
+    labels = torch.randint(len(NAMES), (batch,))
+    time = torch.linspace(0, 1, SAMPLES)
+    cycles, start = 8 + 12 * torch.rand(batch, 1), torch.rand(batch, 1)
+    phase = start + cycles * time
+    sine = (2 * math.pi * phase).sin()
+    chirp = (2 * math.pi * (start + cycles * (0.1 * time + 2 * time.square()))).sin()
+    every = (sine, sine.sign(), 2 * phase.frac() - 1, torch.randn(batch, SAMPLES), sine * (-4 * time).exp(), chirp)
+    waves = torch.stack(every)[labels, torch.arange(batch)]
+    waves = waves / waves.square().mean(1, keepdim=True).sqrt()  # loudness tells nothing
+    return ((waves + 0.05 * torch.randn(batch, SAMPLES)).unsqueeze(-1),), labels
+
+
+def picture(model: pf.Perceiver, latents: int = 3):
+    """One wave of every kind, and the attention of the latents that vary most, relative to uniform."""
+    (waves,), labels = draw(64)
+    first = [int((labels == name).nonzero()[0]) for name in range(len(NAMES))]
+    maps = pf.attention_map(model, waves[first], layer=1, latents=range(MODEL["num_latents"]))[:, 0] * SAMPLES
+    chosen = maps.var(-1).mean(0).topk(latents).indices
+    figure = new_figure(12, 1.5 * len(NAMES))
+    panels = figure.subplots(len(NAMES), 2, sharex=True)
+    for row, name in enumerate(NAMES):
+        panels[row, 0].plot(waves[first[row], :1024, 0], linewidth=0.7)
+        panels[row, 0].set_ylabel(name)
+        panels[row, 1].plot(maps[row, chosen, :1024].T, linewidth=0.7)
+    panels[0, 0].set_title("the first 1,024 samples")
+    panels[0, 1].set_title(f"attention of latents {', '.join(map(str, chosen.tolist()))}: 1 is uniform")
+    return figure
+
+
+def main() -> None:
+    args = parse(__doc__)
+    model = pf.Perceiver(**MODEL, num_classes=len(NAMES))
+    console.print(str(pf.explain(model, draw(1)[0][0])), markup=False)
+    train(model, draw, steps=50 if args.quick else 400, batch=16)
+    predicted, true = predict(model, draw, 120 if args.quick else 600, batch=32)
+    report(predicted, true, NAMES, "new sounds")
+    save(picture(model), args.out / "audio.png")
+
+
+if __name__ == "__main__":
+    main()

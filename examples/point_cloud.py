@@ -1,0 +1,116 @@
+"""Point clouds: which surface were these points drawn from? Tokens at arbitrary positions, with ``coords=``.
+
+A point has no channels but its position: data is [B, M, 0]. Surfaces are turned, scaled and moved at random. Draws test
+clouds, coloured by how much the latent that varies most attends to each point.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from common import console, new_figure, parse, predict, report, save, train
+from torch import Tensor
+
+import perceiver_fast as pf
+
+POINTS = 256
+MODEL = dict(
+    num_freq_bands=6, max_freq=8.0, depth=2, input_channels=0, input_axis=3, num_latents=24, latent_dim=48,
+    cross_dim_head=32, latent_heads=4, latent_dim_head=12,
+)  # fmt: skip
+
+
+def sphere(u: Tensor, v: Tensor) -> Tensor:
+    z, angle = 2 * u - 1, 2 * math.pi * v
+    r = (1 - z.square()).sqrt()
+    return torch.stack([r * angle.cos(), r * angle.sin(), z], -1)
+
+
+def cube(u: Tensor, v: Tensor) -> Tensor:
+    points = torch.stack([2 * u - 1, 2 * v - 1, torch.ones_like(u) - 2 * (torch.rand_like(u) < 0.5)], -1)
+    order = (torch.arange(3) + torch.randint(3, (*u.shape, 1))) % 3
+    return 0.8 * points.gather(-1, order)
+
+
+def torus(u: Tensor, v: Tensor) -> Tensor:
+    around, tube = 2 * math.pi * u, 2 * math.pi * v
+    r = 0.85 + 0.35 * tube.cos()
+    return torch.stack([r * around.cos(), r * around.sin(), 0.35 * tube.sin()], -1)
+
+
+def cylinder(u: Tensor, v: Tensor) -> Tensor:
+    angle = 2 * math.pi * u
+    return torch.stack([0.6 * angle.cos(), 0.6 * angle.sin(), 2.2 * v - 1.1], -1)
+
+
+def helix(u: Tensor, v: Tensor) -> Tensor:
+    angle = 4 * math.pi * u
+    return torch.stack([0.8 * angle.cos(), 0.8 * angle.sin(), 2 * u - 1], -1) + 0.05 * torch.randn(*u.shape, 3)
+
+
+SURFACES = {f.__name__: f for f in (sphere, cube, torus, cylinder, helix)}
+
+
+def rotations(count: int) -> Tensor:
+    """Random rotations ``[count, 3, 3]``."""
+    q, r = torch.linalg.qr(torch.randn(count, 3, 3))
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return q * torch.linalg.det(q)[:, None, None]
+
+
+def draw(batch: int) -> tuple[tuple, Tensor]:
+    """``(data [B, M, 0], positions [B, M, 3])`` and which surface ``[B]``."""
+    labels, u, v = torch.randint(len(SURFACES), (batch,)), torch.rand(batch, POINTS), torch.rand(batch, POINTS)
+    every = torch.stack([surface(u, v) for surface in SURFACES.values()])
+    points = every[labels, torch.arange(batch)] @ rotations(batch) * (0.5 + 0.3 * torch.rand(batch, 1, 1))
+    points = points + 0.1 * torch.randn(batch, 1, 3) + 0.01 * torch.randn(batch, POINTS, 3)
+    return (torch.empty(batch, POINTS, 0), points), labels
+
+
+class Classifier(pf.Perceiver):
+    """A Perceiver called with positions alone as its second argument."""
+
+    def forward(self, data: Tensor, coords: Tensor) -> Tensor:
+        return super().forward(data, coords=coords)
+
+
+@torch.no_grad()
+def attention(model: pf.Perceiver, data: Tensor, coords: Tensor) -> Tensor:
+    """Weights ``[B, N, M]`` of the first block's cross-attention, from the keys that the layer builds."""
+    layer = model.layers[0].cross_attn
+    keys, _ = layer.fn.to_kv.weight.shape[0] // 2, None
+    k = model.describe(data, coords).keys_values(layer.fn.to_kv, layer.norm_context)[..., :keys]
+    q = layer.fn.to_q(layer.norm(model.latents))
+    return (q @ k.transpose(1, 2) * layer.fn.dim_head**-0.5).softmax(-1)
+
+
+def picture(clouds: Tensor, weights: Tensor, titles: list[str]):
+    """Every cloud in three dimensions, brighter where it is attended to more."""
+    figure = new_figure(2.6 * len(clouds), 3.0)
+    for i, (cloud, weight, title) in enumerate(zip(clouds, weights, titles)):
+        panel = figure.add_subplot(1, len(clouds), i + 1, projection="3d")
+        panel.scatter(*cloud.T.numpy(), c=weight.log().numpy(), s=9, cmap="plasma")
+        panel.set(title=title, xticks=[], yticks=[], zticks=[], box_aspect=(1, 1, 1))
+    return figure
+
+
+def main() -> None:
+    args = parse(__doc__)
+    names = list(SURFACES)
+    model = Classifier(**MODEL, num_classes=len(names))
+    (data, coords), _ = draw(1)
+    console.print(str(pf.explain(model, data, coords=coords)), markup=False)
+    train(model, draw, steps=120 if args.quick else 900, batch=32)
+    predicted, true = predict(model, draw, 200 if args.quick else 1000)
+    report(predicted, true, names, "new clouds")
+
+    (data, coords), labels = draw(64)
+    first = [int((labels == surface).nonzero()[0]) for surface in range(len(names))]
+    weights = attention(model, data[first], coords[first])
+    latent = weights.log().var(-1).mean(0).argmax()
+    save(picture(coords[first], weights[:, latent], names), args.out / "point_cloud.png")
+
+
+if __name__ == "__main__":
+    main()

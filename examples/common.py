@@ -15,6 +15,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = max(console.width, 120)  # a file or a pipe has no width of its own
 
 # draw(batch size) -> the model's positional arguments, and labels [batch]
 Draw = Callable[[int], tuple[tuple, Tensor]]

@@ -69,7 +69,7 @@ def draw(batch: int) -> tuple[tuple, Tensor]:
 
 
 class Classifier(pf.Perceiver):
-    """A Perceiver called with positions alone as its second argument."""
+    """A Perceiver that takes the positions as its second argument."""
 
     def forward(self, data: Tensor, coords: Tensor) -> Tensor:
         return super().forward(data, coords=coords)
@@ -79,8 +79,7 @@ class Classifier(pf.Perceiver):
 def attention(model: pf.Perceiver, data: Tensor, coords: Tensor) -> Tensor:
     """Weights ``[B, N, M]`` of the first block's cross-attention, from the keys that the layer builds."""
     layer = model.layers[0].cross_attn
-    keys, _ = layer.fn.to_kv.weight.shape[0] // 2, None
-    k = model.describe(data, coords).keys_values(layer.fn.to_kv, layer.norm_context)[..., :keys]
+    k, _ = model.describe(data, coords).keys_values(layer.fn.to_kv, layer.norm_context).chunk(2, -1)
     q = layer.fn.to_q(layer.norm(model.latents))
     return (q @ k.transpose(1, 2) * layer.fn.dim_head**-0.5).softmax(-1)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import perceiver_fast as pf
 
 FRAMES, SIDE = 8, 16
+CONTRAST = 3.0  # one channel beside 27 of position: tokens should differ by what is seen, not only by where
 MODEL = dict(
     num_freq_bands=4, max_freq=8.0, depth=2, input_channels=1, input_axis=3, num_latents=24, latent_dim=48,
     cross_dim_head=32, latent_heads=4, latent_dim_head=12,
@@ -63,11 +64,11 @@ def main() -> None:
 
     def draw(batch: int, of: Tensor = images) -> tuple[tuple, Tensor]:
         labels = torch.randint(len(names), (batch,))
-        return (clips(of, labels),), labels
+        return (CONTRAST * clips(of, labels),), labels
 
     model = pf.Perceiver(**MODEL, num_classes=len(names))
     console.print(str(pf.explain(model, draw(1)[0][0])), markup=False)
-    train(model, draw, steps=60 if args.quick else 500, batch=16)
+    train(model, draw, steps=150 if args.quick else 500, batch=16)
     predicted, true = predict(model, lambda count: draw(count, unseen), 200 if args.quick else 600, batch=32)
     report(predicted, true, names, "clips of digits not seen before")
     (clip,), label = draw(1, unseen)

@@ -295,7 +295,7 @@ IMAGES, SOUNDS = torch.randn(2, 5, 4, 2), torch.randn(2, 23, 1)
         ({"image": IMAGES.to("meta")}, None, ValueError, r"data\['image'\] on cpu.*got meta"),
         ({"image": IMAGES, "audio": SOUNDS[:1]}, None, ValueError, "one batch size.*2 of 'image' and 1 of 'audio'"),
         ({"cloud": (torch.randn(2, 9, 0), torch.rand(9, 2))}, None, ValueError, r"data\['cloud'\]\[1\].*got \(9, 2\)"),
-        ({"cloud": (torch.randn(2, 9, 1), torch.rand(9, 3))}, None, ValueError, r"data\['cloud'\]\[0\] with 0 channels"),
+        ({"cloud": (torch.randn(2, 9, 1), torch.rand(9, 3))}, None, ValueError, r"\['cloud'\]\[0\] with 0 channels"),
         ({"image": IMAGES}, torch.ones(2, 20) > 0, TypeError, "mask to be a dict"),
         ({"image": IMAGES}, {"audio": torch.ones(2, 23) > 0}, ValueError, "mask of 'image' alone, got 'audio'"),
         ({"image": IMAGES}, {"image": torch.ones(2, 19) > 0}, ValueError, r"mask of shape \(2, 20\) or \(2, 5, 4\)"),

@@ -136,56 +136,97 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
 }
 
 // S log2(e) of a vector of tokens and query n, by the operations of the forward.
-template <class T>
+template <class T, int FS>
 PF_INLINE typename Simd<T>::Vec token_logits(const TokenLanes<T>& tokens, const TokenGradient<T>& g, int64_t inner,
                                              int64_t n, typename Simd<T>::Vec r, const typename Simd<T>::Vec* x) {
+  const int64_t F = FS > 0 ? FS : tokens.box.features;
   const T* q = g.q + n * g.length;
   auto t = (table_at(q + inner, tokens.count) + g.row_sums[n]) * r;
-  for (int64_t f = 0; f < tokens.box.features; ++f) t = fma(Simd<T>::set(q[f]), x[f], t);
+  for (int64_t f = 0; f < F; ++f) t = fma(Simd<T>::set(q[f]), x[f], t);
   return t;
 }
 
-template <class T>
+// Queries arrive a few at a time; the sum is rescaled when one of them exceeds the maximum so far.
+template <class T, int FS, int U>
+PF_INLINE void add_queries(const TokenLanes<T>& tokens, const TokenGradient<T>& g, int64_t inner, int64_t n,
+                           typename Simd<T>::Vec r, const typename Simd<T>::Vec* x, typename Simd<T>::Vec& top,
+                           typename Simd<T>::Vec& total) {
+  using S = Simd<T>;
+  using V = typename S::Vec;
+  V t[U], most = top;
+  for (int u = 0; u < U; ++u) t[u] = token_logits<T, FS>(tokens, g, inner, n + u, r, x);
+  for (int u = 0; u < U; ++u) most = S::max(t[u], most);
+  const V rescaled = total * exp2<T, false>(top - most, V{});
+  total = top == most ? total : rescaled;  // 2^0 is one but for rounding, which would add up
+  top = most;
+  V part{};
+  for (int u = 0; u < U; ++u) part += exp2<T, false>(t[u] - most, V{});
+  total += part;
+}
+
+template <class T, int FS>
 void token_sums(const TokenBox<T>& box, const TokenGradient<T>& g, T* maximum, T* sum) {
   using S = Simd<T>;
   using V = typename S::Vec;
   const FlushDenormals flush;
-  V* x = reinterpret_cast<V*>(g.columns);
+  const int64_t F = FS > 0 ? FS : box.features;
+  V local[FS > 0 ? FS : 1];
+  V* x = FS > 0 ? local : reinterpret_cast<V*>(g.columns);
   for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
     const V r = tokens.gather(0);
-    for (int64_t f = 0; f < box.features; ++f) x[f] = tokens.gather(1 + f);
+    for (int64_t f = 0; f < F; ++f) x[f] = tokens.gather(1 + f);
     V top = S::set(-__builtin_inff()), total{};
-    for (int64_t n = 0; n < g.queries; ++n) top = S::max(token_logits(tokens, g, inner, n, r, x), top);
-    for (int64_t n = 0; n < g.queries; ++n)
-      total += exp2<T, false>(token_logits(tokens, g, inner, n, r, x) - top, V{});
+    int64_t n = 0;
+    for (; n + kUnroll <= g.queries; n += kUnroll) add_queries<T, FS, kUnroll>(tokens, g, inner, n, r, x, top, total);
+    for (; n < g.queries; ++n) add_queries<T, FS, 1>(tokens, g, inner, n, r, x, top, total);
     tokens.store(maximum, top);
     tokens.store(sum, total);
   });
 }
 
-template <class T>
+template <class T, int FS>
 void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
   using S = Simd<T>;
   using V = typename S::Vec;
   const FlushDenormals flush;
-  V* x = reinterpret_cast<V*>(g.columns);
+  const int64_t F = FS > 0 ? FS : box.features;
+  V local[FS > 0 ? FS : 1];
+  V* x = FS > 0 ? local : reinterpret_cast<V*>(g.columns);
   for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
     const V r = tokens.gather(0), shift = tokens.load(box.shift), weight = tokens.load(box.weight);
-    for (int64_t f = 0; f < box.features; ++f) x[f] = tokens.gather(1 + f);
+    for (int64_t f = 0; f < F; ++f) x[f] = tokens.gather(1 + f);
     alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
     for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
     const V before = tokens.load(box.delta);
     V total{};
     for (int64_t n = 0; n < g.queries; ++n) {
       const T* grad = g.grad + n * g.length;
-      const V p = exp2<T, true>(token_logits(tokens, g, inner, n, r, x), shift + g.shift[n]) * weight;
+      const V p = exp2<T, true>(token_logits<T, FS>(tokens, g, inner, n, r, x), shift + g.shift[n]) * weight;
       V u = (table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n]) * r + g.bonus[n];
-      for (int64_t f = 0; f < box.features; ++f) u += x[f] * grad[f];
+      for (int64_t f = 0; f < F; ++f) u += x[f] * grad[f];
       if (box.threshold != 0) u = keep<T>(u, keys, g.keys[n], box.threshold);
       total += p * (u - g.delta[n] - before);
     }
     tokens.store(delta, total);
   });
+}
+
+template <class T>
+void token_sums_any(const TokenBox<T>& box, const TokenGradient<T>& g, T* maximum, T* sum) {
+  switch (box.features) {
+    case 2: return token_sums<T, 2>(box, g, maximum, sum);  // one channel and the keys' bias
+    case 4: return token_sums<T, 4>(box, g, maximum, sum);  // RGB and the keys' bias
+    default: return token_sums<T, 0>(box, g, maximum, sum);
+  }
+}
+
+template <class T>
+void token_delta_any(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
+  switch (box.features) {
+    case 2: return token_delta<T, 2>(box, g, delta);
+    case 4: return token_delta<T, 4>(box, g, delta);
+    default: return token_delta<T, 0>(box, g, delta);
+  }
 }
 
 template <class T>
@@ -202,8 +243,8 @@ void token_gradient_any(const TokenBox<T>& box, const TokenGradient<T>& g) {
 
 template <class T>
 constexpr GridAttentionKernels<T> kernels{Simd<T>::lanes,        accumulate_any<T, false>, accumulate_any<T, true>,
-                                          maximum<T>,            token_gradient_any<T>,    token_sums<T>,
-                                          token_delta<T>};
+                                          maximum<T>,            token_gradient_any<T>,    token_sums_any<T>,
+                                          token_delta_any<T>};
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

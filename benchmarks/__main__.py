@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -60,8 +61,11 @@ def run_pytest(geometry: str, args: argparse.Namespace) -> tuple[int, dict | Non
         return code, json.loads(record.read_text()) if record.exists() and record.stat().st_size else None
 
 
-def collect(args: argparse.Namespace) -> tuple[int, dict]:
-    """Measure every geometry in a process of its own: returns the first exit code that is not 0, and all results."""
+def collect(args: argparse.Namespace, path: Path) -> tuple[int, dict]:
+    """Measure every geometry in a process of its own, keeping what there is in ``path`` after each.
+
+    Returns the first exit code that is not 0, and all results.
+    """
     result = {"conditions": report.conditions(args.threads), "rows": [], "missing": []}
     codes = []
     for geometry in select([QUICK_GEOMETRY] if args.quick else args.geometry, args.all):
@@ -72,6 +76,9 @@ def collect(args: argparse.Namespace) -> tuple[int, dict]:
         else:
             result["rows"] += report.rows(record)
             result["missing"] += record["missing"]
+        if result["rows"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
     return next((code for code in codes if code), 0), result
 
 
@@ -90,7 +97,9 @@ def show(console: Console, result: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns pytest's exit code."""
     args = parser().parse_args(argv)
-    code, result = collect(args)
+    today = datetime.date.today().isoformat()
+    path = args.json or HERE / "results" / f"{report.slug(report.cpu_name())}-{today}.json"
+    code, result = collect(args, path)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     show(console, result)
@@ -98,10 +107,6 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"not run: {SLOW_PEER}; --geometry and --all measure it")
     if not result["rows"]:
         return code or 1
-    conditions = result["conditions"]
-    path = args.json or HERE / "results" / f"{report.slug(conditions['cpu'])}-{conditions['date'][:10]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"Numbers: {path}", highlight=False, soft_wrap=True)
     return code
 

@@ -18,7 +18,7 @@ class TokenGroups:
 
     Args:
         groups: at least one description, all of the same ``channels``.
-        masks: one bool ``[B, M_g]`` or None for every group, True where a token may be attended to. Default: all.
+        masks: one bool ``[B, M_g]`` (or ``[B, *sizes]`` of a grid) or None for every group, True where a token may be attended to. Default: all.
 
     Raises:
         ValueError: no group, groups of different channels, or another number of masks.
@@ -26,7 +26,8 @@ class TokenGroups:
 
     def __init__(self, groups: Sequence[Tokens], masks: Sequence[Tensor | None] | None = None):
         self.groups = tuple(groups)
-        self.masks = (None,) * len(self.groups) if masks is None else tuple(masks)
+        masks = (None,) * len(self.groups) if masks is None else tuple(masks)
+        self.masks = tuple(None if mask is None else mask.flatten(1) for mask in masks)
         widths = sorted({group.channels for group in self.groups})
         if len(widths) != 1:
             raise ValueError(f"TokenGroups: expected groups of one number of channels, got {widths or 'no group'}")

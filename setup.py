@@ -99,11 +99,14 @@ def sources_with_flags(torch, pybind11):
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         yield source, torch_flags(torch)
     info = {"PF_TORCH_VERSION": torch.__version__, "PF_TORCH_TARGET": ".".join(map(str, OLDEST_TORCH))}
-    yield ROOT / "csrc/module.cpp", [
-        shlex.quote(f"-I{pybind11.get_include()}"),
-        shlex.quote(f"-I{sysconfig.get_paths()['include']}"),
-        *(f'-D{name}=\\"{value}\\"' for name, value in info.items()),
-    ]
+    yield (
+        ROOT / "csrc/module.cpp",
+        [
+            shlex.quote(f"-I{pybind11.get_include()}"),
+            shlex.quote(f"-I{sysconfig.get_paths()['include']}"),
+            *(f'-D{name}=\\"{value}\\"' for name, value in info.items()),
+        ],
+    )
 
 
 def find_nvcc(torch):

@@ -29,6 +29,7 @@ def attention_map(
         ``[B, H, len(latents), n_1, .., n_A]``, the dtype of the computation; each map sums to one over the input.
 
     Raises:
+        TypeError: the model is another one.
         IndexError: there is no such layer or latent.
         ValueError: the layer uses inverted attention, whose weights are not a distribution over the input alone.
 
@@ -38,6 +39,8 @@ def attention_map(
         >>> pf.attention_map(model, torch.randn(1, 6, 5, 3), latents=[0, 2]).shape
         torch.Size([1, 1, 2, 6, 5])
     """
+    if not (hasattr(model, "inverted_cross_attn") and hasattr(model, "input_axis") and hasattr(model, "max_freq")):
+        raise TypeError(f"attention_map: expected a perceiver_fast.Perceiver, got {type(model).__name__}")
     count = model.latents.shape[0]
     chosen = list(range(min(8, count)) if latents is None else latents)
     if not 0 <= layer < len(model.layers):

@@ -99,7 +99,8 @@ class use_backend:
 
     Args:
         name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels),
-            ``"cuda"`` (the CUDA kernels, which not every op has) or ``"reference"`` (plain PyTorch). The environment variable PERCEIVER_FAST_BACKEND sets the initial value.
+            ``"cuda"`` (the CUDA kernels; ``fourier_projection`` alone has them) or ``"reference"`` (plain PyTorch). The
+            environment variable PERCEIVER_FAST_BACKEND sets the initial value.
 
     Raises:
         ValueError: the name is unknown. A forced backend that cannot run a call raises :class:`BackendError` there.

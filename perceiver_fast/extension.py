@@ -19,8 +19,10 @@ def _why_missing() -> str:
         record = json.loads(_build_record.read_text())
     except FileNotFoundError:
         return "the C++ extension was not built (run `pip install .`)"
-    return f"the C++ extension was not built: {record['skipped']}" if record.get("skipped") else (
-        "the C++ extension was built but its file is missing (run `pip install .` again)"
+    return (
+        f"the C++ extension was not built: {record['skipped']}"
+        if record.get("skipped")
+        else ("the C++ extension was built but its file is missing (run `pip install .` again)")
     )
 
 
@@ -31,7 +33,9 @@ def _load():
         from perceiver_fast import _C
 
         _C.active_isa()
-    except Exception as error:  # a wrong ABI, a missing symbol or a bad PERCEIVER_FAST_CPU_ISA: said once, kept as reason
+    except (
+        Exception
+    ) as error:  # a wrong ABI, a missing symbol or a bad PERCEIVER_FAST_CPU_ISA: said once, kept as reason
         log.warning("the C++ extension failed to load, plain PyTorch runs instead: %s", error)
         return None, f"the C++ extension failed to load: {error}"
     return _C, None
@@ -45,8 +49,10 @@ def _why_cuda_missing() -> str:
     record = build_record().get("cuda", {})
     if record.get("skipped"):
         return f"the CUDA kernels were not built: {record['skipped']}"
-    return "the CUDA kernels were built but their file is missing (run `pip install .` again)" if record else (
-        "the CUDA kernels were not built (run `pip install .` beside nvcc and a torch with CUDA)"
+    return (
+        "the CUDA kernels were built but their file is missing (run `pip install .` again)"
+        if record
+        else ("the CUDA kernels were not built (run `pip install .` beside nvcc and a torch with CUDA)")
     )
 
 

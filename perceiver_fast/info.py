@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -14,11 +15,13 @@ from perceiver_fast.ops.fourier_projection import BACKENDS as FOURIER_PROJECTION
 from perceiver_fast.ops.fourier_projection import FourierProjectionCall
 from perceiver_fast.ops.grid_attention import BACKENDS as GRID_ATTENTION
 from perceiver_fast.ops.grid_attention import GridAttentionCall
+from perceiver_fast.ops.grid_scale import BACKENDS as GRID_SCALE
 
 # The ops with their backends and an ordinary call on a device.
 OPS = {
     "grid_attention": (GRID_ATTENTION, lambda device: GridAttentionCall(torch.float32, device, (1,))),
     "cross_attention": (CROSS_ATTENTION, lambda device: CrossAttentionCall(torch.float32, device)),
+    "grid_scale": (GRID_SCALE, lambda device: SimpleNamespace(device=device, dtype=torch.float32)),
     "fourier_projection": (FOURIER_PROJECTION, lambda device: FourierProjectionCall(torch.float32, device)),
 }
 

@@ -1,7 +1,6 @@
 """The multimodal Perceiver in plain PyTorch: all tokens built and joined, one softmax over all of them."""
 
 import torch
-import torch.nn.functional as F
 
 from perceiver_fast import reference
 from perceiver_fast.ops.library import dropout_seed

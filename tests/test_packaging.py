@@ -73,7 +73,9 @@ def test_isolated_wheel_in_an_empty_environment(sdist, constraints, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    wheel, output = build_wheel(source, tmp_path / "wheel", isolated=True, PERCEIVER_FAST_FORCE_BUILD="1", **constraints)
+    wheel, output = build_wheel(
+        source, tmp_path / "wheel", isolated=True, PERCEIVER_FAST_FORCE_BUILD="1", **constraints
+    )
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("perceiver_fast/_C") for name in names)
     assert "perceiver_fast/kernels/__init__.py" in names and "perceiver_fast/_build.json" in names

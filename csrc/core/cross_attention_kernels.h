@@ -45,7 +45,7 @@ void fit_shift(int64_t dim_v, const ForwardBlock<T>& block, const T* largest) {
     const T old = block.shift[lane], top = largest[lane] + old;
     const bool move = top > kRange<T> || (block.total[lane] == 0 && top < -kRange<T> && top - top == 0);
     if (move) block.shift[lane] = T(-__builtin_nearbyint(double(largest[lane])));
-    factor[lane] = block.shift[lane] - old;
+    factor[lane] = block.total[lane] == 0 ? T(0) : block.shift[lane] - old;  // nothing summed, nothing to scale
     any |= move;
   }
   if (!any) return;
@@ -169,7 +169,9 @@ void token_sums(const TokenTile<T>& tile, const T* q, const T* bias, T* maximum,
     for (int64_t m = 0; m < tile.count; ++m) {
       const int64_t at = m * kQueries<T> + v;
       const V t = S::load(scratch + at) + lane_bias, old = S::load(maximum + at), top = S::max(t, old);
-      S::store(sum + at, S::load(sum + at) * exp2<T, false>(old - top, V{}) + exp2<T, false>(t - top, V{}));
+      const V before = S::load(sum + at), rescaled = before * exp2<T, false>(old - top, V{});
+      // 2^0 is one but for rounding, which would add up.
+      S::store(sum + at, (old == top ? before : rescaled) + exp2<T, false>(t - top, V{}));
       S::store(maximum + at, top);
     }
   }

@@ -81,7 +81,8 @@ struct GridAttentionKernels {
   void (*maximum)(const TokenBox<T>&, const T* q, T* max);  // max [lanes] is raised to the largest S
   void (*token_gradient)(const TokenBox<T>&, const TokenGradient<T>&);
   // Inverted attention, [M] each. log2 of the sum over the queries of 2^S, as a maximum and a sum of 2^(S - maximum);
-  // and the sum over the queries of P times (its gradient - the box's delta). Of TokenGradient, the latter needs no feat and no outputs.
+  // and the sum over the queries of P times (its gradient - the box's delta). Of TokenGradient, the latter needs no
+  // feat and no outputs.
   void (*token_sums)(const TokenBox<T>&, const TokenGradient<T>&, T* maximum, T* sum);
   void (*token_delta)(const TokenBox<T>&, const TokenGradient<T>&, T* delta);
 };

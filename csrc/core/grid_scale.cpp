@@ -9,8 +9,8 @@ namespace {
 // Variances of one row of tokens, [columns]. `means` holds the outer axes' means and has room for the inner one.
 // FS > 0 fixes the number of features.
 template <class T, int FS>
-void row_variance(const T* feat, int64_t columns, int64_t features, T* means, const T* widths, int64_t axes, T outer_sum,
-                  T outer_square, const T* inner_mean, const T* inner_square, T per_channel, T* variance) {
+void row_variance(const T* feat, int64_t columns, int64_t features, T* means, const T* widths, int64_t axes,
+                  T outer_sum, T outer_square, const T* inner_mean, const T* inner_square, T per_channel, T* variance) {
   const int64_t F = FS > 0 ? FS : features;
   for (int64_t j = 0; j < columns; ++j, feat += F) {
     means[axes - 1] = inner_mean[j];

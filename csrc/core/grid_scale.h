@@ -12,7 +12,7 @@ namespace perceiver_fast {
 // has axis_channels[a] channels.
 template <class T>
 void grid_scale_forward(const T* feat, int64_t batch, const std::vector<int64_t>& sizes, int64_t features,
-                        const T* axis_mean, const T* axis_square, const std::vector<int64_t>& axis_channels, double eps, T* scale,
-                        const Parallel& parallel);
+                        const T* axis_mean, const T* axis_square, const std::vector<int64_t>& axis_channels,
+                        double eps, T* scale, const Parallel& parallel);
 
 }  // namespace perceiver_fast

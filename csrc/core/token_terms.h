@@ -17,7 +17,8 @@ constexpr double kInvertedEps = 1e-8;
 // Exponents of weights get `shift`, an integer or -inf (masked); weights are multiplied by `weight`. Inverted attention
 // divides by the softmax's denominator over the queries that way, exactly for logits of any size, and its backward
 // subtracts `delta`, then its rounding `delta_low`, from the gradients of weights: where one query has all of a token's
-// weight nothing else is left of them. Empty when nothing needs them.
+// weight nothing else is left of them. (What a query's own sum contributes is rounded once: a query whose weight is on
+// a token it hardly owns gets gradients to a few 1e-5 of the whole.) Empty when nothing needs them.
 template <class T>
 struct TokenTerms {
   std::vector<T> shift, weight, delta, delta_low;

@@ -24,7 +24,8 @@ struct Inputs {
                     "cross_attention: expected float32 or float64");
     STD_TORCH_CHECK(k.scalar_type() == dtype && v.scalar_type() == dtype,
                     "cross_attention: expected q, k and v of one dtype");
-    STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == q.size(1) && v.size(1) == q.size(1),
+    STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == q.size(1) &&
+                        v.size(1) == q.size(1),
                     "cross_attention: expected q, k and v of one batch size and number of heads");
     STD_TORCH_CHECK(k.size(3) == q.size(3) && v.size(2) == k.size(2),
                     "cross_attention: expected k of q's channels and v of k's tokens");

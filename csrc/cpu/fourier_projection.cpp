@@ -33,8 +33,10 @@ struct Inputs {
   Inputs(const std::optional<Tensor>& feat_, const Tensor& coords_, const Tensor& frequencies_, const Tensor& weight_)
       : coords(torch::stable::contiguous(coords_)), frequencies(torch::stable::contiguous(frequencies_)),
         weight(torch::stable::contiguous(weight_)) {
-    STD_TORCH_CHECK(coords.dim() == 3 && (coords.size(2) > 0 || feat_),
-                    "fourier_projection: expected coords [Bc, M, A] with at least one axis where there is no feat, got ", shape_of(coords));
+    STD_TORCH_CHECK(coords.dim() == 3, "fourier_projection: expected coords [Bc, M, A], got ", shape_of(coords));
+    STD_TORCH_CHECK(coords.size(2) > 0 || (feat_ && feat_->dim() == 3 && feat_->size(2) > 0),
+                    "fourier_projection: expected at least one axis in coords, or one channel in feat, got coords of ",
+                    shape_of(coords));
     STD_TORCH_CHECK(frequencies.dim() == 2, "fourier_projection: expected frequencies [A, K], got ",
                     shape_of(frequencies));
     STD_TORCH_CHECK(weight.dim() == 2, "fourier_projection: expected weight [C, D], got ", shape_of(weight));

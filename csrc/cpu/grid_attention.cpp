@@ -18,7 +18,8 @@ struct Inputs {
 
   Inputs(const Tensor& q_, const Tensor& feat_, const Tensor& scale_, const std::optional<Tensor>& mask_,
          double probability, const std::optional<Tensor>& seed, bool inverted_)
-      : dropout(dropout_of(probability, seed)), inverted(inverted_), q(shares_queries(q_) ? q_ : torch::stable::contiguous(q_)), feat(torch::stable::contiguous(feat_)),
+      : dropout(dropout_of(probability, seed)), inverted(inverted_),
+        q(shares_queries(q_) ? q_ : torch::stable::contiguous(q_)), feat(torch::stable::contiguous(feat_)),
         scale(torch::stable::contiguous(scale_)) {
     STD_TORCH_CHECK(q.dim() == 3 && feat.dim() >= 3 && scale.dim() == feat.dim() - 1,
                     "grid_attention: expected q [B, N, L], feat [B, *sizes, F], scale [B, *sizes]");
@@ -28,7 +29,7 @@ struct Inputs {
                     "grid_attention: expected float32 or float64");
     STD_TORCH_CHECK(feat.dim() - 2 <= 64, "grid_attention: expected at most 64 axes, got ", feat.dim() - 2);
     const int64_t per = feat.size(0) > 0 ? q.size(0) / feat.size(0) : 1;
-    STD_TORCH_CHECK(per * feat.size(0) == q.size(0) && (per == 1 || inverted),
+    STD_TORCH_CHECK(per * feat.size(0) == q.size(0) && (per == 1 || (inverted && per > 0)),
                     "grid_attention: expected q and feat of one batch size (inverted: q of a multiple, its heads)");
     same_grid(scale, "scale");
     if (mask_) {

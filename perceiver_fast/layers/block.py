@@ -93,7 +93,9 @@ class PerceiverBlock(nn.Module):
                 the message says expected, got and what to do.
         """
         if self.has_cross_attn:
-            if not isinstance(context, (Tokens, TokenGroups)):  # descriptions come from models, which have checked their input
+            if not isinstance(
+                context, (Tokens, TokenGroups)
+            ):  # descriptions come from models, which have checked their input
                 context, mask = self._describe(x, context, mask)
             x = self.cross_attn(x, context, mask=mask, inverted=inverted_attention) + x
             x = self.cross_ff(x) + x

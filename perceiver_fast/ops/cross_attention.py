@@ -163,6 +163,8 @@ def cross_attention(
     empty = None
     if not inverted:
         q, mask, empty = _without_constants(q, k, mask, keep_lse=return_lse)
+    elif q.shape[2] == 1:  # a softmax over one query is constant: no gradient, exactly
+        q = q * 0
     if backend == "sdpa":
         bias = None
         if mask is not None:
@@ -181,7 +183,9 @@ def cross_attention(
     return o, lse if empty is None else lse.masked_fill(empty[:, None, None], -torch.finfo(compute).max)
 
 
-def _without_constants(q: Tensor, k: Tensor, mask: Tensor | None, keep_lse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _without_constants(
+    q: Tensor, k: Tensor, mask: Tensor | None, keep_lse: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Zero queries where the weights do not depend on them, so that their gradients are exactly zero.
 
     A batch element that is all masked attends uniformly, which is what zero queries and no mask do; one that sees a

@@ -18,6 +18,7 @@ token's softmax over the queries; dropout draws every weight's fate from a hash 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,12 @@ library.define(
 def _(q, feat, scale, mask, dropout, seed, inverted):
     lse = q.new_empty(q.shape[:2], dtype=torch.float64)
     kept = q.new_empty(q.shape[:2] if dropout > 0 or inverted else (0,))
-    return q.new_empty(q.shape), lse, kept, lse.new_empty((q.shape[0], scale[0].numel()) if inverted else (0,))
+    return (
+        q.new_empty(q.shape),
+        lse,
+        kept,
+        lse.new_empty((q.shape[0], math.prod(scale.shape[1:])) if inverted else (0,)),
+    )
 
 
 @torch.library.register_fake("perceiver_fast::grid_attention_backward")
@@ -151,7 +157,9 @@ def grid_attention_joined(
     shape = q.shape
     if inverted:
         q = q.unflatten(1, (heads, -1))
-        q = (q * 0 if q.shape[2] == 1 else q).flatten(0, 1)  # a softmax over one query is constant: no gradient, exactly
+        q = (q * 0 if q.shape[2] == 1 else q).flatten(
+            0, 1
+        )  # a softmax over one query is constant: no gradient, exactly
     run = GridAttentionFunction.apply if backend == "cpu" else reference.grid_attention
     with torch.autocast(q.device.type, enabled=False):
         seed = dropout_seed(dropout, q.device)

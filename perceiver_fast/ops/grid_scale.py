@@ -81,7 +81,9 @@ def choose_grid_scale(feat: Tensor) -> Choice:
     return backends.choose(OP, BACKENDS, feat)
 
 
-def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float = 1e-5) -> Tensor:
+def grid_scale(
+    feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float = 1e-5
+) -> Tensor:
     """LayerNorm's ``1 / sqrt(var + eps)`` of every token ``[feat_m, e_1(i_1), .., e_A(i_A)]``, without building it.
 
     Args:

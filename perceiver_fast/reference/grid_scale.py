@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def grid_scale(feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float) -> Tensor:
+def grid_scale(
+    feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float
+) -> Tensor:
     """``1 / sqrt(var + eps)`` of every token ``[feat_m, e_1(i_1), .., e_A(i_A)]``, without building it.
 
     The variance is a sum of squares about the mean, part by part, so nothing cancels:

@@ -53,10 +53,14 @@ class DenseTokens(Tokens):
         return self.context
 
     def normalized(self, eps: float) -> Tensor:
-        """LayerNorm of the tokens without its affine part, which is the layers' own: computed once for all of them."""
-        if eps not in self._normalized:
-            self._normalized[eps] = F.layer_norm(self.context, self.context.shape[-1:], eps=eps)
-        return self._normalized[eps]
+        """LayerNorm of the tokens without its affine part, which is the layers' own: computed once for all of them,
+        unless a gradient flows through it."""
+        normalized = self._normalized.get(eps)
+        if normalized is None or (torch.is_grad_enabled() and self.context.requires_grad):
+            normalized = F.layer_norm(self.context, self.context.shape[-1:], eps=eps)
+            if not normalized.requires_grad:  # what carries a gradient belongs to the layer that asked (checkpointing)
+                self._normalized[eps] = normalized
+        return normalized
 
     def uses(self, path: str) -> tuple[Choice, ...]:
         return (self._projection(),) if path == "projected" and self._fuses() else ()

@@ -17,7 +17,8 @@ from perceiver_fast.tokens.base import Tokens, absorb_norm
 class GridTokens(Tokens):
     """Tokens ``[x_m ; e_1(i_1) ; .. ; e_A(i_A)]``: raw channels on a grid, and one code per axis and index.
 
-    Built once a forward and shared by every cross-attention layer; LayerNorm's scale is computed once for each eps.
+    Built once a forward and shared by every cross-attention layer; LayerNorm's scale is computed once for each eps,
+    unless a gradient flows through it.
 
     Args:
         feat: raw channels ``[B, *sizes, F]``, floating point.
@@ -71,12 +72,16 @@ class GridTokens(Tokens):
 
     def scale(self, eps: float) -> Tensor:
         """LayerNorm's ``1 / sqrt(var + eps)`` of every token, ``[B, *sizes]``."""
-        if eps not in self._scale:
+        scale = self._scale.get(eps)
+        sources = (self.feat, *(code.code for code in self.codes))
+        if scale is None or (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
             mean = torch.cat([code.mean for code in self.codes])
             square = torch.cat([code.square for code in self.codes])
             widths = [code.code.shape[-1] for code in self.codes]
-            self._scale[eps] = ops.grid_scale(self.feat, mean, square, widths, eps)
-        return self._scale[eps]
+            scale = ops.grid_scale(self.feat, mean, square, widths, eps)
+            if not scale.requires_grad:  # what carries a gradient belongs to the layer that asked (checkpointing)
+                self._scale[eps] = scale
+        return scale
 
     def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """Keys and values of the basis ``[x, onehot, .., onehot]``, LayerNorm's centring and affine part absorbed.

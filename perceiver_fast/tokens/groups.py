@@ -18,7 +18,8 @@ class TokenGroups:
 
     Args:
         groups: at least one description, all of the same ``channels``.
-        masks: one bool ``[B, M_g]`` (or ``[B, *sizes]`` of a grid) or None for every group, True where a token may be attended to. Default: all.
+        masks: one bool ``[B, M_g]`` (or ``[B, *sizes]`` of a grid) or None for every group, True where a token may be
+            attended to. Default: all.
 
     Raises:
         ValueError: no group, groups of different channels, or another number of masks.

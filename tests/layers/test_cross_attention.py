@@ -11,7 +11,6 @@ from perceiver_fast.layers.plan import Layer, count_work, plan_cross_attention
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, TokenGroups
 
 
-
 def grid(sizes, features, bands=6):
     codes = tuple(axis_codes(n, bands, 10.0, torch.float32, torch.device("cpu")) for n in sizes)
     return GridTokens(torch.zeros(1, *sizes, features), codes)
@@ -19,7 +18,9 @@ def grid(sizes, features, bands=6):
 
 def points(count, features, axes, bands):
     return PointTokens(
-        torch.zeros(1, count, features), torch.zeros(1, count, axes, dtype=torch.float64), torch.zeros(axes, bands).double()
+        torch.zeros(1, count, features),
+        torch.zeros(1, count, axes, dtype=torch.float64),
+        torch.zeros(axes, bands).double(),
     )
 
 
@@ -97,7 +98,9 @@ def test_queries_contribute_keys_and_values(masked):
     mask = torch.rand(2, 30) > 0.4 if masked else None
     expected, actual = theirs(x, context, mask=mask), ours(x, context, mask=mask)
     assert relative_error(actual, expected) < 1e-13
-    for a, b in zip(*(torch.autograd.grad(o.square().sum(), list(m.parameters())) for o, m in ((actual, ours), (expected, theirs)))):
+    for a, b in zip(
+        *(torch.autograd.grad(o.square().sum(), list(m.parameters())) for o, m in ((actual, ours), (expected, theirs)))
+    ):
         assert (a - b).norm() <= 1e-11 * b.norm() + 1e-13
     with pytest.raises(ValueError, match="context_dim == dim"):
         pf.PerceiverBlock(dim=16, context_dim=9, queries_contribute_kv=True)
@@ -116,7 +119,11 @@ def test_narrow_models_on_every_way(way, dtype):
         tokens = [GridTokens(torch.randn(2, 7, 6, 3), codes)]
         tokens.append(GridTokens(tokens[0].feat.to(dtype), codes))
     elif way == "points":
-        feat, coords, f = torch.randn(2, 42, 3), torch.rand(2, 42, 2).double(), torch.linspace(1, 5, 6).double().expand(2, -1)
+        feat, coords, f = (
+            torch.randn(2, 42, 3),
+            torch.rand(2, 42, 2).double(),
+            torch.linspace(1, 5, 6).double().expand(2, -1),
+        )
         tokens = [PointTokens(feat, coords, f), PointTokens(feat.to(dtype), coords, f)]
     else:
         context = torch.randn(2, 42, layer.norm_context.normalized_shape[0])
@@ -124,6 +131,34 @@ def test_narrow_models_on_every_way(way, dtype):
     x = torch.randn(2, 9, 32)
     exact = layer(x, tokens[0])
     narrow = layer.to(dtype)(x.to(dtype), tokens[1])
-    assert narrow.dtype == dtype and relative_error(narrow.float(), exact) < (0.03 if dtype == torch.bfloat16 else 0.005)
+    assert narrow.dtype == dtype and relative_error(narrow.float(), exact) < (
+        0.03 if dtype == torch.bfloat16 else 0.005
+    )
     narrow.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("way", ["grid", "dense"])
+def test_caches_know_the_grad_mode(way):
+    """What was computed without gradients is not used where they are wanted, and blocks can be checkpointed."""
+    from torch.utils.checkpoint import checkpoint
+
+    keywords = dict(
+        num_freq_bands=3, depth=2, max_freq=8.0, num_latents=5, latent_dim=16, latent_heads=2, num_classes=4
+    )
+    model = pf.Perceiver(**keywords, input_channels=3, fourier_encode_data=way == "grid")
+    data = torch.randn(2, 6, 5, 3, requires_grad=True)
+    tokens, x = model.describe(data), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        model.layers[0](x, tokens)
+    fresh = model.layers[0](x, model.describe(data))
+    (expected,) = torch.autograd.grad(fresh.square().sum(), data)
+    (actual,) = torch.autograd.grad(model.layers[0](x, tokens).square().sum(), data)
+    assert relative_error(actual, expected) < 1e-5
+
+    (expected,) = torch.autograd.grad(model(data).square().sum(), data)
+    for block in model.layers:
+        run = block.forward
+        block.forward = lambda *args, run=run, **kw: checkpoint(run, *args, use_reentrant=False, **kw)
+    (actual,) = torch.autograd.grad(model(data).square().sum(), data)
+    assert relative_error(actual, expected) < 1e-5

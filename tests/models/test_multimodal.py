@@ -11,7 +11,6 @@ from support import check_float32, compare_models, relative_error
 import perceiver_fast as pf
 from perceiver_fast import Modality, MultimodalPerceiver
 from perceiver_fast.layers import CrossAttention
-from perceiver_fast.layers.plan import plan_cross_attention
 from perceiver_fast.models import grid
 from perceiver_fast.tokens import GridTokens, PointTokens
 

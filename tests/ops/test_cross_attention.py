@@ -38,11 +38,20 @@ def inputs(case, dtype, magnitude=1.0, seed=0):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    q, k, v = draw(batch, heads, queries, dim) * magnitude, draw(batch, heads, tokens, dim), draw(batch, heads, tokens, dim_v)
+    q, k, v = (
+        draw(batch, heads, queries, dim) * magnitude,
+        draw(batch, heads, tokens, dim),
+        draw(batch, heads, tokens, dim_v),
+    )
     mask = draw(batch, tokens) > -0.5 if masked else None
     if masked:
         mask[:, 0] = True
-    return (q.to(dtype), k.to(dtype), v.to(dtype)), mask, draw(batch, heads, queries, dim_v), draw(batch, heads, queries)
+    return (
+        (q.to(dtype), k.to(dtype), v.to(dtype)),
+        mask,
+        draw(batch, heads, queries, dim_v),
+        draw(batch, heads, queries),
+    )
 
 
 def run(function, tensors, mask, d_o, d_lse, dropout, inverted, dtype):
@@ -310,3 +319,31 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) < 200, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", [-60.0, -90.0, -1e3, -1e4, 1e4])
+@pytest.mark.parametrize("tokens", [1, 8, 300])
+def test_logits_all_far_from_zero(tokens, level, dtype):
+    """A first tile of weights that vanish beside one, or overflow, without a shift; also behind tiles that are masked."""
+    q = torch.ones(1, 1, 3, 4, dtype=dtype, requires_grad=True)
+    k = (
+        (torch.full((1, 1, tokens + 256, 4), level / 4) + torch.randn(1, 1, tokens + 256, 1) * 1e-2)
+        .to(dtype)
+        .requires_grad_()
+    )
+    v = torch.randn(1, 1, tokens + 256, 2, dtype=dtype, requires_grad=True)
+    hidden = torch.ones(1, tokens + 256, dtype=torch.bool)
+    hidden[:, :256] = False
+    for mask in (None, hidden):
+        out, lse = cross_attention(q, k, v, mask, scale=1.0, return_lse=True)
+        exact, exact_lse = reference.cross_attention(q.double(), k.double(), v.double(), mask, 1.0)
+        tolerance = max(abs(level), 1) * torch.finfo(dtype).eps * 16
+        assert relative_error(out, exact) < tolerance and relative_error(lse, exact_lse) < tolerance
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v)))
+
+
+def test_one_query_alone_has_no_gradient_when_inverted():
+    q, k = torch.randn(1, 2, 1, 4, requires_grad=True), torch.randn(1, 2, 50, 4, requires_grad=True)
+    dq, dk = torch.autograd.grad(cross_attention(q, k, k.detach(), inverted=True).square().sum(), (q, k))
+    assert not dq.any() and not dk.any()

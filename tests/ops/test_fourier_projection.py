@@ -109,9 +109,11 @@ def test_encoding_accuracy_at_high_frequencies(dtype, reach):
     points = torch.cat([points, zeros, zeros * (1 + 1e-6), zeros + 1e-9, torch.tensor([-1.0, 0.0, 1.0])])
     weight = torch.eye(75, dtype=dtype)
     out = fourier_projection_tokens(None, points.view(1, -1, 1), frequencies.view(1, -1), weight)[0].double()
-    expected = torch.tensor(
-        [[exact_codes(p, f) for f in frequencies.tolist()] for p in points.tolist()], dtype=torch.float64
-    ).transpose(1, 2).flatten(1)
+    expected = (
+        torch.tensor([[exact_codes(p, f) for f in frequencies.tolist()] for p in points.tolist()], dtype=torch.float64)
+        .transpose(1, 2)
+        .flatten(1)
+    )
     error = (out[:, :-1] - expected).abs()
     # The oracle, and kernels without a fused multiply-add, round p f.
     phase = math.pi * torch.finfo(torch.float64).eps / 2 * (points.view(-1, 1) * frequencies).abs().repeat(1, 2)

@@ -186,9 +186,13 @@ def test_strides_and_shared_queries():
     assert not strided[0].is_contiguous()
     assert torch.equal(grid_attention_joined(*strided)[0], expected)
     shared = q[:1].expand(3, -1, -1)
-    assert torch.equal(grid_attention_joined(shared, feat, scale)[0], grid_attention_joined(shared.clone(), feat, scale)[0])
+    assert torch.equal(
+        grid_attention_joined(shared, feat, scale)[0], grid_attention_joined(shared.clone(), feat, scale)[0]
+    )
     reversed_axis = feat.flip(1), scale.flip(1)
-    assert torch.equal(grid_attention_joined(shared, *reversed_axis)[1], grid_attention_joined(shared.contiguous(), *reversed_axis)[1])
+    assert torch.equal(
+        grid_attention_joined(shared, *reversed_axis)[1], grid_attention_joined(shared.contiguous(), *reversed_axis)[1]
+    )
 
 
 def test_empty_batch_and_no_queries():

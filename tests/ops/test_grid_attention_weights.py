@@ -45,7 +45,9 @@ def errors(case, dropout, inverted, dtype, magnitude=1.0, seed=0):
             loss = loss + (lse * d_lse).sum()
         if masked and batch > 1:
             lse = lse[1:]
-        return dict(zip(("o", "lse", "kept", "dq", "dfeat", "dscale"), [o, lse, kept, *torch.autograd.grad(loss, tensors)]))
+        return dict(
+            zip(("o", "lse", "kept", "dq", "dfeat", "dscale"), [o, lse, kept, *torch.autograd.grad(loss, tensors)])
+        )
 
     exact = run(reference.grid_attention, torch.float64)
     kernel, plain = run(GridAttentionFunction.apply, dtype), run(reference.grid_attention, dtype)

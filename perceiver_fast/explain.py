@@ -81,7 +81,9 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
     names = _names(model, layers)
 
     def record(module, inputs, keywords):
-        name = next(names[id(module)])
+        name = next(names[id(module)], None)
+        if name is None:  # called again under its last name, as a decoder is for every part of its queries
+            return
         if isinstance(module, Attention):
             paths.append(LayerPath(name, Choice("self_attention", "sdpa")))
             return
@@ -109,13 +111,7 @@ def _names(model: nn.Module, layers: dict[str, nn.Module]) -> dict[int, object]:
     for name, module in model.named_modules(remove_duplicate=False):
         if any(module is layer for layer in layers.values()):
             names.setdefault(id(module), []).append(name)
-
-    def endless(of: list[str]):
-        yield from of
-        while True:
-            yield of[-1]
-
-    return {key: endless(of) for key, of in names.items()}
+    return {key: iter(of) for key, of in names.items()}
 
 
 def _describe(model: nn.Module, data) -> str:

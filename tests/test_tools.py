@@ -68,6 +68,8 @@ def test_explain_runs_every_model_on_shapes_alone():
         cross = [path for path in paths if path.choice.op != "self_attention"]
         assert all(path.choice.backend == "cpu" for path in cross), name
         assert len(cross) == {"io": 2, "lm": 2, "gated": 3, "mixed_latents": 3, "experimental": 5}[name]
+    many = pf.explain(models["io"][0], models["io"][1], queries=torch.empty(100_000, 6)).layers
+    assert [path.layer for path in many].count("decoder_cross_attn") == 1  # decoded in parts
 
 
 def their_attention(model, data, layer, mask):

@@ -1,37 +1,11 @@
 #include "cross_attention.h"
 
 #include "cross_attention_plan.h"
+#include "kernel_tables.h"
 
 namespace perceiver_fast {
 
-#define PF_DECLARE(ISA)                                                  \
-  extern const CrossAttentionKernels<float> cross_attention_##ISA##_f32; \
-  extern const CrossAttentionKernels<double> cross_attention_##ISA##_f64;
-PF_DECLARE(baseline)
-#if defined(__x86_64__)
-PF_DECLARE(avx2)
-PF_DECLARE(avx512)
-#endif
-
-template <>
-const CrossAttentionKernels<float>& cross_attention_kernels<float>(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512) return cross_attention_avx512_f32;
-  if (isa == Isa::avx2) return cross_attention_avx2_f32;
-#endif
-  (void)isa;
-  return cross_attention_baseline_f32;
-}
-
-template <>
-const CrossAttentionKernels<double>& cross_attention_kernels<double>(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512) return cross_attention_avx512_f64;
-  if (isa == Isa::avx2) return cross_attention_avx2_f64;
-#endif
-  (void)isa;
-  return cross_attention_baseline_f64;
-}
+PF_KERNEL_TABLES(CrossAttentionKernels, cross_attention)
 
 namespace {
 
@@ -105,7 +79,7 @@ void finish_group(const AttentionPlan<T>& plan, int64_t head, int64_t first, int
       factor[lane] = T(in.dropout.scale() / total);
       lse[row + lane] = std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
     }
-    transpose_columns(at.out(state, i), count, in.dim_v, plan.width, factor.data(), o + row * in.dim_v, in.dim_v);
+    lanes_to_rows(at.out(state, i), in.dim_v, plan.width, factor.data(), count, o + row * in.dim_v, in.dim_v);
   }
 }
 

@@ -122,7 +122,7 @@ class Backward {
     pack_queries(plan_, head, block, packed_.q(at));
     std::vector<T> factor(W, T(0));
     for (int64_t lane = 0; lane < count; ++lane) factor[lane] = weight[lane] * T(in_.dropout.scale());
-    transpose_rows(d_o_ + row * in_.dim_v, in_.dim_v, count, in_.dim_v, W, factor.data(), packed_.grad(at));
+    rows_to_lanes(d_o_ + row * in_.dim_v, in_.dim_v, count, in_.dim_v, W, factor.data(), packed_.grad(at));
     T *q_rows = packed_.q_rows(at), *grad_rows = packed_.grad_rows(at);
     std::fill(q_rows, packed_.shift(at), T(0));
     for (int64_t lane = 0; lane < count; ++lane) {
@@ -240,9 +240,8 @@ class Backward {
     parallel_.run(plan_.heads() * plan_.blocks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / plan_.blocks, block = i % plan_.blocks;
-        transpose_columns(dq_ + head * dq_copies * dq_size_ + block * dq_block(), plan_.count_of(block), in_.dim,
-                          plan_.width, scale.data(), dq + (head * in_.queries + block * plan_.width) * in_.dim,
-                          in_.dim);
+        lanes_to_rows(dq_ + head * dq_copies * dq_size_ + block * dq_block(), in_.dim, plan_.width, scale.data(),
+                      plan_.count_of(block), dq + (head * in_.queries + block * plan_.width) * in_.dim, in_.dim);
       }
     });
     const auto strip = [&](const T* from, int64_t padded, T* to, int64_t channels) {

@@ -9,6 +9,7 @@
 #include "aligned.h"
 #include "cross_attention.h"
 #include "cross_attention_block.h"
+#include "lanes.h"
 #include "token_terms.h"
 
 namespace perceiver_fast {
@@ -59,36 +60,13 @@ TokenTile<T> tile_of(const AttentionPlan<T>& plan, const TokenTerms<T>& terms, i
           in.dropout.threshold};
 }
 
-// columns[c][lane] = factor * rows[lane][c]; zero in lanes beyond `count`.
-template <class T>
-void transpose_rows(const T* rows, int64_t row_stride, int64_t count, int64_t channels, int64_t width, const T* factor,
-                    T* columns) {
-  for (int64_t c0 = 0; c0 < channels; c0 += 16) {  // a cache line of every row at a time
-    const int64_t c1 = std::min<int64_t>(c0 + 16, channels);
-    for (int64_t lane = 0; lane < width; ++lane)
-      for (int64_t c = c0; c < c1; ++c)
-        columns[c * width + lane] = lane < count ? factor[lane] * rows[lane * row_stride + c] : T(0);
-  }
-}
-
-// rows[lane][c] = factor[lane] * columns[c][lane].
-template <class T>
-void transpose_columns(const T* columns, int64_t count, int64_t channels, int64_t width, const T* factor, T* rows,
-                       int64_t row_stride) {
-  for (int64_t c0 = 0; c0 < channels; c0 += 16) {
-    const int64_t c1 = std::min<int64_t>(c0 + 16, channels);
-    for (int64_t lane = 0; lane < count; ++lane)
-      for (int64_t c = c0; c < c1; ++c) rows[lane * row_stride + c] = factor[lane] * columns[c * width + lane];
-  }
-}
-
 // Queries of a block as the kernels take them: times scale log2(e).
 template <class T>
 void pack_queries(const AttentionPlan<T>& plan, int64_t head, int64_t block, T* q) {
   const CrossAttentionInput<T>& in = plan.in;
   const std::vector<T> factor(plan.width, T(in.scale * kLog2OfE));
-  transpose_rows(in.q.at(head / in.heads, head % in.heads, block * plan.width), in.q.row_stride, plan.count_of(block),
-                 in.dim, plan.width, factor.data(), q);
+  rows_to_lanes(in.q.at(head / in.heads, head % in.heads, block * plan.width), in.q.row_stride, plan.count_of(block),
+                in.dim, plan.width, factor.data(), q);
 }
 
 template <class T>

@@ -4,42 +4,13 @@
 
 #include "aligned.h"
 #include "fourier_projection_tile.h"
+#include "kernel_tables.h"
 
 namespace perceiver_fast {
 
-#define PF_DECLARE(ISA)                                                          \
-  extern const FourierProjectionKernels<float> fourier_projection_##ISA##_f32; \
-  extern const FourierProjectionKernels<double> fourier_projection_##ISA##_f64;
-PF_DECLARE(baseline)
-#if defined(__x86_64__)
-PF_DECLARE(avx2)
-PF_DECLARE(avx512)
-#endif
+PF_KERNEL_TABLES(FourierProjectionKernels, fourier_projection)
 
 namespace {
-
-template <class T>
-const FourierProjectionKernels<T>& fourier_projection_kernels(Isa isa);
-
-template <>
-const FourierProjectionKernels<float>& fourier_projection_kernels<float>(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512) return fourier_projection_avx512_f32;
-  if (isa == Isa::avx2) return fourier_projection_avx2_f32;
-#endif
-  (void)isa;
-  return fourier_projection_baseline_f32;
-}
-
-template <>
-const FourierProjectionKernels<double>& fourier_projection_kernels<double>(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512) return fourier_projection_avx512_f64;
-  if (isa == Isa::avx2) return fourier_projection_avx2_f64;
-#endif
-  (void)isa;
-  return fourier_projection_baseline_f64;
-}
 
 // Each part of the backward holds the weight's gradient twice; there are no more parts than this many bytes allow.
 constexpr int64_t kPartBytes = int64_t(256) << 20;

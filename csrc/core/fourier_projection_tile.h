@@ -60,4 +60,7 @@ struct FourierProjectionKernels {
   void (*backward)(const FourierBackward<T>&, int64_t tile_begin, int64_t tile_end);
 };
 
+template <class T>
+const FourierProjectionKernels<T>& fourier_projection_kernels(Isa isa);
+
 }  // namespace perceiver_fast

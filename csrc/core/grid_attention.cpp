@@ -1,37 +1,11 @@
 #include "grid_attention.h"
 
 #include "grid_attention_plan.h"
+#include "kernel_tables.h"
 
 namespace perceiver_fast {
 
-#define PF_DECLARE(ISA)                                              \
-  extern const GridAttentionKernels<float> grid_attention_##ISA##_f32; \
-  extern const GridAttentionKernels<double> grid_attention_##ISA##_f64;
-PF_DECLARE(baseline)
-#if defined(__x86_64__)
-PF_DECLARE(avx2)
-PF_DECLARE(avx512)
-#endif
-
-template <>
-const GridAttentionKernels<float>& grid_attention_kernels<float>(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512) return grid_attention_avx512_f32;
-  if (isa == Isa::avx2) return grid_attention_avx2_f32;
-#endif
-  (void)isa;
-  return grid_attention_baseline_f32;
-}
-
-template <>
-const GridAttentionKernels<double>& grid_attention_kernels<double>(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512) return grid_attention_avx512_f64;
-  if (isa == Isa::avx2) return grid_attention_avx2_f64;
-#endif
-  (void)isa;
-  return grid_attention_baseline_f64;
-}
+PF_KERNEL_TABLES(GridAttentionKernels, grid_attention)
 
 namespace {
 
@@ -127,7 +101,7 @@ void grid_attention_forward(const GridAttentionInput<T>& in, const GridAttention
                                                             : std::log(sum) - double(shift[lane]) / kLog2OfE;
       if (out.kept != nullptr) out.kept[row] = factor[lane] * (in.dropout ? kept[lane] : total[lane]);
     }
-    unpack_table(sums, L, lanes, factor.data(), count, out.o + (b * in.queries + first) * L, L);
+    lanes_to_rows(sums, L, lanes, factor.data(), count, out.o + (b * in.queries + first) * L, L);
   };
   for_each_block(plan, parallel, work, finish);
 }

@@ -112,7 +112,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
       bonus[lane] = stats.bonus[row + lane];
       weight[lane] = stats.grad_weight(row + lane);
     }
-    pack_table(grad.o + row * L, L, table.count, L, lanes, weight.data(), d_o.get());
+    rows_to_lanes(grad.o + row * L, L, table.count, L, lanes, weight.data(), d_o.get());
     std::fill(sums, sums + (L + 3) * lanes, T(0));
     plan.kernels.backward(part_of(plan.box(packed, terms, table.b), part, parts),
                           {table.q.get(), shift.data(), d_o.get(), delta.data(), bonus.data(), sums, scratch.get(),
@@ -157,7 +157,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
         (packed.all_masked[tokens_of] || (packed.constant[tokens_of] && grad.lse == nullptr)))
       std::fill(sums, sums + L * lanes, T(0));  // weights that do not depend on the queries
     const std::vector<T> factor(lanes, T(1));
-    unpack_table(sums, L, lanes, factor.data(), count, dq + (b * N + first) * L, L);
+    lanes_to_rows(sums, L, lanes, factor.data(), count, dq + (b * N + first) * L, L);
   };
   for_each_block(plan, parallel, work, finish);
   if (dfeat == nullptr) return;

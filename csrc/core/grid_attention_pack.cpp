@@ -112,27 +112,6 @@ PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, con
 }
 
 template <class T>
-void pack_table(const T* rows, int64_t row_stride, int64_t count, int64_t length, int lanes, const T* factor,
-                T* table) {
-  for (int64_t l0 = 0; l0 < length; l0 += 16) {  // a cache line of every row at a time
-    const int64_t l1 = std::min<int64_t>(l0 + 16, length);
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      for (int64_t l = l0; l < l1; ++l)
-        table[l * lanes + lane] = lane < count ? factor[lane] * rows[lane * row_stride + l] : T(0);
-  }
-}
-
-template <class T>
-void unpack_table(const T* table, int64_t length, int lanes, const T* factor, int64_t count, T* rows,
-                  int64_t row_stride) {
-  for (int64_t l0 = 0; l0 < length; l0 += 16) {
-    const int64_t l1 = std::min<int64_t>(l0 + 16, length);
-    for (int64_t lane = 0; lane < count; ++lane)
-      for (int64_t l = l0; l < l1; ++l) rows[lane * row_stride + l] = factor[lane] * table[l * lanes + lane];
-  }
-}
-
-template <class T>
 void bound_logits(const T* table, const std::vector<int64_t>& sizes, int64_t features, int lanes,
                   const TokenBounds<T>& bounds, T* bound) {
   std::vector<T> axis_max(lanes), axes(lanes, T(0));
@@ -158,8 +137,6 @@ void bound_logits(const T* table, const std::vector<int64_t>& sizes, int64_t fea
 
 #define PF_INSTANTIATE(T)                                                                                           \
   template PackedTokens<T> pack_tokens<T>(const GridAttentionInput<T>&, int64_t, const Parallel&);                  \
-  template void pack_table<T>(const T*, int64_t, int64_t, int64_t, int, const T*, T*);                              \
-  template void unpack_table<T>(const T*, int64_t, int, const T*, int64_t, T*, int64_t);                            \
   template void bound_logits<T>(const T*, const std::vector<int64_t>&, int64_t, int, const TokenBounds<T>&, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)

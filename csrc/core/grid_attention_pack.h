@@ -5,6 +5,7 @@
 
 #include "aligned.h"
 #include "grid_attention.h"
+#include "lanes.h"
 #include "grid_attention_block.h"
 
 namespace perceiver_fast {
@@ -26,14 +27,6 @@ struct PackedTokens {
 
 template <class T>
 PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, const Parallel& parallel);
-
-// table[l][lane] = factor[lane] * rows[lane][l] for `count` rows, zero in the other lanes.
-template <class T>
-void pack_table(const T* rows, int64_t row_stride, int64_t count, int64_t length, int lanes, const T* factor, T* table);
-
-// rows[lane][l] = factor[lane] * table[l][lane].
-template <class T>
-void unpack_table(const T* table, int64_t length, int lanes, const T* factor, int64_t count, T* rows, int64_t row_stride);
 
 // bound[lane] >= S of every token, from the extremes of the tables and of the tokens alone.
 template <class T>

@@ -144,7 +144,7 @@ struct QueryTable {
     const int lanes = plan.kernels.lanes;
     const std::vector<T> log2e(lanes, T(kLog2OfE));  // the kernels take exponents of two
     const int64_t rows = packed.all_masked[plan.token_batch(b)] ? 0 : count;  // zero queries attend uniformly
-    pack_table(plan.q(b) + first * plan.length, plan.length, rows, plan.length, lanes, log2e.data(), q.get());
+    rows_to_lanes(plan.q(b) + first * plan.length, plan.length, rows, plan.length, lanes, log2e.data(), q.get());
     if (!plan.in.dropout) return;
     for (int lane = 0; lane < lanes; ++lane)
       keys.push_back(plan.in.dropout.query_key(b * plan.in.queries + first + lane));

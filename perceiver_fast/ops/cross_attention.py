@@ -17,7 +17,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.library import compute_dtype, dropout_seed, library
+from perceiver_fast.ops.library import compute_dtype, dropout_seed, kernel_reasons, library
 
 OP = "cross_attention"
 
@@ -83,12 +83,7 @@ class CrossAttentionCall:
 
 
 def _cpu_reasons(call: CrossAttentionCall) -> list[str]:
-    reasons = [] if extension.error is None else [extension.error]
-    if call.device.type != "cpu":
-        reasons.append(f"it runs on cpu tensors, not {call.device.type}")
-    if call.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"it takes float64, float32, bfloat16 and float16, not {call.dtype}")
-    return reasons
+    return kernel_reasons(extension.error, "cpu", call.device, call.dtype)
 
 
 def _sdpa_reasons(call: CrossAttentionCall) -> list[str]:

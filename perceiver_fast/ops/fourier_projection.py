@@ -25,7 +25,7 @@ from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
 from perceiver_fast.ops.fourier_projection_checks import check
 from perceiver_fast.ops.grid_scale import grid_scale
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, library
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, kernel_reasons, library
 
 OP = "fourier_projection"
 
@@ -90,21 +90,11 @@ class FourierProjectionCall:
 
 
 def _cpu_reasons(call: FourierProjectionCall) -> list[str]:
-    reasons = [] if extension.error is None else [extension.error]
-    if call.device.type != "cpu":
-        reasons.append(f"it runs on cpu tensors, not {call.device.type}")
-    if call.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"it takes float64, float32, bfloat16 and float16, not {call.dtype}")
-    return reasons
+    return kernel_reasons(extension.error, "cpu", call.device, call.dtype)
 
 
 def _cuda_reasons(call: FourierProjectionCall) -> list[str]:
-    reasons = [] if extension.cuda_error is None else [extension.cuda_error]
-    if call.device.type != "cuda":
-        reasons.append(f"it runs on cuda tensors, not {call.device.type}")
-    if call.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"it takes float64, float32, bfloat16 and float16, not {call.dtype}")
-    return reasons
+    return kernel_reasons(extension.cuda_error, "cuda", call.device, call.dtype)
 
 
 # Every backend but the reference registers kernels for the two ops above.

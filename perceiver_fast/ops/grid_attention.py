@@ -27,7 +27,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, dropout_seed, library
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, dropout_seed, kernel_reasons, library
 
 OP = "grid_attention"
 
@@ -109,11 +109,7 @@ class GridAttentionCall:
 
 
 def _cpu_reasons(call: GridAttentionCall) -> list[str]:
-    reasons = [] if extension.error is None else [extension.error]
-    if call.device.type != "cpu":
-        reasons.append(f"it runs on cpu tensors, not {call.device.type}")
-    if call.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"it takes float64, float32, bfloat16 and float16, not {call.dtype}")
+    reasons = kernel_reasons(extension.error, "cpu", call.device, call.dtype)
     if len(call.sizes) > 64:
         reasons.append(f"it takes up to 64 axes, not {len(call.sizes)}")
     return reasons

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.library import library
+from perceiver_fast.ops.library import kernel_reasons, library
 from perceiver_fast.reference.grid_scale import along_axes, grid_mean
 
 OP = "grid_scale"
@@ -31,12 +31,7 @@ def _(feat, axis_mean, axis_square, axis_channels, eps):
 
 
 def _cpu_reasons(feat: Tensor) -> list[str]:
-    reasons = [] if extension.error is None else [extension.error]
-    if feat.device.type != "cpu":
-        reasons.append(f"it runs on cpu tensors, not {feat.device.type}")
-    if feat.dtype not in (torch.float32, torch.float64):
-        reasons.append(f"it takes float32 and float64, not {feat.dtype}")
-    return reasons
+    return kernel_reasons(extension.error, "cpu", feat.device, feat.dtype, (torch.float32, torch.float64))
 
 
 BACKENDS = (Backend("cpu", _cpu_reasons), Backend("reference", lambda feat: []))

@@ -71,7 +71,8 @@ def test_sdist_holds_the_sources(sdist):
 def test_isolated_wheel_in_an_empty_environment(sdist, constraints, tmp_path):
     """The wheel, built from the sdist as pip builds it for users, runs the demo where nothing else is installed."""
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # newer than the oldest Pythons
+        archive.extractall(tmp_path, **safely)
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     wheel, output = build_wheel(
         source, tmp_path / "wheel", isolated=True, PERCEIVER_FAST_FORCE_BUILD="1", **constraints

@@ -52,6 +52,8 @@ struct PackedBlock {
 
 template <class T>
 class Backward {
+  using Key = typename KeyLane<T>::type;
+
  public:
   Backward(const AttentionPlan<T>& plan, TokenTerms<T>& terms, const QueryTerms<T>& queries, const T* d_o,
            const Parallel& parallel)
@@ -63,16 +65,20 @@ class Backward {
   void find_token_delta(int pass) {
     const int64_t W = plan_.width;
     parallel_.run(plan_.heads() * plan_.tiles, [&](int64_t begin, int64_t end) {
-      const Aligned<T> block(packed_.size()), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
-      std::vector<typename KeyLane<T>::type> keys(W);
+      const int64_t size = packed_.size();
+      const Aligned<T> memory(plan_.blocks * size), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
+      std::vector<Key> keys(plan_.blocks * W);
+      int64_t packed_head = -1;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t head = task / plan_.tiles, tile = task % plan_.tiles;
         const TokenTile<T> tokens = tile_of(plan_, terms_, head, tile);
+        if (head != packed_head)
+          for (int64_t i = 0; i < plan_.blocks; ++i) pack(head, i, memory.get() + i * size, keys.data() + i * W);
+        packed_head = head;
         std::fill_n(sums.get(), kTileTokens * W, T(0));
-        for (int64_t i = 0; i < plan_.blocks; ++i) {
-          pack(head, i, block.get(), keys.data());
-          plan_.kernels.token_delta(tokens, view(block.get(), keys.data(), p.get(), ds.get()), sums.get());
-        }
+        for (int64_t i = 0; i < plan_.blocks; ++i)
+          plan_.kernels.token_delta(tokens, view(memory.get() + i * size, keys.data() + i * W, p.get(), ds.get()),
+                                    sums.get());
         T* delta = (pass == 0 ? terms_.delta : terms_.delta_low).data() + terms_.row(head) + tile * kTileTokens;
         for (int64_t m = 0; m < tokens.count; ++m) {
           T sum = 0;
@@ -114,8 +120,6 @@ class Backward {
   }
 
  private:
-  using Key = typename KeyLane<T>::type;
-
   void pack(int64_t head, int64_t block, T* at, Key* keys) const {
     const int64_t W = plan_.width, row = head * in_.queries + block * W, count = plan_.count_of(block);
     const T* weight = queries_.weight.data() + row;

@@ -113,7 +113,7 @@ class PerceiverBlock(nn.Module):
             )
         check_data(who, "x", x, like, axes=1, channels=self.dim, channels_argument="dim")
         check_data(who, "context", context, like, axes=1, channels=self.context_dim, channels_argument="context_dim")
-        if x.shape[0] not in (1, context.shape[0]):
+        if x.shape[0] != 1 and x.shape[0] != context.shape[0]:
             raise ValueError(
                 f"{who}: expected x for a batch of {context.shape[0]}, like context, got {tuple(x.shape)}; "
                 "give both the same batch"

@@ -104,7 +104,7 @@ def check_mask(who: str, mask: Tensor | None, what: str, data: Tensor, sizes: to
             "convert it with mask.bool()"
         )
     batch, tokens = data.shape[0], sizes.numel()
-    if mask.dim() < 2 or mask.shape[0] not in (1, batch) or mask.shape[1:].numel() != tokens:
+    if mask.dim() < 2 or (mask.shape[0] != 1 and mask.shape[0] != batch) or mask.shape[1:].numel() != tokens:
         shapes = " or ".join(map(str, dict.fromkeys([(batch, tokens), (batch, *sizes)])))
         raise ValueError(
             f"{who}: expected mask of shape {shapes}, got {tuple(mask.shape)}; "

@@ -34,7 +34,7 @@ def check_coords(who: str, what: str, coords: Tensor, data: Tensor, axes: int) -
             f"{who}: expected {what} {layout}, {axes} a token (input_axis={axes}), got {tuple(coords.shape)}; "
             "put a token's coordinates last, or build the model with another input_axis"
         )
-    if coords.shape[-2] != tokens or (coords.dim() == 3 and coords.shape[0] not in (1, batch)):
+    if coords.shape[-2] != tokens or (coords.dim() == 3 and coords.shape[0] != 1 and coords.shape[0] != batch):
         raise ValueError(
             f"{who}: expected {what} {layout}, a position for every token of data {tuple(data.shape)}, "
             f"got {tuple(coords.shape)}; pad both alike and mask the padding, or leave out the batch if it is shared"
@@ -56,7 +56,7 @@ def check_queries(who: str, queries: Tensor, batch: int, channels: int, like: Te
             "flatten their positions into one dimension"
         )
     check_channels(who, "queries", queries, layout, channels, "queries_dim")
-    if queries.dim() == 3 and queries.shape[0] not in (1, batch):
+    if queries.dim() == 3 and queries.shape[0] != 1 and queries.shape[0] != batch:
         raise ValueError(
             f"{who}: expected queries for a batch of {batch}, like data: {layout}, got {tuple(queries.shape)}; "
             "give 2-dimensional queries if the whole batch shares them"

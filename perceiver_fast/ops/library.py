@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
@@ -34,6 +39,53 @@ def kernel_reasons(
         *some, last = (str(d).removeprefix("torch.") for d in dtypes)
         reasons.append(f"it takes {', '.join(some)} and {last}, not {dtype}")
     return reasons
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter is on: its kernels then run on CPU tensors, in the place of the C++ ones."""
+
+
+def cpu_error(error: str | None) -> str | None:
+    """Why the C++ kernels of an op that Triton has too are not there."""
+    return "TRITON_INTERPRET=1 puts the interpreted Triton kernels in their place" if INTERPRETED else error
+
+
+@functools.cache
+def _triton_error() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """The compute capability of a GPU as sm_XY writes it; where there is none to ask, as in explain, an H100's."""
+    if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why Triton's kernels cannot run a call on ``device`` in ``dtype``."""
+    half_or_float = (torch.float32, torch.bfloat16, torch.float16)
+    reasons = kernel_reasons(_triton_error(), "cpu" if INTERPRETED else "cuda", device, dtype, half_or_float)
+    if architecture(device) < 80:
+        reasons.append(f"it is compiled for sm_80 and newer, not sm_{architecture(device)}")
+    return reasons
+
+
+def register_triton(op: str, module: str, function: str) -> None:
+    """Register a kernel of ``perceiver_fast.kernels``; its module, and with it triton, is imported by the first call."""
+
+    def run(*args):
+        kernel = getattr(importlib.import_module(f"perceiver_fast.kernels.{module}"), function)
+        if args[0].device.type != "cuda":
+            return kernel(*args)
+        with torch.cuda.device(args[0].device):  # Triton launches on the current device, and on its current stream
+            return kernel(*args)
+
+    library.impl(op, run, "CUDA")
+    if INTERPRETED:
+        library.impl(op, run, "CPU", allow_override=True)
 
 
 def dropout_seed(probability: float, device: torch.device) -> Tensor | None:

@@ -1,0 +1,148 @@
+"""Compiles the Triton kernels ahead of time, for architectures that are not there, and reads what they would need.
+
+Needs no GPU: ptxas and cuobjdump come with Triton. What is read is exact (registers, spills, shared memory, instructions);
+it does not say how fast a kernel is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from perceiver_fast.kernels.configs import Config
+
+MODULES = ("grid_attention", "cross_attention")
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One kernel with all its constants: what a call launches.
+
+    Args:
+        name: kernel and variant.
+        kernel: the function under ``triton.jit``.
+        types: of its run-time arguments, as ``"*fp32"`` or ``"i32"``.
+        constants: its ``tl.constexpr`` arguments.
+        config: tile, warps and stages.
+        weights: attention weights that one turn of its innermost loop makes, or 0; every one costs one exponential.
+        tensor_cores: whether its products are to run on tensor cores.
+        registers: budget a thread.
+        shared: budget of shared memory a block, in bytes.
+        divisible: integer arguments that are multiples of 16; pointers always are.
+    """
+
+    name: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict[str, object]
+    config: Config
+    weights: int = 0
+    tensor_cores: bool = False
+    registers: int = 255
+    shared: int = 99 * 1024
+    divisible: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What an instance needs on one architecture, and what its innermost loop with exponentials holds."""
+
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    traps: int
+    loop: Counter = field(repr=False)
+    ptx: str = field(repr=False)
+
+    @property
+    def exponentials(self) -> int:
+        """Exponentials that a thread computes in one turn of the loop."""
+        return self.loop["MUFU.EX2"]
+
+    @property
+    def matrix_instructions(self) -> int:
+        """Tensor-core instructions in the loop."""
+        return sum(self.loop[op] for op in ("HMMA", "HGMMA", "UTCHMMA"))
+
+
+def instances(architecture: int) -> Iterator[Instance]:
+    """All that ships for an architecture."""
+    for module in MODULES:
+        yield from importlib.import_module(f"perceiver_fast.kernels.{module}").instances(architecture)
+
+
+def compile_instance(instance: Instance, architecture: int) -> Compiled:
+    """Compile for ``architecture`` (80, 90, 100, ..) and read the binary.
+
+    Raises:
+        triton.compiler.errors.CompilationError and others of Triton's: it does not compile.
+    """
+    names = instance.kernel.arg_names
+    attrs = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in instance.types.items()
+        if kind.startswith("*") or name in instance.divisible
+    }
+    signature = {name: instance.types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in instance.constants.items()}
+    missing = [name for name in names if name not in instance.types and name not in instance.constants]
+    if missing:
+        raise ValueError(f"{instance.name}: no type or constant for {', '.join(missing)}")
+    compiled = triton.compile(
+        ASTSource(instance.kernel, signature, constants, attrs),
+        target=GPUTarget("cuda", architecture, 32),
+        options=dict(num_warps=instance.config.warps, num_stages=instance.config.stages, enable_fp_fusion=True),
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    ops = Counter(_opcode(text) for _, text in code)
+    return Compiled(
+        registers,
+        compiled.metadata.shared,
+        stack,
+        ops["LDL"] + ops["STL"],
+        ops["BPT"],
+        _innermost_loop(code),
+        compiled.asm["ptx"],
+    )
+
+
+def _cuobjdump(option: str, file: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([str(tool), option, file], capture_output=True, text=True, check=True).stdout
+
+
+def _opcode(text: str) -> str:
+    """``HMMA`` of ``@!P0 HMMA.16816.F32 R4, ..``; which function a MUFU computes stays in its name."""
+    words = text.split()
+    word = words[1] if words[0].startswith("@") and len(words) > 1 else words[0]
+    return ".".join(word.split(".")[:2]) if word.startswith("MUFU") else word.split(".")[0]
+
+
+def _innermost_loop(code: list[tuple[int, str]]) -> Counter:
+    """Opcodes of the shortest loop that holds an exponential: from the target of a backward branch to the branch."""
+    shortest: list[str] = []
+    for at, text in code:
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if not jump or int(jump[1], 16) >= at:
+            continue
+        body = [_opcode(t) for address, t in code if int(jump[1], 16) <= address <= at]
+        if "MUFU.EX2" in body and (not shortest or len(body) < len(shortest)):
+            shortest = body
+    return Counter(shortest)

@@ -1,0 +1,55 @@
+"""The Triton kernels themselves: on a GPU where there is one, else in Triton's interpreter (tests/test_kernels.py).
+
+The interpreter multiplies the bit patterns of bfloat16 operands and ignores ``input_precision``; here it rounds as tensor
+cores do, so that the errors it shows are a GPU's but for the order of sums.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    collect_ignore_glob = ["test_*.py"]  # tests/test_kernels.py runs them in the interpreter
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def _rounded(x, bits):
+        """float32 rounded to nearest, ``bits`` of its significand's 23 dropped."""
+        half = np.uint32(1 << (bits - 1))
+        return ((x.view(np.uint32) + half) & np.uint32((0xFFFFFFFF << bits) & 0xFFFFFFFF)).view(np.float32)
+
+    def _pieces(x, bits, count):
+        parts = []
+        for _ in range(count):
+            parts.append(_rounded(x, bits))
+            x = x - parts[-1]
+        return parts
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        values = []
+        for t in (a, b):
+            data = np.ascontiguousarray(t.data)
+            if t.dtype.scalar == tl.bfloat16:
+                data = (data.astype(np.uint32) << 16).view(np.float32)
+            values.append(data)
+        x, y = values
+        if x.dtype == np.float32 and a.dtype.scalar == tl.float32:
+            name = str(input_precision).split(".")[-1].lower()
+            bits, count = {"tf32": (13, 1), "tf32x3": (13, 2), "bf16x3": (16, 2), "bf16x6": (16, 3)}.get(name, (0, 0))
+            if count:
+                xs, ys = _pieces(x, bits, count), _pieces(y, bits, count)
+                total = sum(xs[i] @ ys[j] for i in range(count) for j in range(count) if i + j < count)
+                return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+        return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cpu" if INTERPRETED else "cuda")

@@ -1,0 +1,30 @@
+"""The Triton kernels where there is no GPU: tests/kernels in Triton's interpreter, in processes of their own.
+
+The interpreter is switched on before triton is imported, or not at all; the rest of the suite does not see it.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: its kernels were NOT tested"
+)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted(file, capsys):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{file}"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment.pop("PERCEIVER_FAST_BACKEND", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    with capsys.disabled():
+        print(f"\n  interpreted: {done.stdout.strip().splitlines()[-1]}", end="")

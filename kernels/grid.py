@@ -1,0 +1,133 @@
+"""A grid of any number of axes as rows x columns, and how its work is cut into programs.
+
+Columns are the last axis, or several when it is short; all other axes fold into rows. What a query knows of a row is the
+sum of its tables' entries there, and what it collects there goes to every one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perceiver_fast.kernels.configs import Config, config
+
+NARROW = 32  # axes are joined until there are as many columns
+FEW_FEATURES = 8  # up to here features cost fewer instructions than the products of tensor cores on float32
+GROUP = 8  # rows whose sums share one accumulator: its columns F + 1 ..
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of a call, and the variant of the kernels it takes.
+
+    ``precision`` says how the weights meet the values: ``"fma"`` (float32, no tensor cores), ``"bf16"`` (weights
+    rounded to bfloat16), ``"tf32"`` (to TF32, float16's significand with a range that needs no maximum) or ``"ieee"``
+    (float32, many features).
+    """
+
+    batch: int
+    queries: int
+    features: int
+    sizes: tuple[int, ...]
+    precision: str
+
+    @property
+    def split(self) -> int:
+        """How many leading axes fold into rows."""
+        split = len(self.sizes) - 1
+        while split > 1 and math.prod(self.sizes[split:]) < NARROW:
+            split -= 1
+        return split
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.sizes[: self.split])
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.sizes[self.split :])
+
+    @property
+    def length(self) -> int:
+        """Entries of a folded query: features, rows, columns."""
+        return self.features + self.rows + self.columns
+
+    @property
+    def is_folded(self) -> bool:
+        """Queries are rows and columns as they come."""
+        return len(self.sizes) == 2
+
+    def config(self, kernel: str, architecture: int) -> Config:
+        return config(f"{kernel}[{self.precision}]", architecture)
+
+    def fold(self, x: Tensor) -> Tensor:
+        """``[B, N, F + sum(sizes)]`` to ``[B, N, F + rows + columns]``, every table's entry added where it counts."""
+        if self.is_folded:
+            return x if x.stride(-1) == 1 else x.contiguous()
+        feat, *axes = x.split([self.features, *self.sizes], -1)
+        return torch.cat([feat, self._outer_sum(axes[: self.split], x), self._outer_sum(axes[self.split :], x)], -1)
+
+    @staticmethod
+    def _outer_sum(axes: list[Tensor], like: Tensor) -> Tensor:
+        total = like.new_zeros(*like.shape[:2], 1)
+        for axis in axes:
+            total = (total.unsqueeze(-1) + axis.unsqueeze(2)).flatten(2)
+        return total
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """The adjoint of :meth:`fold`: what rows and columns hold, summed for every axis."""
+        if self.is_folded:
+            return x
+        feat, rows, columns = x.split([self.features, self.rows, self.columns], -1)
+        parts = [feat]
+        for part, sizes in ((rows, self.sizes[: self.split]), (columns, self.sizes[self.split :])):
+            part = part.unflatten(-1, sizes) if sizes else part
+            for axis in range(len(sizes)):
+                others = [2 + other for other in range(len(sizes)) if other != axis]
+                parts.append(part.sum(others) if others else part)
+        return torch.cat(parts, -1)
+
+
+def precision_of(dtype: torch.dtype, features: int) -> str:
+    """The variant for raw channels of ``dtype``."""
+    if dtype == torch.float32:
+        return "fma" if features <= FEW_FEATURES else "ieee"
+    return "bf16" if dtype == torch.bfloat16 else "tf32"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a sweep over a grid is cut: blocks of queries, blocks of columns, and splits of the rows."""
+
+    queries: int
+    columns: int
+    splits: int
+    rows_per_split: int
+
+    @property
+    def partials(self) -> int:
+        """Partial sums that every query ends up with."""
+        return self.columns * self.splits
+
+
+PROGRAMS = 4  # a multiprocessor is to hold, so that one computes while others wait
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H100's in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def blocks(grid: Grid, config: Config, device: torch.device) -> Blocks:
+    """Rows are split until the GPU is full, in whole groups."""
+    queries = math.ceil(grid.queries / config.queries)
+    columns = math.ceil(grid.columns / config.tokens)
+    groups = math.ceil(grid.rows / GROUP)
+    wanted = math.ceil(PROGRAMS * multiprocessors(device) / max(1, grid.batch * queries * columns))
+    per_split = math.ceil(groups / max(1, min(wanted, groups)))
+    return Blocks(queries, columns, math.ceil(groups / per_split), per_split * GROUP)

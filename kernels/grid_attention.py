@@ -1,0 +1,222 @@
+"""Grid attention, forward: N x M weights from F channels and two table entries a pair, none of them stored.
+
+A program holds a tile of queries x columns and walks down the rows: the columns' table and their sums stay in registers,
+a row costs one table entry a query. Few queries and many tokens: rows are split over programs, and partial sums are
+merged.
+
+    s = (column[n, j] + row[n, i] + g[n] . x) r        base-2 logits: r carries log2(e)
+    p = exp2(s - shift)                                shift is 0: exp2 of logits within +-60 needs no maximum
+    columns[n, j] += p r;  rows[n, i] = sum_j p r;  feat[n] += p r x;  total[n] += p
+
+A program whose totals leave the range where float32 is exact (2^-60 .. 2^100) takes its rows again, first for the exact
+maximum, then with it as shift. Nothing waits for the host to decide it, and no bound on the logits is needed.
+
+With tensor cores (precision "bf16", "tf32", "ieee") the channels' part of the logits is a product with keys, and one
+product with values collects channels, totals and the sums of eight rows apart.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.grid import GROUP, Grid, blocks, precision_of
+from perceiver_fast.kernels.grid_attention_tokens import LN2, describe_tokens, key_width, value_width
+from perceiver_fast.kernels.grid_sweep_fma import load_features, maximum_fma, sweep_fma
+from perceiver_fast.kernels.grid_sweep_mma import load_packed, maximum_mma, sweep_mma
+from perceiver_fast.ops.library import architecture
+from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
+
+LEAST = tl.constexpr(2.0**-60)
+MOST = tl.constexpr(2.0**100)
+
+
+@triton.jit
+def place(program, N, columns, splits, BN: tl.constexpr, BJ: tl.constexpr):
+    """A program's queries n, block of columns and its columns j, split of the rows, and batch element (int64)."""
+    query_blocks, column_blocks = tl.cdiv(N, BN), tl.cdiv(columns, BJ)
+    n = (program % query_blocks) * BN + tl.arange(0, BN)
+    block = program // query_blocks % column_blocks
+    split = program // (query_blocks * column_blocks) % splits
+    b = (program // (query_blocks * column_blocks * splits)).to(tl.int64)
+    return n, block, block * BJ + tl.arange(0, BJ), split, b
+
+
+@triton.jit
+def grid_attention_forward_kernel(
+    q, planes, scale, keys, values, seed, column_parts, row_parts, sum_parts,
+    B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold,
+    F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n, block, j, split, b = place(tl.program_id(0), N, columns, splits, BN, BJ)
+    live = n < N
+    inside = live[:, None] & (j < columns)[None, :]
+    query = q + b * q_batch + n.to(tl.int64) * q_row
+    table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)
+    row_table = query + F
+    row_key = tl.zeros([BN], tl.uint32)
+    if DROPOUT:
+        row_key = hashing.row_keys(tl.load(seed), b * N + n)
+        threshold = threshold.to(tl.uint32)
+    rows_out = row_parts + ((block * B + b) * rows) * N + n
+    part = (split * B + b) * N + n
+    sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 3)
+    first, last = split * per_split, tl.minimum(rows, (split + 1) * per_split)
+    shift = tl.zeros([BN], tl.float32)
+    if PRECISION == "fma":
+        g = load_features(query, live, F)
+        planes += b * rows * (F + 2) * padded + j
+        column_sums, sums, total, kept = sweep_fma(
+            table, row_table, live, g, planes, padded, first, last, shift, rows_out, N, columns, j, row_key, seed,
+            threshold, F, BN, BJ, DROPOUT, False,
+        )  # fmt: skip
+        if tl.min(((total >= LEAST) & (total <= MOST) | (live == 0)).to(tl.int32), 0) == 0:
+            shift = maximum_fma(table, row_table, live, g, planes, padded, first, last, F, BN)
+            column_sums, sums, total, kept = sweep_fma(
+                table, row_table, live, g, planes, padded, first, last, tl.where(shift > float("-inf"), shift, 0.0),
+                rows_out, N, columns, j, row_key, seed, threshold, F, BN, BJ, DROPOUT, True,
+            )  # fmt: skip
+        for f in tl.static_range(F):
+            tl.store(sums_out + f, sums[f], mask=live)
+    else:
+        g = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION)
+        at = b * rows * padded
+        scale, keys, values = scale + at, keys + at * K, values + at * V
+        column_sums, acc, total, kept = sweep_mma(
+            table, row_table, live, g, scale, keys, values, padded, first, last, shift, rows_out, N, columns, j,
+            row_key, seed, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, False, PRECISION,
+        )  # fmt: skip
+        if tl.min(((total >= LEAST) & (total <= MOST) | (live == 0)).to(tl.int32), 0) == 0:
+            shift = maximum_mma(
+                table, row_table, live, g, scale, keys, values, padded, first, last, j, F, K, V, BN, PRECISION
+            )
+            column_sums, acc, total, kept = sweep_mma(
+                table, row_table, live, g, scale, keys, values, padded, first, last,
+                tl.where(shift > float("-inf"), shift, 0.0), rows_out, N, columns, j, row_key, seed, threshold,
+                F, K, V, GROUP, BN, BJ, DROPOUT, True, PRECISION,
+            )  # fmt: skip
+        c = tl.arange(0, V)
+        tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
+    tl.store(column_parts + part[:, None] * columns + j[None, :], column_sums, mask=inside)
+    tl.store(sums_out + F, total, mask=live)
+    tl.store(sums_out + F + 1, kept, mask=live)
+    tl.store(sums_out + F + 2, shift, mask=live)
+
+
+@triton.jit
+def grid_attention_merge_kernel(
+    column_parts, row_parts, sum_parts, o, lse, kept,
+    B, N, rows, columns, splits, per_split, column_blocks, kept_scale,
+    F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One query's partial sums, each in units of 2^shift, made one; a part without tokens has a shift of -inf."""
+    row = tl.program_id(0).to(tl.int64)  # b N + n
+    b, n = row // N, row % N
+    line = (row * 0 + B) * N * (F + 3)  # int64, though B or N may be the constant 1
+    k = tl.arange(0, PARTS)
+    there = k < splits * column_blocks
+    part = sum_parts + (k * (B * N) + row) * (F + 3)
+    shifts = tl.load(part + F + 2, mask=there, other=float("-inf"))
+    top = tl.max(shifts, 0)
+    weight = tl.exp2(shifts - top)
+    total = tl.sum(weight * tl.load(part + F, mask=there, other=0.0), 0)
+    factor = LN2 * kept_scale / total
+    out = o + row * (F + rows + columns)
+    for f in tl.static_range(F):
+        tl.store(out + f, tl.sum(weight * tl.load(part + f, mask=there, other=0.0), 0) * factor)
+    tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * 0.6931471805599453)
+    if DROPOUT:
+        tl.store(kept + row, tl.sum(weight * tl.load(part + F + 1, mask=there, other=0.0), 0) * kept_scale / total)
+    shift_at = sum_parts + row * (F + 3) + F + 2
+    for start in range(0, rows, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside, split = i < rows, i // per_split
+        acc = tl.zeros([BLOCK], tl.float32)
+        for block in range(column_blocks):
+            shift = tl.load(shift_at + (split * column_blocks + block) * line, mask=inside, other=top)
+            value = tl.load(row_parts + ((block * B + b) * rows + i) * N + n, mask=inside, other=0.0)
+            acc += tl.exp2(shift - top) * value
+        tl.store(out + F + i, acc * factor, mask=inside)
+    for start in range(0, columns, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        inside, block = j < columns, j // BJ
+        acc = tl.zeros([BLOCK], tl.float32)
+        for split in range(splits):
+            shift = tl.load(shift_at + (split * column_blocks + block) * line, mask=inside, other=top)
+            value = tl.load(column_parts + (split * (B * N) + row) * columns + j, mask=inside, other=0.0)
+            acc += tl.exp2(shift - top) * value
+        tl.store(out + F + rows + j, acc * factor, mask=inside)
+
+
+def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Queries, mask, and which batch elements are all masked: those attend uniformly, as zero queries unmasked do.
+
+    Nothing is asked of the host: both are computed on the device.
+    """
+    if mask is None:
+        return q, None, None
+    empty = ~mask.flatten(1).any(1)
+    mask = (mask | empty.view(-1, *(1 for _ in mask.shape[1:]))).contiguous()
+    return q.masked_fill(empty[:, None, None], 0.0), mask.view(torch.uint8), empty
+
+
+def forward(
+    q: Tensor,
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    inverted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``perceiver_fast::grid_attention_forward`` on a GPU; arguments as in perceiver_fast/ops/grid_attention.py.
+
+    Args:
+        q: ``[B, N, L]`` float32; may be expanded over B.
+        feat: ``[B, *sizes, F]``: float32, or a half-precision dtype, which then is that of weights and values.
+        scale: ``[B, *sizes]`` float32.
+
+    Returns:
+        o ``[B, N, L]`` float32, lse ``[B, N]`` float64, kept ``[B, N]`` (empty without dropout), and an empty tensor.
+    """
+    length = q.shape[-1]
+    grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
+    nothing = q.new_empty(0), q.new_empty(0, dtype=torch.float64)
+    if grid.batch * grid.queries == 0:
+        kept = q.new_empty(q.shape[:2]) if dropout > 0 else nothing[0]
+        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float64), kept, nothing[1]
+    q, mask, empty = seen(q, mask)
+    q = grid.fold(q)
+    config = grid.config("grid_attention_forward", architecture(q.device))
+    cut = blocks(grid, config, q.device)
+    tokens = describe_tokens(grid, feat.contiguous(), scale.contiguous(), mask, config.tokens)
+    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, grid.columns)
+    row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
+    sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 3)
+    programs = cut.queries * cut.columns * cut.splits * grid.batch
+    grid_attention_forward_kernel[(programs,)](
+        q, tokens.planes, tokens.scale, tokens.keys, tokens.values, seed, column_parts, row_parts, sum_parts,
+        grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, q.stride(0), q.stride(1),
+        cut.splits, cut.rows_per_split, dropout_threshold(dropout),
+        F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, BJ=config.tokens,
+        DROPOUT=dropout > 0, PRECISION=grid.precision, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    o = q.new_empty(grid.batch, grid.queries, grid.length)
+    lse = q.new_empty(grid.batch, grid.queries, dtype=torch.float64)
+    kept = q.new_empty(grid.batch, grid.queries) if dropout > 0 else nothing[0]
+    grid_attention_merge_kernel[(grid.batch * grid.queries,)](
+        column_parts, row_parts, sum_parts, o, lse, kept,
+        grid.batch, grid.queries, grid.rows, grid.columns, cut.splits, cut.rows_per_split, cut.columns,
+        dropout_scale(dropout),
+        F=grid.features, BJ=config.tokens, PARTS=triton.next_power_of_2(cut.partials), BLOCK=128, DROPOUT=dropout > 0,
+        num_warps=4,
+    )  # fmt: skip
+    if empty is not None:
+        lse = lse.masked_fill(empty[:, None], -torch.finfo(torch.float32).max)
+    o = grid.unfold(o)
+    assert o.shape[-1] == length
+    return o, lse, kept, nothing[1]

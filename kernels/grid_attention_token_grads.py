@@ -1,0 +1,186 @@
+"""Grid attention, gradients of the tokens: a program owns a few rows of a block of columns and walks over the queries.
+
+    t = column[n, j] + row[n, i] + g[n] . x,  u = d_column[n, j] + d_row[n, i] + d_g[n] . x
+    dx = r sum_n (dS g[n] + P d_g[n]),  dr = sum_n (dS t + P u)
+
+No two programs write the same token, so the result is the same every time. A thread keeps its own sums over its queries
+until the end. Rows are taken several at a time, since a column's table entries are read once for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.grid import Grid
+from perceiver_fast.kernels.grid_attention_tokens import LN2, LOG2E, TokenArrays, key_width
+from perceiver_fast.kernels.grid_sweep_mma import add_keys, load_packed
+from perceiver_fast.ops.library import architecture
+from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
+
+ROWS = 2  # at a time, where channels are few
+
+
+@triton.jit
+def weights_and_gradients(
+    t, u, r, there, shift, delta, d_kept, row_key, token_key, threshold, DROPOUT: tl.constexpr
+):  # fmt: skip
+    """P without its factor, after dropout, and dS, of a tile; r carries log2(e), as everywhere."""
+    p = tl.where(there[None, :], tl.exp2(t * r[None, :] - shift[:, None]), 0.0)
+    d_p = u * r[None, :]
+    if DROPOUT:
+        keep = hashing.keep(row_key[:, None], token_key[None, :], threshold)
+        return tl.where(keep, p, 0.0), p * (tl.where(keep, d_p + d_kept[:, None], 0.0) - delta[:, None])
+    else:
+        return p, p * (d_p - delta[:, None])
+
+
+@triton.jit
+def grid_attention_token_grads_kernel(
+    q, d_o, stats, feat, scale, mask, keys, seed, dfeat, dscale,
+    B, N, rows, columns, padded, q_batch, q_row, threshold, kept_scale,
+    F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_KEPT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    FLOAT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32"
+    row_blocks, column_blocks = tl.cdiv(rows, ROWS), tl.cdiv(columns, BJ)
+    program = tl.program_id(0)
+    j = (program % column_blocks) * BJ + tl.arange(0, BJ)
+    first = program // column_blocks % row_blocks * ROWS
+    b = (program // (column_blocks * row_blocks)).to(tl.int64)
+    line = b * 0 + B * N
+    number = tl.load(seed) if DROPOUT else 0
+    token, there, r, key, x = (), (), (), (), ()
+    for k in tl.static_range(ROWS):
+        at = (b * rows + first + k) * columns + j
+        inside = (j < columns) & (first + k < rows)
+        if MASKED:
+            inside = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+        token, there = token + (at,), there + (inside,)
+        r = r + (tl.load(scale + at, mask=inside, other=0.0) * LOG2E,)
+        key = key + (hashing.token_keys(number, at - b * rows * columns) if DROPOUT else at,)
+        if PRECISION == "fma":
+            channels = ()
+            for f in tl.static_range(F):
+                channels = channels + (tl.load(feat + at * F + f, mask=inside, other=0.0).to(tl.float32),)
+            x = x + (channels,)
+        else:
+            key_at = keys + ((b * rows + first + k) * padded + j)[:, None] * K + tl.arange(0, K)[None, :]
+            x = x + (tl.load(key_at, mask=inside[:, None], other=0.0),)
+    d_r, d_x = (), ()
+    for k in tl.static_range(ROWS):
+        d_r = d_r + (tl.zeros([BN, BJ], tl.float32),)
+        if PRECISION == "fma":
+            empty = ()
+            for f in tl.static_range(F):
+                empty = empty + (tl.zeros([BN, BJ], tl.float32),)
+            d_x = d_x + (empty,)
+        else:
+            d_x = d_x + (tl.zeros([BJ, C], tl.float32),)
+    if DROPOUT:
+        threshold = threshold.to(tl.uint32)
+    for start in range(0, N, BN):
+        n = start + tl.arange(0, BN)
+        live = n < N
+        row = b * N + n
+        query, d_query = q + b * q_batch + n.to(tl.int64) * q_row, d_o + row * (F + rows + columns)
+        shift = tl.load(stats + row, mask=live, other=0.0)
+        factor = tl.load(stats + line + row, mask=live, other=0.0) * (kept_scale * LN2)
+        delta = tl.load(stats + 2 * line + row, mask=live, other=0.0)
+        d_kept = tl.zeros([BN], tl.float32)
+        if HAS_KEPT:
+            d_kept = tl.load(stats + 3 * line + row, mask=live, other=0.0) * kept_scale
+        row_key = hashing.row_keys(number, row) if DROPOUT else row
+        inside = live[:, None] & (j < columns)[None, :]
+        table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)
+        d_table = tl.load(d_query[:, None] + F + rows + j[None, :], mask=inside, other=0.0) * factor[:, None]
+        new_r, new_x = (), ()
+        if PRECISION == "fma":
+            g, d_g = (), ()
+            for f in tl.static_range(F):
+                g = g + (tl.load(query + f, mask=live, other=0.0),)
+                d_g = d_g + (tl.load(d_query + f, mask=live, other=0.0) * factor,)
+        else:
+            c = tl.arange(0, C)
+            inner = live[:, None] & (c < F)[None, :]
+            g = tl.load(query[:, None] + c[None, :], mask=inner, other=0.0)
+            d_g = tl.load(d_query[:, None] + c[None, :], mask=inner, other=0.0) * factor[:, None]
+            packed = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION)
+            d_packed = load_packed(d_query, factor, live, F, K, PRECISION)
+        for k in tl.static_range(ROWS):
+            here = live & (first + k < rows)
+            a = tl.load(query + F + first + k, mask=here, other=0.0)
+            d_a = tl.load(d_query + F + first + k, mask=here, other=0.0) * factor
+            t, u = table + a[:, None], d_table + d_a[:, None]
+            if PRECISION == "fma":
+                for f in tl.static_range(F):
+                    t += g[f][:, None] * x[k][f][None, :]
+                    u += d_g[f][:, None] * x[k][f][None, :]
+            else:
+                t, u = add_keys(t, packed, x[k], PRECISION), add_keys(u, d_packed, x[k], PRECISION)
+            p, ds = weights_and_gradients(
+                t, u, r[k], there[k], shift, delta, d_kept, row_key, key[k], threshold, DROPOUT
+            )
+            p *= LOG2E  # against the ln 2 of u and d_g
+            new_r = new_r + (d_r[k] + ds * t + p * u,)
+            if PRECISION == "fma":
+                channels = ()
+                for f in tl.static_range(F):
+                    channels = channels + (d_x[k][f] + ds * g[f][:, None] + p * d_g[f][:, None],)
+                new_x = new_x + (channels,)
+            else:
+                grown = tl.dot(tl.trans(ds), g, d_x[k], input_precision=FLOAT)
+                new_x = new_x + (tl.dot(tl.trans(p), d_g, grown, input_precision=FLOAT),)
+        d_r, d_x = new_r, new_x
+    for k in tl.static_range(ROWS):
+        tl.store(dscale + token[k], tl.sum(d_r[k], 0), mask=there[k])
+        if PRECISION == "fma":
+            for f in tl.static_range(F):
+                total = tl.sum(d_x[k][f], 0) * (r[k] * LN2)
+                tl.store(dfeat + token[k] * F + f, total.to(dfeat.dtype.element_ty), mask=there[k])
+        else:
+            c = tl.arange(0, C)
+            total = (d_x[k] * (r[k] * LN2)[:, None]).to(dfeat.dtype.element_ty)
+            tl.store(dfeat + token[k][:, None] * F + c[None, :], total, mask=there[k][:, None] & (c < F)[None, :])
+
+
+def token_gradients(
+    grid: Grid,
+    q: Tensor,
+    d_o: Tensor,
+    stats: Tensor,
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    tokens: TokenArrays,
+    dropout: float,
+    seed: Tensor | None,
+    has_kept: bool,
+    dfeat: Tensor,
+    dscale: Tensor,
+) -> None:
+    """Writes the gradients of feat and scale; masked tokens keep the zeros they have.
+
+    Args:
+        q, d_o: folded, ``[B, N, F + rows + columns]``.
+        stats: of every query, see grid_attention_backward.
+        feat, scale, mask: the call's, dense.
+        tokens: their description for the kernels of the grid's precision.
+    """
+    few = grid.precision == "fma" or grid.features <= 4  # float32 instructions do for few channels
+    precision = "fma" if few else grid.precision
+    config = replace(grid, precision=precision).config("grid_attention_token_grads", architecture(q.device))
+    rows = ROWS if few and grid.features <= 4 else 1
+    programs = triton.cdiv(grid.rows, rows) * triton.cdiv(grid.columns, config.tokens) * grid.batch
+    grid_attention_token_grads_kernel[(programs,)](
+        q, d_o, stats, feat, scale, mask, None if few else tokens.keys, seed, dfeat, dscale,
+        grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, q.stride(0), q.stride(1),
+        dropout_threshold(dropout), dropout_scale(dropout),
+        F=grid.features, K=key_width(grid), C=max(16, triton.next_power_of_2(grid.features)),
+        BN=config.queries, BJ=config.tokens, ROWS=rows, DROPOUT=dropout > 0, HAS_KEPT=has_kept, MASKED=mask is not None,
+        PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip

@@ -1,0 +1,133 @@
+"""Describes the tokens of a grid for the kernels, once a call: raw channels times scale, laid out as they are read.
+
+Scales are multiplied by log2(e), for logits in base 2. A token that is masked, or lies beyond the last column, is all
+zeros, and its "one" is 0.
+
+    fma    planes [B, rows, F + 2, columns]      float32: the channels, the scale, one
+    else   scale  [B, rows, columns]             float32
+           keys   [B, rows, columns, K]          the channels in bf16, once for each of a query's three pieces; float16
+                                                 takes two pieces, "ieee" is float32
+           values [B, rows, columns, V]          [scaled channels | one | scale at row mod 8 | 0]: the last eight are what
+                                                 makes a product of weights and values sum eight rows apart
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from perceiver_fast.kernels.grid import GROUP, Grid
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+BLOCK = 64
+
+
+@triton.jit
+def grid_planes_kernel(
+    feat, scale, mask, planes, rows, columns, padded,
+    F: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # of all batch elements
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = row * columns + j
+    there = j < columns
+    if MASKED:
+        there = there & (tl.load(mask + token, mask=there, other=0) != 0)
+    r = tl.load(scale + token, mask=there, other=0.0) * LOG2E
+    base = planes + row * (F + 2) * padded + j
+    for f in tl.static_range(F):
+        x = tl.load(feat + token * F + f, mask=there, other=0.0).to(tl.float32)
+        tl.store(base + f * padded, x)
+    tl.store(base + F * padded, r)
+    tl.store(base + (F + 1) * padded, there.to(tl.float32))
+
+
+@triton.jit
+def grid_tokens_kernel(
+    feat, scale, mask, keys, values, out_scale, rows, columns, padded,
+    F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr,
+    PIECES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = row * columns + j
+    there = j < columns
+    if MASKED:
+        there = there & (tl.load(mask + token, mask=there, other=0) != 0)
+    r = tl.load(scale + token, mask=there, other=0.0) * LOG2E
+    k = tl.arange(0, K)
+    inside = there[:, None] & (k < PIECES * F)[None, :]
+    x = tl.load(feat + token[:, None] * F + (k % F)[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = row * padded + j
+    if PIECES > 1:
+        first = x.to(tl.bfloat16)
+        second = (x - first.to(tl.float32)).to(tl.bfloat16)
+        tl.store(keys + at[:, None] * K + k[None, :], tl.where((k // F < 3)[None, :], first, second))
+    else:
+        tl.store(keys + at[:, None] * K + k[None, :], x)
+    c = tl.arange(0, V)
+    v = tl.load(feat + token[:, None] * F + c[None, :], mask=there[:, None] & (c < F)[None, :], other=0.0)
+    v = v.to(tl.float32) * r[:, None]
+    v = tl.where((c == F)[None, :], there.to(tl.float32)[:, None], v)
+    v = tl.where((c == F + 1 + (row % rows) % GROUP)[None, :], r[:, None], v)
+    tl.store(values + at[:, None] * V + c[None, :], v.to(values.dtype.element_ty))
+    tl.store(out_scale + at, r)
+
+
+@dataclass(frozen=True)
+class TokenArrays:
+    """What the kernels read of the tokens; planes, or scale, keys and values."""
+
+    padded: int
+    planes: Tensor | None = None
+    scale: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+PIECES = {"bf16": 3, "tf32": 5, "ieee": 1}
+"""Products a channel takes. A query's float32 is three pieces of bf16, a bf16 channel one, a float16 channel two (of whose
+six products with a query's pieces the least is left out)."""
+
+
+def key_width(grid: Grid) -> int:
+    """K: channels of a key, padded to what a product needs."""
+    return max(16, triton.next_power_of_2(grid.features * PIECES.get(grid.precision, 1)))
+
+
+def value_width(grid: Grid) -> int:
+    """V: channels, one, and a column for every row of a group."""
+    return max(16, triton.next_power_of_2(grid.features + 1 + GROUP))
+
+
+def describe_tokens(grid: Grid, feat: Tensor, scale: Tensor, mask: Tensor | None, block: int) -> TokenArrays:
+    """The arrays for kernels whose blocks have ``block`` columns.
+
+    Args:
+        feat: ``[B, *sizes, F]`` of float32, bfloat16 or float16, dense.
+        scale: ``[B, *sizes]`` float32, dense.
+        mask: bool ``[B, *sizes]``, dense, or None.
+    """
+    lines, padded = grid.batch * grid.rows, triton.cdiv(grid.columns, block) * block
+    at = (lines, triton.cdiv(padded, BLOCK))
+    padded = at[1] * BLOCK
+    masked = dict(MASKED=mask is not None, BLOCK=BLOCK)
+    if grid.precision == "fma":
+        planes = scale.new_empty(lines, grid.features + 2, padded)
+        grid_planes_kernel[at](feat, scale, mask, planes, grid.rows, grid.columns, padded, F=grid.features, **masked)
+        return TokenArrays(padded, planes=planes)
+    pieces = PIECES[grid.precision]
+    keys = scale.new_empty(lines, padded, key_width(grid), dtype=torch.bfloat16 if pieces > 1 else torch.float32)
+    values_dtype = torch.bfloat16 if grid.precision == "bf16" else torch.float32
+    values = scale.new_empty(lines, padded, value_width(grid), dtype=values_dtype)
+    scaled = scale.new_empty(lines, padded)
+    grid_tokens_kernel[at](
+        feat, scale, mask, keys, values, scaled, grid.rows, grid.columns, padded,
+        F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, PIECES=pieces, **masked,
+    )  # fmt: skip
+    return TokenArrays(padded, None, scaled, keys, values)

@@ -19,14 +19,20 @@ ARCHITECTURES = (80, 86, 90, 100)
 class Config:
     """The tile a program holds and the resources it is compiled for.
 
-    ``queries`` x ``tokens`` is the tile of attention weights; ``warps`` and ``stages`` are Triton's num_warps and
-    num_stages.
+    ``queries`` x ``tokens`` is the tile of attention weights; ``warps``, ``stages`` and ``registers`` (the most a thread
+    may have) are Triton's num_warps, num_stages and maxnreg.
     """
 
     queries: int
     tokens: int
     warps: int
     stages: int = 1
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What a launch passes beside the tile."""
+        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers)
 
 
 @functools.cache

@@ -34,8 +34,8 @@ def token_keys(seed, tokens):
 
 @triton.jit
 def keep(row_key, token_key, threshold):
-    """True where a weight is kept; keys broadcast against each other, ``threshold`` is p 2^32 as uint32."""
-    x = row_key ^ token_key
+    """True where a weight is kept; keys, 32 bits of any type, broadcast; ``threshold`` is p 2^32 as uint32."""
+    x = row_key.to(tl.uint32, bitcast=True) ^ token_key.to(tl.uint32, bitcast=True)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)

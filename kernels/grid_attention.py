@@ -24,7 +24,7 @@ from torch import Tensor
 
 from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels.grid import GROUP, Grid, blocks, precision_of
-from perceiver_fast.kernels.grid_attention_tokens import LN2, describe_tokens, key_width, value_width
+from perceiver_fast.kernels.grid_attention_tokens import HOLE, LN2, describe_tokens, key_width, value_width
 from perceiver_fast.kernels.grid_sweep_fma import load_features, maximum_fma, sweep_fma
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, maximum_mma, sweep_mma
 from perceiver_fast.ops.library import architecture
@@ -47,70 +47,71 @@ def place(program, N, columns, splits, BN: tl.constexpr, BJ: tl.constexpr):
 
 @triton.jit
 def grid_attention_forward_kernel(
-    q, planes, scale, keys, values, seed, column_parts, row_parts, sum_parts,
+    q, planes, scale, keys, values, seed, token_keys, column_parts, row_parts, sum_parts,
     B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n, block, j, split, b = place(tl.program_id(0), N, columns, splits, BN, BJ)
     live = n < N
     inside = live[:, None] & (j < columns)[None, :]
     query = q + b * q_batch + n.to(tl.int64) * q_row
     table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)
-    row_table = query + F
     row_key = tl.zeros([BN], tl.uint32)
     if DROPOUT:
         row_key = hashing.row_keys(tl.load(seed), b * N + n)
+        token_keys += j
         threshold = threshold.to(tl.uint32)
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 3)
     first, last = split * per_split, tl.minimum(rows, (split + 1) * per_split)
     shift = tl.zeros([BN], tl.float32)
+    attempt, attempts = 0, 1
     if PRECISION == "fma":
         g = load_features(query, live, F)
         planes += b * rows * (F + 2) * padded + j
-        column_sums, sums, total, kept = sweep_fma(
-            table, row_table, live, g, planes, padded, first, last, shift, rows_out, N, columns, j, row_key, seed,
-            threshold, F, BN, BJ, DROPOUT, False,
-        )  # fmt: skip
-        if tl.min(((total >= LEAST) & (total <= MOST) | (live == 0)).to(tl.int32), 0) == 0:
-            shift = maximum_fma(table, row_table, live, g, planes, padded, first, last, F, BN)
-            column_sums, sums, total, kept = sweep_fma(
-                table, row_table, live, g, planes, padded, first, last, tl.where(shift > float("-inf"), shift, 0.0),
-                rows_out, N, columns, j, row_key, seed, threshold, F, BN, BJ, DROPOUT, True,
-            )  # fmt: skip
-        for f in tl.static_range(F):
-            tl.store(sums_out + f, sums[f], mask=live)
     else:
-        g = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION)
+        g = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION, True)
         at = b * rows * padded
         scale, keys, values = scale + at, keys + at * K, values + at * V
-        column_sums, acc, total, kept = sweep_mma(
-            table, row_table, live, g, scale, keys, values, padded, first, last, shift, rows_out, N, columns, j,
-            row_key, seed, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, False, PRECISION,
-        )  # fmt: skip
-        if tl.min(((total >= LEAST) & (total <= MOST) | (live == 0)).to(tl.int32), 0) == 0:
-            shift = maximum_mma(
-                table, row_table, live, g, scale, keys, values, padded, first, last, j, F, K, V, BN, PRECISION
-            )
-            column_sums, acc, total, kept = sweep_mma(
-                table, row_table, live, g, scale, keys, values, padded, first, last,
-                tl.where(shift > float("-inf"), shift, 0.0), rows_out, N, columns, j, row_key, seed, threshold,
-                F, K, V, GROUP, BN, BJ, DROPOUT, True, PRECISION,
+    while attempt < attempts:  # once, but for extreme logits
+        known = tl.where(shift > float("-inf"), shift, 0.0)
+        if PRECISION == "fma":
+            column_sums, sums, total, kept = sweep_fma(
+                table, query + F, live, g, planes, padded, first, last, known, rows_out, N, row_key, token_keys,
+                threshold, F, BN, BJ, DROPOUT, HOLES,
             )  # fmt: skip
-        c = tl.arange(0, V)
-        tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
-    tl.store(column_parts + part[:, None] * columns + j[None, :], column_sums, mask=inside)
-    tl.store(sums_out + F, total, mask=live)
-    tl.store(sums_out + F + 1, kept, mask=live)
-    tl.store(sums_out + F + 2, shift, mask=live)
+            for f in tl.static_range(F):
+                tl.store(sums_out + f, sums[f], mask=live)
+        else:
+            column_sums, acc, total, kept = sweep_mma(
+                table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, N, row_key,
+                token_keys, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, PRECISION,
+            )  # fmt: skip
+            c = tl.arange(0, V)
+            tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
+        tl.store(column_parts + part[:, None] * padded + j[None, :], column_sums, mask=live[:, None])
+        tl.store(sums_out + F, total, mask=live)
+        tl.store(sums_out + F + 1, kept, mask=live)
+        tl.store(sums_out + F + 2, shift, mask=live)
+        attempt += 1
+        if attempt == 1:
+            if tl.min(((total >= LEAST) & (total <= MOST) | (live == 0)).to(tl.int32), 0) == 0:
+                attempts = 2
+                if PRECISION == "fma":
+                    shift = maximum_fma(table, query + F, live, g, planes, padded, first, last, F, BN, HOLES)
+                else:
+                    shift = maximum_mma(
+                        table, query + F, live, g, scale, keys, padded, first, last, j, K, BN, PRECISION
+                    )
+                shift = tl.where(shift > HOLE / 2, shift, float("-inf"))  # nothing but holes
 
 
 @triton.jit
 def grid_attention_merge_kernel(
     column_parts, row_parts, sum_parts, o, lse, kept,
-    B, N, rows, columns, splits, per_split, column_blocks, kept_scale,
+    B, N, rows, columns, padded, splits, per_split, column_blocks, kept_scale,
     F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """One query's partial sums, each in units of 2^shift, made one; a part without tokens has a shift of -inf."""
@@ -147,7 +148,7 @@ def grid_attention_merge_kernel(
         acc = tl.zeros([BLOCK], tl.float32)
         for split in range(splits):
             shift = tl.load(shift_at + (split * column_blocks + block) * line, mask=inside, other=top)
-            value = tl.load(column_parts + (split * (B * N) + row) * columns + j, mask=inside, other=0.0)
+            value = tl.load(column_parts + (split * (B * N) + row) * padded + j, mask=inside, other=0.0)
             acc += tl.exp2(shift - top) * value
         tl.store(out + F + rows + j, acc * factor, mask=inside)
 
@@ -193,24 +194,26 @@ def forward(
     q = grid.fold(q)
     config = grid.config("grid_attention_forward", architecture(q.device))
     cut = blocks(grid, config, q.device)
-    tokens = describe_tokens(grid, feat.contiguous(), scale.contiguous(), mask, config.tokens)
-    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, grid.columns)
+    tokens = describe_tokens(grid, feat.contiguous(), scale.contiguous(), mask, seed, config.tokens)
+    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded)
     row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
     sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 3)
     programs = cut.queries * cut.columns * cut.splits * grid.batch
     grid_attention_forward_kernel[(programs,)](
-        q, tokens.planes, tokens.scale, tokens.keys, tokens.values, seed, column_parts, row_parts, sum_parts,
+        q, tokens.planes, tokens.scale, tokens.keys, tokens.values, seed, tokens.token_keys,
+        column_parts, row_parts, sum_parts,
         grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, q.stride(0), q.stride(1),
         cut.splits, cut.rows_per_split, dropout_threshold(dropout),
         F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, BJ=config.tokens,
-        DROPOUT=dropout > 0, PRECISION=grid.precision, num_warps=config.warps, num_stages=config.stages,
+        DROPOUT=dropout > 0, HOLES=tokens.holes, PRECISION=grid.precision,
+        **config.options,
     )  # fmt: skip
     o = q.new_empty(grid.batch, grid.queries, grid.length)
     lse = q.new_empty(grid.batch, grid.queries, dtype=torch.float64)
     kept = q.new_empty(grid.batch, grid.queries) if dropout > 0 else nothing[0]
     grid_attention_merge_kernel[(grid.batch * grid.queries,)](
         column_parts, row_parts, sum_parts, o, lse, kept,
-        grid.batch, grid.queries, grid.rows, grid.columns, cut.splits, cut.rows_per_split, cut.columns,
+        grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, cut.splits, cut.rows_per_split, cut.columns,
         dropout_scale(dropout),
         F=grid.features, BJ=config.tokens, PARTS=triton.next_power_of_2(cut.partials), BLOCK=128, DROPOUT=dropout > 0,
         num_warps=4,

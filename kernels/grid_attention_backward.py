@@ -61,10 +61,10 @@ def grid_attention_delta_kernel(
 
 @triton.jit
 def grid_attention_backward_kernel(
-    q, d_o, stats, planes, scale, keys, values, seed, column_parts, row_parts, sum_parts,
+    q, d_o, stats, planes, scale, keys, values, seed, token_keys, column_parts, row_parts, sum_parts,
     B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold, kept_scale,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_KEPT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n, block, j, split, b = place(tl.program_id(0), N, columns, splits, BN, BJ)
     live = n < N
@@ -82,62 +82,47 @@ def grid_attention_backward_kernel(
     factor = own * LN2  # channels and scale of the tokens carry log2(e)
     table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)
     d_table = tl.load(d_query[:, None] + F + rows + j[None, :], mask=inside, other=0.0) * factor[:, None]
-    row_table, d_row_table = query + F, d_query + F
     row_key = tl.zeros([BN], tl.uint32)
     if DROPOUT:
         row_key = hashing.row_keys(tl.load(seed), row)
+        token_keys += j
         threshold = threshold.to(tl.uint32)
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 1)
     first, last = split * per_split, tl.minimum(rows, (split + 1) * per_split)
-    extreme = tl.max(tl.abs(shift), 0) > 0
     if PRECISION == "fma":
         g, d_features = load_features(query, live, F), load_features(d_query, live, F)
         d_g = ()
         for f in tl.static_range(F):
             d_g = d_g + (d_features[f] * factor,)
         planes += b * rows * (F + 2) * padded + j
-        if extreme:
-            column_sums, sums, residual = sweep_backward_fma(
-                table, row_table, d_table, d_row_table, live, g, d_g, planes, padded, first, last, shift, factor, delta,
-                d_kept, rows_out, N, columns, j, row_key, seed, threshold, F, BN, BJ, DROPOUT, True,
-            )  # fmt: skip
-        else:
-            column_sums, sums, residual = sweep_backward_fma(
-                table, row_table, d_table, d_row_table, live, g, d_g, planes, padded, first, last, shift, factor, delta,
-                d_kept, rows_out, N, columns, j, row_key, seed, threshold, F, BN, BJ, DROPOUT, False,
-            )  # fmt: skip
+        column_sums, sums, residual = sweep_backward_fma(
+            table, d_table, query + F, d_query + F, live, g, d_g, planes, padded, first, last, shift, factor, delta,
+            d_kept, rows_out, N, row_key, token_keys, threshold, F, BN, BJ, DROPOUT, HOLES,
+        )  # fmt: skip
         for f in tl.static_range(F):
             tl.store(sums_out + f, sums[f], mask=live)
     else:
-        ones = tl.full([BN], 1.0, tl.float32)
-        g = load_packed(query, ones, live, F, K, PRECISION)
-        d_g = load_packed(d_query, factor, live, F, K, PRECISION)
+        g = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION, True)
+        d_g = load_packed(d_query, factor, live, F, K, PRECISION, False)
         at = b * rows * padded
         scale, keys, values = scale + at, keys + at * K, values + at * V
-        if extreme:
-            column_sums, acc, residual = sweep_backward_mma(
-                table, row_table, d_table, d_row_table, live, g, d_g, scale, keys, values, padded, first, last, shift,
-                factor, delta, d_kept, rows_out, N, columns, j, row_key, seed, threshold,
-                F, K, V, GROUP, BN, BJ, DROPOUT, True, PRECISION,
-            )  # fmt: skip
-        else:
-            column_sums, acc, residual = sweep_backward_mma(
-                table, row_table, d_table, d_row_table, live, g, d_g, scale, keys, values, padded, first, last, shift,
-                factor, delta, d_kept, rows_out, N, columns, j, row_key, seed, threshold,
-                F, K, V, GROUP, BN, BJ, DROPOUT, False, PRECISION,
-            )  # fmt: skip
+        column_sums, acc, residual = sweep_backward_mma(
+            table, d_table, query + F, d_query + F, live, g, d_g, scale, keys, values, padded, first, last, j, shift,
+            factor, delta, d_kept, rows_out, N, row_key, token_keys, threshold,
+            F, K, V, GROUP, BN, BJ, DROPOUT, PRECISION,
+        )  # fmt: skip
         c = tl.arange(0, V)
         tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
-    tl.store(column_parts + part[:, None] * columns + j[None, :], column_sums, mask=inside)
+    tl.store(column_parts + part[:, None] * padded + j[None, :], column_sums, mask=live[:, None])
     tl.store(sums_out + F, residual, mask=live)
 
 
 @triton.jit
 def grid_attention_backward_merge_kernel(
     column_parts, row_parts, sum_parts, d_lse, kept, stats, dq, correction,
-    B, N, rows, columns, per_split, splits, column_blocks,
+    B, N, rows, columns, padded, splits, column_blocks,
     F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     HAS_LSE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +159,7 @@ def grid_attention_backward_merge_kernel(
         j = start + tl.arange(0, BLOCK)
         acc = tl.zeros([BLOCK], tl.float32)
         for split in range(splits):
-            acc += tl.load(column_parts + (split * (B * N) + row) * columns + j, mask=j < columns, other=0.0)
+            acc += tl.load(column_parts + (split * (B * N) + row) * padded + j, mask=j < columns, other=0.0)
         tl.store(out + F + rows + j, acc * LN2, mask=j < columns)
 
 
@@ -220,26 +205,26 @@ def backward(
     config = grid.config("grid_attention_backward", architecture(q.device))
     cut = blocks(grid, config, q.device)
     feat, scale = feat.contiguous(), scale.contiguous()
-    tokens = describe_tokens(grid, feat, scale, mask, config.tokens)
-    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, grid.columns)
+    tokens = describe_tokens(grid, feat, scale, mask, seed, config.tokens)
+    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded)
     row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
     sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 1)
     programs = cut.queries * cut.columns * cut.splits * grid.batch
     kept_scale = dropout_scale(dropout)
     grid_attention_backward_kernel[(programs,)](
-        q, folded, stats, tokens.planes, tokens.scale, tokens.keys, tokens.values, seed,
+        q, folded, stats, tokens.planes, tokens.scale, tokens.keys, tokens.values, seed, tokens.token_keys,
         column_parts, row_parts, sum_parts,
         grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, q.stride(0), q.stride(1),
         cut.splits, cut.rows_per_split, dropout_threshold(dropout), kept_scale,
         F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, BJ=config.tokens,
-        DROPOUT=dropout > 0, HAS_KEPT=flags["HAS_KEPT"], PRECISION=grid.precision,
-        num_warps=config.warps, num_stages=config.stages,
+        DROPOUT=dropout > 0, HAS_KEPT=flags["HAS_KEPT"], HOLES=tokens.holes, PRECISION=grid.precision,
+        **config.options,
     )  # fmt: skip
     dq = q.new_empty(grid.batch, grid.queries, grid.length)
     correction = q.new_empty(grid.batch, grid.queries, 1)
     grid_attention_backward_merge_kernel[(count,)](
         column_parts, row_parts, sum_parts, d_lse, kept, stats, dq, correction,
-        grid.batch, grid.queries, grid.rows, grid.columns, cut.rows_per_split, cut.splits, cut.columns,
+        grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, cut.splits, cut.columns,
         F=grid.features, BJ=config.tokens, PARTS=triton.next_power_of_2(cut.partials), BLOCK=128,
         HAS_LSE=flags["HAS_LSE"], DROPOUT=dropout > 0, num_warps=4,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from perceiver_fast.ops.library import architecture
 from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
 
 ROWS = 2  # at a time, where channels are few
+MOST = tl.constexpr(80.0)  # logits of 1e8 may differ from the forward's, where tensor cores made them, by more than that
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def weights_and_gradients(
     t, u, r, there, shift, delta, d_kept, row_key, token_key, threshold, DROPOUT: tl.constexpr
 ):  # fmt: skip
     """P without its factor, after dropout, and dS, of a tile; r carries log2(e), as everywhere."""
-    p = tl.where(there[None, :], tl.exp2(t * r[None, :] - shift[:, None]), 0.0)
+    p = tl.where(there[None, :], tl.exp2(tl.minimum(t * r[None, :] - shift[:, None], MOST)), 0.0)
     d_p = u * r[None, :]
     if DROPOUT:
         keep = hashing.keep(row_key[:, None], token_key[None, :], threshold)
@@ -95,9 +96,9 @@ def grid_attention_token_grads_kernel(
         if HAS_KEPT:
             d_kept = tl.load(stats + 3 * line + row, mask=live, other=0.0) * kept_scale
         row_key = hashing.row_keys(number, row) if DROPOUT else row
-        inside = live[:, None] & (j < columns)[None, :]
-        table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)
-        d_table = tl.load(d_query[:, None] + F + rows + j[None, :], mask=inside, other=0.0) * factor[:, None]
+        tile = live[:, None] & (j < columns)[None, :]
+        table = tl.load(query[:, None] + F + rows + j[None, :], mask=tile, other=0.0)
+        d_table = tl.load(d_query[:, None] + F + rows + j[None, :], mask=tile, other=0.0) * factor[:, None]
         new_r, new_x = (), ()
         if PRECISION == "fma":
             g, d_g = (), ()
@@ -109,8 +110,8 @@ def grid_attention_token_grads_kernel(
             inner = live[:, None] & (c < F)[None, :]
             g = tl.load(query[:, None] + c[None, :], mask=inner, other=0.0)
             d_g = tl.load(d_query[:, None] + c[None, :], mask=inner, other=0.0) * factor[:, None]
-            packed = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION)
-            d_packed = load_packed(d_query, factor, live, F, K, PRECISION)
+            packed = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION, False)
+            d_packed = load_packed(d_query, factor, live, F, K, PRECISION, False)
         for k in tl.static_range(ROWS):
             here = live & (first + k < rows)
             a = tl.load(query + F + first + k, mask=here, other=0.0)
@@ -128,10 +129,10 @@ def grid_attention_token_grads_kernel(
             p *= LOG2E  # against the ln 2 of u and d_g
             new_r = new_r + (d_r[k] + ds * t + p * u,)
             if PRECISION == "fma":
-                channels = ()
+                grown = ()
                 for f in tl.static_range(F):
-                    channels = channels + (d_x[k][f] + ds * g[f][:, None] + p * d_g[f][:, None],)
-                new_x = new_x + (channels,)
+                    grown = grown + (d_x[k][f] + ds * g[f][:, None] + p * d_g[f][:, None],)
+                new_x = new_x + (grown,)
             else:
                 grown = tl.dot(tl.trans(ds), g, d_x[k], input_precision=FLOAT)
                 new_x = new_x + (tl.dot(tl.trans(p), d_g, grown, input_precision=FLOAT),)
@@ -182,5 +183,5 @@ def token_gradients(
         dropout_threshold(dropout), dropout_scale(dropout),
         F=grid.features, K=key_width(grid), C=max(16, triton.next_power_of_2(grid.features)),
         BN=config.queries, BJ=config.tokens, ROWS=rows, DROPOUT=dropout > 0, HAS_KEPT=has_kept, MASKED=mask is not None,
-        PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
+        PRECISION=precision, **config.options,
     )  # fmt: skip

@@ -1,14 +1,15 @@
 """Describes the tokens of a grid for the kernels, once a call: raw channels times scale, laid out as they are read.
 
-Scales are multiplied by log2(e), for logits in base 2. A token that is masked, or lies beyond the last column, is all
-zeros, and its "one" is 0.
+Scales are multiplied by log2(e), for logits in base 2. A token that is masked, or lies beyond the last column, is a hole:
+its channels are 0, its scale 1, and what its hole adds to a logit leaves no weight, whatever the query.
 
-    fma    planes [B, rows, F + 2, columns]      float32: the channels, the scale, one
+    fma    planes [B, rows, F + 2, columns]      float32: the channels, the scale, the hole
     else   scale  [B, rows, columns]             float32
-           keys   [B, rows, columns, K]          the channels in bf16, once for each of a query's three pieces; float16
-                                                 takes two pieces, "ieee" is float32
+           keys   [B, rows, columns, K]          [the channels in bf16, once for each of a query's three pieces | 0 | hole];
+                                                 float16 takes two pieces, "ieee" is float32
            values [B, rows, columns, V]          [scaled channels | one | scale at row mod 8 | 0]: the last eight are what
                                                  makes a product of weights and values sum eight rows apart
+    with dropout also the tokens' 32-bit keys [rows, columns]
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels.grid import GROUP, Grid
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HOLE = tl.constexpr(-(2.0**100))
 BLOCK = 64
 
 
@@ -38,13 +41,13 @@ def grid_planes_kernel(
     there = j < columns
     if MASKED:
         there = there & (tl.load(mask + token, mask=there, other=0) != 0)
-    r = tl.load(scale + token, mask=there, other=0.0) * LOG2E
+    r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2E, 1.0)
     base = planes + row * (F + 2) * padded + j
     for f in tl.static_range(F):
         x = tl.load(feat + token * F + f, mask=there, other=0.0).to(tl.float32)
         tl.store(base + f * padded, x)
     tl.store(base + F * padded, r)
-    tl.store(base + (F + 1) * padded, there.to(tl.float32))
+    tl.store(base + (F + 1) * padded, tl.where(there, 0.0, HOLE))
 
 
 @triton.jit
@@ -59,31 +62,41 @@ def grid_tokens_kernel(
     there = j < columns
     if MASKED:
         there = there & (tl.load(mask + token, mask=there, other=0) != 0)
-    r = tl.load(scale + token, mask=there, other=0.0) * LOG2E
+    r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2E, 1.0)
+    hole = tl.where(there, 0.0, 1.0)
     k = tl.arange(0, K)
     inside = there[:, None] & (k < PIECES * F)[None, :]
     x = tl.load(feat + token[:, None] * F + (k % F)[None, :], mask=inside, other=0.0).to(tl.float32)
     at = row * padded + j
     if PIECES > 1:
-        first = x.to(tl.bfloat16)
-        second = (x - first.to(tl.float32)).to(tl.bfloat16)
-        tl.store(keys + at[:, None] * K + k[None, :], tl.where((k // F < 3)[None, :], first, second))
-    else:
-        tl.store(keys + at[:, None] * K + k[None, :], x)
+        first = x.to(tl.bfloat16).to(tl.float32)
+        x = tl.where((k // F < 3)[None, :], first, x - first)
+    x = tl.where((k == K - 1)[None, :], hole[:, None], x)
+    tl.store(keys + at[:, None] * K + k[None, :], x.to(keys.dtype.element_ty))
     c = tl.arange(0, V)
     v = tl.load(feat + token[:, None] * F + c[None, :], mask=there[:, None] & (c < F)[None, :], other=0.0)
     v = v.to(tl.float32) * r[:, None]
-    v = tl.where((c == F)[None, :], there.to(tl.float32)[:, None], v)
+    v = tl.where((c == F)[None, :], 1.0, v)
     v = tl.where((c == F + 1 + (row % rows) % GROUP)[None, :], r[:, None], v)
     tl.store(values + at[:, None] * V + c[None, :], v.to(values.dtype.element_ty))
     tl.store(out_scale + at, r)
 
 
+@triton.jit
+def grid_token_keys_kernel(seed, token_keys, columns, padded, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    key = hashing.token_keys(tl.load(seed), row * columns + j)
+    tl.store(token_keys + row * padded + j, key.to(tl.int32, bitcast=True))
+
+
 @dataclass(frozen=True)
 class TokenArrays:
-    """What the kernels read of the tokens; planes, or scale, keys and values."""
+    """What the kernels read of the tokens; planes, or scale, keys and values. ``holes``: there may be some."""
 
     padded: int
+    holes: bool
+    token_keys: Tensor | None
     planes: Tensor | None = None
     scale: Tensor | None = None
     keys: Tensor | None = None
@@ -96,8 +109,8 @@ six products with a query's pieces the least is left out)."""
 
 
 def key_width(grid: Grid) -> int:
-    """K: channels of a key, padded to what a product needs."""
-    return max(16, triton.next_power_of_2(grid.features * PIECES.get(grid.precision, 1)))
+    """K: channels of a key and its hole, padded to what a product needs."""
+    return max(16, triton.next_power_of_2(grid.features * PIECES.get(grid.precision, 1) + 1))
 
 
 def value_width(grid: Grid) -> int:
@@ -105,22 +118,30 @@ def value_width(grid: Grid) -> int:
     return max(16, triton.next_power_of_2(grid.features + 1 + GROUP))
 
 
-def describe_tokens(grid: Grid, feat: Tensor, scale: Tensor, mask: Tensor | None, block: int) -> TokenArrays:
+def describe_tokens(
+    grid: Grid, feat: Tensor, scale: Tensor, mask: Tensor | None, seed: Tensor | None, block: int
+) -> TokenArrays:
     """The arrays for kernels whose blocks have ``block`` columns.
 
     Args:
         feat: ``[B, *sizes, F]`` of float32, bfloat16 or float16, dense.
         scale: ``[B, *sizes]`` float32, dense.
-        mask: bool ``[B, *sizes]``, dense, or None.
+        mask: uint8 ``[B, *sizes]``, dense, or None.
+        seed: of dropout, or None.
     """
     lines, padded = grid.batch * grid.rows, triton.cdiv(grid.columns, block) * block
     at = (lines, triton.cdiv(padded, BLOCK))
     padded = at[1] * BLOCK
+    holes = mask is not None or grid.columns % block != 0
+    token_keys = None
+    if seed is not None:
+        token_keys = scale.new_empty(grid.rows, padded, dtype=torch.int32)
+        grid_token_keys_kernel[(grid.rows, at[1])](seed, token_keys, grid.columns, padded, BLOCK=BLOCK)
     masked = dict(MASKED=mask is not None, BLOCK=BLOCK)
     if grid.precision == "fma":
         planes = scale.new_empty(lines, grid.features + 2, padded)
         grid_planes_kernel[at](feat, scale, mask, planes, grid.rows, grid.columns, padded, F=grid.features, **masked)
-        return TokenArrays(padded, planes=planes)
+        return TokenArrays(padded, holes, token_keys, planes=planes)
     pieces = PIECES[grid.precision]
     keys = scale.new_empty(lines, padded, key_width(grid), dtype=torch.bfloat16 if pieces > 1 else torch.float32)
     values_dtype = torch.bfloat16 if grid.precision == "bf16" else torch.float32
@@ -130,4 +151,4 @@ def describe_tokens(grid: Grid, feat: Tensor, scale: Tensor, mask: Tensor | None
         feat, scale, mask, keys, values, scaled, grid.rows, grid.columns, padded,
         F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, PIECES=pieces, **masked,
     )  # fmt: skip
-    return TokenArrays(padded, None, scaled, keys, values)
+    return TokenArrays(padded, holes, token_keys, None, scaled, keys, values)

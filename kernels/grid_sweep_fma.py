@@ -1,7 +1,7 @@
 """One program's walk down its rows without tensor cores: float32 throughout, for few features.
 
 A thread holds four neighbouring columns of several queries; what is summed over columns is first summed there, so that a
-row costs one shuffle's worth of reduction, for its own sum, and channels none until the end.
+row costs one shuffled reduction, for its own sum, and channels none until the end.
 """
 
 from __future__ import annotations
@@ -28,15 +28,6 @@ def load_features(pointers, mask, F: tl.constexpr):
 
 
 @triton.jit
-def load_plane_row(base, padded, F: tl.constexpr):
-    """A row's channels, scale and one; ``base`` points at its first channel for every column."""
-    x = ()
-    for f in tl.static_range(F):
-        x = x + (tl.load(base + f * padded),)
-    return x, tl.load(base + F * padded), tl.load(base + (F + 1) * padded)
-
-
-@triton.jit
 def add_features(t, g, x, F: tl.constexpr):
     """t + g . x for every query and column."""
     for f in tl.static_range(F):
@@ -45,31 +36,45 @@ def add_features(t, g, x, F: tl.constexpr):
 
 
 @triton.jit
-def weights(s, shift, one, EXACT: tl.constexpr):
-    """exp2 of logits, less the shift if there is one; that could make a token of zeros overflow."""
-    if EXACT:
-        return tl.where(one[None, :] > 0, tl.exp2(s - shift[:, None]), 0.0)
-    else:
-        return tl.exp2(s)
+def load_row(planes, padded, F: tl.constexpr):
+    """A row's channels and scale; ``planes`` points at its first channel for every column."""
+    x = ()
+    for f in tl.static_range(F):
+        x = x + (tl.load(planes + f * padded),)
+    return x, tl.load(planes + F * padded)
 
 
 @triton.jit
-def maximum_fma(table, row_table, live, g, planes, padded, first, last, F: tl.constexpr, BN: tl.constexpr):
+def row_table(pointers, i, live, planes, padded, F: tl.constexpr, HOLES: tl.constexpr):
+    """Every query's entry for row i, less what closes the row's holes: [N, 1] or [N, J]."""
+    a = tl.load(pointers + i, mask=live, other=0.0)[:, None]
+    if HOLES:
+        a = a + tl.load(planes + (F + 1) * padded)[None, :]
+    return a
+
+
+@triton.jit
+def maximum_fma(
+    table, query_rows, live, g, planes, padded, first, last,
+    F: tl.constexpr, BN: tl.constexpr, HOLES: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of every query in these rows."""
     m = tl.full([BN], float("-inf"), tl.float32)
     line = padded.to(tl.int64) * (F + 2)
     for i in range(first, last):
-        a = tl.load(row_table + i, mask=live, other=0.0)
-        x, r, one = load_plane_row(planes + i * line, padded, F)
-        s = add_features(table + a[:, None], g, x, F) * r[None, :]
-        m = tl.maximum(m, tl.max(tl.where(one[None, :] > 0, s, float("-inf")), 1))
+        here = planes + i * line
+        x, r = load_row(here, padded, F)
+        t = table + row_table(query_rows, i, live, here, padded, F, HOLES)
+        m = tl.maximum(m, tl.max(add_features(t, g, x, F) * r[None, :], 1))
     return m
 
 
 @triton.jit
 def sweep_fma(
-    table, row_table, live, g, planes, padded, first, last, shift, rows_out, N, columns, j, row_key, seed, threshold,
-    F: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+    table, query_rows, live, g, planes, padded, first, last, shift, rows_out, N, row_key, token_keys, threshold,
+    F: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr,
 ):  # fmt: skip
+    """Sums over these rows: [BN, BJ] by column, F vectors by channel, of all weights, of those that dropout kept."""
     column_sums = tl.zeros([BN, BJ], tl.float32)
     total = tl.zeros([BN, BJ // 4], tl.float32)
     kept = tl.zeros([BN, BJ // 4], tl.float32)
@@ -77,18 +82,15 @@ def sweep_fma(
     for f in tl.static_range(F):
         y = y + (tl.zeros([BN, BJ // 4], tl.float32),)
     line = padded.to(tl.int64) * (F + 2)
-    tokens = j.to(tl.int64)
     for i in range(first, last):
-        a = tl.load(row_table + i, mask=live, other=0.0)
-        x, r, one = load_plane_row(planes + i * line, padded, F)
-        p = weights(add_features(table + a[:, None], g, x, F) * r[None, :], shift, one, EXACT)
-        counted = p * one[None, :]
-        total += fold(counted, BN, BJ)
+        here = planes + i * line
+        x, r = load_row(here, padded, F)
+        t = table + row_table(query_rows, i, live, here, padded, F, HOLES)
+        p = tl.exp2(add_features(t, g, x, F) * r[None, :] - shift[:, None])
+        total += fold(p, BN, BJ)
         if DROPOUT:
-            token_key = hashing.token_keys(tl.load(seed), tokens + i * columns)
-            keep = hashing.keep(row_key[:, None], token_key[None, :], threshold)
-            p = tl.where(keep, p, 0.0)
-            kept += fold(tl.where(keep, counted, 0.0), BN, BJ)
+            p = tl.where(hashing.keep(row_key[:, None], tl.load(token_keys + i * padded)[None, :], threshold), p, 0.0)
+            kept += fold(p, BN, BJ)
         pr = p * r[None, :]
         column_sums += pr
         tl.store(rows_out + i * N, tl.sum(fold(pr, BN, BJ), 1), mask=live)
@@ -104,30 +106,30 @@ def sweep_fma(
 
 @triton.jit
 def sweep_backward_fma(
-    table, row_table, d_table, d_row_table, live, g, d_g, planes, padded, first, last, shift, factor, delta, d_kept,
-    rows_out, N, columns, j, row_key, seed, threshold,
-    F: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+    table, d_table, query_rows, d_query_rows, live, g, d_g, planes, padded, first, last, shift, factor, delta, d_kept,
+    rows_out, N, row_key, token_keys, threshold,
+    F: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr,
 ):  # fmt: skip
+    """Sums of dS over these rows: [BN, BJ] by column, F vectors by channel, and of dS alone."""
     column_sums = tl.zeros([BN, BJ], tl.float32)
     residual = tl.zeros([BN, BJ // 4], tl.float32)
     y = ()
     for f in tl.static_range(F):
         y = y + (tl.zeros([BN, BJ // 4], tl.float32),)
     line = padded.to(tl.int64) * (F + 2)
-    tokens = j.to(tl.int64)
     for i in range(first, last):
-        a = tl.load(row_table + i, mask=live, other=0.0)
-        d_a = tl.load(d_row_table + i, mask=live, other=0.0) * factor
-        x, r, one = load_plane_row(planes + i * line, padded, F)
-        p = weights(add_features(table + a[:, None], g, x, F) * r[None, :], shift, one, EXACT)
-        d_p = add_features(d_table + d_a[:, None], d_g, x, F) * r[None, :]
+        here = planes + i * line
+        x, r = load_row(here, padded, F)
+        t = table + row_table(query_rows, i, live, here, padded, F, HOLES)
+        p = tl.exp2(add_features(t, g, x, F) * r[None, :] - shift[:, None])
+        d_a = tl.load(d_query_rows + i, mask=live, other=0.0) * factor
+        d_t = add_features(d_table + d_a[:, None], d_g, x, F)
         if DROPOUT:
-            token_key = hashing.token_keys(tl.load(seed), tokens + i * columns)
-            keep = hashing.keep(row_key[:, None], token_key[None, :], threshold)
-            d_p = tl.where(keep, d_p + d_kept[:, None], 0.0)
-        d_p -= delta[:, None]
-        ds = p * d_p
-        residual += fold(ds * one[None, :], BN, BJ)
+            keep = hashing.keep(row_key[:, None], tl.load(token_keys + i * padded)[None, :], threshold)
+            ds = p * (tl.where(keep, d_t * r[None, :] + d_kept[:, None], 0.0) - delta[:, None])
+        else:
+            ds = p * (d_t * r[None, :] - delta[:, None])
+        residual += fold(ds, BN, BJ)
         dsr = ds * r[None, :]
         column_sums += dsr
         tl.store(rows_out + i * N, tl.sum(fold(dsr, BN, BJ), 1), mask=live)

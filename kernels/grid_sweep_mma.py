@@ -10,25 +10,29 @@ import triton
 import triton.language as tl
 
 from perceiver_fast.kernels import dropout as hashing
-from perceiver_fast.kernels.grid_sweep_fma import weights
+from perceiver_fast.kernels.grid_attention_tokens import HOLE
 
 
 @triton.jit
-def load_packed(pointers, factor, mask, F: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    """A query block's channels times ``factor`` as keys want them: three pieces of bf16, or float32."""
+def load_packed(pointers, factor, mask, F: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CLOSE: tl.constexpr):
+    """A query block's channels times ``factor`` as keys want them: three pieces of bf16, or float32.
+
+    The last of the K columns meets a token's hole, which ``CLOSE`` closes.
+    """
     k = tl.arange(0, K)
     pieces: tl.constexpr = 3 if PRECISION == "bf16" else 5 if PRECISION == "tf32" else 1
     g = tl.load(pointers[:, None] + (k % F)[None, :], mask=mask[:, None] & (k < pieces * F)[None, :], other=0.0)
     g *= factor[:, None]
-    if PRECISION == "ieee":
-        return g
-    else:
+    if PRECISION != "ieee":
         first = g.to(tl.bfloat16)
         rest = g - first.to(tl.float32)
         second = rest.to(tl.bfloat16)
         third = (rest - second.to(tl.float32)).to(tl.bfloat16)
         piece = (k // F % 3)[None, :]
-        return tl.where(piece == 0, first, tl.where(piece == 1, second, third))
+        g = tl.where(piece == 0, first, tl.where(piece == 1, second, third))
+    if CLOSE:
+        g = tl.where((k == K - 1)[None, :], HOLE, g.to(tl.float32)).to(g.dtype)
+    return g
 
 
 @triton.jit
@@ -59,48 +63,45 @@ def store_rows(acc, rows_out, N, rows, last, apart, live):
 
 @triton.jit
 def maximum_mma(
-    table, row_table, live, g, scale, keys, values, padded, first, last, j,
-    F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    table, query_rows, live, g, scale, keys, padded, first, last, j,
+    K: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The largest logit of every query in these rows."""
     m = tl.full([BN], float("-inf"), tl.float32)
     line = padded.to(tl.int64)
     for i in range(first, last):
-        a = tl.load(row_table + i, mask=live, other=0.0)
-        at = i * line + j
-        key = tl.load(keys + at[:, None] * K + tl.arange(0, K)[None, :])
-        one = tl.load(values + at * V + F).to(tl.float32)
-        s = add_keys(table + a[:, None], g, key, PRECISION) * tl.load(scale + at)[None, :]
-        m = tl.maximum(m, tl.max(tl.where(one[None, :] > 0, s, float("-inf")), 1))
+        a = tl.load(query_rows + i, mask=live, other=0.0)
+        key = tl.load(keys + i * line * K + (j[:, None] * K + tl.arange(0, K)[None, :]))
+        s = add_keys(table + a[:, None], g, key, PRECISION) * tl.load(scale + i * line + j)[None, :]
+        m = tl.maximum(m, tl.max(s, 1))
     return m
 
 
 @triton.jit
 def sweep_mma(
-    table, row_table, live, g, scale, keys, values, padded, first, last, shift, rows_out, N, columns, j, row_key, seed,
+    table, query_rows, live, g, scale, keys, values, padded, first, last, j, shift, rows_out, N, row_key, token_keys,
     threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
-    BJ: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    BJ: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Sums over these rows: [BN, BJ] by column, [BN, V] by channel, of all weights, of those that dropout kept."""
     k, c = tl.arange(0, K), tl.arange(0, V)
     apart = (c > F) & (c <= F + GROUP)
     column_sums = tl.zeros([BN, BJ], tl.float32)
     acc = tl.zeros([BN, V], tl.float32)
     total = tl.zeros([BN], tl.float32)
-    line, tokens = padded.to(tl.int64), j.to(tl.int64)
+    line = padded.to(tl.int64)
     for start in range(first, last, GROUP):
         for i in range(start, tl.minimum(start + GROUP, last)):
-            a = tl.load(row_table + i, mask=live, other=0.0)
-            at = i * line + j
-            r = tl.load(scale + at)
-            key = tl.load(keys + at[:, None] * K + k[None, :])
-            value = tl.load(values + at[:, None] * V + c[None, :])
-            s = add_keys(table + a[:, None], g, key, PRECISION) * r[None, :]
-            one = r
-            if EXACT or DROPOUT:
-                one = tl.load(values + at * V + F).to(tl.float32)
-            p = weights(s, shift, one, EXACT)
+            a = tl.load(query_rows + i, mask=live, other=0.0)
+            at = i * line
+            r = tl.load(scale + at + j)
+            key = tl.load(keys + at * K + (j[:, None] * K + k[None, :]))
+            value = tl.load(values + at * V + (j[:, None] * V + c[None, :]))
+            s = add_keys(table + a[:, None], g, key, PRECISION) * r[None, :] - shift[:, None]
+            p = tl.exp2(s)
             if DROPOUT:
-                total += tl.sum(p * one[None, :], 1)
-                token_key = hashing.token_keys(tl.load(seed), tokens + i * columns)
+                total += tl.sum(p, 1)
+                token_key = tl.load(token_keys + i * padded)
                 p = tl.where(hashing.keep(row_key[:, None], token_key[None, :], threshold), p, 0.0)
             column_sums += p * r[None, :]
             acc = product(p, value, acc, PRECISION)
@@ -113,36 +114,31 @@ def sweep_mma(
 
 @triton.jit
 def sweep_backward_mma(
-    table, row_table, d_table, d_row_table, live, g, d_g, scale, keys, values, padded, first, last, shift, factor, delta,
-    d_kept, rows_out, N, columns, j, row_key, seed, threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    table, d_table, query_rows, d_query_rows, live, g, d_g, scale, keys, values, padded, first, last, j, shift, factor,
+    delta, d_kept, rows_out, N, row_key, token_keys, threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Sums of dS over these rows: [BN, BJ] by column, [BN, V] by channel, and of dS alone."""
     k, c = tl.arange(0, K), tl.arange(0, V)
     apart = (c > F) & (c <= F + GROUP)
     column_sums = tl.zeros([BN, BJ], tl.float32)
     acc = tl.zeros([BN, V], tl.float32)
-    line, tokens = padded.to(tl.int64), j.to(tl.int64)
+    line = padded.to(tl.int64)
     for start in range(first, last, GROUP):
         for i in range(start, tl.minimum(start + GROUP, last)):
-            a = tl.load(row_table + i, mask=live, other=0.0)
-            d_a = tl.load(d_row_table + i, mask=live, other=0.0) * factor
-            at = i * line + j
-            r = tl.load(scale + at)
-            key = tl.load(keys + at[:, None] * K + k[None, :])
-            value = tl.load(values + at[:, None] * V + c[None, :])
-            s = add_keys(table + a[:, None], g, key, PRECISION) * r[None, :]
-            one = r
-            if EXACT:
-                one = tl.load(values + at * V + F).to(tl.float32)
-            p = weights(s, shift, one, EXACT)
-            d_p = add_keys(d_table + d_a[:, None], d_g, key, PRECISION) * r[None, :]
+            a = tl.load(query_rows + i, mask=live, other=0.0)
+            d_a = tl.load(d_query_rows + i, mask=live, other=0.0) * factor
+            at = i * line
+            r = tl.load(scale + at + j)
+            key = tl.load(keys + at * K + (j[:, None] * K + k[None, :]))
+            value = tl.load(values + at * V + (j[:, None] * V + c[None, :]))
+            p = tl.exp2(add_keys(table + a[:, None], g, key, PRECISION) * r[None, :] - shift[:, None])
+            d_t = add_keys(d_table + d_a[:, None], d_g, key, PRECISION)
             if DROPOUT:
-                token_key = hashing.token_keys(tl.load(seed), tokens + i * columns)
-                keep = hashing.keep(row_key[:, None], token_key[None, :], threshold)
-                d_p = tl.where(keep, d_p + d_kept[:, None], 0.0)
-            d_p -= delta[:, None]
-            ds = p * d_p
+                keep = hashing.keep(row_key[:, None], tl.load(token_keys + i * padded)[None, :], threshold)
+                ds = p * (tl.where(keep, d_t * r[None, :] + d_kept[:, None], 0.0) - delta[:, None])
+            else:
+                ds = p * (d_t * r[None, :] - delta[:, None])
             column_sums += ds * r[None, :]
             acc = product(ds, value, acc, PRECISION)
         acc = store_rows(acc, rows_out, N, start + c - F - 1, last, apart, live)

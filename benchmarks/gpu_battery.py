@@ -27,6 +27,10 @@ LEAST_SECONDS = 10.0  # with less left no case is started
 INTERRUPTED = 130
 
 
+class Refused(RuntimeError):
+    """What was asked for cannot be done here."""
+
+
 def parser() -> argparse.ArgumentParser:
     """All options."""
     top = argparse.ArgumentParser(
@@ -71,12 +75,12 @@ def capability() -> str | None:
     """The device's, as "90".
 
     Raises:
-        RuntimeError: there is none.
+        Refused: there is none.
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise RuntimeError(f"torch {torch.__version__} sees no CUDA device; --device cpu makes a dry run")
+        raise Refused(f"torch {torch.__version__} sees no CUDA device; --device cpu makes a dry run")
     return "{}{}".format(*torch.cuda.get_device_capability())
 
 
@@ -89,11 +93,11 @@ def prepared(args: argparse.Namespace, result: dict, arch: str | None) -> None:
         result["tests"] = prepare.test(args.out, TEST_SHARE * seconds)
 
 
-def timed(args: argparse.Namespace, result: dict, wanted: list[cases.Case], end: float) -> None:
+def timed(args: argparse.Namespace, result: dict, wanted: list[cases.Case], start: float, end: float) -> None:
     """Measure the cases, keeping after each what there is."""
     from benchmarks.gpu import machine
-    from benchmarks.gpu.record import save
-    from benchmarks.gpu.worker import Worker
+    from benchmarks.gpu.record import save, summary
+    from benchmarks.gpu.worker import STOP_SECONDS, Worker, WorkerLost
 
     dry = args.device == "cpu"
     compile_mode = args.compile or ("none" if args.quick or dry else "headline")
@@ -105,22 +109,25 @@ def timed(args: argparse.Namespace, result: dict, wanted: list[cases.Case], end:
         if left and time.monotonic() < end:
             result["conditions"] |= worker.start()
         while left and time.monotonic() + LEAST_SECONDS * (not dry) < end:
-            case = left.pop(0)
-            print(
-                f"[{len(wanted) - len(left)}/{len(wanted)}, {end - time.monotonic():.0f} s left] {case.name}",
-                flush=True,
-            )
+            case = left[0]
+            number, seconds = len(wanted) - len(left) + 1, end - time.monotonic()
+            print(f"[{number}/{len(wanted)}, {seconds:.0f} s left] {case.name}", flush=True)
             result["cases"].append(worker.run(case, min(end, time.monotonic() + CASE_SECONDS)))
+            left.pop(0)
+            print(f"  {summary(result['cases'][-1])}", flush=True)
             save(result, path)
-        result["outcome"] = "budget spent" if left else "complete"
+        if result["outcome"] == "running":
+            result["outcome"] = "budget spent" if left else "complete"
     except KeyboardInterrupt:
         result["outcome"] = "interrupted"
+    except WorkerLost as error:
+        result["outcome"] = f"failed: {error}"
     finally:
         reason = "the time was spent" if result["outcome"] == "budget spent" else result["outcome"]
         result["skipped"] += [{"case": case.name, "reason": reason} for case in left]
-        worker.stop(0 if result["outcome"] == "interrupted" else 5)
+        worker.stop(patience=0 if result["outcome"] == "interrupted" else STOP_SECONDS)
         result["conditions"]["clocks_at_end"] = machine.clocks()
-        result["seconds"] = round(time.monotonic() - (end - 60 * args.minutes), 1)
+        result["seconds"] = round(time.monotonic() - start, 1)
         save(result, path)
 
 
@@ -155,7 +162,8 @@ def show(args: argparse.Namespace, result: dict) -> int:
 
 def run(args: argparse.Namespace, wanted: list[cases.Case], skipped: list[dict]) -> int:
     """The whole battery; returns its exit code: 0, or 1 for failing tests or a wrong result of ours."""
-    end = time.monotonic() + 60 * args.minutes
+    start = time.monotonic()
+    end = start + 60 * args.minutes
     arch = None if args.device == "cpu" else capability()
     args.out.mkdir(parents=True, exist_ok=True)
     from benchmarks.gpu import machine
@@ -176,12 +184,11 @@ def run(args: argparse.Namespace, wanted: list[cases.Case], skipped: list[dict])
     try:
         prepared(args, result, arch)
     except KeyboardInterrupt:
-        wanted, end = [], time.monotonic()
-        result["outcome"] = "interrupted"
+        result["outcome"], end = "interrupted", time.monotonic()
     from benchmarks.report import git_commit  # imports the package, so after it was built
 
     result["conditions"]["git_commit"] = args.commit or git_commit()
-    timed(args, result, wanted, end)
+    timed(args, result, wanted, start, end)
     return show(args, result)
 
 
@@ -208,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         if not wanted:
             top.error(f"nothing to measure: {skipped[0]['case']} is {skipped[0]['reason']}")
         return run(args, wanted, skipped)
-    except RuntimeError as error:
+    except Refused as error:
         top.error(str(error))
 
 
@@ -221,7 +228,7 @@ def profile(args: argparse.Namespace, case: cases.Case) -> int:
     from benchmarks.gpu import measure_case, sides
 
     if args.side not in sides.PEERS:
-        raise RuntimeError(f"--side: expected one of {', '.join(sides.PEERS)}, got {args.side!r}")
+        raise Refused(f"--side: expected one of {', '.join(sides.PEERS)}, got {args.side!r}")
     measure_case.use_exact_float32()
     measure_case.profile(case, args.side, torch.device(args.device), args.device == "cpu", args.iterations)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -11,11 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 import perceiver_fast as pf
 from benchmarks.gpu.problem import Problem
-from benchmarks.gpu.sides import OURS, Side
-from benchmarks.measure import relative_error
+from benchmarks.gpu.sides import OURS, Side, absent
+from benchmarks.measure import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, relative_error
 
-# Of the output and of the worst gradient, relative in the 2-norm. bf16's are those of its rounding, met by every side.
-TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 1e-1)}
+# Of the output and of the worst gradient, relative in the 2-norm; tf32 in place of float32 would fail. In bf16 all sides
+# are within 6e-3 and 1e-2 at a fifth of the tokens.
+TOLERANCES = {"fp32": (OUTPUT_TOLERANCE, GRADIENT_TOLERANCE), "bf16": (2e-2, 5e-2)}
 ROWS = 128  # queries whose float64 logits exist at one time
 
 
@@ -46,7 +46,7 @@ def checked_results(problem: Problem, results: tuple[Tensor, ...]) -> tuple[Tens
 
 def truth_name() -> str:
     """What :func:`truth` is computed by."""
-    model = "perceiver-pytorch" if importlib.util.find_spec("perceiver_pytorch") else "perceiver-fast's reference"
+    model = "perceiver-fast's reference" if absent("perceiver_pytorch") else "perceiver-pytorch"
     return f"float64: op level plain PyTorch on built tokens, model level {model}"
 
 
@@ -90,7 +90,7 @@ def _op_truth(problem: Problem):
 
 
 def _model_truth(problem: Problem):
-    if importlib.util.find_spec("perceiver_pytorch"):
+    if not absent("perceiver_pytorch"):
         import perceiver_pytorch
 
         with torch.device(problem.device):

@@ -13,7 +13,7 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.problem import Problem
 from benchmarks.gpu.sides import OURS, PEERS, reasons
 
-Say = Callable[[str, str], None]  # told the side and what is being done with it
+Say = Callable[[str], None]  # told which side comes next, for whoever has to know what a process died of
 
 
 class DeviceLost(RuntimeError):
@@ -71,15 +71,14 @@ def measure_case(
     dry: bool = False,
     compile_mode: str = "headline",
     exclude: dict[str, str] | None = None,
-    say: Say = lambda side, stage: None,
+    say: Say = lambda side: None,
 ) -> dict:
     """Measure ``case`` on all sides but the ``exclude`` d (name and why): one entry of the result's "cases"."""
     torch.compiler.reset()
     free()
     cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    say("", "building")
     try:
-        problem = Problem(case, device, dry, cuda.L2_cache_size if cuda else 0)
+        problem = Problem(case, device, dry, getattr(cuda, "L2_cache_size", 0))
     except torch.OutOfMemoryError as error:
         return {"case": case.name, "sides": {OURS: outcome(error)}, "notes": ["the inputs do not fit"]}
     result = {"case": case.name, "copies": len(problem.copies), "notes": [], **_shape_facts(problem)}
@@ -87,12 +86,12 @@ def measure_case(
         result["ours"] = explain(problem)
     except Exception as error:
         result["ours"] = outcome(error)
-    say("truth", "computing in float64")
+    say("truth")
     try:
         truths = check.truth(problem)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
         truths = None
-        result["notes"].append(f"unchecked, so without ratios: the truth is {outcome(error)['outcome']}")
+        result["notes"].append(f"unchecked, so without ratios: no truth: {outcome(error)['reason']}")
     sides: dict[str, dict] = {}
     calls: dict[str, clock.Call] = {}
     for name in (name for name, peer in PEERS.items() if case.level == "op" or not peer.op_only):
@@ -101,14 +100,14 @@ def measure_case(
         if any(why):
             sides[name] = {"outcome": why[0], "reason": why[1]}
             continue
-        say(name, "checking")
+        say(name)
         try:
             calls[name], sides[name] = _checked(problem, name, truths)
         except Exception as error:
             calls.pop(name, None)
             sides[name] = outcome(error)
     del truths
-    say("", "timing")
+    say("timing")
     rough = {name: sides[name].pop("seconds") for name in calls}
     timed = clock.interleave(calls, rough, device, lambda name, error: sides[name].update(outcome(error)))
     for name, times in timed.items():

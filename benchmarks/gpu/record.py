@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -23,13 +24,23 @@ def save(result: dict, path: Path) -> None:
     """Replace the file at once: a reader, or a run cut short here, finds the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.write_text(json.dumps(_strict(result), indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
 
 
+def _strict(value):
+    """JSON has no NaN and no infinity: they become text."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def duration(seconds: float) -> str:
-    """Three digits, in ms or us."""
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+    """Three significant digits, in ms or us."""
+    value, unit = (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "us")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def cell(side: dict | None) -> str:
@@ -81,6 +92,20 @@ def tables(result: dict) -> list[Table]:
     return made
 
 
+def summary(case: dict) -> str:
+    """One line: our time, and the peers' as multiples of it."""
+    said = []
+    for name in (OURS, *PEERS):
+        side = case["sides"].get(name, {"outcome": "not run"})
+        if side["outcome"] == "timed":
+            ratio = side.get("over_ours")
+            said.append(f"{name} {cell(side).splitlines()[0] if ratio is None else f'{ratio:.2f}x'}")
+            said[-1] += " WRONG" if side["agrees"] is False else ""
+        elif side["outcome"] not in ("not run", "absent"):
+            said.append(f"{name} {side['outcome']}")
+    return ", ".join(said + case["notes"])
+
+
 def shown(case: dict, peer: str) -> bool:
     """Whether ``peer`` was to be measured on ``case``, also where it is absent."""
     return case["sides"].get(peer, {}).get("outcome", "not run") != "not run"
@@ -99,7 +124,7 @@ def skipped_line(result: dict) -> str:
 
 def complaints(result: dict) -> list[str]:
     """What makes the battery fail: failing tests, and cases in which our own side is wrong or did not run."""
-    found = []
+    found = [result["outcome"]] if result["outcome"].startswith("failed") else []
     if result["tests"].get("outcome") not in ("passed", "left out", "none ran"):
         found.append(f"tests: {result['tests'].get('outcome')}: {', '.join(result['tests'].get('failed', [])[:5])}")
     for case in result["cases"]:

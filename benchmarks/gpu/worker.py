@@ -24,13 +24,18 @@ class WorkerLost(RuntimeError):
 
 def _serve(pipe: Connection, options: dict) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
+    import gc
+
     import torch
 
-    from benchmarks.gpu import machine, measure_case
+    from benchmarks.gpu import check, machine, measure_case
 
     device = torch.device(options.pop("device"))
     measure_case.use_exact_float32()
-    pipe.send(("done", machine.conditions(device)))
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # a dry run's tensors are small, and a busy machine makes parallel regions wait
+    gc.freeze()  # what was imported stays: collections between sides look at the rest alone
+    pipe.send(("done", machine.conditions(device) | {"truth": check.truth_name(), "tolerances": check.TOLERANCES}))
     while True:
         try:
             name, exclude = pipe.recv()
@@ -38,7 +43,7 @@ def _serve(pipe: Connection, options: dict) -> None:
             return
         try:
             found = measure_case.measure_case(
-                parse_case(name), device, exclude=exclude, say=lambda *stage: pipe.send(("stage", stage)), **options
+                parse_case(name), device, exclude=exclude, say=lambda side: pipe.send(("side", side)), **options
             )
             pipe.send(("done", found))
         except measure_case.DeviceLost as error:
@@ -51,8 +56,10 @@ def _serve(pipe: Connection, options: dict) -> None:
 class Worker:
     """Starts the process when it is first needed, and anew after it was lost."""
 
-    def __init__(self, options: dict, report: Callable[[str], None]):
-        self.options, self.report = options, report
+    def __init__(
+        self, options: dict, report: Callable[[str], None], serve: Callable[[Connection, dict], None] = _serve
+    ):
+        self.options, self.report, self.serve = options, report, serve
         self.process = self.pipe = self.conditions = None
 
     def start(self) -> dict:
@@ -60,7 +67,7 @@ class Worker:
         if self.process is None:
             context = multiprocessing.get_context("spawn")
             self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, dict(self.options)))
+            self.process = context.Process(target=self.serve, args=(theirs, dict(self.options)))
             self.process.start()
             theirs.close()  # so that its end is noticed
             self.conditions = self._receive(START_SECONDS)
@@ -100,8 +107,7 @@ class Worker:
                 raise WorkerLost(message, side)
             if kind == "done":
                 return message
-            side, stage = message
-            self.report(f"  {side} {stage}".rstrip())
+            side = message
 
     def stop(self, patience: float = STOP_SECONDS) -> None:
         """End the process: an idle one by itself within ``patience`` seconds, one that hangs by force."""

@@ -65,10 +65,9 @@ def chosen(args: argparse.Namespace) -> tuple[list[cases.Case], list[dict]]:
     """The cases asked for, in order, and those left out with the reason."""
     if args.case:
         return [cases.parse_case(name) for name in args.case], []
-    if args.quick:
-        return cases.select(tuple(args.geometry) or cases.HEAD, (8,), tuple(args.dtype), ("op",), ("forward",))
     given = (args.geometry, args.batch, args.dtype, args.level, args.passes)
-    return cases.select(*(tuple(values) for values in given))
+    usual = (cases.HEAD, (8,), cases.DTYPES, ("op",), ("forward",)) if args.quick else ((),) * len(given)
+    return cases.select(*(tuple(values) or default for values, default in zip(given, usual)))
 
 
 def capability() -> str | None:
@@ -173,7 +172,7 @@ def run(args: argparse.Namespace, wanted: list[cases.Case], skipped: list[dict])
         "format": 1,
         "outcome": "running",
         "dry_run": args.device == "cpu",
-        "command": shlex.join(sys.argv),
+        "command": command_line(args),
         "conditions": {"date": now, "clocks_at_start": machine.clocks()},
         "build": {"outcome": "left out"},
         "tests": {"outcome": "left out"},
@@ -190,6 +189,12 @@ def run(args: argparse.Namespace, wanted: list[cases.Case], skipped: list[dict])
     result["conditions"]["git_commit"] = args.commit or git_commit()
     timed(args, result, wanted, start, end)
     return show(args, result)
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """As typed, without this machine's folders."""
+    names = {str(args.out): "DIR", f"--out={args.out}": "--out=DIR"}
+    return shlex.join(["python", "benchmarks/gpu_battery.py", *(names.get(part, part) for part in sys.argv[1:])])
 
 
 def main(argv: list[str] | None = None) -> int:

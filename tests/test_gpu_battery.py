@@ -30,7 +30,7 @@ DRY = ["--device", "cpu", "--no-build", "--no-tests"]
 
 
 def battery(*arguments, code=0):
-    done = subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -49,6 +49,7 @@ def test_dry_run_is_complete(tmp_path):
     conditions = result["conditions"]
     assert conditions["git_commit"] == "known" and conditions["packages"]["torch"] == torch.__version__
     assert {"device", "cuda", "date", "clocks_at_start", "clocks_at_end", "perceiver_fast"} <= set(conditions)
+    assert result["command"].startswith("python benchmarks/gpu_battery.py --out DIR --device cpu")
     assert "--case op/video" in result["command"] and [case["case"] for case in result["cases"]] == names
     for case in result["cases"]:
         assert case["ours"]["path"] and "attention on" in case["ours"]["backend"] and not case["notes"]
@@ -254,6 +255,21 @@ def test_call_that_fails_while_timed_is_left_out():
     both = {"bad": bad, "good": lambda i: None}
     times = clock.interleave(both, dict.fromkeys(both, 1.0), CPU, lambda name, error: failed.append(name))
     assert list(times) == ["good"] and failed == ["bad"] and len(times["good"]["rounds"]) == clock.LONG_ROUNDS
+
+
+def test_device_events_are_read_as_seconds_a_call(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        record = synchronize = lambda self: None
+        elapsed_time = lambda self, other: 8e6  # ms, of four calls
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    ran = []
+    done, enqueued = clock._group(ran.append, 3, 4, torch.device("cuda"))
+    assert done == 2e3 and enqueued < 1 and ran == [3, 4, 5, 6]
 
 
 def test_hopeless_cases_are_predicted():

@@ -27,7 +27,7 @@ def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
     """
     pairs = [(value.detach().double(), truth.detach().double()) for value, truth in zip(values, truths, strict=True)]
     least = 1e-6 * max(truth.norm() for _, truth in pairs)
-    return max(float((value - truth).norm() / truth.norm().clamp_min(least)) for value, truth in pairs)
+    return float(torch.stack([(value - truth).norm() / truth.norm().clamp_min(least) for value, truth in pairs]).max())
 
 
 def errors(results: Sequence[Tensor], truths: Sequence[Tensor]) -> dict[str, float | None]:

@@ -1,0 +1,1 @@
+"""The GPU battery's parts; ``benchmarks/gpu_battery.py`` is the command, ``benchmarks/GPU.md`` the manual."""

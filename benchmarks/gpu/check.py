@@ -1,0 +1,129 @@
+"""Whether a side computes the right thing, found out before it is timed, and the ratios that may then be stated."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import perceiver_fast as pf
+from benchmarks.gpu.problem import Problem
+from benchmarks.gpu.sides import OURS, Side, absent
+from benchmarks.measure import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, relative_error
+
+# Of the output and of the worst gradient, relative in the 2-norm; tf32 in place of float32 would fail. In bf16 all sides
+# are within 8e-3 and 2e-2 at a fifth of the tokens, within 1e-1 at the few of a dry run.
+TOLERANCES = {"fp32": (OUTPUT_TOLERANCE, GRADIENT_TOLERANCE), "bf16": (2e-2, 1e-1)}
+ROWS = 128  # queries whose float64 logits exist at one time
+
+
+def run(problem: Problem, side: Side, inputs: tuple[Tensor, ...], cotangent: Tensor) -> tuple[Tensor, ...]:
+    """What is timed: the output, and in a step the gradients of latents (op level) and parameters, by name."""
+    if problem.case.pass_name == "forward":
+        with torch.no_grad(), problem.autocast():
+            return (side.apply(*inputs),)
+    with problem.autocast():
+        out = side.apply(*inputs)
+    wanted = [t for t in inputs if t.requires_grad] + [p for _, p in sorted(side.parameters.items())]
+    return out, *torch.autograd.grad(out, wanted, cotangent.to(out.dtype))
+
+
+def checked_inputs(problem: Problem) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The first inputs, and a cotangent of the checked batch elements alone: the others add nothing to a gradient."""
+    inputs, cotangent = problem.copies[0]
+    kept = torch.zeros_like(cotangent)
+    kept[problem.checked] = cotangent[problem.checked]
+    return inputs, kept
+
+
+def checked_results(problem: Problem, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of :func:`run`'s results, those that :func:`truth` has."""
+    rows = 2 if problem.case.level == "op" and len(results) > 1 else 1  # the output, and the latents' gradient
+    return (*(t[problem.checked].detach() for t in results[:rows]), *results[rows:])
+
+
+def truth_name() -> str:
+    """What :func:`truth` is computed by."""
+    model = "perceiver-fast's reference" if absent("perceiver_pytorch") else "perceiver-pytorch"
+    return f"float64: op level plain PyTorch on built tokens, model level {model}"
+
+
+def truth(problem: Problem) -> tuple[Tensor, ...]:
+    """Output and gradients of the checked batch elements in float64, one element at a time."""
+    inputs, cotangent = problem.copies[0]
+    apply, module = (_op_truth if problem.case.level == "op" else _model_truth)(problem)
+    parameters = [p for _, p in sorted(module.named_parameters())]
+    step = problem.case.pass_name == "step"
+    outputs, row_grads, grads = [], [], None
+    for b in problem.checked:
+        part = [t[b : b + 1].detach().double().requires_grad_(t.requires_grad) for t in inputs]
+        with torch.set_grad_enabled(step):
+            out = apply(*part)
+        outputs.append(out.detach())
+        if step:
+            leaves = [t for t in part if t.requires_grad]
+            found = torch.autograd.grad(out, leaves + parameters, cotangent[b : b + 1].double())
+            row_grads += found[: len(leaves)]
+            found = found[len(leaves) :]
+            grads = found if grads is None else [a + b for a, b in zip(grads, found)]
+    rows = [torch.cat(row_grads)] if row_grads else []
+    return torch.cat(outputs), *rows, *(grads or ())
+
+
+def _op_truth(problem: Problem):
+    layer = copy.deepcopy(problem.layer).double()
+    scale = problem.shape.dim_head**-0.5
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(1, 2) * scale).softmax(-1) @ v
+
+    def apply(x: Tensor, image: Tensor) -> Tensor:
+        tokens = problem.model.describe(image).materialize()
+        k, v = layer.fn.to_kv(layer.norm_context(tokens)).chunk(2, dim=-1)
+        q = layer.fn.to_q(layer.norm(x))
+        rows = [checkpoint(attend, part, k, v, use_reentrant=False) for part in q.split(ROWS, dim=1)]
+        return layer.fn.to_out(torch.cat(rows, 1))
+
+    return apply, layer
+
+
+def _model_truth(problem: Problem):
+    if not absent("perceiver_pytorch"):
+        import perceiver_pytorch
+
+        with torch.device(problem.device):
+            model = perceiver_pytorch.Perceiver(**problem.arguments)
+        model.load_state_dict(problem.model.state_dict())
+        model = model.double()
+        return model, model
+    model = copy.deepcopy(problem.model).double()
+
+    def apply(image: Tensor) -> Tensor:
+        with pf.use_backend("reference"):
+            return model(image)
+
+    return apply, model
+
+
+def judge(results: tuple[Tensor, ...], truths: tuple[Tensor, ...] | None, dtype: str) -> dict:
+    """Errors of a side's checked results, and whether they are within the tolerance for ``dtype``.
+
+    Without truths nothing is known: ``agrees`` is None.
+    """
+    if truths is None:
+        return {"relative_error": None, "gradient_error": None, "agrees": None}
+    output_tolerance, gradient_tolerance = TOLERANCES[dtype]
+    output = relative_error(results[:1], truths[:1])
+    gradient = relative_error(results[1:], truths[1:]) if len(truths) > 1 else None
+    agrees = output <= output_tolerance and (gradient is None or gradient <= gradient_tolerance)
+    return {"relative_error": output, "gradient_error": gradient, "agrees": agrees}
+
+
+def ratio(sides: dict[str, dict], peer: str) -> float | None:
+    """Time of ``peer`` over ours; None unless both were timed and both compute the right thing."""
+    pair = sides.get(peer, {}), sides.get(OURS, {})
+    if not all(side.get("agrees") is True and side.get("median") for side in pair):
+        return None
+    return pair[0]["median"] / pair[1]["median"]

@@ -1,0 +1,57 @@
+"""What the numbers depend on: device, driver, versions, clocks."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from importlib import metadata
+
+PACKAGES = ("torch", "triton", "perceiver-pytorch", "einops", "flash-attn", "numpy")
+CLOCKS = (
+    "name", "driver_version", "pstate", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit",
+    "temperature.gpu", "clocks_throttle_reasons.active",
+)  # fmt: skip
+
+
+def conditions(device) -> dict:
+    """Of the process that measures, on its ``device``."""
+    import platform
+
+    import torch
+
+    from perceiver_fast import info
+
+    found = {"device": info.cpu_name(), "kind": device.type, "python": platform.python_version()}
+    if device.type == "cuda":
+        cuda = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": cuda.name,
+            "capability": f"{cuda.major}.{cuda.minor}",
+            "multiprocessors": cuda.multi_processor_count,
+            "memory_bytes": cuda.total_memory,
+            "l2_bytes": cuda.L2_cache_size,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    found |= {"cuda": torch.version.cuda, "packages": {name: _version(name) for name in PACKAGES}}
+    return found | {"tf32": torch.backends.cuda.matmul.allow_tf32, "perceiver_fast": info.collect()}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def clocks() -> dict:
+    """Clock rates, power, temperature and driver of the first GPU by nvidia-smi, or why they are not known."""
+    if not shutil.which("nvidia-smi"):
+        return {"unknown": "nvidia-smi was not found"}
+    command = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        return {"unknown": f"nvidia-smi: {type(error).__name__}"}
+    if done.returncode:
+        return {"unknown": f"nvidia-smi: {(done.stderr or done.stdout).strip()[:200]}"}
+    return dict(zip(CLOCKS, (value.strip() for value in done.stdout.split(","))))

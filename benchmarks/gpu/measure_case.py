@@ -1,0 +1,167 @@
+"""One case: every side built, checked, then timed in turns. And one side in a loop, for a profiler."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+import perceiver_fast as pf
+from benchmarks.gpu import check, clock
+from benchmarks.gpu.cases import Case
+from benchmarks.gpu.problem import Problem
+from benchmarks.gpu.sides import OURS, PEERS, reasons
+
+Say = Callable[[str], None]  # told which side comes next, for whoever has to know what a process died of
+
+
+class DeviceLost(RuntimeError):
+    """The device answers no more: this process is of no further use."""
+
+
+def use_exact_float32() -> None:
+    """No tf32: float32 means float32 on all sides."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def explain(problem: Problem) -> dict:
+    """Which way and backend our side takes, and which ops describe its tokens."""
+    image = problem.copies[0][0][-1]
+    with problem.autocast(), torch.set_grad_enabled(problem.case.pass_name == "step"):
+        crosses = [layer for layer in pf.explain(problem.model, image).layers if layer.path]
+    ways = {(layer.path, str(layer.choice), tuple(map(str, layer.uses))): layer for layer in crosses}
+    return {
+        "path": ", ".join(sorted({layer.path for layer in ways.values()})),
+        "backend": ", ".join(sorted({f"{layer.choice.op} on {layer.choice.backend}" for layer in ways.values()})),
+        "uses": sorted({f"{use.op} on {use.backend}" for layer in ways.values() for use in layer.uses}),
+        "rejected": {name: why for layer in ways.values() for name, why in layer.choice.rejected.items()},
+    }
+
+
+def outcome(error: Exception) -> dict:
+    """What a side's exception means for its line of the result.
+
+    Raises:
+        DeviceLost: the device fails whatever it is asked from now on.
+    """
+    text = (str(error).strip().splitlines() or [""])[0]
+    found = {"outcome": "failed", "reason": f"{type(error).__name__}: {text}"[:400]}
+    if isinstance(error, torch.OutOfMemoryError):
+        found["outcome"] = "out of memory"
+    error.__traceback__ = None  # its frames hold tensors
+    free()
+    return found
+
+
+def free() -> None:
+    """Give memory back to the device; the first thing to notice that it is lost."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise DeviceLost(str(error).splitlines()[0]) from error
+        torch.cuda.empty_cache()
+
+
+def measure_case(
+    case: Case,
+    device: torch.device,
+    dry: bool = False,
+    compile_mode: str = "headline",
+    exclude: dict[str, str] | None = None,
+    say: Say = lambda side: None,
+) -> dict:
+    """Measure ``case`` on all sides but the ``exclude`` d (name and why): one entry of the result's "cases"."""
+    torch.compiler.reset()
+    free()
+    cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    try:
+        problem = Problem(case, device, dry, getattr(cuda, "L2_cache_size", 0))
+    except torch.OutOfMemoryError as error:
+        return {"case": case.name, "sides": {OURS: outcome(error)}, "notes": ["the inputs do not fit"]}
+    result = {"case": case.name, "copies": len(problem.copies), "notes": [], **_shape_facts(problem)}
+    try:
+        result["ours"] = explain(problem)
+    except Exception as error:
+        result["ours"] = outcome(error)
+    say("truth")
+    try:
+        truths = check.truth(problem)
+    except Exception as error:
+        truths = None
+        result["notes"].append(f"unchecked, so without ratios: no truth: {outcome(error)['reason']}")
+    sides: dict[str, dict] = {}
+    calls: dict[str, clock.Call] = {}
+    for name in (name for name, peer in PEERS.items() if case.level == "op" or not peer.op_only):
+        why = ("failed", exclude[name]) if name in (exclude or {}) else ("", "")
+        why = why if any(why) else reasons(problem, name, compile_mode, cuda.total_memory if cuda else None)
+        if any(why):
+            sides[name] = {"outcome": why[0], "reason": why[1]}
+            continue
+        say(name)
+        try:
+            calls[name], sides[name] = _checked(problem, name, truths)
+        except Exception as error:
+            calls.pop(name, None)
+            sides[name] = outcome(error)
+    del truths
+    say("timing")
+    rough = {name: sides[name].pop("seconds") for name in calls}
+    timed = clock.interleave(calls, rough, device, lambda name, error: sides[name].update(outcome(error)))
+    for name, times in timed.items():
+        sides[name].update(times, outcome="timed")
+        if case.level == "op" and case.pass_name == "forward":
+            sides[name]["pairs_per_second"] = result["pairs"] / times["median"]
+    for name, side in sides.items():
+        side["over_ours"] = check.ratio(sides, name) if name != OURS else None
+    return result | {"sides": sides}
+
+
+def _shape_facts(problem: Problem) -> dict:
+    case, shape = problem.case, problem.shape
+    facts = {
+        "level": case.level, "geometry": case.geometry, "batch": case.batch, "dtype": case.dtype, "pass": case.pass_name,
+        "tokens": shape.tokens, "channels": shape.channels, "latents": shape.latents, "latent_dim": shape.latent_dim,
+        "dim_head": shape.dim_head, "pairs": case.batch * shape.latents * shape.tokens,
+    }  # fmt: skip
+    if case.level == "model":
+        facts |= {"depth": shape.depth, "self_per_cross_attn": shape.selfs, "cut": shape.cut or "nothing"}
+    return facts
+
+
+def rotating(problem: Problem, side) -> clock.Call:
+    """The call that is timed: every one on the next copy of the inputs."""
+    return lambda i: check.run(problem, side, *problem.copies[i % len(problem.copies)])
+
+
+def _checked(problem: Problem, name: str, truths) -> tuple[clock.Call, dict]:
+    """A side that ran twice: once to be checked, once warm for its memory and a rough time."""
+    side = PEERS[name].build(problem)
+    results = check.checked_results(problem, check.run(problem, side, *check.checked_inputs(problem)))
+    found = check.judge(results, truths, problem.case.dtype)
+    del results
+    call = rotating(problem, side)
+    call(0)  # not the first: its cotangent was another
+    return call, {"outcome": "checked", **found, **clock.probe(call, problem.device)}
+
+
+def profile(case: Case, name: str, device: torch.device, dry: bool, iterations: int) -> None:
+    """Run one side in a loop, warm, between the marks that profilers start and stop at."""
+    problem = Problem(case, device, dry)
+    outcome_, why = reasons(problem, name, "all", None)
+    if outcome_:
+        raise SystemExit(f"{case.name}: {name} is {outcome_}: {why}")
+    print(f"{case.name}, {name}; ours: {explain(problem)['backend']}", flush=True)
+    call = rotating(problem, PEERS[name].build(problem))
+    for i in range(3):
+        call(i)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.profiler.start()
+    for i in range(iterations):
+        call(i)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.profiler.stop()

@@ -1,0 +1,136 @@
+"""The result on disk, whole at every moment, and the table that people read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+from rich.table import Table
+
+OURS = "fast"
+PEERS = ("eager", "sdpa", "compile", "flash-attn", "smart", "smart-compile", "smart-cudnn")
+SHORT = {"out of memory": "memory", "not run": "-"}
+CAPTION = (
+    "Median of a call; below it how many times as long as fast it takes (red: fast is the slower one). wrong: further "
+    "from float64 than the tolerance, so without a ratio. *: launching the kernels, not running them, took the time. "
+    "pairs/s: batch x latents x tokens a second, forward. error: fast's output, and below it the worst gradient."
+)
+
+
+def save(result: dict, path: Path) -> None:
+    """Replace the file at once: a reader, or a run cut short here, finds the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(_strict(result), indent=1, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def _strict(value):
+    """JSON has no NaN and no infinity: they become text."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def duration(seconds: float) -> str:
+    """Three significant digits, in ms or us."""
+    value, unit = (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "us")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def cell(side: dict | None) -> str:
+    """Time above ratio, or what there is in place of it."""
+    if side is None:
+        return "-"
+    if side["outcome"] != "timed":
+        return SHORT.get(side["outcome"], side["outcome"])
+    text = duration(side["median"]) + ("*" if side.get("launch_bound") else "")
+    ratio = side.get("over_ours")
+    if ratio is not None:
+        return f"{text}\n{ratio:.2f}x" if ratio >= 1 else f"{text}\n[red]{ratio:.2f}x[/red]"
+    return f"{text}\nwrong" if side.get("agrees") is False else text
+
+
+def errors(side: dict) -> str:
+    """Of the output and, below, of the gradients."""
+    found = [side.get("relative_error"), side.get("gradient_error")]
+    return "\n".join(f"{error:.0e}" for error in found if error is not None) or "-"
+
+
+def tables(result: dict) -> list[Table]:
+    """One for every level that was measured."""
+    made = []
+    for level in ("op", "model"):
+        cases = [case for case in result["cases"] if case.get("level") == level]
+        if not cases:
+            continue
+        dry = "DRY RUN, tiny sizes: " if result["dry_run"] else ""
+        table = Table(
+            title=f"{dry}{level} level, {result['conditions'].get('device')}", caption=CAPTION, show_lines=True
+        )
+        table.add_column("geometry\nbatch dtype pass", no_wrap=True)
+        # A side that runs models does not appear as a column of dashes where it cannot.
+        peers = [peer for peer in PEERS if any(shown(case, peer) for case in cases)]
+        for header in ("fast", "pairs/s", "error", *(peer.replace("-", "\n") for peer in peers)):
+            table.add_column(header, justify="right", no_wrap=True)
+        for case in cases:
+            ours = case["sides"].get(OURS)
+            pairs = (ours or {}).get("pairs_per_second")
+            table.add_row(
+                f"{case['geometry']}\n{case['batch']} {case['dtype']} {case['pass']}",
+                cell(ours),
+                f"{pairs / 1e9:.3g} G" if pairs else "-",
+                errors(ours or {}),
+                *(cell(case["sides"].get(peer)) for peer in peers),
+            )
+        made.append(table)
+    return made
+
+
+def summary(case: dict) -> str:
+    """One line: our time, and the peers' as multiples of it."""
+    said = []
+    for name in (OURS, *PEERS):
+        side = case["sides"].get(name, {"outcome": "not run"})
+        if side["outcome"] == "timed":
+            ratio = side.get("over_ours")
+            said.append(f"{name} {cell(side).splitlines()[0] if ratio is None else f'{ratio:.2f}x'}")
+            said[-1] += " WRONG" if side["agrees"] is False else ""
+        elif side["outcome"] not in ("not run", "absent"):
+            said.append(f"{name} {side['outcome']}")
+    return ", ".join(said + case["notes"])
+
+
+def shown(case: dict, peer: str) -> bool:
+    """Whether ``peer`` was to be measured on ``case``, also where it is absent."""
+    return case["sides"].get(peer, {}).get("outcome", "not run") != "not run"
+
+
+def skipped_line(result: dict) -> str:
+    """What was skipped and why, in one line."""
+    reasons = Counter(entry["reason"] for entry in result["skipped"])
+    for case in result["cases"]:
+        for side, found in case["sides"].items():
+            if found["outcome"] != "timed":
+                reasons[f"{side}: {found['reason']}"] += 1
+        reasons.update(case["notes"])
+    return "; ".join(f"{count}x {reason}" for reason, count in reasons.most_common()) or "nothing"
+
+
+def complaints(result: dict) -> list[str]:
+    """What makes the battery fail: failing tests, and cases in which our own side is wrong or did not run."""
+    found = [result["outcome"]] if result["outcome"].startswith("failed") else []
+    if result["tests"].get("outcome") not in ("passed", "left out", "none ran"):
+        found.append(f"tests: {result['tests'].get('outcome')}: {', '.join(result['tests'].get('failed', [])[:5])}")
+    for case in result["cases"]:
+        ours = case["sides"].get(OURS, {})
+        if ours.get("outcome") != "timed":
+            found.append(f"{case['case']}: fast {ours.get('outcome', 'was not measured')}: {ours.get('reason', '')}")
+        elif ours.get("agrees") is False:
+            found.append(f"{case['case']}: fast is wrong by {ours['relative_error']:.1e}, {ours['gradient_error']}")
+    return found

@@ -103,7 +103,7 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
     compiled = triton.compile(
         ASTSource(instance.kernel, signature, constants, attrs),
         target=GPUTarget("cuda", architecture, 32),
-        options=instance.config.options | dict(enable_fp_fusion=True),
+        options=instance.config.options(bool(instance.constants.get("DROPOUT"))) | dict(enable_fp_fusion=True),
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

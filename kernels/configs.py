@@ -29,10 +29,9 @@ class Config:
     stages: int = 1
     registers: int | None = None
 
-    @property
-    def options(self) -> dict[str, int | None]:
-        """What a launch passes beside the tile."""
-        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers)
+    def options(self, dropout: bool = False) -> dict[str, int | None]:
+        """What a launch passes beside the tile. Dropout's hash needs registers of its own: no bound then."""
+        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=None if dropout else self.registers)
 
 
 @functools.cache

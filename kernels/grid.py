@@ -16,7 +16,8 @@ from torch import Tensor
 from perceiver_fast.kernels.configs import Config, config
 
 NARROW = 32  # axes are joined until there are as many columns
-FEW_FEATURES = 8  # up to here features cost fewer instructions than the products of tensor cores on float32
+FEW = 4  # channels up to which tiles may be large: an image's
+FLOAT32 = 8  # channels up to which float32 needs no products: one instruction each
 GROUP = 8  # rows whose sums share one accumulator: its columns F + 1 ..
 
 
@@ -62,7 +63,8 @@ class Grid:
         return len(self.sizes) == 2
 
     def config(self, kernel: str, architecture: int) -> Config:
-        return config(f"{kernel}[{self.precision}]", architecture)
+        wide = "" if self.features <= FEW else ", wide"
+        return config(f"{kernel}[{self.precision}{wide}]", architecture)
 
     def fold(self, x: Tensor) -> Tensor:
         """``[B, N, F + sum(sizes)]`` to ``[B, N, F + rows + columns]``, every table's entry added where it counts."""
@@ -95,7 +97,7 @@ class Grid:
 def precision_of(dtype: torch.dtype, features: int) -> str:
     """The variant for raw channels of ``dtype``."""
     if dtype == torch.float32:
-        return "fma" if features <= FEW_FEATURES else "ieee"
+        return "fma" if features <= FLOAT32 else "ieee"
     return "bf16" if dtype == torch.bfloat16 else "tf32"
 
 

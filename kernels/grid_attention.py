@@ -206,7 +206,7 @@ def forward(
         cut.splits, cut.rows_per_split, dropout_threshold(dropout),
         F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, BJ=config.tokens,
         DROPOUT=dropout > 0, HOLES=tokens.holes, PRECISION=grid.precision,
-        **config.options,
+        **config.options(dropout > 0),
     )  # fmt: skip
     o = q.new_empty(grid.batch, grid.queries, grid.length)
     lse = q.new_empty(grid.batch, grid.queries, dtype=torch.float64)

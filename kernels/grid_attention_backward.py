@@ -218,7 +218,7 @@ def backward(
         cut.splits, cut.rows_per_split, dropout_threshold(dropout), kept_scale,
         F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, BJ=config.tokens,
         DROPOUT=dropout > 0, HAS_KEPT=flags["HAS_KEPT"], HOLES=tokens.holes, PRECISION=grid.precision,
-        **config.options,
+        **config.options(dropout > 0),
     )  # fmt: skip
     dq = q.new_empty(grid.batch, grid.queries, grid.length)
     correction = q.new_empty(grid.batch, grid.queries, 1)

@@ -12,12 +12,11 @@ from perceiver_fast.kernels import grid_attention_token_grads as token_grads
 from perceiver_fast.kernels import grid_attention_tokens as tokens
 from perceiver_fast.kernels.aot import Instance
 from perceiver_fast.kernels.configs import Config
-from perceiver_fast.kernels.grid import GROUP, Grid
+from perceiver_fast.kernels.grid import FEW, GROUP, Grid
 
 FEATURES = {"fma": (3, 8), "bf16": (3, 64), "tf32": (3, 64), "ieee": (16, 64)}
 """Raw channels that are compiled for: an image's, and the most that a variant is meant for."""
 INTEGERS = "B N rows columns padded q_batch q_row splits per_split column_blocks L".split()
-BUDGET = {"fma": 168, "bf16": 168}  # registers a thread with few channels: three blocks of 128 threads
 
 
 def _types(kernel, grid: Grid, dropout: bool, masked: bool = False) -> tuple[dict[str, str], dict[str, None]]:
@@ -55,11 +54,10 @@ def instances(architecture: int) -> Iterator[Instance]:
     for precision, counts in FEATURES.items():
         for features in counts:
             grid = Grid(1, 512, features, (224, 224), precision)
-            few = features <= 4
+            few = features <= FEW
             widths = dict(K=tokens.key_width(grid), V=tokens.value_width(grid), GROUP=GROUP)
             for dropout in (False, True) if few else (False,):
                 label = f"[{precision}, F={features}{', dropout' if dropout else ''}]"
-                budget = BUDGET.get(precision, 255) if few and not dropout else 255
                 for stem, kernel in (
                     ("grid_attention_forward", forward.grid_attention_forward_kernel),
                     ("grid_attention_backward", backward.grid_attention_backward_kernel),
@@ -78,7 +76,7 @@ def instances(architecture: int) -> Iterator[Instance]:
                         config,
                         weights=config.queries * config.tokens,
                         tensor_cores=precision in ("bf16", "tf32"),
-                        registers=budget,
+                        registers=255 if dropout or config.registers is None else config.registers,
                         divisible=divisible,
                     )
                 kernel = token_grads.grid_attention_token_grads_kernel
@@ -109,12 +107,15 @@ def instances(architecture: int) -> Iterator[Instance]:
 def _small_kernels(grid: Grid, widths: dict[str, int]) -> Iterator[Instance]:
     """Descriptions of tokens, statistics and merges: bound by memory, so only that they compile and do not spill."""
     label = f"[{grid.precision}, F={grid.features}]"
-    common = dict(F=grid.features, MASKED=True, BLOCK=tokens.BLOCK)
+    common = dict(F=grid.features, MASKED=True, BLOCK=tokens.BLOCK if grid.features <= FEW else tokens.BLOCK // 4)
     plain = Config(0, tokens.BLOCK, 4)
     if grid.precision == "fma":
         kernel, constants = tokens.grid_planes_kernel, common
     else:
-        kernel, constants = tokens.grid_tokens_kernel, common | widths | dict(PIECES=tokens.PIECES[grid.precision])
+        kernel, constants = (
+            tokens.grid_tokens_kernel,
+            common | widths | dict(PIECES=tokens.key_pieces(grid), SPLIT=3 if grid.features <= FEW else 2),
+        )
     types, none = _types(kernel, grid, False, masked=True)
     yield Instance(f"{kernel.__name__.removesuffix('_kernel')}{label}", kernel, types, none | constants, plain)
     if grid.features != 3 or grid.precision != "fma":

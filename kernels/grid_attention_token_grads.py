@@ -16,14 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.kernels import dropout as hashing
-from perceiver_fast.kernels.grid import Grid
+from perceiver_fast.kernels.grid import FEW, Grid
 from perceiver_fast.kernels.grid_attention_tokens import LN2, LOG2E, TokenArrays, key_width
 from perceiver_fast.kernels.grid_sweep_mma import add_keys, load_packed
 from perceiver_fast.ops.library import architecture
 from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
 
 ROWS = 2  # at a time, where channels are few
-MOST = tl.constexpr(80.0)  # logits of 1e8 may differ from the forward's, where tensor cores made them, by more than that
+MOST = tl.constexpr(
+    80.0
+)  # logits of 1e8 may differ from the forward's, where tensor cores made them, by more than that
 
 
 @triton.jit
@@ -172,10 +174,10 @@ def token_gradients(
         feat, scale, mask: the call's, dense.
         tokens: their description for the kernels of the grid's precision.
     """
-    few = grid.precision == "fma" or grid.features <= 4  # float32 instructions do for few channels
+    few = grid.precision == "fma" or grid.features <= FEW  # float32 instructions do for few channels
     precision = "fma" if few else grid.precision
     config = replace(grid, precision=precision).config("grid_attention_token_grads", architecture(q.device))
-    rows = ROWS if few and grid.features <= 4 else 1
+    rows = ROWS if few and grid.features <= FEW else 1
     programs = triton.cdiv(grid.rows, rows) * triton.cdiv(grid.columns, config.tokens) * grid.batch
     grid_attention_token_grads_kernel[(programs,)](
         q, d_o, stats, feat, scale, mask, None if few else tokens.keys, seed, dfeat, dscale,
@@ -183,5 +185,5 @@ def token_gradients(
         dropout_threshold(dropout), dropout_scale(dropout),
         F=grid.features, K=key_width(grid), C=max(16, triton.next_power_of_2(grid.features)),
         BN=config.queries, BJ=config.tokens, ROWS=rows, DROPOUT=dropout > 0, HAS_KEPT=has_kept, MASKED=mask is not None,
-        PRECISION=precision, **config.options,
+        PRECISION=precision, **config.options(dropout > 0),
     )  # fmt: skip

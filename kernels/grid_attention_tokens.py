@@ -5,8 +5,7 @@ its channels are 0, its scale 1, and what its hole adds to a logit leaves no wei
 
     fma    planes [B, rows, F + 2, columns]      float32: the channels, the scale, the hole
     else   scale  [B, rows, columns]             float32
-           keys   [B, rows, columns, K]          [the channels in bf16, once for each of a query's three pieces | 0 | hole];
-                                                 float16 takes two pieces, "ieee" is float32
+           keys   [B, rows, columns, K]          [channels in bf16, once for each of a query's pieces | 0 | hole]
            values [B, rows, columns, V]          [scaled channels | one | scale at row mod 8 | 0]: the last eight are what
                                                  makes a product of weights and values sum eight rows apart
     with dropout also the tokens' 32-bit keys [rows, columns]
@@ -22,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.kernels import dropout as hashing
-from perceiver_fast.kernels.grid import GROUP, Grid
+from perceiver_fast.kernels.grid import FEW, GROUP, Grid
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HOLE = tl.constexpr(-(2.0**100))
-BLOCK = 64
+BLOCK = 64  # columns are padded to a multiple of it; no kernel's block is larger
 
 
 @triton.jit
@@ -54,7 +53,7 @@ def grid_planes_kernel(
 def grid_tokens_kernel(
     feat, scale, mask, keys, values, out_scale, rows, columns, padded,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr,
-    PIECES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -70,7 +69,7 @@ def grid_tokens_kernel(
     at = row * padded + j
     if PIECES > 1:
         first = x.to(tl.bfloat16).to(tl.float32)
-        x = tl.where((k // F < 3)[None, :], first, x - first)
+        x = tl.where((k // F < SPLIT)[None, :], first, x - first)
     x = tl.where((k == K - 1)[None, :], hole[:, None], x)
     tl.store(keys + at[:, None] * K + k[None, :], x.to(keys.dtype.element_ty))
     c = tl.arange(0, V)
@@ -103,14 +102,19 @@ class TokenArrays:
     values: Tensor | None = None
 
 
-PIECES = {"bf16": 3, "tf32": 5, "ieee": 1}
-"""Products a channel takes. A query's float32 is three pieces of bf16, a bf16 channel one, a float16 channel two (of whose
-six products with a query's pieces the least is left out)."""
+def key_pieces(grid: Grid) -> int:
+    """How often a channel stands in a key.
+
+    Tensor cores multiply bf16. A query's float32 is three pieces of it (of many channels two), a bf16 channel one, a
+    float16 channel two, whose second meets all of a query's pieces but the last. "ieee" is float32.
+    """
+    split = 3 if grid.features <= FEW else 2
+    return {"bf16": split, "tf32": 2 * split - 1}.get(grid.precision, 1)
 
 
 def key_width(grid: Grid) -> int:
     """K: channels of a key and its hole, padded to what a product needs."""
-    return max(16, triton.next_power_of_2(grid.features * PIECES.get(grid.precision, 1) + 1))
+    return max(16, triton.next_power_of_2(grid.features * key_pieces(grid) + 1))
 
 
 def value_width(grid: Grid) -> int:
@@ -129,26 +133,27 @@ def describe_tokens(
         mask: uint8 ``[B, *sizes]``, dense, or None.
         seed: of dropout, or None.
     """
-    lines, padded = grid.batch * grid.rows, triton.cdiv(grid.columns, block) * block
-    at = (lines, triton.cdiv(padded, BLOCK))
-    padded = at[1] * BLOCK
+    lines, padded = grid.batch * grid.rows, triton.cdiv(grid.columns, BLOCK) * BLOCK
+    few = grid.features <= FEW
+    own = BLOCK if few else BLOCK // 4
+    at = (lines, padded // own)
     holes = mask is not None or grid.columns % block != 0
     token_keys = None
     if seed is not None:
         token_keys = scale.new_empty(grid.rows, padded, dtype=torch.int32)
-        grid_token_keys_kernel[(grid.rows, at[1])](seed, token_keys, grid.columns, padded, BLOCK=BLOCK)
-    masked = dict(MASKED=mask is not None, BLOCK=BLOCK)
+        grid_token_keys_kernel[(grid.rows, at[1])](seed, token_keys, grid.columns, padded, BLOCK=own)
+    masked = dict(MASKED=mask is not None, BLOCK=own)
     if grid.precision == "fma":
         planes = scale.new_empty(lines, grid.features + 2, padded)
         grid_planes_kernel[at](feat, scale, mask, planes, grid.rows, grid.columns, padded, F=grid.features, **masked)
         return TokenArrays(padded, holes, token_keys, planes=planes)
-    pieces = PIECES[grid.precision]
+    pieces = key_pieces(grid)
     keys = scale.new_empty(lines, padded, key_width(grid), dtype=torch.bfloat16 if pieces > 1 else torch.float32)
     values_dtype = torch.bfloat16 if grid.precision == "bf16" else torch.float32
     values = scale.new_empty(lines, padded, value_width(grid), dtype=values_dtype)
     scaled = scale.new_empty(lines, padded)
     grid_tokens_kernel[at](
         feat, scale, mask, keys, values, scaled, grid.rows, grid.columns, padded,
-        F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, PIECES=pieces, **masked,
+        F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, PIECES=pieces, SPLIT=3 if few else 2, **masked,
     )  # fmt: skip
     return TokenArrays(padded, holes, token_keys, None, scaled, keys, values)

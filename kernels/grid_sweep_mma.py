@@ -10,17 +10,21 @@ import triton
 import triton.language as tl
 
 from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels import grid
 from perceiver_fast.kernels.grid_attention_tokens import HOLE
+
+FEW = tl.constexpr(grid.FEW)
 
 
 @triton.jit
 def load_packed(pointers, factor, mask, F: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CLOSE: tl.constexpr):
-    """A query block's channels times ``factor`` as keys want them: three pieces of bf16, or float32.
+    """A query block's channels times ``factor`` as keys want them: pieces of bf16, or float32.
 
     The last of the K columns meets a token's hole, which ``CLOSE`` closes.
     """
     k = tl.arange(0, K)
-    pieces: tl.constexpr = 3 if PRECISION == "bf16" else 5 if PRECISION == "tf32" else 1
+    split: tl.constexpr = 3 if F <= FEW else 2
+    pieces: tl.constexpr = 1 if PRECISION == "ieee" else split if PRECISION == "bf16" else 2 * split - 1
     g = tl.load(pointers[:, None] + (k % F)[None, :], mask=mask[:, None] & (k < pieces * F)[None, :], other=0.0)
     g *= factor[:, None]
     if PRECISION != "ieee":
@@ -28,7 +32,7 @@ def load_packed(pointers, factor, mask, F: tl.constexpr, K: tl.constexpr, PRECIS
         rest = g - first.to(tl.float32)
         second = rest.to(tl.bfloat16)
         third = (rest - second.to(tl.float32)).to(tl.bfloat16)
-        piece = (k // F % 3)[None, :]
+        piece = (k // F % split)[None, :]
         g = tl.where(piece == 0, first, tl.where(piece == 1, second, third))
     if CLOSE:
         g = tl.where((k == K - 1)[None, :], HOLE, g.to(tl.float32)).to(g.dtype)

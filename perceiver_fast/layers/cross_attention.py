@@ -132,6 +132,7 @@ class CrossAttention(nn.Module):
         self, x: Tensor, tokens: GridTokens, mask: Tensor | None, inverted: bool, lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         feat, heads, features = tokens.feat, self.fn.heads, tokens.features
+        half = autocast_dtype(x.device) or tokens.dtype
         q, constant, values, beta = self.grid_tables(x, tokens)
         with torch.autocast(x.device.type, enabled=False):
             scale = tokens.scale(self.norm_context.eps)
@@ -140,7 +141,7 @@ class CrossAttention(nn.Module):
                 q = torch.cat([q[..., :features], constant.unsqueeze(-1), q[..., features:]], -1)
             q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
             mask = None if mask is None else mask.view(feat.shape[:-1])
-            o, sums, kept = grid_attention_joined(q, feat, scale, mask, self.fn.active_dropout, inverted, heads)
+            o, sums, kept = grid_attention_joined(q, feat, scale, mask, self.fn.active_dropout, inverted, heads, half)
             o = o.unflatten(1, (heads, -1))
             if inverted:
                 o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)

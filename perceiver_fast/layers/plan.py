@@ -127,7 +127,9 @@ def _grid_choice(tokens: Tokens, layer: Layer) -> Choice:
         return Choice("grid_attention", None, {"any": ["queries join the keys and values"]})
     if not isinstance(tokens, GridTokens):
         return Choice("grid_attention", None, {"any": [f"{tokens.kind} are no grid"]})
-    choice = choose_grid_attention(GridAttentionCall(tokens.compute, tokens.device, tokens.sizes))
+    choice = choose_grid_attention(
+        GridAttentionCall(tokens.compute, tokens.device, tokens.sizes, tokens.features, layer.inverted)
+    )
     if forced_backend() != "auto" or choice.backend is None:
         return choice
     if choice.backend == "reference":

@@ -27,7 +27,16 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, dropout_seed, kernel_reasons, library
+from perceiver_fast.ops.library import (
+    autocast_dtype,
+    compute_dtype,
+    cpu_error,
+    dropout_seed,
+    kernel_reasons,
+    library,
+    register_triton,
+    triton_reasons,
+)
 
 OP = "grid_attention"
 
@@ -40,6 +49,9 @@ library.define(
     "Tensor? mask, float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor kept, Tensor token_lse, "
     "bool token_grads) -> (Tensor dq, Tensor dfeat, Tensor dscale)"
 )
+register_triton("grid_attention_forward", "grid_attention", "forward")
+register_triton("grid_attention_backward", "grid_attention_backward", "backward")
+MOST_FEATURES = 64  # that the Triton kernels are compiled for
 
 
 @torch.library.register_fake("perceiver_fast::grid_attention_forward")
@@ -106,16 +118,31 @@ class GridAttentionCall:
     dtype: torch.dtype
     device: torch.device
     sizes: tuple[int, ...]
+    features: int = 1
+    inverted: bool = False
 
 
 def _cpu_reasons(call: GridAttentionCall) -> list[str]:
-    reasons = kernel_reasons(extension.error, "cpu", call.device, call.dtype)
+    reasons = kernel_reasons(cpu_error(extension.error), "cpu", call.device, call.dtype)
     if len(call.sizes) > 64:
         reasons.append(f"it takes up to 64 axes, not {len(call.sizes)}")
     return reasons
 
 
-BACKENDS = (Backend("cpu", _cpu_reasons), Backend("reference", lambda call: []))
+def _triton_reasons(call: GridAttentionCall) -> list[str]:
+    reasons = triton_reasons(call.device, call.dtype)
+    if call.inverted:
+        reasons.append("it has no inverted attention")
+    if call.features > MOST_FEATURES:
+        reasons.append(f"it takes up to {MOST_FEATURES} raw channels, not {call.features}")
+    return reasons
+
+
+BACKENDS = (
+    Backend("cpu", _cpu_reasons),
+    Backend("triton", _triton_reasons),
+    Backend("reference", lambda call: []),
+)
 
 
 def choose_grid_attention(call: GridAttentionCall) -> Choice:
@@ -131,6 +158,7 @@ def grid_attention_joined(
     dropout: float = 0.0,
     inverted: bool = False,
     heads: int = 1,
+    half: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`grid_attention` with q_feat and q_axes joined, for callers that hold them so; inputs are not checked.
 
@@ -141,6 +169,8 @@ def grid_attention_joined(
         mask: bool ``[B, *sizes]`` or None.
         dropout, inverted: see :func:`grid_attention`.
         heads: H. Only inverted attention, whose softmax runs over the queries of a head, needs to know.
+        half: a half-precision dtype that weights and values may be rounded to. Tensor cores do, other backends need not.
+            Default: q's, or autocast's.
 
     Returns:
         o ``[B, H N, L]``, lse ``[B, H N]`` float64, and kept ``[B, H N]``, the sum of every query's weights after dropout
@@ -149,17 +179,20 @@ def grid_attention_joined(
     result = autocast_dtype(q.device) or q.dtype
     compute = compute_dtype(q.dtype)
     sizes = tuple(feat.shape[1:-1])
-    backend = backends.require(choose_grid_attention(GridAttentionCall(compute, q.device, sizes))).backend
+    call = GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted)
+    backend = backends.require(choose_grid_attention(call)).backend
     shape = q.shape
     if inverted:
         q = q.unflatten(1, (heads, -1))
         q = (q * 0 if q.shape[2] == 1 else q).flatten(
             0, 1
         )  # a softmax over one query is constant: no gradient, exactly
-    run = GridAttentionFunction.apply if backend == "cpu" else reference.grid_attention
+    run = reference.grid_attention if backend == "reference" else GridAttentionFunction.apply
+    half = result if half is None else half
+    values = half if backend == "triton" and half in (torch.bfloat16, torch.float16) else compute
     with torch.autocast(q.device.type, enabled=False):
         seed = dropout_seed(dropout, q.device)
-        o, lse, kept = run(q.to(compute), feat.to(compute), scale.to(compute), mask, dropout, seed, inverted)
+        o, lse, kept = run(q.to(compute), feat.to(values), scale.to(compute), mask, dropout, seed, inverted)
     o = o.view(shape)
     kept = kept.view(shape[:2]) if dropout > 0 or inverted else None
     return o if result == compute or q.dtype == torch.float64 else o.to(result), lse.view(shape[:2]), kept
@@ -193,8 +226,8 @@ def grid_attention(
 
     Returns:
         o_feat ``[B, N, F]``, o_axes (one ``[B, N, n_a]`` per axis), and lse ``[B, N]``, the natural log-sum-exp of S,
-        always float64. float64 inputs are computed in float64, all others in float32; the result has the dtype of
-        the inputs, or autocast's when it is on. Differentiable once in q_feat, q_axes, feat and scale, through
+        always float64. float64 inputs are computed in float64, all others in float32, but that GPUs round weights and
+        values to a half-precision dtype of the inputs, or of autocast; the result has that dtype. Differentiable once in q_feat, q_axes, feat and scale, through
         outputs and lse.
 
     Raises:

@@ -7,11 +7,15 @@ it does not say how fast a kernel is.
 from __future__ import annotations
 
 import importlib
+import itertools
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +25,9 @@ from triton.compiler import ASTSource
 
 from perceiver_fast.kernels.configs import Config
 
-MODULES = ("grid_attention", "cross_attention")
+MODULES = ("grid_attention_instances", "cross_attention")
 ARCHITECTURES = (80, 90, 100)
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,13 @@ class Instance:
     weights: int = 0
     tensor_cores: bool = False
     registers: int = 255
-    shared: int = 99 * 1024
+    shared: int = 227 * 1024
     divisible: tuple[str, ...] = ()
+
+    @property
+    def exponentials(self) -> int:
+        """Exponentials that a thread has to compute in one turn of the loop, at least."""
+        return self.weights // (32 * self.config.warps)
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,11 @@ class Compiled:
     def matrix_instructions(self) -> int:
         """Tensor-core instructions in the loop."""
         return sum(self.loop[op] for op in ("HMMA", "HGMMA", "UTCHMMA"))
+
+    @property
+    def instructions(self) -> int:
+        """All instructions in the loop."""
+        return self.loop.total()
 
 
 def instances(architecture: int) -> Iterator[Instance]:
@@ -121,6 +136,46 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
         _innermost_loop(code),
         compiled.asm["ptx"],
     )
+
+
+def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[str]:
+    """What is wrong with a compiled kernel: spills, traps, a budget passed, work done twice, no tensor cores."""
+    found = []
+    if compiled.stack or compiled.spills:
+        found.append(f"{compiled.spills} local loads and stores, a stack of {compiled.stack} bytes")
+    if compiled.traps:
+        found.append(f"{compiled.traps} traps")
+    if compiled.registers > instance.registers:
+        found.append(f"{compiled.registers} registers, not at most {instance.registers}")
+    most = min(instance.shared, SHARED[architecture])
+    if compiled.shared > most:
+        found.append(f"{compiled.shared} bytes of shared memory, not at most {most}")
+    if instance.weights and compiled.exponentials != instance.exponentials:
+        found.append(f"{compiled.exponentials} exponentials a turn, not {instance.exponentials}")
+    if instance.weights and "ex2.approx.ftz.f32" not in compiled.ptx:
+        found.append("no ex2.approx.ftz in its PTX")
+    if instance.tensor_cores and not compiled.matrix_instructions:
+        found.append("no tensor-core instruction in its loop")
+    return found
+
+
+def _compile_one(architecture: int, index: int) -> tuple[str, Config, Compiled, int, list[str]]:
+    """The index-th instance of an architecture, in a process of its own."""
+    instance = next(itertools.islice(instances(architecture), index, None))
+    compiled = compile_instance(instance, architecture)
+    return instance.name, instance.config, compiled, instance.exponentials, faults(instance, compiled, architecture)
+
+
+def compile_all(architecture: int, jobs: int | None = None) -> Iterator[tuple[str, Config, Compiled, int, list[str]]]:
+    """Compile all that ships for an architecture, in as many processes as there are cores.
+
+    Yields:
+        name, configuration, what it needs, exponentials a thread has to compute a turn, and :func:`faults`.
+    """
+    count = sum(1 for _ in instances(architecture))
+    jobs = jobs or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_compile_one, itertools.repeat(architecture, count), range(count))
 
 
 def _cuobjdump(option: str, file: str) -> str:

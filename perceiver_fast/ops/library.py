@@ -50,24 +50,27 @@ def cpu_error(error: str | None) -> str | None:
     return "TRITON_INTERPRET=1 puts the interpreted Triton kernels in their place" if INTERPRETED else error
 
 
-@functools.cache
-def _triton_error() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+_triton_error = None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
 
 
 @functools.cache
-def architecture(device: torch.device) -> int:
-    """The compute capability of a GPU as sm_XY writes it; where there is none to ask, as in explain, an H100's."""
+def _architecture(device: torch.device) -> int:
     if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
+@torch.compiler.assume_constant_result
+def architecture(device: torch.device) -> int:
+    """The compute capability of a GPU as sm_XY writes it; where there is none to ask, as in explain, an H100's."""
+    return _architecture(device)
+
+
 def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why Triton's kernels cannot run a call on ``device`` in ``dtype``."""
     half_or_float = (torch.float32, torch.bfloat16, torch.float16)
-    reasons = kernel_reasons(_triton_error(), "cpu" if INTERPRETED else "cuda", device, dtype, half_or_float)
+    reasons = kernel_reasons(_triton_error, "cpu" if INTERPRETED else "cuda", device, dtype, half_or_float)
     if architecture(device) < 80:
         reasons.append(f"it is compiled for sm_80 and newer, not sm_{architecture(device)}")
     return reasons

@@ -17,7 +17,6 @@ tokens that exceeds the error of plain fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -25,21 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.kernels import dropout as drop
-from perceiver_fast.kernels.aot import Instance
 from perceiver_fast.kernels.configs import Config, config
-from perceiver_fast.kernels.dense_tiles import (
-    Pieces,
-    accumulate,
-    aligned_rows,
-    cut,
-    hold,
-    product,
-    scaled,
-    share,
-    store,
-    strides,
-    zeros,
-)
+from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, product, scaled, store, zeros
+from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 from perceiver_fast.ops.library import architecture
 from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
 
@@ -60,13 +47,15 @@ def cross_attention_keys_kernel(seed, row_keys, token_keys, rows, tokens, BLOCK:
 
 
 @triton.jit
-def seen(s, mask, token, tokens, EVEN: tl.constexpr):
-    """Scores, but -inf for tokens that are masked or beyond the last; ``token`` broadcasts against them."""
-    if mask is not None:
-        s = tl.where(tl.load(mask + token, mask=token < tokens, other=0) != 0, s, float("-inf"))
-    elif not EVEN:
-        s = tl.where(token < tokens, s, float("-inf"))
-    return s
+def visible(mask, token, tokens, EVEN: tl.constexpr):
+    """Whether tokens are there and not masked."""
+    if mask is None:
+        seen = token < tokens
+    elif EVEN:
+        seen = tl.load(mask + token) != 0
+    else:
+        seen = tl.load(mask + token, mask=token < tokens, other=0) != 0
+    return seen
 
 
 @triton.jit
@@ -119,7 +108,8 @@ def cross_attention_fwd_kernel(
             BLOCK_N, BLOCK_M, D, D_CHUNK, D_COUNT, D_TAIL, HOLD, EVEN, PRECISION,
         )  # fmt: skip
         token = m + tl.arange(0, BLOCK_M)
-        s = seen(s, mask, token[None, :], tokens, EVEN)
+        if mask is not None or not EVEN:
+            s = tl.where(visible(mask, token, tokens, EVEN)[None, :], s, float("-inf"))
         higher = tl.maximum(peak, tl.ceil(tl.max(s, 1) * log2_scale))
         p = tl.math.exp2(s * log2_scale - higher[:, None])
         fade = power_of_two(peak - higher)
@@ -146,7 +136,9 @@ def cross_attention_fwd_kernel(
         if group == 0:
             natural = (peak.to(tl.float64) + tl.math.log2(total).to(tl.float64)) * LN_2
             tl.store(lse + at + rows, natural, mask=rows < queries)
-    store(sums, o + (at + n) * V + channel, V, queries - n, V - channel, factor, BLOCK_N, V_CHUNK, V_COUNT, V_TAIL)
+    store(
+        sums, o + (at + n) * V + channel, V, queries - n, V - channel, factor, None, BLOCK_N, V_CHUNK, V_COUNT, V_TAIL
+    )
 
 
 @triton.jit
@@ -181,7 +173,8 @@ def cross_attention_merge_kernel(
 def variant(kernel: str, dtype: torch.dtype, channels: int, arch: int) -> Config:
     """The configuration of a kernel whose widest matrix has ``channels``."""
     precision = "fp32" if dtype == torch.float32 else "half"
-    return config(f"cross_attention_{kernel}[{precision}{', wide' if channels > NARROW else ''}]", arch)
+    width = next((str(width) for width in (64, NARROW) if channels <= width), "wide")
+    return config(f"cross_attention_{kernel}[{precision}, {width}]", arch)
 
 
 def read(channels: int, dtype: torch.dtype) -> Pieces:
@@ -189,26 +182,75 @@ def read(channels: int, dtype: torch.dtype) -> Pieces:
     return cut(channels, 64 if channels <= NARROW and dtype != torch.float32 else 32)
 
 
-def summed(channels: int, dtype: torch.dtype, dropout: bool) -> Pieces:
+def summed(channels: int, dtype: torch.dtype, dropout: float) -> Pieces:
     """How the channels of sums are cut: all that registers hold, which is less of fp32, and less with dropout's hashes."""
     return cut(channels, 32, 128) if dtype == torch.float32 else cut(channels, 64, 192 if dropout else 256)
 
 
-def dropout_keys(q: Tensor, k: Tensor, dropout: float, seed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """int32 keys of all query rows ``[B H N]`` and of all tokens ``[M]``; None without dropout."""
-    if dropout == 0:
-        return None, None
-    rows, tokens = q.shape[:3].numel(), k.shape[2]
-    row_keys, token_keys = (torch.empty(n, dtype=torch.int32, device=q.device) for n in (rows, tokens))
-    blocks = triton.cdiv(max(rows, tokens), 256)
-    cross_attention_keys_kernel[(blocks,)](seed, row_keys, token_keys, rows, tokens, BLOCK=256)
-    return row_keys, token_keys
-
-
-def dropout_numbers(dropout: float) -> tuple[int, float]:
-    """The threshold, its 32 bits as a signed number, and what kept weights are multiplied by."""
+def common(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, seed: Tensor | None
+) -> tuple[list[Launch], dict[str, object]]:
+    """What precedes every pass, and the arguments that all of them take. ``q``, ``k`` and ``v`` have aligned rows."""
+    (batch, heads, queries, dim), (tokens, value_dim) = q.shape, v.shape[2:]
+    rows, first, keys = batch * heads * queries, [], dict(row_keys=None, token_keys=None)
+    if dropout > 0:
+        keys = {n: q.new_empty(size, dtype=torch.int32) for n, size in (("row_keys", rows), ("token_keys", tokens))}
+        numbers = dict(seed=seed, rows=rows, tokens=tokens, BLOCK=256)
+        first.append(Launch(cross_attention_keys_kernel, triton.cdiv(max(rows, tokens), 256), keys | numbers))
     threshold = dropout_threshold(dropout)
-    return threshold - (threshold >> 31 << 32), dropout_scale(dropout)
+    cut_d, cut_v = read(dim, q.dtype), read(value_dim, q.dtype)
+    arguments = dict(
+        q=q, k=k, v=v, mask=mask, heads=heads, queries=queries, tokens=tokens,
+        mask_b=0 if mask is None else mask.stride(0),
+        log2_scale=scale * LOG2_E, keep_scale=dropout_scale(dropout),
+        threshold=threshold - (threshold >> 31 << 32),  # its 32 bits as a signed number
+        D=dim, D_CHUNK=cut_d.chunk, D_COUNT=cut_d.count, D_TAIL=cut_d.tail,
+        V=value_dim, V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail, PRECISION="ieee",
+    )  # fmt: skip
+    return first, arguments | keys | strides("q", "bhn", q) | strides("k", "bhm", k) | strides("v", "bhm", v)
+
+
+def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Tensor, Tensor, list[Launch]]:
+    """``o``, ``lse`` and the launches that compute them."""
+    q, k, v = (aligned_rows(t) for t in (q, k, v))
+    (batch, heads, queries, dim), (tokens, value_dim) = q.shape, v.shape[2:]
+    o, lse = q.new_empty(batch, heads, queries, value_dim), q.new_empty(batch, heads, queries, dtype=torch.float64)
+    rows = lse.numel()
+    if rows == 0 or value_dim == 0:
+        return o, lse, []
+    c = variant("forward", q.dtype, max(dim, value_dim), arch)
+    cut_v = summed(value_dim, q.dtype, dropout)
+    blocks = triton.cdiv(queries, c.queries)
+    programs = batch * heads * blocks * cut_v.groups
+    splits, each = share(tokens, c.tokens, programs, q.device)
+    parts, peaks, totals = o, None, None
+    if splits > 1:
+        parts = o.new_empty(splits, rows, value_dim, dtype=torch.float32)
+        peaks, totals = (parts.new_empty(splits, rows) for _ in range(2))
+    launches, arguments = common(q, k, v, mask, scale, dropout, seed)
+    arguments |= dict(
+        o=parts, lse=lse, peaks=peaks, totals=totals, blocks=blocks, splits=splits, tokens_per_split=each,
+        V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail, GROUPS=cut_v.groups,
+        BLOCK_N=c.queries, BLOCK_M=c.tokens, SPLIT=splits > 1, HOLD=dim <= NARROW, EVEN=tokens % c.tokens == 0,
+    )  # fmt: skip
+    launches.append(Launch(cross_attention_fwd_kernel, programs * splits, arguments, c, c.queries * c.tokens))
+    if splits > 1:
+        width = min(128, triton.next_power_of_2(value_dim))
+        across = triton.cdiv(value_dim, width)
+        merge = dict(parts=parts, peaks=peaks, totals=totals, o=o, lse=lse, rows=rows, splits=splits, blocks=across)
+        merge |= dict(V=value_dim, BLOCK_V=width, MERGED=MERGED)
+        launches.append(Launch(cross_attention_merge_kernel, rows * across, merge))
+    return o, lse, launches
+
+
+def check(q: Tensor, scale: float, inverted: bool) -> None:
+    """What :func:`perceiver_fast.ops.cross_attention.cross_attention` sees to, of those who call the ops themselves."""
+    if inverted:
+        raise RuntimeError("cross_attention: the Triton kernels expected a softmax over tokens, got inverted attention")
+    if not scale > 0:
+        raise RuntimeError(f"cross_attention: the Triton kernels expected a positive scale, got {scale}")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise RuntimeError(f"cross_attention: the Triton kernels expected float32, bfloat16 or float16, got {q.dtype}")
 
 
 def forward(
@@ -221,71 +263,9 @@ def forward(
     seed: Tensor | None,
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`perceiver_fast.ops.cross_attention.cross_attention`; ``inverted`` is not supported."""
-    if inverted:
-        raise RuntimeError(
-            "cross_attention: the Triton kernels expected softmax over the tokens, got inverted attention"
-        )
-    q, k, v = (aligned_rows(t) for t in (q, k, v))
-    (batch, heads, queries, dim), (tokens, value_dim) = q.shape, v.shape[2:]
-    o = q.new_empty(batch, heads, queries, value_dim)
-    lse = q.new_empty(batch, heads, queries, dtype=torch.float64)
-    rows = lse.numel()
-    if rows == 0 or value_dim == 0:
-        return o, lse, lse.new_empty(0)
-    c = variant("forward", q.dtype, max(dim, value_dim), architecture(q.device))
-    cut_d, cut_v = read(dim, q.dtype), summed(value_dim, q.dtype, dropout > 0)
-    blocks = triton.cdiv(queries, c.queries)
-    programs = batch * heads * blocks * cut_v.groups
-    splits, tokens_per_split = share(tokens, c.tokens, programs, q.device)
-    parts, peaks, totals = o, None, None
-    if splits > 1:
-        parts = o.new_empty(splits, rows, value_dim, dtype=torch.float32)
-        peaks, totals = (parts.new_empty(splits, rows) for _ in range(2))
-    threshold, keep_scale = dropout_numbers(dropout)
-    cross_attention_fwd_kernel[(programs * splits,)](
-        q, k, v, mask, *dropout_keys(q, k, dropout, seed), parts, lse, peaks, totals,
-        heads, queries, tokens, blocks, splits, tokens_per_split,
-        *strides(q), *strides(k), *strides(v), 0 if mask is None else mask.stride(0),
-        scale * LOG2_E, threshold, keep_scale,
-        D=dim, D_CHUNK=cut_d.chunk, D_COUNT=cut_d.count, D_TAIL=cut_d.tail,
-        V=value_dim, V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail, GROUPS=cut_v.groups,
-        BLOCK_N=c.queries, BLOCK_M=c.tokens,
-        SPLIT=splits > 1, HOLD=dim <= NARROW, EVEN=tokens % c.tokens == 0, PRECISION="ieee",
-        num_warps=c.warps, num_stages=c.stages,
-    )  # fmt: skip
-    if splits > 1:
-        width = min(128, triton.next_power_of_2(value_dim))
-        across = triton.cdiv(value_dim, width)
-        cross_attention_merge_kernel[(rows * across,)](
-            parts, peaks, totals, o, lse, rows, splits, across, V=value_dim, BLOCK_V=width, MERGED=MERGED, num_warps=4
-        )
+    """Kernel of the op ``cross_attention_forward``; the last result is empty."""
+    check(q, scale, inverted)
+    o, lse, launches = forward_launches(q, k, v, mask, scale, dropout, seed, architecture(q.device))
+    for launch in launches:
+        launch.run()
     return o, lse, lse.new_empty(0)
-
-
-def forward_instance(
-    name: str, dim: int, value_dim: int, arch: int, dtype: torch.dtype, masked: bool, dropout: bool, split: bool
-) -> Instance:
-    """What ``forward`` launches for many tokens of ``dim`` and ``value_dim`` channels."""
-    c = variant("forward", dtype, max(dim, value_dim), arch)
-    cut_d, cut_v = read(dim, dtype), summed(value_dim, dtype, dropout)
-    kind = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    types = dict.fromkeys(("q", "k", "v"), kind) | {"o": "*fp32" if split else kind, "lse": "*fp64"}
-    types |= dict.fromkeys(("row_keys", "token_keys"), "*i32") if dropout else {}
-    types |= {"mask": "*i1"} if masked else {}
-    types |= dict.fromkeys(("peaks", "totals"), "*fp32") if split else {}
-    names = [f"{t}_{axis}" for t, axes in (("q", "bhn"), ("k", "bhm"), ("v", "bhm")) for axis in axes]
-    sizes = ["heads", "queries", "tokens", "blocks", "splits", "tokens_per_split", "threshold", "mask_b"]
-    types |= dict.fromkeys(names + sizes, "i32") | {"log2_scale": "fp32", "keep_scale": "fp32"}
-    absent = {"mask", "row_keys", "token_keys", "peaks", "totals"} - types.keys()
-    constants = dict.fromkeys(absent) | dict(
-        D=dim, D_CHUNK=cut_d.chunk, D_COUNT=cut_d.count, D_TAIL=cut_d.tail,
-        V=value_dim, V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail, GROUPS=cut_v.groups,
-        BLOCK_N=c.queries, BLOCK_M=c.tokens,
-        SPLIT=split, HOLD=dim <= NARROW, EVEN=not masked, PRECISION="ieee",
-    )  # fmt: skip
-    divisible = ("tokens", "tokens_per_split", *names)
-    return Instance(
-        name, cross_attention_fwd_kernel, types, constants, c, c.queries * c.tokens, dtype != torch.float32,
-        shared=(99 if arch in (86, 89) else 163 if arch < 90 else 227) * 1024, divisible=divisible,
-    )  # fmt: skip

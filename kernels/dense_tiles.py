@@ -8,13 +8,10 @@ what is left allows, so that 261 channels cost 272 and not 512.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,39 +35,6 @@ def cut(channels: int, chunk: int, most: int | None = None) -> Pieces:
         return Pieces(chunk, triton.cdiv(chunks, groups), 0, groups)
     left = channels % chunk
     return Pieces(chunk, channels // chunk, max(16, triton.next_power_of_2(left)) if left else 0)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; where there is none, an H100's."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def share(length: int, tile: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many splits the walk of ``programs`` programs over ``length`` columns is cut, and columns a split.
-
-    As many as fill every multiprocessor twice, in one wave; with programs enough, one. Depends on nothing but shapes.
-    """
-    tiles = triton.cdiv(length, tile)
-    most = max(1, 2 * multiprocessors(device) // max(programs, 1))
-    each = triton.cdiv(tiles, min(most, tiles))
-    return triton.cdiv(tiles, each), each * tile
-
-
-def strides(t: Tensor) -> list[int]:
-    """Of all dimensions but the channels; zero where there is but one of its kind."""
-    return [stride if size > 1 else 0 for stride, size in zip(t.stride()[:-1], t.shape)]
-
-
-def aligned_rows(t: Tensor) -> Tensor:
-    """``t`` itself where its rows are dense and begin at multiples of 16 channels, as in most views of heads; else a copy.
-
-    Rows are read again for every tile of the other side, and without alignment two bytes at a time.
-    """
-    if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides(t)):
-        return t
-    padded = t.new_empty(*t.shape[:-1], t.shape[-1] + -t.shape[-1] % 16)
-    return padded[..., : t.shape[-1]].copy_(t)
 
 
 @triton.jit
@@ -175,12 +139,14 @@ def accumulate(
 
 @triton.jit
 def store(
-    sums, out, stride, rows, channels, factor,
+    sums, out, stride, rows, channels, factor, seen,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Write sums times a factor (a number, or one ``[ROWS, 1]``) to a matrix at ``out``, in its dtype."""
+    """Write sums times a factor (a number, or ``[ROWS, 1]``) to a matrix at ``out``; zero in rows that are not seen."""
     row = tl.arange(0, ROWS)[:, None]
     for i in tl.static_range(len(sums)):
         column = i * CHUNK + tl.arange(0, CHUNK if i < COUNT else TAIL)[None, :]
-        value = (sums[i] * factor).to(out.dtype.element_ty)
-        tl.store(out + row * stride + column, value, mask=(row < rows) & (column < channels))
+        value = sums[i] * factor
+        if seen is not None:
+            value = tl.where(seen[:, None], value, 0.0)
+        tl.store(out + row * stride + column, value.to(out.dtype.element_ty), mask=(row < rows) & (column < channels))

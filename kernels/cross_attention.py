@@ -182,9 +182,14 @@ def read(channels: int, dtype: torch.dtype) -> Pieces:
     return cut(channels, 64 if channels <= NARROW and dtype != torch.float32 else 32)
 
 
-def summed(channels: int, dtype: torch.dtype, dropout: float) -> Pieces:
-    """How the channels of sums are cut: all that registers hold, which is less of fp32, and less with dropout's hashes."""
-    return cut(channels, 32, 128) if dtype == torch.float32 else cut(channels, 64, 192 if dropout else 256)
+def summed(channels: int, dtype: torch.dtype, dropout: float, arch: int) -> Pieces:
+    """How the channels of sums are cut: all that registers hold, which is less of fp32, and less with dropout's hashes.
+
+    From sm_100 on ptxas needs some more, where tiles are too small for that architecture's own tensor memory.
+    """
+    if dtype == torch.float32:
+        return cut(channels, 32, 128)
+    return cut(channels, 64, 192 if dropout or arch >= 100 else 256)
 
 
 def common(
@@ -197,6 +202,8 @@ def common(
         keys = {n: q.new_empty(size, dtype=torch.int32) for n, size in (("row_keys", rows), ("token_keys", tokens))}
         numbers = dict(seed=seed, rows=rows, tokens=tokens, BLOCK=256)
         first.append(Launch(cross_attention_keys_kernel, triton.cdiv(max(rows, tokens), 256), keys | numbers))
+    if mask is not None and mask.stride(1) != 1:
+        mask = mask.contiguous()
     threshold = dropout_threshold(dropout)
     cut_d, cut_v = read(dim, q.dtype), read(value_dim, q.dtype)
     arguments = dict(
@@ -219,7 +226,7 @@ def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Te
     if rows == 0 or value_dim == 0:
         return o, lse, []
     c = variant("forward", q.dtype, max(dim, value_dim), arch)
-    cut_v = summed(value_dim, q.dtype, dropout)
+    cut_v = summed(value_dim, q.dtype, dropout, arch)
     blocks = triton.cdiv(queries, c.queries)
     programs = batch * heads * blocks * cut_v.groups
     splits, each = share(tokens, c.tokens, programs, q.device)

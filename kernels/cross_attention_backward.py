@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.kernels import dropout as drop
-from perceiver_fast.kernels.cross_attention import MERGED, NARROW, check, common, summed, variant, visible
+from perceiver_fast.kernels.cross_attention import MERGED, check, common, summed, variant, visible
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, hold, load, product, store, zeros
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 from perceiver_fast.ops.library import architecture
@@ -293,10 +293,10 @@ def backward_launches(
         return dq.zero_(), dk.zero_(), dv.zero_(), []
     d_lse = None if d_lse is None else d_lse.contiguous()
     wide = max(dim, value_dim)
-    hold = wide <= NARROW
+    narrow = wide <= 64
     shift, weight, delta = lse.new_empty(3, rows, dtype=torch.float32)
     launches, arguments = common(q, k, v, mask, scale, dropout, seed)
-    arguments |= dict(d_o=d_o, shift=shift, weight=weight, delta=delta, scale=scale, HOLD=hold)
+    arguments |= dict(d_o=d_o, shift=shift, weight=weight, delta=delta, scale=scale, HOLD=narrow)
     arguments |= strides("g", "bhn", d_o)
     terms = dict(d_o=d_o, d_lse=d_lse, o=o.contiguous(), lse=lse, shift=shift, weight=weight, delta=delta)
     terms |= dict(heads=heads, queries=queries, blocks=triton.cdiv(queries, 16), V=value_dim, BLOCK_N=16, BLOCK_V=64)
@@ -304,7 +304,7 @@ def backward_launches(
     launches.append(Launch(cross_attention_terms_kernel, pairs * terms["blocks"], terms))
 
     c = variant("dq", dtype, wide, arch)
-    cut = summed(dim, dtype, dropout)
+    cut = summed(dim, dtype, dropout, arch)
     blocks = triton.cdiv(queries, c.queries)
     programs = pairs * blocks * cut.groups
     splits, each = share(tokens, c.tokens, programs, q.device)
@@ -325,10 +325,10 @@ def backward_launches(
     launches += adding
 
     c = variant("dkv", dtype, wide, arch)
-    cut_k, cut_v = (summed(channels, dtype, dropout) for channels in (dim, value_dim))
+    cut_k, cut_v = (summed(channels, dtype, dropout, arch) for channels in (dim, value_dim))
     blocks = triton.cdiv(tokens, c.tokens)
     # Both in one walk if a thread holds the sums of both; else P is computed for each.
-    for out_k, out_v in ((dk, dv),) if hold and dtype != torch.float32 else ((None, dv), (dk, None)):
+    for out_k, out_v in ((dk, dv),) if narrow else ((None, dv), (dk, None)):
         groups = max(cut.groups for cut, out in ((cut_k, out_k), (cut_v, out_v)) if out is not None)
         programs = pairs * blocks * groups
         splits, each = share(queries, c.queries, programs, q.device)

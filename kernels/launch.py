@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from perceiver_fast.kernels.aot import Instance
 from perceiver_fast.kernels.configs import Config
+from perceiver_fast.ops.library import multiprocessors
 
 SMALL = Config(queries=1, tokens=1, warps=4)  # of kernels that hold no tile of weights
 TYPES = {
@@ -50,12 +50,6 @@ class Launch:
             f"{self.kernel.__name__} {name}", self.kernel, types, constants, self.config,
             self.weights, tensor_cores and self.weights > 0, shared=shared, divisible=tuple(divisible),
         )  # fmt: skip
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; where there is none, an H100's."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def share(length: int, tile: int, programs: int, device: torch.device) -> tuple[int, int]:

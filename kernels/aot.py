@@ -103,7 +103,7 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
     compiled = triton.compile(
         ASTSource(instance.kernel, signature, constants, attrs),
         target=GPUTarget("cuda", architecture, 32),
-        options=dict(num_warps=instance.config.warps, num_stages=instance.config.stages, enable_fp_fusion=True),
+        options=instance.config.options | {"enable_fp_fusion": True},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -19,14 +19,21 @@ ARCHITECTURES = (80, 86, 90, 100)
 class Config:
     """The tile a program holds and the resources it is compiled for.
 
-    ``queries`` x ``tokens`` is the tile of attention weights; ``warps`` and ``stages`` are Triton's num_warps and
-    num_stages.
+    ``queries`` x ``tokens`` is the tile of attention weights; ``warps``, ``stages`` and ``registers`` are Triton's
+    num_warps, num_stages and maxnreg. Without the last ptxas weighs a few spills against one more block a multiprocessor.
     """
 
     queries: int
     tokens: int
     warps: int
     stages: int = 1
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton takes them in a launch."""
+        given = {"num_warps": self.warps, "num_stages": self.stages}
+        return given if self.registers is None else given | {"maxnreg": self.registers}
 
 
 @functools.cache

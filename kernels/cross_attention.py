@@ -17,6 +17,7 @@ tokens that exceeds the error of plain fp32.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.kernels import dropout as drop
+from perceiver_fast.kernels.aot import Instance
 from perceiver_fast.kernels.configs import Config, config
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, product, scaled, store, zeros
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
@@ -171,10 +173,14 @@ def cross_attention_merge_kernel(
 
 
 def variant(kernel: str, dtype: torch.dtype, channels: int, arch: int) -> Config:
-    """The configuration of a kernel whose widest matrix has ``channels``."""
-    precision = "fp32" if dtype == torch.float32 else "half"
+    """The configuration of a kernel whose widest matrix has ``channels``.
+
+    Of fp32 no tile has 64 rows on sm_100: Triton 3.7 would put its products on tensor cores, "ieee" or not.
+    """
+    if dtype == torch.float32:
+        return config(f"cross_attention_{kernel}[fp32]", arch)
     width = next((str(width) for width in (64, NARROW) if channels <= width), "wide")
-    return config(f"cross_attention_{kernel}[{precision}, {width}]", arch)
+    return config(f"cross_attention_{kernel}[half, {width}]", arch)
 
 
 def read(channels: int, dtype: torch.dtype) -> Pieces:
@@ -238,7 +244,7 @@ def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Te
     arguments |= dict(
         o=parts, lse=lse, peaks=peaks, totals=totals, blocks=blocks, splits=splits, tokens_per_split=each,
         V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail, GROUPS=cut_v.groups,
-        BLOCK_N=c.queries, BLOCK_M=c.tokens, SPLIT=splits > 1, HOLD=dim <= NARROW, EVEN=tokens % c.tokens == 0,
+        BLOCK_N=c.queries, BLOCK_M=c.tokens, SPLIT=splits > 1, HOLD=dim <= (64 if q.dtype == torch.float32 else NARROW), EVEN=tokens % c.tokens == 0,
     )  # fmt: skip
     launches.append(Launch(cross_attention_fwd_kernel, programs * splits, arguments, c, c.queries * c.tokens))
     if splits > 1:
@@ -276,3 +282,10 @@ def forward(
     for launch in launches:
         launch.run()
     return o, lse, lse.new_empty(0)
+
+
+def instances(architecture: int) -> Iterator[Instance]:
+    """What is compiled ahead of time: forward and backward."""
+    from perceiver_fast.kernels import cross_attention_instances  # needs the backward, which needs this module
+
+    return cross_attention_instances.instances(architecture)

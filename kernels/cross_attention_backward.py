@@ -296,7 +296,9 @@ def backward_launches(
     narrow = wide <= 64
     shift, weight, delta = lse.new_empty(3, rows, dtype=torch.float32)
     launches, arguments = common(q, k, v, mask, scale, dropout, seed)
-    arguments |= dict(d_o=d_o, shift=shift, weight=weight, delta=delta, scale=scale, HOLD=narrow)
+    arguments |= dict(
+        d_o=d_o, shift=shift, weight=weight, delta=delta, scale=scale, HOLD=narrow and dtype != torch.float32
+    )
     arguments |= strides("g", "bhn", d_o)
     terms = dict(d_o=d_o, d_lse=d_lse, o=o.contiguous(), lse=lse, shift=shift, weight=weight, delta=delta)
     terms |= dict(heads=heads, queries=queries, blocks=triton.cdiv(queries, 16), V=value_dim, BLOCK_N=16, BLOCK_V=64)
@@ -309,19 +311,20 @@ def backward_launches(
     programs = pairs * blocks * cut.groups
     splits, each = share(tokens, c.tokens, programs, q.device)
     parts, adding = _split(dq, splits)
-    residues, sizes = lse.new_empty(2, splits, rows, dtype=torch.float32) if dtype == torch.float32 else (None, None)
+    flags, residues, sizes = None, None, None
+    if dtype == torch.float32:
+        flags = lse.new_ones(pairs * blocks, dtype=torch.int32)
+        residues, sizes = lse.new_empty(2, splits, rows, dtype=torch.float32)
     for_queries = arguments | _summing(("CHUNK", "COUNT", "TAIL"), cut) | dict(
-        flags=None, dq=parts, residues=residues, sizes=sizes, blocks=blocks, splits=splits, tokens_per_split=each,
+        flags=flags, dq=parts, residues=residues, sizes=sizes, blocks=blocks, splits=splits, tokens_per_split=each,
         GROUPS=cut.groups, BLOCK_N=c.queries, BLOCK_M=c.tokens, EVEN=tokens % c.tokens == 0,
     )  # fmt: skip
-    launches.append(Launch(cross_attention_dq_kernel, programs * splits, for_queries, c, c.queries * c.tokens))
-    if residues is not None:
-        flags = lse.new_empty(pairs * blocks, dtype=torch.int32)
+    walk = Launch(cross_attention_dq_kernel, programs * splits, for_queries, c, c.queries * c.tokens)
+    launches.append(walk)
+    if flags is not None:
         settle = dict(residues=residues, sizes=sizes, d_lse=d_lse, delta=delta, flags=flags)
         settle |= dict(queries=queries, blocks=blocks, splits=splits, rows=rows, BLOCK_N=c.queries)
-        launches.append(Launch(cross_attention_settle_kernel, pairs * blocks, settle))
-        again = for_queries | dict(flags=flags, residues=None, sizes=None)
-        launches.append(Launch(cross_attention_dq_kernel, programs * splits, again, c, c.queries * c.tokens))
+        launches += [Launch(cross_attention_settle_kernel, pairs * blocks, settle), walk]
     launches += adding
 
     c = variant("dkv", dtype, wide, arch)

@@ -30,8 +30,7 @@ class Launch:
     weights: int = 0
 
     def run(self) -> None:
-        options = dict(num_warps=self.config.warps, num_stages=self.config.stages)
-        self.kernel[(self.programs,)](**self.arguments, **options)
+        self.kernel[(self.programs,)](**self.arguments, **self.config.options)
 
     def instance(self, name: str, arch: int, tensor_cores: bool) -> Instance:
         """What Triton would compile for these arguments: tensors may be on the meta device."""

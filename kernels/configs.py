@@ -14,13 +14,16 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("configs.json")
 ARCHITECTURES = (80, 86, 90, 100)
 
+MOST = 255  # registers a thread can have
+
 
 @dataclass(frozen=True)
 class Config:
     """The tile a program holds and the resources it is compiled for.
 
     ``queries`` x ``tokens`` is the tile of attention weights; ``warps``, ``stages`` and ``registers`` (the most a thread
-    may have) are Triton's num_warps, num_stages and maxnreg.
+    may have) are Triton's num_warps, num_stages and maxnreg. Without the last, ptxas weighs a few spills against one more
+    block a multiprocessor.
     """
 
     queries: int
@@ -29,9 +32,10 @@ class Config:
     stages: int = 1
     registers: int | None = None
 
-    def options(self, dropout: bool = False) -> dict[str, int | None]:
-        """What a launch passes beside the tile. Dropout's hash needs registers of its own: no bound then."""
-        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=None if dropout else self.registers)
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What a launch passes beside the tile."""
+        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers)
 
 
 @functools.cache

@@ -6,14 +6,14 @@ sum of its tables' entries there, and what it collects there goes to every one o
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from perceiver_fast.kernels.configs import Config, config
+from perceiver_fast.kernels.configs import MOST, Config, config
+from perceiver_fast.ops.library import multiprocessors
 
 NARROW = 32  # axes are joined until there are as many columns
 FEW = 4  # channels up to which tiles may be large: an image's
@@ -62,9 +62,11 @@ class Grid:
         """Queries are rows and columns as they come."""
         return len(self.sizes) == 2
 
-    def config(self, kernel: str, architecture: int) -> Config:
+    def config(self, kernel: str, architecture: int, dropout: float) -> Config:
+        """A kernel's configuration. Dropout's hash needs registers of its own: no bound then."""
         wide = "" if self.features <= FEW else ", wide"
-        return config(f"{kernel}[{self.precision}{wide}]", architecture)
+        found = config(f"{kernel}[{self.precision}{wide}]", architecture)
+        return replace(found, registers=MOST) if dropout > 0 else found
 
     def fold(self, x: Tensor) -> Tensor:
         """``[B, N, F + sum(sizes)]`` to ``[B, N, F + rows + columns]``, every table's entry added where it counts."""
@@ -117,12 +119,6 @@ class Blocks:
 
 
 PROGRAMS = 4  # a multiprocessor is to hold, so that one computes while others wait
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; an H100's in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def blocks(grid: Grid, config: Config, device: torch.device) -> Blocks:

@@ -23,10 +23,19 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.kernels import dropout as hashing
-from perceiver_fast.kernels.grid import GROUP, Grid, blocks, precision_of
-from perceiver_fast.kernels.grid_attention_tokens import HOLE, LN2, describe_tokens, key_width, value_width
+from perceiver_fast.kernels.configs import Config
+from perceiver_fast.kernels.grid import GROUP, Blocks, Grid, blocks, precision_of
+from perceiver_fast.kernels.grid_attention_tokens import (
+    HOLE,
+    LN2,
+    TokenArrays,
+    describe_tokens,
+    key_width,
+    value_width,
+)
 from perceiver_fast.kernels.grid_sweep_fma import load_features, maximum_fma, sweep_fma
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, maximum_mma, sweep_mma
+from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.ops.library import architecture
 from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
 
@@ -112,7 +121,7 @@ def grid_attention_forward_kernel(
 def grid_attention_merge_kernel(
     column_parts, row_parts, sum_parts, o, lse, kept,
     B, N, rows, columns, padded, splits, per_split, column_blocks, kept_scale,
-    F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr,
+    F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query's partial sums, each in units of 2^shift, made one; a part without tokens has a shift of -inf."""
     row = tl.program_id(0).to(tl.int64)  # b N + n
@@ -130,7 +139,7 @@ def grid_attention_merge_kernel(
     for f in tl.static_range(F):
         tl.store(out + f, tl.sum(weight * tl.load(part + f, mask=there, other=0.0), 0) * factor)
     tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * 0.6931471805599453)
-    if DROPOUT:
+    if kept is not None:
         tl.store(kept + row, tl.sum(weight * tl.load(part + F + 1, mask=there, other=0.0), 0) * kept_scale / total)
     shift_at = sum_parts + row * (F + 3) + F + 2
     for start in range(0, rows, BLOCK):
@@ -165,6 +174,65 @@ def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor 
     return q.masked_fill(empty[:, None, None], 0.0), mask.view(torch.uint8), empty
 
 
+def forward_launches(
+    q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None, dropout: float, seed: Tensor | None, arch: int
+) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
+    """Folded o, lse, kept and the launches that compute them; q folded, mask as :func:`seen` gives it."""
+    grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
+    config = grid.config("grid_attention_forward", arch, dropout)
+    cut = blocks(grid, config, q.device)
+    tokens, launches = describe_tokens(grid, feat, scale, mask, seed)
+    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded)
+    row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
+    sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 3)
+    common = sizes(grid, cut, tokens) | dict(
+        column_parts=column_parts, row_parts=row_parts, sum_parts=sum_parts, F=grid.features, BJ=config.tokens
+    )
+    sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
+    programs = cut.queries * cut.columns * cut.splits * grid.batch
+    launches.append(Launch(grid_attention_forward_kernel, programs, sweep, config, config.queries * config.tokens))
+    o = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float64)
+    kept = q.new_empty(q.shape[:2] if dropout > 0 else (0,))
+    merge = common | dict(o=o, lse=lse, kept=kept if dropout > 0 else None, column_blocks=cut.columns)
+    merge |= dict(kept_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
+    launches.append(Launch(grid_attention_merge_kernel, grid.batch * grid.queries, merge))
+    return o, lse, kept, launches
+
+
+def sizes(grid: Grid, cut: Blocks, tokens: TokenArrays) -> dict[str, int]:
+    """The sizes that all kernels take."""
+    return dict(
+        B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns, padded=tokens.padded, splits=cut.splits,
+        per_split=cut.rows_per_split,
+    )  # fmt: skip
+
+
+def holes(grid: Grid, mask: Tensor | None, config: Config) -> bool:
+    """Whether a block may hold tokens that are none: masked, or beyond the last column."""
+    return mask is not None or grid.columns % config.tokens != 0
+
+
+def sweep_arguments(
+    grid: Grid, tokens: TokenArrays, q: Tensor, seed: Tensor | None, dropout: float, config: Config
+) -> dict[str, object]:
+    """What the kernels that walk down the rows take beside sizes and sums."""
+    return dict(
+        q=q, planes=tokens.planes, scale=tokens.scale, keys=tokens.keys, values=tokens.values, seed=seed,
+        token_keys=tokens.token_keys, q_batch=q.stride(0), q_row=q.stride(1), threshold=dropout_threshold(dropout),
+        K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, DROPOUT=dropout > 0,
+        PRECISION=grid.precision,
+    )  # fmt: skip
+
+
+def check(q: Tensor, inverted: bool) -> None:
+    """What :mod:`perceiver_fast.ops.grid_attention` sees to, of those who call the ops themselves."""
+    if inverted:
+        raise RuntimeError("grid_attention: the Triton kernels expected a softmax over tokens, got inverted attention")
+    if q.dtype != torch.float32:
+        raise RuntimeError(f"grid_attention: the Triton kernels expected q in float32, got {q.dtype}")
+
+
 def forward(
     q: Tensor,
     feat: Tensor,
@@ -174,52 +242,30 @@ def forward(
     seed: Tensor | None,
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``perceiver_fast::grid_attention_forward`` on a GPU; arguments as in perceiver_fast/ops/grid_attention.py.
+    """Kernel of the op ``grid_attention_forward``.
 
     Args:
         q: ``[B, N, L]`` float32; may be expanded over B.
         feat: ``[B, *sizes, F]``: float32, or a half-precision dtype, which then is that of weights and values.
         scale: ``[B, *sizes]`` float32.
+        mask, dropout, seed: see :mod:`perceiver_fast.ops.grid_attention`.
 
     Returns:
         o ``[B, N, L]`` float32, lse ``[B, N]`` float64, kept ``[B, N]`` (empty without dropout), and an empty tensor.
     """
-    length = q.shape[-1]
+    check(q, inverted)
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
-    nothing = q.new_empty(0), q.new_empty(0, dtype=torch.float64)
-    if grid.batch * grid.queries == 0:
-        kept = q.new_empty(q.shape[:2]) if dropout > 0 else nothing[0]
-        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float64), kept, nothing[1]
+    nothing = q.new_empty(0, dtype=torch.float64)
+    if q.shape[0] * q.shape[1] == 0:
+        kept = q.new_empty(q.shape[:2] if dropout > 0 else (0,))
+        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float64), kept, nothing
     q, mask, empty = seen(q, mask)
-    q = grid.fold(q)
-    config = grid.config("grid_attention_forward", architecture(q.device))
-    cut = blocks(grid, config, q.device)
-    tokens = describe_tokens(grid, feat.contiguous(), scale.contiguous(), mask, seed, config.tokens)
-    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded)
-    row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
-    sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 3)
-    programs = cut.queries * cut.columns * cut.splits * grid.batch
-    grid_attention_forward_kernel[(programs,)](
-        q, tokens.planes, tokens.scale, tokens.keys, tokens.values, seed, tokens.token_keys,
-        column_parts, row_parts, sum_parts,
-        grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, q.stride(0), q.stride(1),
-        cut.splits, cut.rows_per_split, dropout_threshold(dropout),
-        F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, BJ=config.tokens,
-        DROPOUT=dropout > 0, HOLES=tokens.holes, PRECISION=grid.precision,
-        **config.options(dropout > 0),
+    o, lse, kept, launches = forward_launches(
+        grid.fold(q), feat.contiguous(), scale.contiguous(), mask, dropout, seed if dropout > 0 else None,
+        architecture(q.device),
     )  # fmt: skip
-    o = q.new_empty(grid.batch, grid.queries, grid.length)
-    lse = q.new_empty(grid.batch, grid.queries, dtype=torch.float64)
-    kept = q.new_empty(grid.batch, grid.queries) if dropout > 0 else nothing[0]
-    grid_attention_merge_kernel[(grid.batch * grid.queries,)](
-        column_parts, row_parts, sum_parts, o, lse, kept,
-        grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, cut.splits, cut.rows_per_split, cut.columns,
-        dropout_scale(dropout),
-        F=grid.features, BJ=config.tokens, PARTS=triton.next_power_of_2(cut.partials), BLOCK=128, DROPOUT=dropout > 0,
-        num_warps=4,
-    )  # fmt: skip
+    for launch in launches:
+        launch.run()
     if empty is not None:
         lse = lse.masked_fill(empty[:, None], -torch.finfo(torch.float32).max)
-    o = grid.unfold(o)
-    assert o.shape[-1] == length
-    return o, lse, kept, nothing[1]
+    return grid.unfold(o), lse, kept, nothing

@@ -20,22 +20,22 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.kernels import dropout as hashing
-from perceiver_fast.kernels.grid import GROUP, Grid, blocks, precision_of
-from perceiver_fast.kernels.grid_attention import place, seen
-from perceiver_fast.kernels.grid_attention_token_grads import token_gradients
-from perceiver_fast.kernels.grid_attention_tokens import LN2, describe_tokens, key_width, value_width
+from perceiver_fast.kernels.grid import Grid, blocks, precision_of
+from perceiver_fast.kernels.grid_attention import check, holes, place, seen, sizes, sweep_arguments
+from perceiver_fast.kernels.grid_attention_token_grads import token_grads_launch
+from perceiver_fast.kernels.grid_attention_tokens import LN2, describe_tokens
 from perceiver_fast.kernels.grid_sweep_fma import load_features, sweep_backward_fma
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, sweep_backward_mma
+from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.ops.library import architecture
-from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
+from perceiver_fast.reference.dropout import dropout_scale
 
 UNSHIFTED = tl.constexpr(60.0)
 
 
 @triton.jit
 def grid_attention_delta_kernel(
-    d_o, o, d_lse, lse, d_kept, kept, stats, rows, L,
-    HAS_LSE: tl.constexpr, HAS_KEPT: tl.constexpr, BLOCK: tl.constexpr,
+    d_o, o, d_lse, lse, d_kept, kept, stats, rows, L, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of every query, ``stats [4, rows]``: shift, factor, factor (d_o . o - d_lse), factor d_kept."""
     row = tl.program_id(0).to(tl.int64)
@@ -48,11 +48,11 @@ def grid_attention_delta_kernel(
     lse2 = tl.load(lse + row) * 1.4426950408889634
     shift = tl.where(tl.abs(lse2) <= UNSHIFTED, 0.0, lse2).to(tl.float32)
     factor = tl.exp2(shift.to(tl.float64) - lse2)
-    if HAS_KEPT:
+    if d_kept is not None:
         grad_kept = tl.load(d_kept + row).to(tl.float64)
         delta += grad_kept * tl.load(kept + row)
         tl.store(stats + 3 * rows + row, (factor * grad_kept).to(tl.float32))
-    if HAS_LSE:
+    if d_lse is not None:
         delta -= tl.load(d_lse + row)
     tl.store(stats + row, shift)
     tl.store(stats + rows + row, factor.to(tl.float32))
@@ -123,8 +123,7 @@ def grid_attention_backward_kernel(
 def grid_attention_backward_merge_kernel(
     column_parts, row_parts, sum_parts, d_lse, kept, stats, dq, correction,
     B, N, rows, columns, padded, splits, column_blocks,
-    F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_LSE: tl.constexpr, DROPOUT: tl.constexpr,
+    F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query's partial gradients summed; delta in ``stats`` loses its rounding, and ``correction`` times o is dq's.
 
@@ -140,12 +139,12 @@ def grid_attention_backward_merge_kernel(
     for f in tl.static_range(F):
         tl.store(out + f, tl.sum(tl.load(part + f, mask=there, other=0.0), 0) * LN2)
     residual = tl.sum(tl.load(part + F, mask=there, other=0.0), 0)
-    if HAS_LSE:
+    if d_lse is not None:
         residual -= tl.load(d_lse + row).to(tl.float32)
     line = row * 0 + B * N
     delta = stats + 2 * line + row
     tl.store(delta, tl.load(delta) + residual * tl.load(stats + line + row))  # sum_m p = 1 / factor
-    if DROPOUT:
+    if kept is not None:  # dropout
         share = tl.load(kept + row)
         residual = tl.where(share > 0, residual / share, 0.0)
     tl.store(correction + row, residual)
@@ -161,6 +160,44 @@ def grid_attention_backward_merge_kernel(
         for split in range(splits):
             acc += tl.load(column_parts + (split * (B * N) + row) * padded + j, mask=j < columns, other=0.0)
         tl.store(out + F + rows + j, acc * LN2, mask=j < columns)
+
+
+def backward_launches(
+    d_o: Tensor, d_lse: Tensor | None, d_kept: Tensor | None, q: Tensor, feat: Tensor, scale: Tensor,
+    mask: Tensor | None, dropout: float, seed: Tensor | None, o: Tensor, folded_d_o: Tensor, lse: Tensor, kept: Tensor,
+    token_grads: bool, arch: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Launch]]:  # fmt: skip
+    """Folded dq, what to take out of it times o, dfeat, dscale, and the launches; q folded, o and d_o as they come."""
+    grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
+    count, length = grid.batch * grid.queries, o.shape[-1]
+    stats = q.new_empty(4, count)
+    delta = dict(d_o=d_o, o=o, d_lse=d_lse, lse=lse, d_kept=d_kept, kept=kept, stats=stats, rows=count, L=length)
+    launches = [Launch(grid_attention_delta_kernel, count, delta | dict(BLOCK=256))]
+    config = grid.config("grid_attention_backward", arch, dropout)
+    cut = blocks(grid, config, q.device)
+    tokens, described = describe_tokens(grid, feat, scale, mask, seed)
+    launches += described
+    common = sizes(grid, cut, tokens) | dict(
+        column_parts=q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded),
+        row_parts=q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries),
+        sum_parts=q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 1),
+        stats=stats, F=grid.features, BJ=config.tokens,
+    )  # fmt: skip
+    sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
+    sweep |= dict(d_o=folded_d_o, kept_scale=dropout_scale(dropout), HAS_KEPT=d_kept is not None)
+    programs = cut.queries * cut.columns * cut.splits * grid.batch
+    launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
+    dq, correction = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1)
+    merge = common | dict(d_lse=d_lse, kept=kept if dropout > 0 else None, dq=dq, correction=correction)
+    merge |= dict(column_blocks=cut.columns, PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
+    launches.append(Launch(grid_attention_backward_merge_kernel, count, merge))
+    if not token_grads:
+        return dq, correction, feat.new_empty(0), scale.new_empty(0), launches
+    dfeat, dscale = torch.zeros_like(feat), torch.zeros_like(scale)
+    arguments = dict(q=q, d_o=folded_d_o, stats=stats, feat=feat, scale=scale, mask=mask, seed=seed)
+    arguments |= dict(dfeat=dfeat, dscale=dscale)
+    launches.append(token_grads_launch(grid, tokens, arguments, dropout, d_kept is not None, arch))
+    return dq, correction, dfeat, dscale, launches
 
 
 def backward(
@@ -180,59 +217,28 @@ def backward(
     token_lse: Tensor,
     token_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``perceiver_fast::grid_attention_backward`` on a GPU: gradients of q, and of feat and scale if asked for.
+    """Kernel of the op ``grid_attention_backward``: gradients of q, and of feat and scale if asked for.
 
-    Arguments as the forward's, and its results; d_lse ``[B, N]`` float64, d_kept ``[B, N]`` or None.
+    Arguments as the forward's, and its results; d_o ``[B, N, L]``, d_lse ``[B, N]`` float64, d_kept ``[B, N]`` or None.
     """
-    grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
-    dfeat = torch.zeros_like(feat) if token_grads else feat.new_empty(0)
-    dscale = torch.zeros_like(scale) if token_grads else scale.new_empty(0)
-    if grid.batch * grid.queries == 0:
-        return q.new_empty(q.shape), dfeat, dscale
+    check(q, inverted)
+    if q.shape[0] * q.shape[1] == 0:
+        tokens = (torch.zeros_like(t) if token_grads else t.new_empty(0) for t in (feat, scale))
+        return q.new_empty(q.shape), *tokens
+    grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), "")
     q, mask, empty = seen(q, mask)
     if empty is not None:  # their weights are those of zero logits
         lse = torch.where(empty[:, None], math.log(grid.rows * grid.columns), lse)
         d_lse = None if d_lse is None else d_lse.masked_fill(empty[:, None], 0.0)
-    q, o, d_o = grid.fold(q), o.contiguous(), d_o.contiguous()
+    d_o, o, lse, kept, feat, scale = (t.contiguous() for t in (d_o, o, lse, kept, feat, scale))
     d_lse, d_kept = (None if t is None else t.contiguous() for t in (d_lse, d_kept))
-    count = grid.batch * grid.queries
-    stats = q.new_empty(4, count)
-    flags = dict(HAS_LSE=d_lse is not None, HAS_KEPT=d_kept is not None)
-    grid_attention_delta_kernel[(count,)](
-        d_o, o, d_lse, lse.contiguous(), d_kept, kept, stats, count, o.shape[-1], BLOCK=256, **flags, num_warps=2
-    )
-    folded = grid.fold(d_o)
-    config = grid.config("grid_attention_backward", architecture(q.device))
-    cut = blocks(grid, config, q.device)
-    feat, scale = feat.contiguous(), scale.contiguous()
-    tokens = describe_tokens(grid, feat, scale, mask, seed, config.tokens)
-    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded)
-    row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
-    sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 1)
-    programs = cut.queries * cut.columns * cut.splits * grid.batch
-    kept_scale = dropout_scale(dropout)
-    grid_attention_backward_kernel[(programs,)](
-        q, folded, stats, tokens.planes, tokens.scale, tokens.keys, tokens.values, seed, tokens.token_keys,
-        column_parts, row_parts, sum_parts,
-        grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, q.stride(0), q.stride(1),
-        cut.splits, cut.rows_per_split, dropout_threshold(dropout), kept_scale,
-        F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, BJ=config.tokens,
-        DROPOUT=dropout > 0, HAS_KEPT=flags["HAS_KEPT"], HOLES=tokens.holes, PRECISION=grid.precision,
-        **config.options(dropout > 0),
+    dq, correction, dfeat, dscale, launches = backward_launches(
+        d_o, d_lse, d_kept, grid.fold(q), feat, scale, mask, dropout, seed if dropout > 0 else None, o, grid.fold(d_o),
+        lse, kept, token_grads, architecture(q.device),
     )  # fmt: skip
-    dq = q.new_empty(grid.batch, grid.queries, grid.length)
-    correction = q.new_empty(grid.batch, grid.queries, 1)
-    grid_attention_backward_merge_kernel[(count,)](
-        column_parts, row_parts, sum_parts, d_lse, kept, stats, dq, correction,
-        grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, cut.splits, cut.columns,
-        F=grid.features, BJ=config.tokens, PARTS=triton.next_power_of_2(cut.partials), BLOCK=128,
-        HAS_LSE=flags["HAS_LSE"], DROPOUT=dropout > 0, num_warps=4,
-    )  # fmt: skip
+    for launch in launches:
+        launch.run()
     dq = torch.addcmul(grid.unfold(dq), correction, o, value=-1)
     if empty is not None:
         dq = dq.masked_fill(empty[:, None, None], 0.0)
-    if token_grads:
-        token_gradients(
-            grid, q, folded, stats, feat, scale, mask, tokens, dropout, seed, d_kept is not None, dfeat, dscale
-        )
     return dq, dfeat, dscale

@@ -13,13 +13,12 @@ from dataclasses import replace
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels.grid import FEW, Grid
 from perceiver_fast.kernels.grid_attention_tokens import LN2, LOG2E, TokenArrays, key_width
 from perceiver_fast.kernels.grid_sweep_mma import add_keys, load_packed
-from perceiver_fast.ops.library import architecture
+from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
 
 ROWS = 2  # at a time, where channels are few
@@ -47,7 +46,7 @@ def grid_attention_token_grads_kernel(
     q, d_o, stats, feat, scale, mask, keys, seed, dfeat, dscale,
     B, N, rows, columns, padded, q_batch, q_row, threshold, kept_scale,
     F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_KEPT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32"
     row_blocks, column_blocks = tl.cdiv(rows, ROWS), tl.cdiv(columns, BJ)
@@ -61,7 +60,7 @@ def grid_attention_token_grads_kernel(
     for k in tl.static_range(ROWS):
         at = (b * rows + first + k) * columns + j
         inside = (j < columns) & (first + k < rows)
-        if MASKED:
+        if mask is not None:
             inside = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
         token, there = token + (at,), there + (inside,)
         r = r + (tl.load(scale + at, mask=inside, other=0.0) * LOG2E,)
@@ -151,39 +150,28 @@ def grid_attention_token_grads_kernel(
             tl.store(dfeat + token[k][:, None] * F + c[None, :], total, mask=there[k][:, None] & (c < F)[None, :])
 
 
-def token_gradients(
-    grid: Grid,
-    q: Tensor,
-    d_o: Tensor,
-    stats: Tensor,
-    feat: Tensor,
-    scale: Tensor,
-    mask: Tensor | None,
-    tokens: TokenArrays,
-    dropout: float,
-    seed: Tensor | None,
-    has_kept: bool,
-    dfeat: Tensor,
-    dscale: Tensor,
-) -> None:
-    """Writes the gradients of feat and scale; masked tokens keep the zeros they have.
+def token_grads_launch(
+    grid: Grid, tokens: TokenArrays, arguments: dict[str, object], dropout: float, has_kept: bool, arch: int
+) -> Launch:
+    """The launch that writes the gradients of feat and scale; masked tokens keep the zeros they have.
 
     Args:
-        q, d_o: folded, ``[B, N, F + rows + columns]``.
-        stats: of every query, see grid_attention_backward.
-        feat, scale, mask: the call's, dense.
         tokens: their description for the kernels of the grid's precision.
+        arguments: q and d_o folded, stats (see grid_attention_backward), the call's feat, scale, mask and seed, dfeat and
+            dscale.
     """
     few = grid.precision == "fma" or grid.features <= FEW  # float32 instructions do for few channels
     precision = "fma" if few else grid.precision
-    config = replace(grid, precision=precision).config("grid_attention_token_grads", architecture(q.device))
+    config = replace(grid, precision=precision).config("grid_attention_token_grads", arch, dropout)
     rows = ROWS if few and grid.features <= FEW else 1
-    programs = triton.cdiv(grid.rows, rows) * triton.cdiv(grid.columns, config.tokens) * grid.batch
-    grid_attention_token_grads_kernel[(programs,)](
-        q, d_o, stats, feat, scale, mask, None if few else tokens.keys, seed, dfeat, dscale,
-        grid.batch, grid.queries, grid.rows, grid.columns, tokens.padded, q.stride(0), q.stride(1),
-        dropout_threshold(dropout), dropout_scale(dropout),
-        F=grid.features, K=key_width(grid), C=max(16, triton.next_power_of_2(grid.features)),
-        BN=config.queries, BJ=config.tokens, ROWS=rows, DROPOUT=dropout > 0, HAS_KEPT=has_kept, MASKED=mask is not None,
-        PRECISION=precision, **config.options(dropout > 0),
+    q = arguments["q"]
+    arguments = arguments | dict(
+        keys=None if few else tokens.keys, B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns,
+        padded=tokens.padded, q_batch=q.stride(0), q_row=q.stride(1), threshold=dropout_threshold(dropout),
+        kept_scale=dropout_scale(dropout), F=grid.features, K=key_width(grid),
+        C=max(16, triton.next_power_of_2(grid.features)), BN=config.queries, BJ=config.tokens, ROWS=rows,
+        DROPOUT=dropout > 0, HAS_KEPT=has_kept, PRECISION=precision,
     )  # fmt: skip
+    programs = triton.cdiv(grid.rows, rows) * triton.cdiv(grid.columns, config.tokens) * grid.batch
+    weights = config.queries * config.tokens * rows
+    return Launch(grid_attention_token_grads_kernel, programs, arguments, config, weights)

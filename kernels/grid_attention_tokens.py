@@ -22,6 +22,7 @@ from torch import Tensor
 
 from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels.grid import FEW, GROUP, Grid
+from perceiver_fast.kernels.launch import Launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -31,14 +32,14 @@ BLOCK = 64  # columns are padded to a multiple of it; no kernel's block is large
 
 @triton.jit
 def grid_planes_kernel(
-    feat, scale, mask, planes, rows, columns, padded,
-    F: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    feat, scale, mask, planes, columns, padded, across,
+    F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # of all batch elements
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // across).to(tl.int64)  # of all batch elements
+    j = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
     token = row * columns + j
     there = j < columns
-    if MASKED:
+    if mask is not None:
         there = there & (tl.load(mask + token, mask=there, other=0) != 0)
     r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2E, 1.0)
     base = planes + row * (F + 2) * padded + j
@@ -51,15 +52,15 @@ def grid_planes_kernel(
 
 @triton.jit
 def grid_tokens_kernel(
-    feat, scale, mask, keys, values, out_scale, rows, columns, padded,
+    feat, scale, mask, keys, values, out_scale, rows, columns, padded, across,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr,
-    PIECES: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    j = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
     token = row * columns + j
     there = j < columns
-    if MASKED:
+    if mask is not None:
         there = there & (tl.load(mask + token, mask=there, other=0) != 0)
     r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2E, 1.0)
     hole = tl.where(there, 0.0, 1.0)
@@ -82,19 +83,18 @@ def grid_tokens_kernel(
 
 
 @triton.jit
-def grid_token_keys_kernel(seed, token_keys, columns, padded, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def grid_token_keys_kernel(seed, token_keys, columns, padded, across, BLOCK: tl.constexpr):
+    row = (tl.program_id(0) // across).to(tl.int64)
+    j = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
     key = hashing.token_keys(tl.load(seed), row * columns + j)
     tl.store(token_keys + row * padded + j, key.to(tl.int32, bitcast=True))
 
 
 @dataclass(frozen=True)
 class TokenArrays:
-    """What the kernels read of the tokens; planes, or scale, keys and values. ``holes``: there may be some."""
+    """What the kernels read of the tokens; planes, or scale, keys and values."""
 
     padded: int
-    holes: bool
     token_keys: Tensor | None
     planes: Tensor | None = None
     scale: Tensor | None = None
@@ -123,9 +123,9 @@ def value_width(grid: Grid) -> int:
 
 
 def describe_tokens(
-    grid: Grid, feat: Tensor, scale: Tensor, mask: Tensor | None, seed: Tensor | None, block: int
-) -> TokenArrays:
-    """The arrays for kernels whose blocks have ``block`` columns.
+    grid: Grid, feat: Tensor, scale: Tensor, mask: Tensor | None, seed: Tensor | None
+) -> tuple[TokenArrays, list[Launch]]:
+    """The arrays, and the launches that fill them.
 
     Args:
         feat: ``[B, *sizes, F]`` of float32, bfloat16 or float16, dense.
@@ -133,27 +133,26 @@ def describe_tokens(
         mask: uint8 ``[B, *sizes]``, dense, or None.
         seed: of dropout, or None.
     """
-    lines, padded = grid.batch * grid.rows, triton.cdiv(grid.columns, BLOCK) * BLOCK
     few = grid.features <= FEW
-    own = BLOCK if few else BLOCK // 4
-    at = (lines, padded // own)
-    holes = mask is not None or grid.columns % block != 0
-    token_keys = None
+    block = BLOCK if few else BLOCK // 4
+    lines, padded = grid.batch * grid.rows, triton.cdiv(grid.columns, BLOCK) * BLOCK
+    across = padded // block
+    launches, token_keys = [], None
     if seed is not None:
         token_keys = scale.new_empty(grid.rows, padded, dtype=torch.int32)
-        grid_token_keys_kernel[(grid.rows, at[1])](seed, token_keys, grid.columns, padded, BLOCK=own)
-    masked = dict(MASKED=mask is not None, BLOCK=own)
+        arguments = dict(seed=seed, token_keys=token_keys, columns=grid.columns, padded=padded, across=across)
+        launches.append(Launch(grid_token_keys_kernel, grid.rows * across, arguments | dict(BLOCK=block)))
+    common = dict(feat=feat, scale=scale, mask=mask, columns=grid.columns, padded=padded, across=across)
+    common |= dict(F=grid.features, BLOCK=block)
     if grid.precision == "fma":
         planes = scale.new_empty(lines, grid.features + 2, padded)
-        grid_planes_kernel[at](feat, scale, mask, planes, grid.rows, grid.columns, padded, F=grid.features, **masked)
-        return TokenArrays(padded, holes, token_keys, planes=planes)
-    pieces = key_pieces(grid)
+        launches.append(Launch(grid_planes_kernel, lines * across, common | dict(planes=planes)))
+        return TokenArrays(padded, token_keys, planes=planes), launches
+    pieces, values_dtype = key_pieces(grid), torch.bfloat16 if grid.precision == "bf16" else torch.float32
     keys = scale.new_empty(lines, padded, key_width(grid), dtype=torch.bfloat16 if pieces > 1 else torch.float32)
-    values_dtype = torch.bfloat16 if grid.precision == "bf16" else torch.float32
     values = scale.new_empty(lines, padded, value_width(grid), dtype=values_dtype)
     scaled = scale.new_empty(lines, padded)
-    grid_tokens_kernel[at](
-        feat, scale, mask, keys, values, scaled, grid.rows, grid.columns, padded,
-        F=grid.features, K=key_width(grid), V=value_width(grid), GROUP=GROUP, PIECES=pieces, SPLIT=3 if few else 2, **masked,
-    )  # fmt: skip
-    return TokenArrays(padded, holes, token_keys, None, scaled, keys, values)
+    common |= dict(keys=keys, values=values, out_scale=scaled, rows=grid.rows, K=key_width(grid), V=value_width(grid))
+    common |= dict(GROUP=GROUP, PIECES=pieces, SPLIT=3 if few else 2)
+    launches.append(Launch(grid_tokens_kernel, lines * across, common))
+    return TokenArrays(padded, token_keys, None, scaled, keys, values), launches

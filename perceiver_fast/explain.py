@@ -90,7 +90,8 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
         x, tokens = inputs[:2]
         grouped = isinstance(tokens, TokenGroups)
         for i, group in enumerate(tokens.groups if grouped else [tokens]):
-            plan = module.plan(group, x.shape[1], keywords.get("inverted", False), lse=grouped)
+            mask = tokens.masks[i] if grouped else keywords.get("mask", next(iter(inputs[2:]), None))
+            plan = module.plan(group, x.shape[1], keywords.get("inverted", False), grouped, mask is not None)
             label = f"{name} [{i}]" if grouped else name
             paths.append(LayerPath(label, plan.choice, plan.path, plan.work, plan.uses))
 

@@ -55,10 +55,12 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(context_dim)
 
-    def plan(self, tokens: Tokens, queries: int, inverted: bool = False, lse: bool = False) -> Plan:
+    def plan(
+        self, tokens: Tokens, queries: int, inverted: bool = False, lse: bool = False, masked: bool = False
+    ) -> Plan:
         """The way that a forward of ``queries`` latents takes in the current mode, and why not the others.
 
-        ``lse`` says that the log-sum-exp is needed, as it is to merge groups of tokens.
+        ``lse`` says that the log-sum-exp is needed, as it is to merge groups of tokens, and ``masked`` that there is a mask.
 
         Raises:
             perceiver_fast.backends.BackendError: a forced backend cannot run it.
@@ -66,7 +68,7 @@ class CrossAttention(nn.Module):
         fn = self.fn
         return plan_cross_attention(
             tokens,
-            Layer(queries, fn.heads, fn.dim_head, fn.active_dropout, inverted, lse, self.queries_contribute_kv),
+            Layer(queries, fn.heads, fn.dim_head, fn.active_dropout, inverted, lse, self.queries_contribute_kv, masked),
         )
 
     def forward(
@@ -94,7 +96,7 @@ class CrossAttention(nn.Module):
         self, x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool = False, lse: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, N, H, d]``, and the log-sum-exp of the logits ``[B, N, H]`` if asked for."""
-        path = self.plan(tokens, x.shape[1], inverted, lse).path
+        path = self.plan(tokens, x.shape[1], inverted, lse, mask is not None).path
         return getattr(self, f"_attend_{path}")(x, tokens, mask, inverted, lse)
 
     def _attend_groups(self, x: Tensor, tokens: TokenGroups, inverted: bool) -> Tensor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from perceiver_fast.backends import Choice, forced_backend, require
 from perceiver_fast.ops.cross_attention import CrossAttentionCall, choose_cross_attention
 from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention
+from perceiver_fast.ops.library import autocast_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
 
 PAIR = 12  # multiply-adds in whose time a query-token pair's exponential and sums are done: 11 to 14 instructions
@@ -67,6 +68,7 @@ class Layer:
     inverted: bool = False
     lse: bool = False
     queries_contribute_kv: bool = False
+    masked: bool = False
 
 
 def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
@@ -96,15 +98,12 @@ def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
     Raises:
         perceiver_fast.backends.BackendError: a forced backend cannot run any way.
     """
-    dense = choose_cross_attention(
-        CrossAttentionCall(tokens.compute, tokens.device, layer.dropout, layer.inverted, layer.lse)
-    )
     grid = _grid_choice(tokens, layer)
-    ways = {"projected": dense}
+    ways = {"projected": _dense_choice("projected", tokens, layer)}
     if grid.backend is not None:
         ways["grid"] = grid
     if isinstance(tokens, DenseTokens) and not layer.queries_contribute_kv:
-        ways["absorbed"] = dense
+        ways["absorbed"] = _dense_choice("absorbed", tokens, layer)
     require(*ways.values(), grid)
     work = {path: count_work(path, tokens, layer) for path, choice in ways.items() if choice.backend is not None}
     if "grid" in work and (forced_backend() != "auto" or work["grid"].cost < SMALL):
@@ -120,6 +119,22 @@ def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
             rejected[other] = [f"{why}: {counted}"]
     choice = ways[path]
     return Plan(path, Choice(choice.op, choice.backend, rejected | choice.rejected), work, tokens.uses(path))
+
+
+def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:
+    dtype, heads, queries, channels = tokens.compute, layer.heads, layer.queries, layer.dim_head
+    if path == "projected":
+        dtype = autocast_dtype(tokens.device) or dtype
+    else:  # heads are queries; a channel of ones rides along where weights have to be counted
+        channels = tokens.channels + (layer.inverted or layer.dropout > 0)
+        if not layer.inverted:
+            heads, queries = 1, heads * queries
+    return choose_cross_attention(
+        CrossAttentionCall(
+            dtype, tokens.device, layer.dropout, layer.inverted, layer.lse, layer.masked,
+            tokens.batch, heads, queries, channels, channels,
+        )
+    )  # fmt: skip
 
 
 def _grid_choice(tokens: Tokens, layer: Layer) -> Choice:

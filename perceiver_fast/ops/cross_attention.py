@@ -4,7 +4,8 @@
 
 and, inverted, ``P[n, m] = A[n, m] / sum_m A[n, m]`` with ``A = softmax over queries of S``. Tokens are streamed in
 tiles and the backward recomputes P, so memory is O(N + M) for any number of queries, tokens and channels, with masks,
-dropout and inverted attention too. On GPUs torch's scaled_dot_product_attention runs what it can.
+dropout and inverted attention too. On GPUs torch's scaled_dot_product_attention runs what its fused kernels take and
+are expected to be fast at, and Triton kernels run the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.library import compute_dtype, dropout_seed, kernel_reasons, library
+from perceiver_fast.ops.library import (
+    INTERPRETED,
+    compute_dtype,
+    cpu_error,
+    dropout_seed,
+    kernel_reasons,
+    library,
+    multiprocessors,
+    register_triton,
+    triton_reasons,
+)
 
 OP = "cross_attention"
 
@@ -30,6 +41,10 @@ library.define(
     "float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor token_lse) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
+
+
+register_triton("cross_attention_forward", "cross_attention", "forward")
+register_triton("cross_attention_backward", "cross_attention_backward", "backward")
 
 
 @torch.library.register_fake("perceiver_fast::cross_attention_forward")
@@ -73,17 +88,30 @@ class CrossAttentionFunction(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class CrossAttentionCall:
-    """What the choice of a backend may depend on."""
+    """What the choice of a backend may depend on; sizes that are None are not known."""
 
     dtype: torch.dtype
     device: torch.device
     dropout: float = 0.0
     inverted: bool = False
     lse: bool = False
+    masked: bool = False
+    batch: int | None = None
+    heads: int | None = None
+    queries: int | None = None
+    dim: int | None = None
+    value_dim: int | None = None
 
 
 def _cpu_reasons(call: CrossAttentionCall) -> list[str]:
-    return kernel_reasons(extension.error, "cpu", call.device, call.dtype)
+    return kernel_reasons(cpu_error(extension.error), "cpu", call.device, call.dtype)
+
+
+def _triton_reasons(call: CrossAttentionCall) -> list[str]:
+    reasons = triton_reasons(call.device, call.dtype)
+    if call.inverted:
+        reasons.append("inverted attention normalises over the latents")
+    return reasons
 
 
 def _sdpa_reasons(call: CrossAttentionCall) -> list[str]:
@@ -94,10 +122,44 @@ def _sdpa_reasons(call: CrossAttentionCall) -> list[str]:
         reasons.append(f"attention dropout {call.dropout:g} is on")
     if call.lse:
         reasons.append("it does not return the log-sum-exp")
+    if not reasons and not _triton_reasons(call):
+        reasons += _slow_fused_reasons(call)
     return reasons
 
 
-BACKENDS = (Backend("cpu", _cpu_reasons), Backend("sdpa", _sdpa_reasons), Backend("reference", lambda call: []))
+def _slow_fused_reasons(call: CrossAttentionCall) -> list[str]:
+    """Why torch's attention is expected to be slower than the Triton kernels, which take the call.
+
+    Reasoned from what its kernels do, not measured. Flash attention takes half precision with up to 256 channels,
+    a multiple of 8, the same of values, and no mask; the memory-efficient kernel any number that is a multiple of
+    16 bytes, but leaves a GPU idle that its blocks of 64 queries do not fill. What neither takes forms the N x M weights.
+    """
+    if INTERPRETED:
+        return ["TRITON_INTERPRET=1 puts the interpreted Triton kernels in its place"]
+    dim, value_dim = call.dim, call.value_dim
+    if dim is None or value_dim is None:
+        return []
+    half = call.dtype != torch.float32
+    if half and dim == value_dim and dim <= 256 and dim % 8 == 0 and not call.masked:
+        return []
+    multiple = 8 if half else 4
+    for channels in (dim, value_dim):
+        if channels % multiple != 0:
+            return [f"torch's fused attention takes no head of {channels} channels in {call.dtype}"]
+    if call.batch is None or call.heads is None or call.queries is None:
+        return []
+    blocks, most = call.batch * call.heads * ((call.queries + 63) // 64), multiprocessors(call.device)
+    if 2 * blocks < most:
+        return [f"torch's fused attention does not split tokens: {blocks} blocks of queries on {most} multiprocessors"]
+    return []
+
+
+BACKENDS = (
+    Backend("cpu", _cpu_reasons),
+    Backend("sdpa", _sdpa_reasons),
+    Backend("triton", _triton_reasons),
+    Backend("reference", lambda call: []),
+)
 
 
 def choose_cross_attention(call: CrossAttentionCall) -> Choice:
@@ -131,7 +193,8 @@ def cross_attention(
 
     Returns:
         ``[B, H, N, dv]``, the dtype of q; with return_lse also lse ``[B, H, N]`` float64, -finfo.max for a batch element
-        that is all masked. float64 is computed in float64, all others in float32. Differentiable once.
+        that is all masked. float64 is computed in float64, all others in float32 (on GPUs the weights of half
+        precision are rounded to it, as everywhere). Differentiable once.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, size or device; the message says expected, got and what to do.
@@ -149,7 +212,7 @@ def cross_attention(
     """
     _check(q, k, v, mask, dropout, inverted, return_lse)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    call = CrossAttentionCall(q.dtype, q.device, dropout, inverted, return_lse)
+    call = CrossAttentionCall(q.dtype, q.device, dropout, inverted, return_lse, mask is not None, *q.shape, v.shape[3])
     backend = backends.require(choose_cross_attention(call)).backend
     if backend == "reference":
         seed = dropout_seed(dropout, q.device)
@@ -167,6 +230,10 @@ def cross_attention(
             bias = bias.masked_fill(~mask, torch.finfo(q.dtype).min)[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
     compute = compute_dtype(q.dtype)
+    if backend == "triton":  # tensor cores take half precision as it is, and sum in float32
+        compute = q.dtype
+        if scale <= 0:
+            q, scale = q * scale, 1.0
     seed = dropout_seed(dropout, q.device)
     with torch.autocast(q.device.type, enabled=False):
         o, lse = CrossAttentionFunction.apply(
@@ -175,7 +242,7 @@ def cross_attention(
     o = o.to(q.dtype)
     if not return_lse:
         return o
-    return o, lse if empty is None else lse.masked_fill(empty[:, None, None], -torch.finfo(compute).max)
+    return o, lse if empty is None else lse.masked_fill(empty[:, None, None], -torch.finfo(compute_dtype(q.dtype)).max)
 
 
 def _without_constants(

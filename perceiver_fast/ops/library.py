@@ -67,6 +67,14 @@ def architecture(device: torch.device) -> int:
     return _architecture(device)
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where there is none to ask, an H100's."""
+    if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why Triton's kernels cannot run a call on ``device`` in ``dtype``."""
     half_or_float = (torch.float32, torch.bfloat16, torch.float16)

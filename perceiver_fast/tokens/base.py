@@ -13,6 +13,7 @@ class Tokens:
 
     Attributes:
         kind: what the tokens are, for people: "grid tokens".
+        batch: number of batch elements, B.
         count: number of tokens of a batch element, M.
         channels: channels of a token as perceiver-pytorch would build it, C.
         stored_channels: channels of a token that exist in memory.
@@ -21,6 +22,7 @@ class Tokens:
     """
 
     kind: str
+    batch: int
     count: int
     channels: int
     stored_channels: int

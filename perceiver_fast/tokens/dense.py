@@ -30,6 +30,10 @@ class DenseTokens(Tokens):
         self._normalized: dict[float, Tensor] = {}
 
     @property
+    def batch(self) -> int:
+        return self.context.shape[0]
+
+    @property
     def count(self) -> int:
         return self.context.shape[1]
 

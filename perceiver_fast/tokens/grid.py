@@ -44,6 +44,10 @@ class GridTokens(Tokens):
         return self.feat.shape[-1]
 
     @property
+    def batch(self) -> int:
+        return self.feat.shape[0]
+
+    @property
     def count(self) -> int:
         return math.prod(self.sizes)
 

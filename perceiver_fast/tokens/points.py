@@ -33,6 +33,10 @@ class PointTokens(Tokens):
         self.feat, self.coords, self.frequencies = feat, coords, frequencies
 
     @property
+    def batch(self) -> int:
+        return self.feat.shape[0]
+
+    @property
     def count(self) -> int:
         return self.feat.shape[1]
 

@@ -1,7 +1,7 @@
 """The Triton kernels themselves: on a GPU where there is one, else in Triton's interpreter (tests/test_kernels.py).
 
-The interpreter multiplies the bit patterns of bfloat16 operands and ignores ``input_precision``; here it rounds as tensor
-cores do, so that the errors it shows are a GPU's but for the order of sums.
+The interpreter multiplies the bit patterns of bfloat16 operands, cuts off where it converts to bfloat16, and ignores
+``input_precision``; here it rounds as GPUs do, so that the errors it shows are theirs but for the order of sums.
 """
 
 import os
@@ -48,6 +48,17 @@ if INTERPRETED:
         return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    convert = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return convert(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16  # ties to even
+        kept = np.where(np.isnan(src.data), bits >> 16, nearest).astype(np.uint16)
+        return interpreter.TensorHandle(kept, dst_type.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Streaming attention on built keys and values: errors against the reference in float64, on every option and shape."""
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -11,7 +12,12 @@ from support import needs_extension, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import reference
-from perceiver_fast.ops.cross_attention import CrossAttentionFunction, cross_attention
+from perceiver_fast.ops.cross_attention import (
+    CrossAttentionCall,
+    CrossAttentionFunction,
+    choose_cross_attention,
+    cross_attention,
+)
 
 pytestmark = pytest.mark.skipif(**needs_extension)
 
@@ -347,3 +353,41 @@ def test_one_query_alone_has_no_gradient_when_inverted():
     q, k = torch.randn(1, 2, 1, 4, requires_grad=True), torch.randn(1, 2, 50, 4, requires_grad=True)
     dq, dk = torch.autograd.grad(cross_attention(q, k, k.detach(), inverted=True).square().sum(), (q, k))
     assert not dq.any() and not dk.any()
+
+
+# dtype, what else the call is, the backend on a GPU (of 132 multiprocessors) and a word of torch's attention's reason
+ON_GPUS = [
+    ("bfloat16", dict(batch=1, heads=1, queries=512, dim=64, value_dim=64), "sdpa", ""),
+    (
+        "bfloat16",
+        dict(batch=1, heads=1, queries=512, dim=64, value_dim=64, masked=True),
+        "triton",
+        "8 blocks of queries",
+    ),
+    ("bfloat16", dict(batch=16, heads=1, queries=512, dim=64, value_dim=64, masked=True), "sdpa", ""),
+    ("bfloat16", dict(batch=64, heads=1, queries=512, dim=261, value_dim=261), "triton", "261 channels"),
+    ("bfloat16", dict(batch=64, heads=1, queries=512, dim=512, value_dim=512), "sdpa", ""),
+    ("bfloat16", dict(batch=1, heads=1, queries=512, dim=64, value_dim=64, lse=True), "triton", "log-sum-exp"),
+    ("float32", dict(batch=1, heads=1, queries=512, dim=64, value_dim=64), "triton", "8 blocks of queries"),
+    ("float32", dict(batch=1, heads=1, queries=50176, dim=64, value_dim=64), "sdpa", ""),
+    ("float32", dict(batch=64, heads=1, queries=512, dim=322, value_dim=322), "triton", "322 channels"),
+    ("float32", {}, "sdpa", ""),
+    ("float64", dict(batch=1, heads=1, queries=512, dim=64, value_dim=64), "sdpa", ""),
+    ("float64", dict(batch=1, heads=1, queries=512, dim=64, value_dim=64, lse=True), "reference", "log-sum-exp"),
+    ("bfloat16", dict(batch=1, heads=1, queries=512, dim=64, value_dim=64, inverted=True), "reference", "latents"),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the multiprocessors are those of the GPU")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dtype, call, backend, word", ON_GPUS, ids=str)
+def test_what_runs_on_gpus(dtype, call, backend, word):
+    choice = choose_cross_attention(CrossAttentionCall(getattr(torch, dtype), torch.device("cuda"), **call))
+    assert choice.backend == backend, choice
+    assert word in "; ".join(choice.rejected.get("sdpa", [""]))
+
+
+def test_triton_says_why_it_cannot_run():
+    q = torch.randn(1, 1, 5, 4)
+    with pf.use_backend("triton"), pytest.raises(pf.backends.BackendError, match="triton.*cuda tensors, not cpu"):
+        cross_attention(q, q, q)

@@ -1,0 +1,78 @@
+"""Launches as data, so that what is compiled ahead of time, and tested, is what a call launches; and how work is split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from perceiver_fast.kernels.aot import Instance
+from perceiver_fast.kernels.configs import MOST, Config
+from perceiver_fast.ops.library import multiprocessors
+
+SMALL = Config(queries=1, tokens=1, warps=4)  # of kernels that hold no tile of weights
+TYPES = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, the number of its programs, and all its arguments; ``weights`` as in :class:`Instance`."""
+
+    kernel: object
+    programs: int
+    arguments: dict[str, object]
+    config: Config = SMALL
+    weights: int = 0
+
+    def run(self) -> None:
+        self.kernel[(self.programs,)](**self.arguments, **self.config.options)
+
+    def instance(self, name: str, tensor_cores: bool) -> Instance:
+        """What Triton would compile for these arguments: tensors may be on the meta device."""
+        types, constants, divisible = {}, {}, []
+        for parameter in self.kernel.params:
+            key, value = parameter.name, self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                constants[key] = value
+            elif torch.is_tensor(value):
+                types[key] = TYPES[value.dtype]
+            else:
+                types[key] = "fp32" if isinstance(value, float) else "i32"
+                divisible += [key] * (value % 16 == 0 and not parameter.do_not_specialize)
+        return Instance(
+            f"{self.kernel.__name__.removesuffix('_kernel')}[{name}]", self.kernel, types, constants, self.config,
+            self.weights, tensor_cores and self.weights > 0, self.config.registers or MOST, tuple(divisible),
+        )  # fmt: skip
+
+
+def share(length: int, tile: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """Into how many splits the walk of ``programs`` programs over ``length`` columns is cut, and columns a split.
+
+    As many as fill every multiprocessor twice, in one wave; with programs enough, one. Depends on nothing but shapes.
+    """
+    tiles = triton.cdiv(length, tile)
+    most = max(1, 2 * multiprocessors(device) // max(programs, 1))
+    each = triton.cdiv(tiles, min(most, tiles))
+    return triton.cdiv(tiles, each), each * tile
+
+
+def strides(name: str, axes: str, t: Tensor) -> dict[str, int]:
+    """``{q_b: .., q_h: .., q_n: ..}`` of all dimensions but the channels; zero where there is but one of its kind."""
+    return {f"{name}_{axis}": stride if size > 1 else 0 for axis, stride, size in zip(axes, t.stride(), t.shape[:-1])}
+
+
+def aligned_rows(t: Tensor) -> Tensor:
+    """``t`` itself where its rows are dense and begin at multiples of 16 channels, as in most views of heads; else a copy.
+
+    Rows are read again for every tile of the other side, and without alignment two bytes at a time.
+    """
+    apart = strides("t", "bhn", t).values()
+    if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in apart):
+        return t
+    padded = t.new_empty(*t.shape[:-1], t.shape[-1] + -t.shape[-1] % 16)
+    return padded[..., : t.shape[-1]].copy_(t)

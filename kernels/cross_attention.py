@@ -6,7 +6,8 @@ its softmax (Milakov and Gimelshein 2018; Dao et al. 2022), in units of log2:
     s = scale log2(e) q k^T,    peak' = max(peak, ceil(max s)),    p = 2^(s - peak')
     (total, o)' = 2^(peak - peak') (total, o) + p (1, v)
 
-A peak that is a whole number makes the fading of earlier sums exact.
+A peak that is a whole number makes the fading of earlier sums exact. One multiply-add makes the exponent of p, so that
+p is exact however large s is, as long as rounding the peak leaves p within fp32: up to logits of 1e9.
 
 With few queries the tokens are split until the GPU is full, and a second kernel merges the splits. Half precision goes
 to the tensor cores as it is, with p rounded to it; scores, softmax and sums are fp32. fp32 is multiplied in fp32
@@ -75,7 +76,7 @@ def cross_attention_fwd_kernel(
     D: tl.constexpr, D_CHUNK: tl.constexpr, D_COUNT: tl.constexpr, D_TAIL: tl.constexpr,
     V: tl.constexpr, V_CHUNK: tl.constexpr, V_COUNT: tl.constexpr, V_TAIL: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    SPLIT: tl.constexpr, HOLD: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, HOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     # Programs that read the same keys and values follow each other: blocks of queries, groups of channels, splits, heads.
     pid = tl.program_id(0)
@@ -107,7 +108,7 @@ def cross_attention_fwd_kernel(
         k_tile, v_tile = k + at * k_m, v + at * v_m
         s = product(
             q, q_n, queries - n, held, k_tile, k_m, tokens - m,
-            BLOCK_N, BLOCK_M, D, D_CHUNK, D_COUNT, D_TAIL, HOLD, EVEN, PRECISION,
+            BLOCK_N, BLOCK_M, D, D_CHUNK, D_COUNT, D_TAIL, HOLD, EVEN,
         )  # fmt: skip
         token = m + tl.arange(0, BLOCK_M)
         if mask is not None or not EVEN:
@@ -123,7 +124,7 @@ def cross_attention_fwd_kernel(
             p = tl.where(kept, p, 0.0)
         sums = accumulate(
             scaled(sums, fade), p, v_tile, v_m, tokens - m, V - channel,
-            BLOCK_M, V_CHUNK, V_COUNT, V_TAIL, EVEN, GROUPS * V_COUNT * V_CHUNK <= V, PRECISION,
+            BLOCK_M, V_CHUNK, V_COUNT, V_TAIL, EVEN, GROUPS * V_COUNT * V_CHUNK <= V,
         )  # fmt: skip
 
     if SPLIT:
@@ -218,7 +219,7 @@ def common(
         log2_scale=scale * LOG2_E, keep_scale=dropout_scale(dropout),
         threshold=threshold - (threshold >> 31 << 32),  # its 32 bits as a signed number
         D=dim, D_CHUNK=cut_d.chunk, D_COUNT=cut_d.count, D_TAIL=cut_d.tail,
-        V=value_dim, V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail, PRECISION="ieee",
+        V=value_dim, V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail,
     )  # fmt: skip
     return first, arguments | keys | strides("q", "bhn", q) | strides("k", "bhm", k) | strides("v", "bhm", v)
 
@@ -229,7 +230,7 @@ def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Te
     (batch, heads, queries, dim), (tokens, value_dim) = q.shape, v.shape[2:]
     o, lse = q.new_empty(batch, heads, queries, value_dim), q.new_empty(batch, heads, queries, dtype=torch.float64)
     rows = lse.numel()
-    if rows == 0 or value_dim == 0:
+    if rows == 0:
         return o, lse, []
     c = variant("forward", q.dtype, max(dim, value_dim), arch)
     cut_v = summed(value_dim, q.dtype, dropout, arch)
@@ -240,11 +241,12 @@ def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Te
     if splits > 1:
         parts = o.new_empty(splits, rows, value_dim, dtype=torch.float32)
         peaks, totals = (parts.new_empty(splits, rows) for _ in range(2))
+    hold = dim <= (64 if q.dtype == torch.float32 else NARROW)
     launches, arguments = common(q, k, v, mask, scale, dropout, seed)
     arguments |= dict(
         o=parts, lse=lse, peaks=peaks, totals=totals, blocks=blocks, splits=splits, tokens_per_split=each,
         V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail, GROUPS=cut_v.groups,
-        BLOCK_N=c.queries, BLOCK_M=c.tokens, SPLIT=splits > 1, HOLD=dim <= (64 if q.dtype == torch.float32 else NARROW), EVEN=tokens % c.tokens == 0,
+        BLOCK_N=c.queries, BLOCK_M=c.tokens, SPLIT=splits > 1, HOLD=hold, EVEN=tokens % c.tokens == 0,
     )  # fmt: skip
     launches.append(Launch(cross_attention_fwd_kernel, programs * splits, arguments, c, c.queries * c.tokens))
     if splits > 1:
@@ -256,12 +258,14 @@ def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Te
     return o, lse, launches
 
 
-def check(q: Tensor, scale: float, inverted: bool) -> None:
+def check(q: Tensor, v: Tensor, scale: float, inverted: bool) -> None:
     """What :func:`perceiver_fast.ops.cross_attention.cross_attention` sees to, of those who call the ops themselves."""
     if inverted:
         raise RuntimeError("cross_attention: the Triton kernels expected a softmax over tokens, got inverted attention")
     if not scale > 0:
         raise RuntimeError(f"cross_attention: the Triton kernels expected a positive scale, got {scale}")
+    if v.shape[3] == 0:
+        raise RuntimeError("cross_attention: the Triton kernels expected values of at least one channel, got none")
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise RuntimeError(f"cross_attention: the Triton kernels expected float32, bfloat16 or float16, got {q.dtype}")
 
@@ -277,7 +281,7 @@ def forward(
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of the op ``cross_attention_forward``; the last result is empty."""
-    check(q, scale, inverted)
+    check(q, v, scale, inverted)
     o, lse, launches = forward_launches(q, k, v, mask, scale, dropout, seed, architecture(q.device))
     for launch in launches:
         launch.run()

@@ -67,7 +67,7 @@ def cross_attention_dq_kernel(
     V: tl.constexpr, V_CHUNK: tl.constexpr, V_COUNT: tl.constexpr, V_TAIL: tl.constexpr,
     CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    HOLD: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    HOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, a split of the tokens and a group of channels; with ``flags``, of the blocks flagged.
 
@@ -112,11 +112,11 @@ def cross_attention_dq_kernel(
         k_tile, v_tile = k + at * k_m, v + at * v_m
         s = product(
             q, q_n, left, held_q, k_tile, k_m, tokens - m,
-            BLOCK_N, BLOCK_M, D, D_CHUNK, D_COUNT, D_TAIL, HOLD, EVEN, PRECISION,
+            BLOCK_N, BLOCK_M, D, D_CHUNK, D_COUNT, D_TAIL, HOLD, EVEN,
         )  # fmt: skip
         dp = product(
             d_o, g_n, left, held_g, v_tile, v_m, tokens - m,
-            BLOCK_N, BLOCK_M, V, V_CHUNK, V_COUNT, V_TAIL, HOLD, EVEN, PRECISION,
+            BLOCK_N, BLOCK_M, V, V_CHUNK, V_COUNT, V_TAIL, HOLD, EVEN,
         )  # fmt: skip
         token = m + tl.arange(0, BLOCK_M)
         if mask is not None or not EVEN:
@@ -131,7 +131,7 @@ def cross_attention_dq_kernel(
             size += tl.sum(tl.abs(ds), 1)
         sums = accumulate(
             sums, ds, k_tile + channel, k_m, tokens - m, D - channel,
-            BLOCK_M, CHUNK, COUNT, TAIL, EVEN, GROUPS * COUNT * CHUNK <= D, PRECISION,
+            BLOCK_M, CHUNK, COUNT, TAIL, EVEN, GROUPS * COUNT * CHUNK <= D,
         )  # fmt: skip
 
     part = split.to(tl.int64) * (tl.num_programs(0) // (blocks * GROUPS * splits)) * queries
@@ -175,7 +175,7 @@ def cross_attention_dkv_kernel(
     K_SUM: tl.constexpr, K_SUMS: tl.constexpr, K_REST: tl.constexpr,
     V_SUM: tl.constexpr, V_SUMS: tl.constexpr, V_REST: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    HOLD: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    HOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """dk, dv or both (what is not None) of a block of tokens, a split of the queries and a group of channels.
 
@@ -219,7 +219,7 @@ def cross_attention_dkv_kernel(
         row, there = head.to(tl.int64) * queries + rows, rows < queries
         s = product(
             k, k_m, left, held_k, q_tile, q_n, queries - n,
-            BLOCK_M, BLOCK_N, D, D_CHUNK, D_COUNT, D_TAIL, HOLD, EVEN, PRECISION,
+            BLOCK_M, BLOCK_N, D, D_CHUNK, D_COUNT, D_TAIL, HOLD, EVEN,
         )  # fmt: skip
         p = tl.math.exp2(s * log2_scale - tl.load(shift + row, mask=there, other=0.0)[None, :])
         p = p * tl.load(weight + row, mask=there, other=0.0)[None, :]
@@ -232,19 +232,19 @@ def cross_attention_dkv_kernel(
                 dropped = tl.where(kept, p, 0.0)
             v_sums = accumulate(
                 v_sums, dropped, g_tile + v_channel, g_n, queries - n, V - v_channel,
-                BLOCK_N, V_SUM, V_SUMS, V_REST, EVEN, GROUPS * V_SUMS * V_SUM <= V, PRECISION,
+                BLOCK_N, V_SUM, V_SUMS, V_REST, EVEN, GROUPS * V_SUMS * V_SUM <= V,
             )  # fmt: skip
         if dk is not None:
             dp = product(
                 v, v_m, left, held_v, g_tile, g_n, queries - n,
-                BLOCK_M, BLOCK_N, V, V_CHUNK, V_COUNT, V_TAIL, HOLD, EVEN, PRECISION,
+                BLOCK_M, BLOCK_N, V, V_CHUNK, V_COUNT, V_TAIL, HOLD, EVEN,
             )  # fmt: skip
             if row_keys is not None:
                 dp = tl.where(kept, dp * keep_scale, 0.0)
             ds = p * (dp - tl.load(delta + row, mask=there, other=0.0)[None, :])
             k_sums = accumulate(
                 k_sums, ds, q_tile + k_channel, q_n, queries - n, D - k_channel,
-                BLOCK_N, K_SUM, K_SUMS, K_REST, EVEN, GROUPS * K_SUMS * K_SUM <= D, PRECISION,
+                BLOCK_N, K_SUM, K_SUMS, K_REST, EVEN, GROUPS * K_SUMS * K_SUM <= D,
             )  # fmt: skip
 
     out = (split.to(tl.int64) * (tl.num_programs(0) // (blocks * GROUPS * splits)) + head) * tokens + m
@@ -289,7 +289,7 @@ def backward_launches(
     q, k, v, d_o = (aligned_rows(t) for t in (q, k, v, d_o))
     (batch, heads, queries, dim), (tokens, value_dim) = q.shape, v.shape[2:]
     rows, pairs, dtype = lse.numel(), batch * heads, q.dtype
-    if rows == 0 or value_dim == 0:
+    if rows == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), []
     d_lse = None if d_lse is None else d_lse.contiguous()
     wide = max(dim, value_dim)
@@ -364,7 +364,7 @@ def backward(
     token_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of the op ``cross_attention_backward``."""
-    check(q, scale, inverted)
+    check(q, v, scale, inverted)
     arch = architecture(q.device)
     *grads, launches = backward_launches(d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch)
     for launch in launches:

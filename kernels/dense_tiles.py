@@ -76,26 +76,26 @@ def product(
     a, a_stride, a_rows, held, b, b_stride, b_rows,
     A: tl.constexpr, B: tl.constexpr, CHANNELS: tl.constexpr,
     CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr,
-    HOLD: tl.constexpr, ALL_B: tl.constexpr, PRECISION: tl.constexpr,
+    HOLD: tl.constexpr, ALL_B: tl.constexpr,
 ):  # fmt: skip
     """``a b^T [A, B]`` in fp32. ``held`` are a's chunks, if they fit; else they are read again, by way of the cache."""
     total = tl.zeros([A, B], tl.float32)
     if HOLD:
         for i in tl.static_range(COUNT):
             y = load(b, b_stride, b_rows, i * CHUNK, CHANNELS, B, CHUNK, ALL_B, True)
-            total = tl.dot(held[i], tl.trans(y), total, input_precision=PRECISION)
+            total = tl.dot(held[i], tl.trans(y), total, input_precision="ieee")
         if TAIL:
             y = load(b, b_stride, b_rows, COUNT * CHUNK, CHANNELS, B, TAIL, ALL_B, False)
-            total = tl.dot(held[COUNT], tl.trans(y), total, input_precision=PRECISION)
+            total = tl.dot(held[COUNT], tl.trans(y), total, input_precision="ieee")
     else:
         for channel in tl.range(0, COUNT * CHUNK, CHUNK):
             x = load(a, a_stride, a_rows, channel, CHANNELS, A, CHUNK, False, True)
             y = load(b, b_stride, b_rows, channel, CHANNELS, B, CHUNK, ALL_B, True)
-            total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION)
+            total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
         if TAIL:
             x = load(a, a_stride, a_rows, COUNT * CHUNK, CHANNELS, A, TAIL, False, False)
             y = load(b, b_stride, b_rows, COUNT * CHUNK, CHANNELS, B, TAIL, ALL_B, False)
-            total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION)
+            total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
     return total
 
 
@@ -123,17 +123,17 @@ def scaled(sums, factor):
 def accumulate(
     sums, tile, b, b_stride, b_rows, channels,
     B: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr,
-    ALL_B: tl.constexpr, ALL_CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ALL_B: tl.constexpr, ALL_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """``sums + tile b``: tile ``[A, B]`` is rounded to b's dtype, as tensor cores want it; ``channels`` b has from here on."""
     tile = tile.to(b.dtype.element_ty)
     out = ()
     for i in tl.static_range(COUNT):
         y = load(b, b_stride, b_rows, i * CHUNK, channels, B, CHUNK, ALL_B, ALL_CHANNELS)
-        out = out + (tl.dot(tile, y, sums[i], input_precision=PRECISION),)
+        out = out + (tl.dot(tile, y, sums[i], input_precision="ieee"),)
     if TAIL:
         y = load(b, b_stride, b_rows, COUNT * CHUNK, channels, B, TAIL, ALL_B, False)
-        out = out + (tl.dot(tile, y, sums[COUNT], input_precision=PRECISION),)
+        out = out + (tl.dot(tile, y, sums[COUNT], input_precision="ieee"),)
     return out
 
 

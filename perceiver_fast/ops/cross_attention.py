@@ -111,6 +111,8 @@ def _triton_reasons(call: CrossAttentionCall) -> list[str]:
     reasons = triton_reasons(call.device, call.dtype)
     if call.inverted:
         reasons.append("inverted attention normalises over the latents")
+    if call.value_dim == 0:
+        reasons.append("the values have no channels")
     return reasons
 
 

@@ -89,7 +89,7 @@ def test_extreme_logits(device):
     """Logits of thousands: a result hangs on how a few near-ties round, so the errors are compared over draws."""
     ratios = {}
     for seed in range(4):
-        case = (1, 1, 40, 200, 16, 16, False, 0.0)
+        case = (1, 1, 32, 96, 16, 16, False, 0.0)
         for name, kernel, plain in errors(*inputs(case, torch.float32, device, 3000.0, seed), 0.0, torch.float32):
             ratios.setdefault(name, []).append(math.log((kernel + 5e-7) / (plain + 5e-7)))
     for name, logs in ratios.items():
@@ -146,7 +146,7 @@ def test_pieces_cover_every_channel():
             assert most is None or covered <= pieces.groups * (most + 16)
 
 
-@pytest.mark.parametrize("queries, tokens", [(3, 2000), (600, 5)])
+@pytest.mark.parametrize("queries, tokens", [(3, 1000), (300, 5)])
 def test_split_walks_are_merged_the_same_way_every_time(queries, tokens, device):
     """Few queries: tokens are split; few tokens: queries are, for the gradients of keys and values."""
     case = (1, 1, queries, tokens, 8, 8, False, 0.1)

@@ -30,6 +30,7 @@ from perceiver_fast.kernels.grid_attention_tokens import (
     LN2,
     TokenArrays,
     describe_tokens,
+    has_room,
     key_width,
     value_width,
 )
@@ -83,7 +84,7 @@ def grid_attention_forward_kernel(
     else:
         g = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION, True)
         at = b * rows * padded
-        scale, keys, values = scale + at, keys + at * K, values + at * V
+        scale, keys, values = scale + 2 * at + j, keys + at * K, values + at * V
     while attempt < attempts:  # once, but for extreme logits
         known = tl.where(shift > float("-inf"), shift, 0.0)
         if PRECISION == "fma":
@@ -96,7 +97,7 @@ def grid_attention_forward_kernel(
         else:
             column_sums, acc, total, kept = sweep_mma(
                 table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, N, row_key,
-                token_keys, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, PRECISION,
+                token_keys, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
             )  # fmt: skip
             c = tl.arange(0, V)
             tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
@@ -112,7 +113,7 @@ def grid_attention_forward_kernel(
                     shift = maximum_fma(table, query + F, live, g, planes, padded, first, last, F, BN, HOLES)
                 else:
                     shift = maximum_mma(
-                        table, query + F, live, g, scale, keys, padded, first, last, j, K, BN, PRECISION
+                        table, query + F, live, g, scale, keys, padded, first, last, j, K, BN, HOLES, PRECISION
                     )
                 shift = tl.where(shift > HOLE / 2, shift, float("-inf"))  # nothing but holes
 
@@ -209,8 +210,8 @@ def sizes(grid: Grid, cut: Blocks, tokens: TokenArrays) -> dict[str, int]:
 
 
 def holes(grid: Grid, mask: Tensor | None, config: Config) -> bool:
-    """Whether a block may hold tokens that are none: masked, or beyond the last column."""
-    return mask is not None or grid.columns % config.tokens != 0
+    """Whether a block may hold tokens that are none, masked or beyond the last column, and keys do not say so."""
+    return not has_room(grid) and (mask is not None or grid.columns % config.tokens != 0)
 
 
 def sweep_arguments(

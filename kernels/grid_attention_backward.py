@@ -107,11 +107,11 @@ def grid_attention_backward_kernel(
         g = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION, True)
         d_g = load_packed(d_query, factor, live, F, K, PRECISION, False)
         at = b * rows * padded
-        scale, keys, values = scale + at, keys + at * K, values + at * V
+        scale, keys, values = scale + 2 * at + j, keys + at * K, values + at * V
         column_sums, acc, residual = sweep_backward_mma(
             table, d_table, query + F, d_query + F, live, g, d_g, scale, keys, values, padded, first, last, j, shift,
             factor, delta, d_kept, rows_out, N, row_key, token_keys, threshold,
-            F, K, V, GROUP, BN, BJ, DROPOUT, PRECISION,
+            F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
         )  # fmt: skip
         c = tl.arange(0, V)
         tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])

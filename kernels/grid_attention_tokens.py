@@ -4,8 +4,9 @@ Scales are multiplied by log2(e), for logits in base 2. A token that is masked, 
 its channels are 0, its scale 1, and what its hole adds to a logit leaves no weight, whatever the query.
 
     fma    planes [B, rows, F + 2, columns]      float32: the channels, the scale, the hole
-    else   scale  [B, rows, columns]             float32
-           keys   [B, rows, columns, K]          [channels in bf16, once for each of a query's pieces | 0 | hole]
+    else   scale  [B, rows, 2, columns]          float32: the scale, the hole
+           keys   [B, rows, columns, K]          [channels in bf16, once for each of a query's pieces | 0 | hole], the hole
+                                                 where there is room for it
            values [B, rows, columns, V]          [scaled channels | one | scale at row mod 8 | 0]: the last eight are what
                                                  makes a product of weights and values sum eight rows apart
     with dropout also the tokens' 32-bit keys [rows, columns]
@@ -71,7 +72,8 @@ def grid_tokens_kernel(
     if PIECES > 1:
         first = x.to(tl.bfloat16).to(tl.float32)
         x = tl.where((k // F < SPLIT)[None, :], first, x - first)
-    x = tl.where((k == K - 1)[None, :], hole[:, None], x)
+    if K > PIECES * F:
+        x = tl.where((k == K - 1)[None, :], hole[:, None], x)
     tl.store(keys + at[:, None] * K + k[None, :], x.to(keys.dtype.element_ty))
     c = tl.arange(0, V)
     v = tl.load(feat + token[:, None] * F + c[None, :], mask=there[:, None] & (c < F)[None, :], other=0.0)
@@ -79,7 +81,8 @@ def grid_tokens_kernel(
     v = tl.where((c == F)[None, :], 1.0, v)
     v = tl.where((c == F + 1 + (row % rows) % GROUP)[None, :], r[:, None], v)
     tl.store(values + at[:, None] * V + c[None, :], v.to(values.dtype.element_ty))
-    tl.store(out_scale + at, r)
+    tl.store(out_scale + row * (2 * padded) + j, r)
+    tl.store(out_scale + row * (2 * padded) + padded + j, hole * HOLE)
 
 
 @triton.jit
@@ -113,8 +116,13 @@ def key_pieces(grid: Grid) -> int:
 
 
 def key_width(grid: Grid) -> int:
-    """K: channels of a key and its hole, padded to what a product needs."""
-    return max(16, triton.next_power_of_2(grid.features * key_pieces(grid) + 1))
+    """K: channels of a key, padded to what a product needs."""
+    return max(16, triton.next_power_of_2(grid.features * key_pieces(grid)))
+
+
+def has_room(grid: Grid) -> bool:
+    """Whether a key's last column is free for its hole."""
+    return grid.precision != "fma" and key_width(grid) > grid.features * key_pieces(grid)
 
 
 def value_width(grid: Grid) -> int:
@@ -151,7 +159,7 @@ def describe_tokens(
     pieces, values_dtype = key_pieces(grid), torch.bfloat16 if grid.precision == "bf16" else torch.float32
     keys = scale.new_empty(lines, padded, key_width(grid), dtype=torch.bfloat16 if pieces > 1 else torch.float32)
     values = scale.new_empty(lines, padded, value_width(grid), dtype=values_dtype)
-    scaled = scale.new_empty(lines, padded)
+    scaled = scale.new_empty(lines, 2, padded)
     common |= dict(keys=keys, values=values, out_scale=scaled, rows=grid.rows, K=key_width(grid), V=value_width(grid))
     common |= dict(GROUP=GROUP, PIECES=pieces, SPLIT=3 if few else 2)
     launches.append(Launch(grid_tokens_kernel, lines * across, common))

@@ -20,7 +20,7 @@ FEW = tl.constexpr(grid.FEW)
 def load_packed(pointers, factor, mask, F: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CLOSE: tl.constexpr):
     """A query block's channels times ``factor`` as keys want them: pieces of bf16, or float32.
 
-    The last of the K columns meets a token's hole, which ``CLOSE`` closes.
+    ``CLOSE`` makes a hole in a key's last column, where there is room for one, leave no weight.
     """
     k = tl.arange(0, K)
     split: tl.constexpr = 3 if F <= FEW else 2
@@ -34,7 +34,7 @@ def load_packed(pointers, factor, mask, F: tl.constexpr, K: tl.constexpr, PRECIS
         third = (rest - second.to(tl.float32)).to(tl.bfloat16)
         piece = (k // F % split)[None, :]
         g = tl.where(piece == 0, first, tl.where(piece == 1, second, third))
-    if CLOSE:
+    if CLOSE and K > pieces * F:
         g = tl.where((k == K - 1)[None, :], HOLE, g.to(tl.float32)).to(g.dtype)
     return g
 
@@ -58,6 +58,15 @@ def add_keys(t, g, keys, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def row_terms(table, pointers, i, live, scale, padded, HOLES: tl.constexpr):
+    """The logits' terms but for keys, before scaling: tables, and holes that keys have no room for."""
+    t = table + tl.load(pointers + i, mask=live, other=0.0)[:, None]
+    if HOLES:
+        t += tl.load(scale + padded)[None, :]
+    return t
+
+
+@triton.jit
 def store_rows(acc, rows_out, N, rows, last, apart, live):
     """Writes a group's sums, one column a row, and empties them."""
     stored = live[:, None] & (apart & (rows < last))[None, :]
@@ -68,15 +77,16 @@ def store_rows(acc, rows_out, N, rows, last, apart, live):
 @triton.jit
 def maximum_mma(
     table, query_rows, live, g, scale, keys, padded, first, last, j,
-    K: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of every query in these rows."""
     m = tl.full([BN], float("-inf"), tl.float32)
     line = padded.to(tl.int64)
     for i in range(first, last):
-        a = tl.load(query_rows + i, mask=live, other=0.0)
+        here = scale + 2 * i * line
         key = tl.load(keys + i * line * K + (j[:, None] * K + tl.arange(0, K)[None, :]))
-        s = add_keys(table + a[:, None], g, key, PRECISION) * tl.load(scale + i * line + j)[None, :]
+        t = add_keys(row_terms(table, query_rows, i, live, here, padded, HOLES), g, key, PRECISION)
+        s = t * tl.load(here)[None, :]
         m = tl.maximum(m, tl.max(s, 1))
     return m
 
@@ -85,7 +95,7 @@ def maximum_mma(
 def sweep_mma(
     table, query_rows, live, g, scale, keys, values, padded, first, last, j, shift, rows_out, N, row_key, token_keys,
     threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
-    BJ: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over these rows: [BN, BJ] by column, [BN, V] by channel, of all weights, of those that dropout kept."""
     k, c = tl.arange(0, K), tl.arange(0, V)
@@ -96,13 +106,13 @@ def sweep_mma(
     line = padded.to(tl.int64)
     for start in range(first, last, GROUP):
         for i in range(start, tl.minimum(start + GROUP, last)):
-            a = tl.load(query_rows + i, mask=live, other=0.0)
             at = i * line
-            r = tl.load(scale + at + j)
+            here = scale + 2 * at
+            r = tl.load(here)
             key = tl.load(keys + at * K + (j[:, None] * K + k[None, :]))
             value = tl.load(values + at * V + (j[:, None] * V + c[None, :]))
-            s = add_keys(table + a[:, None], g, key, PRECISION) * r[None, :] - shift[:, None]
-            p = tl.exp2(s)
+            t = add_keys(row_terms(table, query_rows, i, live, here, padded, HOLES), g, key, PRECISION)
+            p = tl.exp2(t * r[None, :] - shift[:, None])
             if DROPOUT:
                 total += tl.sum(p, 1)
                 token_key = tl.load(token_keys + i * padded)
@@ -120,7 +130,7 @@ def sweep_mma(
 def sweep_backward_mma(
     table, d_table, query_rows, d_query_rows, live, g, d_g, scale, keys, values, padded, first, last, j, shift, factor,
     delta, d_kept, rows_out, N, row_key, token_keys, threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of dS over these rows: [BN, BJ] by column, [BN, V] by channel, and of dS alone."""
     k, c = tl.arange(0, K), tl.arange(0, V)
@@ -130,13 +140,14 @@ def sweep_backward_mma(
     line = padded.to(tl.int64)
     for start in range(first, last, GROUP):
         for i in range(start, tl.minimum(start + GROUP, last)):
-            a = tl.load(query_rows + i, mask=live, other=0.0)
             d_a = tl.load(d_query_rows + i, mask=live, other=0.0) * factor
             at = i * line
-            r = tl.load(scale + at + j)
+            here = scale + 2 * at
+            r = tl.load(here)
             key = tl.load(keys + at * K + (j[:, None] * K + k[None, :]))
             value = tl.load(values + at * V + (j[:, None] * V + c[None, :]))
-            p = tl.exp2(add_keys(table + a[:, None], g, key, PRECISION) * r[None, :] - shift[:, None])
+            t = add_keys(row_terms(table, query_rows, i, live, here, padded, HOLES), g, key, PRECISION)
+            p = tl.exp2(t * r[None, :] - shift[:, None])
             d_t = add_keys(d_table + d_a[:, None], d_g, key, PRECISION)
             if DROPOUT:
                 keep = hashing.keep(row_key[:, None], tl.load(token_keys + i * padded)[None, :], threshold)

@@ -157,23 +157,40 @@ def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[st
     return found
 
 
-def _compile_one(architecture: int, index: int) -> tuple[str, Config, Compiled, int, list[str]]:
-    """The index-th instance of an architecture, in a process of its own."""
+@dataclass(frozen=True)
+class Report:
+    """A kernel that ships, what it needs, and what is wrong with it; ``exponentials`` are what it has to compute a turn."""
+
+    name: str
+    config: Config
+    compiled: Compiled
+    exponentials: int
+    faults: list[str]
+
+    def as_dict(self) -> dict[str, object]:
+        """For a table or JSON; tile and instructions a weight are None for kernels that make no weights."""
+        tile = f"{self.config.queries} x {self.config.tokens}" if self.exponentials else None
+        per_weight = round(self.compiled.instructions / self.exponentials, 1) if self.exponentials else None
+        return dict(
+            kernel=self.name, tile=tile, warps=self.config.warps, registers=self.compiled.registers,
+            shared=self.compiled.shared, instructions=per_weight, faults=self.faults,
+        )  # fmt: skip
+
+
+def _report(architecture: int, index: int) -> Report:
+    """On the index-th instance of an architecture: in a process of its own, to which kernels do not travel."""
     instance = next(itertools.islice(instances(architecture), index, None))
     compiled = compile_instance(instance, architecture)
-    return instance.name, instance.config, compiled, instance.exponentials, faults(instance, compiled, architecture)
+    found = faults(instance, compiled, architecture)
+    return Report(instance.name, instance.config, compiled, instance.exponentials, found)
 
 
-def compile_all(architecture: int, jobs: int | None = None) -> Iterator[tuple[str, Config, Compiled, int, list[str]]]:
-    """Compile all that ships for an architecture, in as many processes as there are cores.
-
-    Yields:
-        name, configuration, what it needs, exponentials a thread has to compute a turn, and :func:`faults`.
-    """
+def compile_all(architecture: int, jobs: int | None = None) -> Iterator[Report]:
+    """Compile all that ships for an architecture, in ``jobs`` processes: as many as there are cores, if not said."""
     count = sum(1 for _ in instances(architecture))
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_compile_one, itertools.repeat(architecture, count), range(count))
+        yield from pool.map(_report, itertools.repeat(architecture, count), range(count))
 
 
 def _cuobjdump(option: str, file: str) -> str:

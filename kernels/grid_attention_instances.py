@@ -45,9 +45,9 @@ def instances(architecture: int) -> Iterator[Instance]:
         for launch in launches:
             precision = launch.arguments.get("PRECISION")
             instance = launch.instance(name, tensor_cores=precision in ("bf16", "tf32"))
-            # One of every variant that holds weights; of the small kernels around them one in all.
-            small = (instance.kernel, instance.types, features) if "planes" not in instance.types else instance.kernel
-            variant = (instance.kernel, instance.types, instance.constants) if instance.weights else small
+            # One of every variant that holds weights; of the small kernels around them one for a number of channels.
+            whole = (instance.kernel, instance.types, instance.constants)
+            variant = whole if instance.weights else (instance.kernel, features)
             if variant not in seen:
                 seen.append(variant)
                 yield instance

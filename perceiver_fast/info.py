@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from perceiver_fast.ops.fourier_projection import FourierProjectionCall
 from perceiver_fast.ops.grid_attention import BACKENDS as GRID_ATTENTION
 from perceiver_fast.ops.grid_attention import GridAttentionCall
 from perceiver_fast.ops.grid_scale import BACKENDS as GRID_SCALE
+from perceiver_fast.ops.library import triton_error
 
 # The ops with their backends and an ordinary call on a device.
 OPS = {
@@ -67,6 +70,64 @@ def collect() -> dict:
         "forced_backend": backends.forced_backend(),
         "backends": {op: {device: _reasons(op, device) for device in ("cpu", "cuda")} for op in OPS},
     }
+
+
+COUNTED = "of the loop over tokens; a loop over channels within it counts once"
+
+
+def show_kernels(architectures: list[int] | None = None, as_json: bool = False) -> int:
+    """Compile every Triton kernel ahead of time and list registers, shared memory and instructions, with their faults.
+
+    Args:
+        architectures: as sm_XY writes them. Default: 80, 90 and 100.
+        as_json: print JSON rather than a table.
+
+    Returns:
+        The exit code: 0, 1 when a kernel has a fault, or 2 when Triton is not there or an architecture is not known.
+    """
+    if triton_error is not None:
+        print(f"info --kernels: {triton_error}", file=sys.stderr)
+        return 2
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import track
+    from rich.table import Table
+
+    from perceiver_fast.kernels import aot
+
+    architectures = architectures or list(aot.ARCHITECTURES)
+    if unknown := [arch for arch in architectures if arch not in aot.SHARED]:
+        known = ", ".join(map(str, aot.SHARED))
+        print(f"info --kernels: expected --arch to be among {known}, got {unknown[0]}", file=sys.stderr)
+        return 2
+    faults, found = 0, []
+    for arch in architectures:
+        total = sum(1 for _ in aot.instances(arch))
+        table = Table(title=f"sm_{arch}: {total} Triton kernels", caption=COUNTED)
+        table.add_column("kernel", no_wrap=True)
+        for name in ("tile", "warps", "registers", "shared bytes", "instructions a weight"):
+            table.add_column(name, justify="right")
+        table.add_column("faults")
+        progress = Console(stderr=True)
+        for report in track(aot.compile_all(arch), f"compiling for sm_{arch}", total, console=progress):
+            faults += len(report.faults)
+            found.append(report.as_dict() | {"architecture": arch})
+            row = found[-1]
+            cells = [
+                escape(row["kernel"]),
+                row["tile"],
+                row["warps"],
+                row["registers"],
+                row["shared"],
+                row["instructions"],
+            ]
+            table.add_row(*("" if cell is None else str(cell) for cell in cells), "; ".join(report.faults) or "none")
+        if not as_json:
+            console = Console()
+            (console if console.is_terminal else Console(width=160)).print(table)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    return 1 if faults else 0
 
 
 def show(info: dict) -> None:

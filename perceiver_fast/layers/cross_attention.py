@@ -21,7 +21,7 @@ from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.grid_attention import grid_attention_joined
-from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.ops.library import autocast_dtype, half_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens, absorb_norm, merge_groups
 
 
@@ -134,7 +134,7 @@ class CrossAttention(nn.Module):
         self, x: Tensor, tokens: GridTokens, mask: Tensor | None, inverted: bool, lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         feat, heads, features = tokens.feat, self.fn.heads, tokens.features
-        half = autocast_dtype(x.device) or tokens.dtype
+        half = half_dtype(x.device, tokens.dtype)
         q, constant, values, beta = self.grid_tables(x, tokens)
         with torch.autocast(x.device.type, enabled=False):
             scale = tokens.scale(self.norm_context.eps)
@@ -162,6 +162,7 @@ class CrossAttention(nn.Module):
         self, x: Tensor, tokens: DenseTokens, mask: Tensor | None, inverted: bool, lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         heads, dropout = self.fn.heads, self.fn.active_dropout
+        half = half_dtype(x.device, tokens.context.dtype)
         q = self.fn.to_q(x)
         with torch.autocast(x.device.type, enabled=False):
             z = tokens.normalized(self.norm_context.eps).to(tokens.compute)
@@ -175,8 +176,11 @@ class CrossAttention(nn.Module):
                 z = z.unsqueeze(1).expand(-1, heads, -1, -1)
             else:
                 q, z = q.flatten(1, 2).unsqueeze(1), z.unsqueeze(1)
+            if half is not None:
+                q, z = q.to(half), z.to(half)
             o = cross_attention(q, z, z.view(z.shape), mask, dropout, inverted, scale=1.0, return_lse=lse)
             o, sums = o if lse else (o, None)
+            o = o.to(values.dtype)
             o = o.reshape(o.shape[0], heads, x.shape[1], o.shape[-1])
             kept = None
             if counts:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from perceiver_fast.backends import Choice, forced_backend, require
 from perceiver_fast.ops.cross_attention import CrossAttentionCall, choose_cross_attention
 from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention
-from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.ops.library import autocast_dtype, half_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
 
 PAIR = 12  # multiply-adds in whose time a query-token pair's exponential and sums are done: 11 to 14 instructions
@@ -126,6 +126,7 @@ def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:
     if path == "projected":
         dtype = autocast_dtype(tokens.device) or dtype
     else:  # heads are queries; a channel of ones rides along where weights have to be counted
+        dtype = half_dtype(tokens.device, tokens.context.dtype) or dtype
         channels = tokens.channels + (layer.inverted or layer.dropout > 0)
         if not layer.inverted:
             heads, queries = 1, heads * queries

@@ -32,6 +32,7 @@ from perceiver_fast.ops.library import (
     compute_dtype,
     cpu_error,
     dropout_seed,
+    half_dtype,
     kernel_reasons,
     library,
     register_triton,
@@ -169,8 +170,8 @@ def grid_attention_joined(
         mask: bool ``[B, *sizes]`` or None.
         dropout, inverted: see :func:`grid_attention`.
         heads: H. Only inverted attention, whose softmax runs over the queries of a head, needs to know.
-        half: a half-precision dtype that weights and values may be rounded to. Tensor cores do, other backends need not.
-            Default: q's, or autocast's.
+        half: a half-precision dtype that weights and values are rounded to, for tensor cores. Default: what
+            :func:`~perceiver_fast.ops.library.half_dtype` says of q.
 
     Returns:
         o ``[B, H N, L]``, lse ``[B, H N]`` float64, and kept ``[B, H N]``, the sum of every query's weights after dropout
@@ -188,8 +189,7 @@ def grid_attention_joined(
             0, 1
         )  # a softmax over one query is constant: no gradient, exactly
     run = reference.grid_attention if backend == "reference" else GridAttentionFunction.apply
-    half = result if half is None else half
-    values = half if backend == "triton" and half in (torch.bfloat16, torch.float16) else compute
+    values = (half or half_dtype(q.device, q.dtype) or compute) if backend == "triton" else compute
     with torch.autocast(q.device.type, enabled=False):
         seed = dropout_seed(dropout, q.device)
         o, lse, kept = run(q.to(compute), feat.to(values), scale.to(compute), mask, dropout, seed, inverted)

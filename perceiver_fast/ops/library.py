@@ -13,6 +13,10 @@ from torch import Tensor
 library = torch.library.Library("perceiver_fast", "DEF")
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter is on: its kernels then run on CPU tensors, in the place of the C++ ones."""
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype kernels compute in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -23,6 +27,17 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def half_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """The half-precision dtype that GPU kernels multiply in: autocast's, or ``dtype`` itself; None where there is none.
+
+    CPU kernels compute in float32 whatever comes in, so there nothing is rounded for them.
+    """
+    if device.type == "cpu" and not INTERPRETED:
+        return None
+    dtype = autocast_dtype(device) or dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,16 +56,12 @@ def kernel_reasons(
     return reasons
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's interpreter is on: its kernels then run on CPU tensors, in the place of the C++ ones."""
-
-
 def cpu_error(error: str | None) -> str | None:
     """Why the C++ kernels of an op that Triton has too are not there."""
     return "TRITON_INTERPRET=1 puts the interpreted Triton kernels in their place" if INTERPRETED else error
 
 
-_triton_error = None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+triton_error = None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
 
 
 @functools.cache
@@ -78,7 +89,7 @@ def multiprocessors(device: torch.device) -> int:
 def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why Triton's kernels cannot run a call on ``device`` in ``dtype``."""
     half_or_float = (torch.float32, torch.bfloat16, torch.float16)
-    reasons = kernel_reasons(_triton_error, "cpu" if INTERPRETED else "cuda", device, dtype, half_or_float)
+    reasons = kernel_reasons(triton_error, "cpu" if INTERPRETED else "cuda", device, dtype, half_or_float)
     if architecture(device) < 80:
         reasons.append(f"it is compiled for sm_80 and newer, not sm_{architecture(device)}")
     return reasons

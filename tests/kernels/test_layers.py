@@ -1,0 +1,52 @@
+"""Layers whose attention runs on the Triton kernels: whole models against the reference, in float32 and under autocast."""
+
+import pytest
+import torch
+from support import outputs_and_gradients, relative_error
+
+import perceiver_fast as pf
+
+MODELS = {
+    "grid": (
+        dict(num_freq_bands=3, depth=2, max_freq=8.0, num_latents=9, latent_dim=16, cross_heads=2, num_classes=5),
+        (2, 7, 33, 3),
+    ),
+    "absorbed": (
+        dict(fourier_encode_data=False, num_freq_bands=1, depth=1, max_freq=4.0, input_channels=12, input_axis=1,
+             num_latents=40, latent_dim=16, cross_dim_head=64, num_classes=5),
+        (2, 90, 12),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(device, name):
+    keywords, shape = MODELS[name]
+    model = pf.Perceiver(**keywords).to(device)
+    data = torch.randn(shape, device=device)
+    mask = torch.rand(shape[0], *shape[1:-1], device=device) > 0.2
+    layer = pf.explain(model, data, mask).layers[0]
+    assert layer.choice.backend == "triton", layer
+    fast = outputs_and_gradients(model, data, mask)
+    with pf.use_backend("reference"):
+        exact = outputs_and_gradients(model.double(), data.double(), mask)
+    assert relative_error(fast[0], exact[0]) < 1e-5
+    for key, gradient in exact[1].items():
+        assert relative_error(fast[1][key], gradient) < 1e-4, key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast(device, name):
+    """Attention in bfloat16: as far from float64 as that dtype, and not further than plain PyTorch twice."""
+    keywords, shape = MODELS[name]
+    model, data = pf.Perceiver(**keywords).to(device).eval(), torch.randn(shape, device=device)
+    with torch.no_grad():
+        with pf.use_backend("reference"):
+            exact = model.double()(data.double())
+            model.float()
+            with torch.autocast(device.type, torch.bfloat16):
+                plain = model(data)
+        with torch.autocast(device.type, torch.bfloat16):
+            fast = model(data)
+    assert fast.dtype == plain.dtype
+    assert relative_error(fast, exact) <= 2 * relative_error(plain, exact) + 2e-3

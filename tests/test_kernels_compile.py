@@ -1,0 +1,50 @@
+"""The Triton kernels without a GPU: all that ship compile for every architecture, spill nothing, keep to their budgets.
+
+What a kernel needs of a multiprocessor decides how many of its blocks share it, and the compiler says it exactly; so does
+how many exponentials a weight costs. It does not say how fast they are.
+"""
+
+import importlib.util
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: its kernels were NOT compiled"
+)
+ARCHITECTURES = (80, 90, 100)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_everything_that_ships_compiles(architecture, record_property, capsys):
+    from perceiver_fast.kernels import aot
+
+    found, faults = [], {}
+    for report in aot.compile_all(architecture):
+        found.append(report)
+        if report.faults:
+            faults[report.name] = report.faults
+        record_property(report.name, dict(registers=report.compiled.registers, shared=report.compiled.shared))
+    assert not faults
+    sweeps = [report for report in found if report.exponentials]
+    for op in ("grid_attention_forward", "grid_attention_backward", "cross_attention_fwd"):
+        for dtype in ("bfloat16", "float16", "float32"):
+            assert any(report.name.startswith(f"{op}[{dtype}") for report in sweeps), (op, dtype)
+    mma = "wgmma.mma_async" if architecture == 90 else "mma.sync"
+    assert sum(mma in report.compiled.ptx for report in sweeps) > 10
+    with capsys.disabled():
+        most = max(report.compiled.registers for report in found)
+        print(f"\n  sm_{architecture}: {len(found)} kernels, no spills, at most {most} registers", end="")
+
+
+def test_faults_are_named():
+    """A configuration that cannot fit is found out."""
+    from dataclasses import replace
+
+    from perceiver_fast.kernels import aot
+
+    shipped = next(i for i in aot.instances(90) if i.name.startswith("grid_attention_forward[bfloat16, 3"))
+    starved = replace(shipped, config=replace(shipped.config, registers=64), registers=64)
+    (fault,) = aot.faults(starved, aot.compile_instance(starved, 90), 90)
+    assert "local loads and stores" in fault
+    less = replace(shipped, weights=shipped.weights // 2)
+    assert any("exponentials" in fault for fault in aot.faults(less, aot.compile_instance(less, 90), 90))

@@ -62,7 +62,13 @@ def test_sdist_holds_the_sources(sdist):
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     needed = [path for end in ("cpp", "h", "cu", "cuh") for path in ROOT.glob(f"csrc/**/*.{end}")]
     needed += ROOT.glob("perceiver_fast/**/*.py")
-    needed += [*ROOT.glob("kernels/*.py"), ROOT / "setup.py", ROOT / "LICENSE", ROOT / "README.md"]
+    needed += [
+        *ROOT.glob("kernels/*.py"),
+        ROOT / "kernels/configs.json",
+        ROOT / "setup.py",
+        ROOT / "LICENSE",
+        ROOT / "README.md",
+    ]
     assert len(needed) > 40
     assert {str(path.relative_to(ROOT)) for path in needed} <= names
     assert not any(name.endswith((".so", "_build.json")) for name in names)
@@ -79,7 +85,8 @@ def test_isolated_wheel_in_an_empty_environment(sdist, constraints, tmp_path):
     )
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("perceiver_fast/_C") for name in names)
-    assert "perceiver_fast/kernels/__init__.py" in names and "perceiver_fast/_build.json" in names
+    assert {"perceiver_fast/kernels/__init__.py", "perceiver_fast/kernels/configs.json"} <= set(names)
+    assert "perceiver_fast/_build.json" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/")) for name in names)
 
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)

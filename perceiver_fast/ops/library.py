@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -64,26 +63,23 @@ def cpu_error(error: str | None) -> str | None:
 triton_error = None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
 
 
-@functools.cache
-def _architecture(device: torch.device) -> int:
+def _properties(device: torch.device):
+    """Of a GPU, a constant to torch.compile; None where there is none to ask, as in explain and the interpreter."""
     if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        return None
+    return torch.cuda.get_device_properties(device)
 
 
-@torch.compiler.assume_constant_result
 def architecture(device: torch.device) -> int:
-    """The compute capability of a GPU as sm_XY writes it; where there is none to ask, as in explain, an H100's."""
-    return _architecture(device)
+    """The compute capability of a GPU as sm_XY writes it; where there is none to ask, an H100's."""
+    properties = _properties(device)
+    return 90 if properties is None else 10 * properties.major + properties.minor
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; where there is none to ask, an H100's."""
-    if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    properties = _properties(device)
+    return 132 if properties is None else properties.multi_processor_count
 
 
 def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:

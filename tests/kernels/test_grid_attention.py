@@ -26,7 +26,7 @@ CASES = [
     (2, 13, 3, (9, 13), True),  # holes: masked, and beyond the last column
     (1, 9, 4, (21, 70), False),  # several splits, groups and blocks of columns
     (1, 8, 6, (3, 4, 5), True),
-    (2, 18, 9, (6, 39), True),
+    (2, 9, 9, (4, 39), True),
     (1, 4, 40, (5, 2, 3), False),
     (1, 3, 3, (2, 3, 1, 2, 2), False),
 ]
@@ -87,14 +87,15 @@ def test_error_is_that_of_plain_pytorch(device, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[6], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[7]], ids=str)
 def test_dropout_drops_what_the_reference_drops(device, case, dtype):
     for name, (kernel, plain) in errors(device, dtype, case, dropout=0.3).items():
         assert kernel <= 2 * plain + 2 * FLOOR[dtype], name
 
 
-@pytest.mark.parametrize("magnitude", [8.0, 100.0, 1e4, 1e8])
-@pytest.mark.parametrize("case", [CASES[4], CASES[7]], ids=str)
+@pytest.mark.parametrize(
+    "case, magnitude", [(CASES[4], 8.0), (CASES[4], 1e8), (CASES[7], 100.0), (CASES[7], 1e4)], ids=str
+)
 def test_extreme_logits(device, case, magnitude):
     for name, (kernel, plain) in errors(device, torch.float32, case, magnitude).items():
         assert kernel <= 2.5 * plain + 1e-6, name

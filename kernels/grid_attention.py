@@ -55,7 +55,7 @@ def place(program, N, columns, splits, BN: tl.constexpr, BJ: tl.constexpr):
     return n, block, block * BJ + tl.arange(0, BJ), split, b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def grid_attention_forward_kernel(
     q, planes, scale, keys, values, seed, token_keys, column_parts, row_parts, sum_parts,
     B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold,

@@ -41,7 +41,7 @@ def weights_and_gradients(
         return p, p * (d_p - delta[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def grid_attention_token_grads_kernel(
     q, d_o, stats, feat, scale, mask, keys, seed, dfeat, dscale,
     B, N, rows, columns, padded, q_batch, q_row, threshold, kept_scale,

@@ -28,6 +28,7 @@ CASES = [
     (1, 8, 6, (3, 4, 5), True),
     (2, 9, 9, (4, 39), True),
     (1, 4, 40, (5, 2, 3), False),
+    (2, 5, 16, (3, 35), True),  # no room for holes in the keys
     (1, 3, 3, (2, 3, 1, 2, 2), False),
 ]
 

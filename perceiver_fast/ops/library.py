@@ -54,25 +54,25 @@ _triton_error = None if importlib.util.find_spec("triton") else "triton is not i
 
 
 @functools.cache
-def _architecture(device: torch.device) -> int:
+def _gpu(device: torch.device) -> tuple[int, int]:
     if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-@torch.compiler.assume_constant_result
 def architecture(device: torch.device) -> int:
     """The compute capability of a GPU as sm_XY writes it; where there is none to ask, as in explain, an H100's."""
-    return _architecture(device)
+    return _gpu(device)[0]
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; where there is none to ask, an H100's."""
-    if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _gpu(device)[1]
+
+
+# What torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which takes seconds.
+architecture._dynamo_marked_constant = multiprocessors._dynamo_marked_constant = True
 
 
 def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:

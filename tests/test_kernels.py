@@ -28,3 +28,12 @@ def test_interpreted(file, capsys):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     with capsys.disabled():
         print(f"\n  interpreted: {done.stdout.strip().splitlines()[-1]}", end="")
+
+
+def test_importing_the_package_imports_no_compiler():
+    """Triton and torch._dynamo take seconds to import: the first call that needs them does."""
+    code = "import sys, torch; known = {'triton', 'torch._dynamo'} - set(sys.modules); import perceiver_fast; "
+    code += "import perceiver_fast.kernels; print(sorted(known & set(sys.modules)), torch.cuda.is_initialized())"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "[] False", done.stdout + done.stderr

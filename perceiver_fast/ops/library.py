@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -63,23 +64,26 @@ def cpu_error(error: str | None) -> str | None:
 triton_error = None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
 
 
-def _properties(device: torch.device):
-    """Of a GPU, a constant to torch.compile; None where there is none to ask, as in explain and the interpreter."""
+@functools.cache
+def _gpu(device: torch.device) -> tuple[int, int]:
     if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_properties(device)
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 def architecture(device: torch.device) -> int:
-    """The compute capability of a GPU as sm_XY writes it; where there is none to ask, an H100's."""
-    properties = _properties(device)
-    return 90 if properties is None else 10 * properties.major + properties.minor
+    """The compute capability of a GPU as sm_XY writes it; where there is none to ask, as in explain, an H100's."""
+    return _gpu(device)[0]
 
 
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; where there is none to ask, an H100's."""
-    properties = _properties(device)
-    return 132 if properties is None else properties.multi_processor_count
+    return _gpu(device)[1]
+
+
+# What torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which takes seconds.
+architecture._dynamo_marked_constant = multiprocessors._dynamo_marked_constant = True
 
 
 def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:

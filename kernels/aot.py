@@ -103,10 +103,11 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
         triton.compiler.errors.CompilationError and others of Triton's: it does not compile.
     """
     names = instance.kernel.arg_names
+    # What is not divisible has an empty entry, as in a call: which then finds in Triton's cache what was compiled here.
     attrs = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in instance.types.items()
-        if kind.startswith("*") or name in instance.divisible
+        (index,): [["tt.divisibility", 16]] if kind.startswith("*") or parameter.name in instance.divisible else []
+        for index, parameter in enumerate(instance.kernel.params)
+        if (kind := instance.types.get(parameter.name, "")) != "fp32" and not (kind and parameter.do_not_specialize)
     }
     signature = {name: instance.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in instance.constants.items()}

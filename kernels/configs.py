@@ -6,9 +6,13 @@ the newest architecture that is not newer than itself. ``python -m perceiver_fas
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("configs.json")
@@ -45,13 +49,48 @@ def table() -> dict[str, dict[int, Config]]:
     return {name: {int(arch): Config(**c) for arch, c in archs.items()} for name, archs in entries.items()}
 
 
-@functools.cache
+def write(table: Mapping[str, Mapping[int, Config]], file: Path | str) -> None:
+    """Write ``table`` as ``configs.json`` is written: in order, a line an architecture, without what is the default.
+
+    The file is there whole or as it was, whenever the process ends.
+    """
+    kernels = []
+    for name, archs in sorted(table.items()):
+        given = {
+            arch: {f.name: getattr(c, f.name) for f in fields(c) if getattr(c, f.name) != f.default}
+            for arch, c in sorted(archs.items())
+        }
+        lines = ",\n".join(f'    "{arch}": {json.dumps(values)}' for arch, values in given.items())
+        kernels.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}")
+    new = Path(f"{file}.new")
+    new.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    os.replace(new, file)
+
+
+_overrides: ContextVar[Mapping[str, Config]] = ContextVar("overrides", default={})
+
+
+@contextlib.contextmanager
+def overridden(configs: Mapping[str, Config]) -> Iterator[None]:
+    """Within, and in this thread, the kernels named use these configurations on every architecture."""
+    token = _overrides.set({**_overrides.get(), **configs})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
 def config(kernel: str, architecture: int) -> Config:
     """The configuration of ``kernel`` for an architecture (90 for compute capability 9.0).
 
     Raises:
         ValueError: the architecture is older than all that the table knows.
     """
+    return _overrides.get().get(kernel) or _listed(kernel, architecture)
+
+
+@functools.cache
+def _listed(kernel: str, architecture: int) -> Config:
     known = [arch for arch in table()[kernel] if arch <= architecture]
     if not known:
         raise ValueError(

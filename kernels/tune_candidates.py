@@ -1,0 +1,184 @@
+"""What the tuner tries, without a GPU: representative calls of the entries of configs.json, and candidates.
+
+A candidate is compiled ahead of time for all calls of its entry; one that spills, traps or passes a budget has faults.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from perceiver_fast.kernels import (
+    aot,
+    cross_attention,
+    cross_attention_backward,
+    grid_attention,
+    grid_attention_backward,
+)
+from perceiver_fast.kernels.configs import Config, config, overridden
+from perceiver_fast.kernels.grid_attention_tokens import BLOCK
+from perceiver_fast.kernels.launch import Launch
+
+BATCH, LATENTS, IMAGE = 8, 512, (224, 224)
+WARPS, STAGES, REGISTERS = (2, 4, 8), (1, 2), (None, 128, 168, 255)
+SMALLEST, LARGEST = 16, 128  # sides of a tile: a product's least, and more than registers hold
+CHANGES = 2  # in which a candidate differs from the shipped configuration, at most
+META = torch.device("meta")
+
+
+class OutOfTime(Exception):
+    """``--seconds`` have passed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A representative call: latents attend to an image's grid, or to as many tokens, or such queries to latents."""
+
+    op: str
+    dtype: torch.dtype
+    channels: int
+    decoder: bool = False
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op}, {dtype}, {self.channels} channels{', decoder' if self.decoder else ''}"
+
+
+CALLS = (
+    *(
+        Call("grid_attention", *c)
+        for c in itertools.product((torch.float32, torch.bfloat16, torch.float16), (3, 8, 64))
+    ),
+    *(
+        Call("cross_attention", *c)  # float16 takes bfloat16's entries, and its time
+        for c in itertools.product((torch.float32, torch.bfloat16), (64, 128, 261, 512), (False, True))
+    ),
+)
+
+
+def prepare(call: Call, kernel: str, arch: int, device: torch.device) -> Callable[[], tuple]:
+    """What makes, with the configurations then in force, the results and (last) the launches of ``kernel``'s pass.
+
+    On the meta device nothing runs; elsewhere the forward does, once, for what the backward needs.
+    """
+    torch.manual_seed(0)
+    if call.op == "grid_attention":
+        q = torch.randn(BATCH, LATENTS, call.channels + sum(IMAGE), device=device)
+        feat = torch.randn(BATCH, *IMAGE, call.channels, device=device) * call.channels**-0.5
+        arguments = (q, feat.to(call.dtype), torch.rand(BATCH, *IMAGE, device=device), None, 0.0, None)
+        forward, backward = grid_attention.forward_launches, grid_attention_backward.backward_launches
+    else:
+        queries, tokens = (math.prod(IMAGE), LATENTS) if call.decoder else (LATENTS, math.prod(IMAGE))
+        q, k, v = (
+            torch.randn(BATCH, 1, count, call.channels, dtype=call.dtype, device=device)
+            for count in (queries, tokens, tokens)
+        )
+        arguments = (q, k, v, None, call.channels**-0.5, 0.0, None)
+        forward, backward = cross_attention.forward_launches, cross_attention_backward.backward_launches
+    if "forward" in kernel:
+        return lambda: forward(*arguments, arch)
+    *results, launches = forward(*arguments, arch)
+    for launch in launches if device != META else ():
+        launch.run()
+    d_o = torch.randn_like(results[0])
+    if call.op == "cross_attention":
+        return lambda: backward(d_o, None, *arguments, *results, arch)
+
+    def grid_backward():
+        o, lse, kept = results
+        dq, _, *made = backward(d_o, None, None, *arguments, o, d_o, lse, kept, True, arch)  # _: rounding errors alone
+        return dq, *made
+
+    return grid_backward
+
+
+def own(launches: Sequence[Launch], config: Config) -> list[Launch]:
+    """The launches that ``config``, this very object, shapes: its kernel's, and those that gather partial results."""
+    found, ours = [], False
+    for launch in launches:
+        ours = launch.config is config if launch.weights else ours
+        found += [launch] * ours
+    return found
+
+
+def calls_of(name: str, arch: int) -> list[Call]:
+    """The representative calls that launch an entry's kernel with its configuration."""
+    kernel, shipped = name.partition("[")[0], config(name, arch)
+    calls = [call for call in CALLS if kernel.startswith(call.op)]
+    return [call for call in calls if own(prepare(call, kernel, arch, META)()[-1], shipped)]
+
+
+def candidates(name: str, shipped: Config) -> list[Config]:
+    """The shipped configuration, then its neighbours, the nearest first."""
+    most = BLOCK if name.startswith("grid") else LARGEST  # a grid's columns are padded to no more
+    sides = ([size // 2, size, 2 * size] for size in (shipped.queries, shipped.tokens))
+    queries, tokens = ([s for s in side if SMALLEST <= s <= LARGEST] for side in sides)
+    tokens = [size for size in tokens if size <= most]
+    every = [Config(*c) for c in itertools.product(queries, tokens, WARPS, STAGES, REGISTERS)]
+
+    def changes(c: Config) -> int:
+        return sum(a != b for a, b in zip(asdict(c).values(), asdict(shipped).values()))
+
+    return [shipped, *sorted((c for c in every if 0 < changes(c) <= CHANGES), key=changes)]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a candidate needs at most over an entry's calls, or its faults in the first that has any."""
+
+    config: Config
+    registers: int = 0
+    shared: int = 0
+    per_pair: float = 0.0  # instructions a thread issues for one weight, in its innermost loop
+    faults: tuple[str, ...] = ()
+    code: tuple = ()  # candidates alike in tile and in this are one binary, as far as can be told
+
+
+def compile_candidate(name: str, calls: Sequence[Call], arch: int, deadline: float, candidate: Config) -> Need:
+    """Compile a candidate ahead of time for all calls of its entry.
+
+    Raises:
+        OutOfTime: before it was done. ``deadline`` is of ``time.time()``, which processes share.
+    """
+    all_compiled = []
+    for call in calls:
+        if time.time() > deadline:
+            raise OutOfTime
+        try:
+            with overridden({name: candidate}):
+                launches = prepare(call, name.partition("[")[0], arch, META)()[-1]
+            for launch in {id(launch): launch for launch in own(launches, candidate) if launch.weights}.values():
+                half = call.dtype != torch.float32
+                tensor_cores = launch.arguments.get("PRECISION", "bf16" if half else "ieee") in ("bf16", "tf32")
+                instance = launch.instance(str(call), tensor_cores)
+                compiled = aot.compile_instance(instance, arch)
+                faults = aot.faults(instance, compiled, arch)
+                if compiled.matrix_instructions and not tensor_cores:
+                    faults.append("tensor cores for products that are to be float32's")
+                if faults:
+                    return Need(candidate, faults=tuple(faults))
+                all_compiled.append(compiled)
+        except Exception as error:  # Triton's, LLVM's and ptxas's have no common base
+            return Need(candidate, faults=(f"does not compile: {type(error).__name__}",))
+    return Need(
+        candidate,
+        max(c.registers for c in all_compiled),
+        max(c.shared for c in all_compiled),
+        max(c.instructions / c.exponentials for c in all_compiled),
+        code=tuple((c.registers, c.shared, *sorted(c.loop.items())) for c in all_compiled),
+    )
+
+
+def distinct(needs: Sequence[Need]) -> list[Need]:
+    """The candidates without faults, one of every binary; and the shipped one, which comes first, whatever it has."""
+    first: dict[tuple, Need] = {}
+    for need in needs:
+        c = need.config
+        if not need.faults or need is needs[0]:
+            first.setdefault((c.queries, c.tokens, c.warps, need.code), need)
+    return list(first.values())

@@ -59,7 +59,7 @@ def grid_attention_delta_kernel(
     tl.store(stats + 2 * rows + row, (factor * delta).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def grid_attention_backward_kernel(
     q, d_o, stats, planes, scale, keys, values, seed, token_keys, column_parts, row_parts, sum_parts,
     B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold, kept_scale,
@@ -86,7 +86,6 @@ def grid_attention_backward_kernel(
     if DROPOUT:
         row_key = hashing.row_keys(tl.load(seed), row)
         token_keys += j
-        threshold = threshold.to(tl.uint32)
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 1)

@@ -31,7 +31,7 @@ from perceiver_fast.kernels.configs import Config, config
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, product, scaled, store, zeros
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 from perceiver_fast.ops.library import architecture
-from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
+from perceiver_fast.reference.dropout import dropout_scale
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
@@ -120,7 +120,7 @@ def cross_attention_fwd_kernel(
         peak = higher
         if row_keys is not None:  # after the sum: the log-sum-exp is that of all weights
             token_key = tl.load(token_keys + token, mask=token < tokens, other=0).to(tl.uint32, bitcast=True)
-            kept = drop.keep(row_key[:, None], token_key[None, :], threshold.to(tl.uint32, bitcast=True))
+            kept = drop.keep(row_key[:, None], token_key[None, :], threshold)
             p = tl.where(kept, p, 0.0)
         sums = accumulate(
             scaled(sums, fade), p, v_tile, v_m, tokens - m, V - channel,
@@ -211,13 +211,12 @@ def common(
         first.append(Launch(cross_attention_keys_kernel, triton.cdiv(max(rows, tokens), 256), keys | numbers))
     if mask is not None and mask.stride(1) != 1:
         mask = mask.contiguous()
-    threshold = dropout_threshold(dropout)
     cut_d, cut_v = read(dim, q.dtype), read(value_dim, q.dtype)
     arguments = dict(
         q=q, k=k, v=v, mask=mask, heads=heads, queries=queries, tokens=tokens,
         mask_b=0 if mask is None else mask.stride(0),
         log2_scale=scale * LOG2_E, keep_scale=dropout_scale(dropout),
-        threshold=threshold - (threshold >> 31 << 32),  # its 32 bits as a signed number
+        threshold=drop.threshold_bits(dropout),
         D=dim, D_CHUNK=cut_d.chunk, D_COUNT=cut_d.count, D_TAIL=cut_d.tail,
         V=value_dim, V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail,
     )  # fmt: skip

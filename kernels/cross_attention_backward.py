@@ -123,7 +123,7 @@ def cross_attention_dq_kernel(
             s = tl.where(visible(mask, token, tokens, EVEN)[None, :], s, float("-inf"))
         if row_keys is not None:
             token_key = tl.load(token_keys + token, mask=token < tokens, other=0).to(tl.uint32, bitcast=True)
-            kept = drop.keep(row_key[:, None], token_key[None, :], threshold.to(tl.uint32, bitcast=True))
+            kept = drop.keep(row_key[:, None], token_key[None, :], threshold)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = tl.math.exp2(s * log2_scale - row_shift) * row_weight * (dp - row_delta)
         if residues is not None:
@@ -225,7 +225,7 @@ def cross_attention_dkv_kernel(
         p = p * tl.load(weight + row, mask=there, other=0.0)[None, :]
         if row_keys is not None:
             row_key = tl.load(row_keys + row, mask=there, other=0).to(tl.uint32, bitcast=True)
-            kept = drop.keep(row_key[None, :], token_key[:, None], threshold.to(tl.uint32, bitcast=True))
+            kept = drop.keep(row_key[None, :], token_key[:, None], threshold)
         if dv is not None:
             dropped = p
             if row_keys is not None:

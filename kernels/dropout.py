@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from perceiver_fast.reference.dropout import dropout_threshold
+
 
 @triton.jit
 def _splitmix64(x):
@@ -34,11 +36,17 @@ def token_keys(seed, tokens):
 
 @triton.jit
 def keep(row_key, token_key, threshold):
-    """True where a weight is kept; keys, 32 bits of any type, broadcast; ``threshold`` is p 2^32 as uint32."""
+    """True where a weight is kept; keys broadcast; they and ``threshold``, p 2^32, are 32 bits of any type."""
     x = row_key.to(tl.uint32, bitcast=True) ^ token_key.to(tl.uint32, bitcast=True)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
     x = x * 0x846CA68B
     x = x ^ (x >> 16)
-    return x >= threshold
+    return x >= threshold.to(tl.uint32, bitcast=True)
+
+
+def threshold_bits(probability: float) -> int:
+    """p 2^32 as kernels take it: its 32 bits as a signed number, one type of argument for all p."""
+    threshold = dropout_threshold(probability)
+    return threshold - (threshold >> 31 << 32)

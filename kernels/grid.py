@@ -26,8 +26,8 @@ class Grid:
     """Sizes of a call, and the variant of the kernels it takes.
 
     ``precision`` says how the weights meet the values: ``"fma"`` (float32, no tensor cores), ``"bf16"`` (weights
-    rounded to bfloat16), ``"tf32"`` (to TF32, float16's significand with a range that needs no maximum) or ``"ieee"``
-    (float32, many features).
+    rounded to bfloat16), ``"tf32"`` (cut off to TF32, float16's significand with a range that needs no maximum) or
+    ``"ieee"`` (float32, many features).
     """
 
     batch: int

@@ -38,7 +38,7 @@ from perceiver_fast.kernels.grid_sweep_fma import load_features, maximum_fma, sw
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, maximum_mma, sweep_mma
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.ops.library import architecture
-from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
+from perceiver_fast.reference.dropout import dropout_scale
 
 LEAST = tl.constexpr(2.0**-60)
 MOST = tl.constexpr(2.0**100)
@@ -71,7 +71,6 @@ def grid_attention_forward_kernel(
     if DROPOUT:
         row_key = hashing.row_keys(tl.load(seed), b * N + n)
         token_keys += j
-        threshold = threshold.to(tl.uint32)
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 3)
@@ -220,7 +219,7 @@ def sweep_arguments(
     """What the kernels that walk down the rows take beside sizes and sums."""
     return dict(
         q=q, planes=tokens.planes, scale=tokens.scale, keys=tokens.keys, values=tokens.values, seed=seed,
-        token_keys=tokens.token_keys, q_batch=q.stride(0), q_row=q.stride(1), threshold=dropout_threshold(dropout),
+        token_keys=tokens.token_keys, q_batch=q.stride(0), q_row=q.stride(1), threshold=hashing.threshold_bits(dropout),
         K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, DROPOUT=dropout > 0,
         PRECISION=grid.precision,
     )  # fmt: skip

@@ -86,7 +86,6 @@ def grid_attention_backward_kernel(
     if DROPOUT:
         row_key = hashing.row_keys(tl.load(seed), row)
         token_keys += j
-        threshold = threshold.to(tl.uint32)
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 1)

@@ -19,7 +19,7 @@ from perceiver_fast.kernels.grid import FEW, Grid
 from perceiver_fast.kernels.grid_attention_tokens import LN2, LOG2E, TokenArrays, key_width
 from perceiver_fast.kernels.grid_sweep_mma import add_keys, load_packed
 from perceiver_fast.kernels.launch import Launch
-from perceiver_fast.reference.dropout import dropout_scale, dropout_threshold
+from perceiver_fast.reference.dropout import dropout_scale
 
 ROWS = 2  # at a time, where channels are few
 MOST = tl.constexpr(
@@ -83,8 +83,6 @@ def grid_attention_token_grads_kernel(
             d_x = d_x + (empty,)
         else:
             d_x = d_x + (tl.zeros([BJ, C], tl.float32),)
-    if DROPOUT:
-        threshold = threshold.to(tl.uint32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
         live = n < N
@@ -167,7 +165,7 @@ def token_grads_launch(
     q = arguments["q"]
     arguments = arguments | dict(
         keys=None if few else tokens.keys, B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns,
-        padded=tokens.padded, q_batch=q.stride(0), q_row=q.stride(1), threshold=dropout_threshold(dropout),
+        padded=tokens.padded, q_batch=q.stride(0), q_row=q.stride(1), threshold=hashing.threshold_bits(dropout),
         kept_scale=dropout_scale(dropout), F=grid.features, K=key_width(grid),
         C=max(16, triton.next_power_of_2(grid.features)), BN=config.queries, BJ=config.tokens, ROWS=rows,
         DROPOUT=dropout > 0, HAS_KEPT=has_kept, PRECISION=precision,

@@ -52,6 +52,12 @@ def grid_planes_kernel(
 
 
 @triton.jit
+def nearest_tf32(x):
+    """x, such that what is left of it when tensor cores ignore its last 13 bits is the nearest TF32."""
+    return tl.where(x == x, (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def grid_tokens_kernel(
     feat, scale, mask, keys, values, out_scale, rows, columns, padded, across,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr,
@@ -80,6 +86,8 @@ def grid_tokens_kernel(
     v = v.to(tl.float32) * r[:, None]
     v = tl.where((c == F)[None, :], 1.0, v)
     v = tl.where((c == F + 1 + (row % rows) % GROUP)[None, :], r[:, None], v)
+    if PIECES > SPLIT:  # values in float32 for products in TF32
+        v = nearest_tf32(v)
     tl.store(values + at[:, None] * V + c[None, :], v.to(values.dtype.element_ty))
     tl.store(out_scale + row * (2 * padded) + j, r)
     tl.store(out_scale + row * (2 * padded) + padded + j, hole * HOLE)

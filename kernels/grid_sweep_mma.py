@@ -41,7 +41,7 @@ def load_packed(pointers, factor, mask, F: tl.constexpr, K: tl.constexpr, PRECIS
 
 @triton.jit
 def product(p, v, acc, PRECISION: tl.constexpr):
-    """acc + p v, p rounded as ``PRECISION`` says."""
+    """acc + p v, p rounded to bf16, or cut off to TF32, or as it is."""
     if PRECISION == "bf16":
         return tl.dot(p.to(tl.bfloat16), v, acc)
     else:

@@ -37,12 +37,13 @@ class Launch:
         types, constants, divisible = {}, {}, []
         for parameter in self.kernel.params:
             key, value = parameter.name, self.arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            one = type(value) is int and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or one:
                 constants[key] = value
             elif torch.is_tensor(value):
                 types[key] = TYPES[value.dtype]
             else:
-                types[key] = "fp32" if isinstance(value, float) else "i32"
+                types[key] = "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
                 divisible += [key] * (value % 16 == 0 and not parameter.do_not_specialize)
         return Instance(
             f"{self.kernel.__name__.removesuffix('_kernel')}[{name}]", self.kernel, types, constants, self.config,

@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 from perceiver_fast.kernels import dropout
-from perceiver_fast.reference.dropout import dropout_keep, dropout_threshold
+from perceiver_fast.reference.dropout import dropout_keep
 
 
 @triton.jit
 def keep_kernel(seed, out, rows, tokens, threshold, BLOCK: tl.constexpr):
     row, token = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK).to(tl.int64)
     number = tl.load(seed)
-    kept = dropout.keep(dropout.row_keys(number, row), dropout.token_keys(number, token), threshold.to(tl.uint32))
+    kept = dropout.keep(dropout.row_keys(number, row), dropout.token_keys(number, token), threshold)
     tl.store(out + row * tokens + token, kept.to(tl.int8), mask=token < tokens)
 
 
@@ -20,5 +20,6 @@ def test_kept_weights_are_the_references(device):
     for number, probability in ((0, 0.5), (2**61 + 12345, 0.1), (987654321, 0.97)):
         seed = torch.tensor([number], device=device)
         out = torch.empty(40, 200, dtype=torch.int8, device=device)
-        keep_kernel[(40,)](seed, out, 40, 200, dropout_threshold(probability), BLOCK=256)
+        keep_kernel[(40,)](seed, out, 40, 200, dropout.threshold_bits(probability), BLOCK=256)
+        assert -(2**31) <= dropout.threshold_bits(probability) < 2**31  # the same type of argument for all of them
         assert torch.equal(out.bool(), dropout_keep(seed, 40, 200, probability))

@@ -89,7 +89,8 @@ def grid_attention_token_grads_kernel(
         row = b * N + n
         query, d_query = q + b * q_batch + n.to(tl.int64) * q_row, d_o + row * (F + rows + columns)
         shift = tl.load(stats + row, mask=live, other=0.0)
-        factor = tl.load(stats + line + row, mask=live, other=0.0) * (kept_scale * LN2)
+        # Multiplied in the order of the backward's walk: saturated weights live off equal bits, times large q.
+        factor = tl.load(stats + line + row, mask=live, other=0.0) * kept_scale * LN2
         delta = tl.load(stats + 2 * line + row, mask=live, other=0.0)
         d_kept = tl.zeros([BN], tl.float32)
         if HAS_KEPT:

@@ -105,6 +105,12 @@ def test_extreme_logits(device, case, magnitude):
             assert kernel <= 2 * plain + 2e-2, name  # near-ties of rounded weights
 
 
+def test_extreme_logits_with_dropout(device):
+    """What is left of saturated weights' gradients is rounding times large queries: all kernels round alike."""
+    for name, (kernel, plain) in errors(device, torch.float32, CASES[4], 1e4, dropout=0.3).items():
+        assert kernel <= 2.5 * plain + 1e-6, name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shift", [-600.0, 600.0])
 def test_logits_all_far_from_zero(device, shift, dtype):

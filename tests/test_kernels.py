@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted(file, capsys):
+def interpret(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{file}"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PERCEIVER_FAST_BACKEND", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """All files at once, on as many cores as there are: each is one thread."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {file: pool.submit(interpret, file) for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted(file, interpreted, capsys):
+    done = interpreted[file].result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     with capsys.disabled():
         print(f"\n  interpreted: {done.stdout.strip().splitlines()[-1]}", end="")

@@ -122,7 +122,7 @@ def way(request, monkeypatch):
     """Every way that a group can be attended to."""
     if request.param == "projected":
 
-        def plan(self, tokens, queries, inverted=False, lse=False):
+        def plan(self, tokens, queries, inverted=False, lse=False, masked=False):
             return type("Plan", (), dict(path="projected"))
 
         monkeypatch.setattr(CrossAttention, "plan", plan)

@@ -337,7 +337,7 @@ def test_bad_input_is_explained(data, mask, error, words):
 def test_bad_arguments_are_explained():
     with pytest.raises(ValueError, match="2 of them for depth=2, got 3"):
         pf.Perceiver(**SMALL | dict(inverted_cross_attn=(True, False, True)))
-    with pytest.raises(ValueError, match="expected one of 'auto', 'cpu', 'cuda', 'reference', got 'gpu'"):
+    with pytest.raises(ValueError, match="expected one of 'auto', 'cpu', 'triton', 'cuda', 'reference', got 'gpu'"):
         pf.use_backend("gpu")
 
 

@@ -2,7 +2,17 @@
 
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.fourier_projection import fourier_projection
+from perceiver_fast.ops.geglu import geglu
 from perceiver_fast.ops.grid_attention import grid_attention
 from perceiver_fast.ops.grid_scale import grid_scale
+from perceiver_fast.ops.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["cross_attention", "fourier_projection", "grid_attention", "grid_scale"]
+__all__ = [
+    "add_layer_norm",
+    "cross_attention",
+    "fourier_projection",
+    "geglu",
+    "grid_attention",
+    "grid_scale",
+    "layer_norm",
+]

@@ -3,15 +3,19 @@
 from perceiver_fast.reference.cross_attention import cross_attention
 from perceiver_fast.reference.dropout import apply_dropout, dropout_keep
 from perceiver_fast.reference.fourier_projection import fourier_encode, fourier_projection
+from perceiver_fast.reference.geglu import geglu
 from perceiver_fast.reference.grid_attention import grid_attention, grid_logits
 from perceiver_fast.reference.grid_scale import grid_scale
+from perceiver_fast.reference.layer_norm import add_layer_norm
 
 __all__ = [
+    "add_layer_norm",
     "apply_dropout",
     "cross_attention",
     "dropout_keep",
     "fourier_encode",
     "fourier_projection",
+    "geglu",
     "grid_attention",
     "grid_logits",
     "grid_scale",

@@ -1,0 +1,128 @@
+"""GEGLU of a feed-forward's wide activations, its bias included, in one pass.
+
+    [value, gate] = h + bias        u = value * gate * Phi(gate),  Phi the normal distribution's
+
+The backward reads h again and gives u back beside the gradients, so that whoever needs u for the weights' gradient
+(ops/feed_forward.py) does not have to keep it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perceiver_fast import backends, extension, reference
+from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops.library import cpu_error, kernel_reasons, library, register_triton, triton_reasons
+
+OP = "geglu"
+
+library.define("geglu_forward(Tensor h, Tensor? bias) -> Tensor")
+library.define("geglu_backward(Tensor d_u, Tensor h, Tensor? bias) -> (Tensor u, Tensor d_h, Tensor d_bias)")
+register_triton("geglu_forward", "geglu", "forward")
+register_triton("geglu_backward", "geglu", "backward")
+
+
+@torch.library.register_fake("perceiver_fast::geglu_forward")
+def _(h, bias):
+    return h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
+
+
+@torch.library.register_fake("perceiver_fast::geglu_backward")
+def _(d_u, h, bias):
+    d_bias = h.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return h.new_empty(d_u.shape), h.new_empty(h.shape), d_bias
+
+
+class GEGLUFunction(torch.autograd.Function):
+    """Connects the registered forward and backward; saves h and the bias."""
+
+    @staticmethod
+    def forward(ctx, h, bias):
+        ctx.save_for_backward(h, bias)
+        return torch.ops.perceiver_fast.geglu_forward(h, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_u):
+        h, bias = ctx.saved_tensors
+        _, d_h, d_bias = torch.ops.perceiver_fast.geglu_backward(d_u, h, bias)
+        return d_h, None if bias is None else d_bias
+
+
+@dataclass(frozen=True)
+class PointwiseCall:
+    """What the choice of a backend may depend on: dtypes of the operands, and their device."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+POINTWISE = (torch.float64, torch.float32, torch.bfloat16)  # what the CPU kernels take
+
+
+def pointwise_backends() -> tuple[Backend, ...]:
+    """The backends of ops that pass over activations once: geglu and layer_norm."""
+    return (
+        Backend("cpu", lambda c: kernel_reasons(cpu_error(extension.error), "cpu", c.device, c.dtype, POINTWISE)),
+        Backend("triton", lambda c: triton_reasons(c.device, c.dtype)),
+        Backend("reference", lambda c: []),
+    )
+
+
+BACKENDS = pointwise_backends()
+
+
+def choose_geglu(call: PointwiseCall) -> Choice:
+    """The backend that runs ``call``."""
+    return backends.choose(OP, BACKENDS, call)
+
+
+def geglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``value * gelu(gate)`` of ``[value, gate] = h + bias``, the exact gelu.
+
+    Under torch.compile it is plain PyTorch, which the compiler fuses with what is around it.
+
+    Args:
+        h: ``[.., 2 F]``, floating point.
+        bias: ``[2 F]``, the dtype of h or float32. Default: None.
+
+    Returns:
+        ``[.., F]``, the dtype of h. Differentiable once in h and bias.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Source:
+        Shazeer, "GLU variants improve transformer", 2020.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import geglu
+        >>> geglu(torch.randn(2, 5, 8), torch.zeros(8)).shape
+        torch.Size([2, 5, 4])
+    """
+    _check(h, bias)
+    choice = backends.require(choose_geglu(PointwiseCall(h.dtype, h.device)))
+    if choice.backend == "reference" or torch.compiler.is_compiling():
+        return reference.geglu(h, bias)
+    return GEGLUFunction.apply(h, bias)
+
+
+def _check(h: Tensor, bias: Tensor | None) -> None:
+    if not h.is_floating_point():
+        raise TypeError(f"geglu: expected a floating-point h, got {h.dtype}; convert it with h.float()")
+    if h.dim() < 1 or h.shape[-1] % 2:
+        raise ValueError(f"geglu: expected h [.., 2 F], got {tuple(h.shape)}; values and gates are a half of it each")
+    if bias is None:
+        return
+    if bias.shape != h.shape[-1:] or bias.device != h.device:
+        raise ValueError(
+            f"geglu: expected bias [{h.shape[-1]}] on {h.device}, got {tuple(bias.shape)} on {bias.device}; "
+            "it is added to the last dimension of h"
+        )
+    if bias.dtype not in (h.dtype, torch.float32):
+        raise TypeError(f"geglu: expected bias in {h.dtype} or float32, got {bias.dtype}; convert it with bias.to(..)")

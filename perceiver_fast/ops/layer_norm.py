@@ -1,0 +1,202 @@
+"""LayerNorm of a residual stream, with the branch that joins it, in one pass.
+
+    y = x + branch + branch_bias        z = (y - mean(y)) / sqrt(var(y) + eps) * weight + bias
+
+A transformer's sublayer ends in an addition to the stream and the next one begins with a LayerNorm of it: here they are
+one op, and the bias of the projection before it is added on the way. Statistics are computed in float32, or float64 for
+float64, whatever the dtype of the stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from perceiver_fast import backends, reference
+from perceiver_fast.backends import Choice
+from perceiver_fast.ops.geglu import PointwiseCall, pointwise_backends
+from perceiver_fast.ops.library import compute_dtype, library, register_triton
+
+OP = "layer_norm"
+
+library.define(
+    "layer_norm_forward(Tensor x, Tensor? branch, Tensor? branch_bias, Tensor weight, Tensor bias, float eps, "
+    "ScalarType out_dtype) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)"
+)
+library.define(
+    "layer_norm_backward(Tensor? d_y, Tensor d_z, Tensor y, Tensor mean, Tensor rstd, Tensor weight, bool branch_bias) "
+    "-> (Tensor d_x, Tensor d_branch, Tensor d_weight, Tensor d_bias, Tensor d_branch_bias)"
+)
+register_triton("layer_norm_forward", "layer_norm", "forward")
+register_triton("layer_norm_backward", "layer_norm", "backward")
+
+
+@torch.library.register_fake("perceiver_fast::layer_norm_forward")
+def _(x, branch, branch_bias, weight, bias, eps, out_dtype):
+    statistics = compute_dtype(x.dtype)
+    y = x.new_empty((0,) if branch is None else x.shape)
+    rows = x.shape[:-1]
+    return (
+        y,
+        x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty(rows, dtype=statistics),
+        x.new_empty(rows, dtype=statistics),
+    )
+
+
+@torch.library.register_fake("perceiver_fast::layer_norm_backward")
+def _(d_y, d_z, y, mean, rstd, weight, branch_bias):
+    return (
+        y.new_empty(y.shape),
+        d_z.new_empty((0,) if d_z.dtype == y.dtype else d_z.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape if branch_bias else (0,)),
+    )
+
+
+class AddLayerNormFunction(torch.autograd.Function):
+    """Connects the registered forward and backward; saves y and the statistics.
+
+    The gradient of a branch is that of the stream, in the branch's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, branch, branch_bias, weight, bias, eps, out_dtype):
+        y, z, mean, rstd = torch.ops.perceiver_fast.layer_norm_forward(
+            x, branch, branch_bias, weight, bias, eps, out_dtype
+        )
+        ctx.has = branch is not None, branch_bias is not None
+        ctx.save_for_backward(x if branch is None else y, mean, rstd, weight)
+        ctx.set_materialize_grads(False)
+        ctx.out_dtype = out_dtype
+        return (None, z) if branch is None else (y, z)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_y, d_z):
+        y, mean, rstd, weight = ctx.saved_tensors
+        branch, branch_bias = ctx.has
+        if d_z is None:
+            d_z = torch.zeros_like(y, dtype=ctx.out_dtype)
+        d_x, d_branch, d_weight, d_bias, d_branch_bias = torch.ops.perceiver_fast.layer_norm_backward(
+            d_y, d_z, y, mean, rstd, weight, branch_bias
+        )
+        if ctx.out_dtype == y.dtype:
+            d_branch = d_x
+        return d_x, d_branch if branch else None, d_branch_bias if branch_bias else None, d_weight, d_bias, None, None
+
+
+BACKENDS = pointwise_backends()
+
+
+def choose_layer_norm(call: PointwiseCall) -> Choice:
+    """The backend that runs ``call``."""
+    return backends.choose(OP, BACKENDS, call)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """LayerNorm over the last dimension.
+
+    Args:
+        x: ``[.., D]``, floating point.
+        weight, bias: ``[D]``, the dtype of x.
+        eps: added to the variance. Default: 1e-5, torch's.
+        out_dtype: dtype of the result. Default: that of x.
+
+    Returns:
+        ``[.., D]``. Differentiable once in x, weight and bias.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import layer_norm
+        >>> layer_norm(torch.randn(2, 5, 8), torch.ones(8), torch.zeros(8)).shape
+        torch.Size([2, 5, 8])
+    """
+    return add_layer_norm(x, None, None, weight, bias, eps, out_dtype)[1]
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``y = x + branch + branch_bias`` and ``z = LayerNorm(y)``, in one pass.
+
+    Under torch.compile it is plain PyTorch, which the compiler fuses with what is around it.
+
+    Args:
+        x: the stream ``[.., D]``, floating point.
+        branch: what joins it, ``[.., D]`` like x, the dtype of x or out_dtype; or None.
+        branch_bias: ``[D]``, the dtype of x, or None. Needs a branch.
+        weight, bias: LayerNorm's, ``[D]``, the dtype of x.
+        eps: added to the variance. Default: 1e-5, torch's.
+        out_dtype: dtype of z, and of the branch. Default: that of x.
+
+    Returns:
+        y in the dtype of x (x itself without a branch) and z in out_dtype, both ``[.., D]``. Differentiable once in
+        all tensors.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import add_layer_norm
+        >>> x, branch = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+        >>> y, z = add_layer_norm(x, branch, torch.zeros(8), torch.ones(8), torch.zeros(8))
+        >>> torch.equal(y, x + branch), z.shape
+        (True, torch.Size([2, 5, 8]))
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    _check(x, branch, branch_bias, weight, bias, out_dtype)
+    narrow = out_dtype if compute_dtype(x.dtype) == x.dtype else x.dtype
+    choice = backends.require(choose_layer_norm(PointwiseCall(narrow, x.device)))
+    if choice.backend == "reference" or torch.compiler.is_compiling():
+        return reference.add_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype)
+    y, z = AddLayerNormFunction.apply(x, branch, branch_bias, weight, bias, eps, out_dtype)
+    return x if branch is None else y, z
+
+
+def _check(x, branch, branch_bias, weight, bias, out_dtype) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"layer_norm: expected a floating-point x, got {x.dtype}; convert it with x.float()")
+    if not (out_dtype == x.dtype or (x.dtype == torch.float32 and out_dtype in (torch.bfloat16, torch.float16))):
+        raise TypeError(
+            f"layer_norm: expected out_dtype {x.dtype}, or half precision for a float32 x, got {out_dtype}; "
+            "convert z afterwards"
+        )
+    if branch is None and branch_bias is not None:
+        raise ValueError("layer_norm: expected branch_bias with a branch, got it alone; give the branch, or neither")
+    if branch is not None:
+        if branch.shape != x.shape or branch.device != x.device:
+            raise ValueError(
+                f"layer_norm: expected branch {tuple(x.shape)} on {x.device}, like x, got {tuple(branch.shape)} on "
+                f"{branch.device}; expand the smaller one"
+            )
+        if branch.dtype != out_dtype:
+            raise TypeError(
+                f"layer_norm: expected branch in {out_dtype}, out_dtype, got {branch.dtype}; convert it, or name "
+                "its dtype as out_dtype"
+            )
+    for name, vector in (("branch_bias", branch_bias), ("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.shape != x.shape[-1:] or vector.device != x.device:
+            raise ValueError(
+                f"layer_norm: expected {name} [{x.shape[-1]}] on {x.device}, got {tuple(vector.shape)} on "
+                f"{vector.device}; it belongs to the last dimension of x"
+            )
+        if vector.dtype != x.dtype:
+            raise TypeError(f"layer_norm: expected {name} in {x.dtype}, like x, got {vector.dtype}; convert it")

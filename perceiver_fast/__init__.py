@@ -7,9 +7,12 @@
 from perceiver_fast import backends, experimental, gated, mixed_latents, ops, reference
 from perceiver_fast.attention_map import attention_map
 from perceiver_fast.backends import BackendError, use_backend
+from perceiver_fast.cache import clear_caches
 from perceiver_fast.explain import explain
+from perceiver_fast.graph import graph
 from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
+from perceiver_fast.ops.linear_libraries import use_linear
 
 __version__ = "0.1.0"
 
@@ -23,11 +26,14 @@ __all__ = [
     "PerceiverLM",
     "attention_map",
     "backends",
+    "clear_caches",
     "experimental",
     "explain",
     "gated",
+    "graph",
     "mixed_latents",
     "ops",
     "reference",
     "use_backend",
+    "use_linear",
 ]

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.layers import Attention, CrossAttention
+from perceiver_fast.layers import Attention, CrossAttention, FeedForward
+from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu
+from perceiver_fast.ops.layer_norm import choose_layer_norm
+from perceiver_fast.ops.linear import choose_linear, product_dtype
 from perceiver_fast.tokens import TokenGroups
 
 
@@ -30,10 +33,14 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The paths of all attention layers of a model, in the order they run; ``str()`` of it is a table for people."""
+    """The paths of all attention layers of a model, in the order they run; ``str()`` of it is a table for people.
+
+    ``latents`` says what runs the rest, by the first feed-forward: its products, GEGLU and LayerNorm.
+    """
 
     tokens: str
     layers: tuple[LayerPath, ...]
+    latents: tuple[Choice, ...] = ()
 
     def __str__(self) -> str:
         lines = [self.tokens]
@@ -47,6 +54,9 @@ class Explanation:
                 lines.append(f"{'':<{width}}    with {use.op} on {use.backend}")
                 if use.backend == "reference":
                     lines += [f"{'':<{width}}      not {n}: {'; '.join(why)}" for n, why in use.rejected.items()]
+        for choice in self.latents:
+            lines.append(f"{choice.op} of the latents on {choice.backend}")
+            lines += [f"  not {name}: {'; '.join(why)}" for name, why in choice.rejected.items()]
         return "\n".join(lines)
 
 
@@ -95,7 +105,14 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
             label = f"{name} [{i}]" if grouped else name
             paths.append(LayerPath(label, plan.choice, plan.path, plan.work, plan.uses))
 
+    shapes: list[tuple[torch.Size, int]] = []  # of feed-forwards' inputs, and how wide they become
+    feed_forwards = [m for m in model.modules() if isinstance(m, FeedForward)]
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in set(layers.values())]
+    handles += [
+        m.register_forward_pre_hook(lambda m, inputs: shapes.append((inputs[0].shape, m.net[2].in_features)))
+        for m in feed_forwards
+        if hasattr(m.net[2], "in_features")
+    ]
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (data, args, kwargs))
@@ -103,7 +120,19 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
     finally:
         for handle in handles:
             handle.remove()
-    return Explanation(_describe(model, data), tuple(paths))
+    return Explanation(_describe(model, data), tuple(paths), _latents(model, shapes))
+
+
+def _latents(model: nn.Module, shapes: list[tuple[torch.Size, int]]) -> tuple[Choice, ...]:
+    if not shapes:
+        return ()
+    parameter = next(model.parameters())
+    (*rows, channels), wide = shapes[0]
+    x = parameter.new_empty(1).expand(*rows, channels)  # its shape, dtype and device are what matters
+    dtype = product_dtype(x)
+    linear = choose_linear(x.numel() // max(channels, 1), channels, 2 * wide, dtype, x.device)
+    call = PointwiseCall(dtype, x.device)
+    return linear, choose_geglu(call), choose_layer_norm(call)
 
 
 def _names(model: nn.Module, layers: dict[str, nn.Module]) -> dict[int, object]:

@@ -15,16 +15,23 @@ from perceiver_fast.ops.cross_attention import BACKENDS as CROSS_ATTENTION
 from perceiver_fast.ops.cross_attention import CrossAttentionCall
 from perceiver_fast.ops.fourier_projection import BACKENDS as FOURIER_PROJECTION
 from perceiver_fast.ops.fourier_projection import FourierProjectionCall
+from perceiver_fast.ops.geglu import BACKENDS as GEGLU
+from perceiver_fast.ops.geglu import PointwiseCall
 from perceiver_fast.ops.grid_attention import BACKENDS as GRID_ATTENTION
 from perceiver_fast.ops.grid_attention import GridAttentionCall
 from perceiver_fast.ops.grid_scale import BACKENDS as GRID_SCALE
+from perceiver_fast.ops.layer_norm import BACKENDS as LAYER_NORM
 from perceiver_fast.ops.library import triton_error
+from perceiver_fast.ops.linear_libraries import LIBRARIES, measure
+from perceiver_fast.ops.linear_libraries import reasons as library_reasons
 
 # The ops with their backends and an ordinary call on a device.
 OPS = {
     "grid_attention": (GRID_ATTENTION, lambda device: GridAttentionCall(torch.float32, device, (1,))),
     "cross_attention": (CROSS_ATTENTION, lambda device: CrossAttentionCall(torch.float32, device)),
     "grid_scale": (GRID_SCALE, lambda device: SimpleNamespace(device=device, dtype=torch.float32)),
+    "geglu": (GEGLU, lambda device: PointwiseCall(torch.float32, device)),
+    "layer_norm": (LAYER_NORM, lambda device: PointwiseCall(torch.float32, device)),
     "fourier_projection": (FOURIER_PROJECTION, lambda device: FourierProjectionCall(torch.float32, device)),
 }
 
@@ -33,6 +40,17 @@ def _reasons(op: str, device: str) -> dict[str, list[str]]:
     """Why each backend of an op cannot run on a device; empty where it can."""
     backends_of_op, call = OPS[op]
     return {backend.name: backend.reasons(call(torch.device(device))) for backend in backends_of_op}
+
+
+def _linear() -> dict:
+    """The CPU's libraries for matrix products: why one cannot be used, what was measured, and what was chosen."""
+    measured = measure()
+    return {
+        "unavailable": {name: why for name in LIBRARIES if (why := library_reasons(name))},
+        "gflops": {kind: {name: round(s, 1) for name, s in speeds.items()} for kind, speeds in measured.speeds.items()},
+        "chosen": measured.chosen,
+        "bfloat16_in_float32": measured.wide_bfloat16,
+    }
 
 
 def cpu_name() -> str:
@@ -68,6 +86,7 @@ def collect() -> dict:
         "extension": built,
         "cuda_kernels": cuda,
         "forced_backend": backends.forced_backend(),
+        "linear": _linear(),
         "backends": {op: {device: _reasons(op, device) for device in ("cpu", "cuda")} for op in OPS},
     }
 
@@ -142,6 +161,15 @@ def show(info: dict) -> None:
         for key, value in info[part].items():
             shown = ", ".join(value) if isinstance(value, list) else str(value)
             table.add_row(f"{part}: {key}".replace("_", " "), shown)
+    linear = info["linear"]
+    for kind, speeds in linear["gflops"].items():
+        shown = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
+        table.add_row(f"linear: {kind}", f"{linear['chosen'][kind]} (GFLOP/s measured: {shown})")
+    for name, why in linear["unavailable"].items():
+        table.add_row(f"linear: not {name}", "; ".join(why))
+    table.add_row(
+        "linear: bfloat16 operands", "in float32, faster here" if linear["bfloat16_in_float32"] else "as they are"
+    )
     for op, devices in info["backends"].items():
         for device, names in devices.items():
             for name, reasons in names.items():

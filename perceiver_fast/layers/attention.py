@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver_fast.layers.stream import Branch, is_plain
+from perceiver_fast.ops.linear import linear, product_dtype
 
-class Attention(nn.Module):
+
+class Attention(Branch):
     """Projections to_q, to_kv and to_out; called on its own, self-attention of ``[B, N, D]``.
 
     Args:
@@ -38,10 +42,25 @@ class Attention(nn.Module):
         """``[B, N, H d]`` to ``[B, H, N, d]``."""
         return x.unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.split_heads(self.to_q(x))
-        k, v = (self.split_heads(t) for t in self.to_kv(x).chunk(2, dim=-1))
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """``to_q`` or ``to_kv`` of ``x [.., D]``."""
+        layer = getattr(self, name)
+        return linear(x, layer.weight, layer.bias, self.cache, name) if is_plain(layer, nn.Linear) else layer(x)
+
+    def project_out(self, x: Tensor, bias_apart: bool) -> Tensor | tuple[Tensor, Tensor | None]:
+        """``to_out`` of ``x [.., H d]``; with bias_apart, what it is before the bias, and the bias."""
+        layer = self.to_out
+        if not is_plain(layer, nn.Linear):
+            return (layer(x), None) if bias_apart else layer(x)
+        out = linear(x, layer.weight, None if bias_apart else layer.bias, self.cache, "to_out")
+        return (out, layer.bias) if bias_apart else out
+
+    def forward(self, x: Tensor, bias_apart: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        x = x.to(product_dtype(x))
+        q = self.split_heads(self.project("to_q", x))
+        k, v = (self.split_heads(t) for t in self.project("to_kv", x).chunk(2, dim=-1))
         if x.shape[1] == 1:  # softmax over one latent is constant: its gradient is exactly zero, SDPA's only nearly
             q = q * 0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.active_dropout)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        with torch.autocast(x.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.active_dropout)
+        return self.project_out(out.transpose(1, 2).flatten(2), bias_apart)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.layers.cross_attention import CrossAttention
-from perceiver_fast.layers.feed_forward import FeedForward, PreNorm
+from perceiver_fast.layers.feed_forward import FeedForward
+from perceiver_fast.layers.stream import PreNorm, ResidualStream
 from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens
 
 
@@ -92,17 +93,16 @@ class PerceiverBlock(nn.Module):
             TypeError, ValueError: a context tensor, or x or mask beside one, of wrong dtype, rank, size or device;
                 the message says expected, got and what to do.
         """
+        if self.has_cross_attn and not isinstance(context, (Tokens, TokenGroups)):
+            context, mask = self._describe(x, context, mask)  # descriptions come from models, which check their input
+        stream = ResidualStream(x)
         if self.has_cross_attn:
-            if not isinstance(
-                context, (Tokens, TokenGroups)
-            ):  # descriptions come from models, which have checked their input
-                context, mask = self._describe(x, context, mask)
-            x = self.cross_attn(x, context, mask=mask, inverted=inverted_attention) + x
-            x = self.cross_ff(x) + x
+            self.cross_attn(stream, context, mask=mask, inverted=inverted_attention)
+            self.cross_ff(stream)
         for self_attn, self_ff in self.self_attns:
-            x = self_attn(x) + x
-            x = self_ff(x) + x
-        return x
+            self_attn(stream)
+            self_ff(stream)
+        return stream.value()
 
     def _describe(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> tuple[Tokens, Tensor | None]:
         who, like = type(self).__name__, self.cross_attn.norm.weight

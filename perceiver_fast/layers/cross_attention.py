@@ -14,15 +14,22 @@ does, and gets it as one more channel. A bias on values counts as often as the w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
+from perceiver_fast.layers.stream import ResidualStream, is_plain, normalize
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.grid_attention import grid_attention_joined
-from perceiver_fast.ops.library import autocast_dtype, half_dtype
+from perceiver_fast.ops.library import half_dtype
+from perceiver_fast.ops.linear import product_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens, absorb_norm, merge_groups
+
+T = TypeVar("T")
 
 
 class CrossAttention(nn.Module):
@@ -72,25 +79,42 @@ class CrossAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, tokens: Tokens | TokenGroups, mask: Tensor | None = None, inverted: bool = False
-    ) -> Tensor:
+        self,
+        x: Tensor | ResidualStream,
+        tokens: Tokens | TokenGroups,
+        mask: Tensor | None = None,
+        inverted: bool = False,
+    ) -> Tensor | ResidualStream:
         """Attend.
 
         Args:
-            x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them.
+            x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them; or a stream of them.
             tokens: what is attended to.
             mask: bool ``[B, M]``, True where a token may be attended to. Groups of tokens bring their own.
             inverted: softmax over the latents, then normalised over the tokens.
 
         Returns:
-            ``[B, N, D]``.
+            ``[B, N, D]``; or the stream, which the result has joined.
         """
-        x = self.norm(x)
+        stream = x if isinstance(x, ResidualStream) else None
+        z = normalize(self.norm, x) if stream is None else self._normalized(stream)
         if isinstance(tokens, TokenGroups):
-            out = self._attend_groups(x, tokens, inverted)
+            out = self._attend_groups(z, tokens, inverted)
         else:
-            out, _ = self._attend(x, tokens, mask, inverted)
-        return self.fn.to_out(out.flatten(2).to(autocast_dtype(x.device) or x.dtype))
+            out, _ = self._attend(z, tokens, mask, inverted)
+        out = out.flatten(2).to(product_dtype(z))
+        if stream is None:
+            return self.fn.project_out(out, bias_apart=False)
+        stream.add(*self.fn.project_out(out, bias_apart=True))
+        return stream
+
+    def _normalized(self, stream: ResidualStream) -> Tensor:
+        """The stream's LayerNorm; of learned latents it is kept in inference, and with it their queries."""
+        learned, norm = stream.learned, self.norm
+        if learned is None or not is_plain(norm, nn.LayerNorm):
+            return stream.normalized(norm)
+        sources, key = (learned, norm.weight, norm.bias), (norm.eps, product_dtype(learned))
+        return self.fn.cache.get("latents", sources, lambda: stream.normalized(norm), key)
 
     def _attend(
         self, x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool = False, lse: bool = False
@@ -116,19 +140,42 @@ class CrossAttention(nn.Module):
             q ``[B, H, N, L]`` (or with B = 1), the keys' bias in the logits ``[B, H, N]``, the values of the basis
             ``[H, L, d]`` and their bias ``[H, d]``.
         """
-        q = self.fn.to_q(x)
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = tokens.project(self.fn.to_kv, self.norm_context)
-            q, constant, values, beta = self._absorb(q, weight, bias)
+        codes = [axis.code for axis in tokens.codes]
+
+        def basis():
+            return self._split(*tokens.project(self.fn.to_kv, self.norm_context))
+
+        key = tokens.features, tokens.compute
+        keys, key_bias, values, beta = self._kept("basis", basis, codes, key)
+        q, constant = self._queries(x, keys, key_bias)
         return q, constant, values.transpose(1, 2), beta
 
-    def _absorb(self, q: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries times keys, the same for the keys' bias; values ``[H, d, L]`` and their bias."""
+    def _kept(self, name: str, build: Callable[[], T], sources: Sequence[Tensor] = (), key: object = None) -> T:
+        """``build()``, a product of the keys' and values' parameters and ``sources``; kept in inference."""
+        with torch.autocast(self.norm.weight.device.type, enabled=False):
+            parameters = self.fn.to_kv.weight, self.norm_context.weight, self.norm_context.bias
+            return self.fn.cache.get(name, (*parameters, *sources), build, key)
+
+    def _split(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys ``[H, d, L]`` times 1 / sqrt(d), and their bias ``[H, d]``; values and their bias, the same."""
         heads = (2, self.fn.heads, self.fn.dim_head)
-        q = q.to(weight.dtype).unflatten(-1, heads[1:]) * self.fn.dim_head**-0.5  # [B, N, H, d]
         (keys, values), (key_bias, value_bias) = weight.unflatten(0, heads), bias.unflatten(0, heads)
-        constant = torch.einsum("bnhd,hd->bhn", q, key_bias)
-        return torch.einsum("bnhd,hdl->bhnl", q, keys), constant, values, value_bias
+        scale = self.fn.dim_head**-0.5
+        return keys * scale, key_bias * scale, values, value_bias
+
+    def _queries(self, x: Tensor, keys: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
+        """``to_q(x)`` times keys ``[B, H, N, L]``, and times their bias ``[B, H, N]``."""
+        to_q, cache = self.fn.to_q, self.fn.cache
+
+        def queries():
+            q = self.fn.project("to_q", x)
+            with torch.autocast(x.device.type, enabled=False):
+                q = q.to(keys.dtype).unflatten(-1, (self.fn.heads, self.fn.dim_head))
+                return torch.einsum("bnhd,hdl->bhnl", q, keys), torch.einsum("bnhd,hd->bhn", q, key_bias)
+
+        if cache.holds("latents", x) and is_plain(to_q, nn.Linear):
+            return cache.get("queries", (x, to_q.weight, keys, key_bias), queries)
+        return queries()
 
     def _attend_grid(
         self, x: Tensor, tokens: GridTokens, mask: Tensor | None, inverted: bool, lse: bool
@@ -163,10 +210,15 @@ class CrossAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         heads, dropout = self.fn.heads, self.fn.active_dropout
         half = half_dtype(x.device, tokens.context.dtype)
-        q = self.fn.to_q(x)
+        dtype = tokens.compute
+
+        def absorbed():
+            return self._split(*absorb_norm(self.fn.to_kv, self.norm_context, dtype))
+
+        keys, key_bias, values, beta = self._kept("absorbed", absorbed, key=dtype)
+        q, constant = self._queries(x, keys, key_bias)
         with torch.autocast(x.device.type, enabled=False):
-            z = tokens.normalized(self.norm_context.eps).to(tokens.compute)
-            q, constant, values, beta = self._absorb(q, *absorb_norm(self.fn.to_kv, self.norm_context, z.dtype))
+            z = tokens.normalized(self.norm_context.eps).to(dtype)
             counts = inverted or dropout > 0
             if counts:  # a channel of ones carries the keys' bias, and counts what weights sum to
                 z = torch.cat([z, z.new_ones(1).expand(*z.shape[:-1], 1)], -1)
@@ -199,10 +251,11 @@ class CrossAttention(nn.Module):
         kv = tokens.keys_values(fn.to_kv, self.norm_context)
         x = x.expand(kv.shape[0], -1, -1)
         if self.queries_contribute_kv:
-            kv = torch.cat([fn.to_kv(x), kv], 1)
+            kv = torch.cat([fn.project("to_kv", x).to(kv.dtype), kv], 1)
             if mask is not None:
                 mask = torch.cat([mask.new_ones(mask.shape[0], x.shape[1]), mask], -1)
         k, v = (fn.split_heads(t) for t in kv.chunk(2, dim=-1))
-        out = cross_attention(fn.split_heads(fn.to_q(x)), k, v, mask, fn.active_dropout, inverted, return_lse=lse)
+        q = fn.split_heads(fn.project("to_q", x)).to(kv.dtype)
+        out = cross_attention(q, k, v, mask, fn.active_dropout, inverted, return_lse=lse)
         out, sums = out if lse else (out, None)
         return out.transpose(1, 2), sums.transpose(1, 2) if lse else None

@@ -1,9 +1,13 @@
-"""Pre-normalised GEGLU feed-forward."""
+"""GEGLU feed-forward."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from perceiver_fast.layers.stream import Branch, is_plain
+from perceiver_fast.ops.feed_forward import feed_forward
+from perceiver_fast.ops.linear import product_dtype
 
 
 class GEGLU(nn.Module):
@@ -14,7 +18,7 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Branch):
     """``dim -> GEGLU(2 * mult * dim) -> dim``, then dropout."""
 
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
@@ -23,28 +27,13 @@ class FeedForward(nn.Module):
             nn.Linear(dim, dim * mult * 2), GEGLU(), nn.Linear(dim * mult, dim), nn.Dropout(dropout)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class PreNorm(nn.Module):
-    """``fn(LayerNorm(x), ..)``."""
-
-    def __init__(self, dim: int, fn: nn.Module):
-        super().__init__()
-        self.fn = fn
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, **keywords) -> Tensor:
-        return self.fn(self.norm(x), **keywords)
-
-
-class Residual(nn.Module):
-    """``x + fn(x)``."""
-
-    def __init__(self, fn: nn.Module):
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fn(x)
+    def forward(self, x: Tensor, bias_apart: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+        wide, _, narrow, dropout = self.net
+        if is_plain(wide, nn.Linear) and is_plain(narrow, nn.Linear):
+            x = x.to(product_dtype(x))
+            out, bias = feed_forward(x, wide.weight, wide.bias, narrow.weight, self.cache), narrow.bias
+            if not bias_apart or (dropout.training and dropout.p > 0):
+                out, bias = dropout(out + bias.to(out.dtype)), None
+        else:
+            out, bias = self.net(x), None
+        return (out, bias) if bias_apart else out

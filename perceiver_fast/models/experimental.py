@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers import Attention, CrossAttention, FeedForward, LinearAttention, PreNorm
+from perceiver_fast.layers import Attention, CrossAttention, FeedForward, LinearAttention, PreNorm, ResidualStream
 from perceiver_fast.models.grid import PooledPerceiver, pooled_head
 from perceiver_fast.models.stack import build_layers
 from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
@@ -42,7 +42,7 @@ class Perceiver(PooledPerceiver):
     Args:
         num_freq_bands, depth, max_freq, input_channels, input_axis, num_latents, latent_dim, cross_heads, latent_heads,
             cross_dim_head, latent_dim_head, num_classes, attn_dropout, ff_dropout, weight_tie_layers,
-            fourier_encode_data: as those of :class:`perceiver_fast.Perceiver`.
+            fourier_encode_data, checkpoint: as those of :class:`perceiver_fast.Perceiver`.
 
     Source:
         perceiver-pytorch 0.11.0.
@@ -74,6 +74,7 @@ class Perceiver(PooledPerceiver):
         ff_dropout: float = 0.0,
         weight_tie_layers: bool = False,
         fourier_encode_data: bool = True,
+        checkpoint: bool = False,
     ):
         super().__init__(
             num_freq_bands=num_freq_bands,
@@ -86,6 +87,8 @@ class Perceiver(PooledPerceiver):
         )
         width = self.input_dim
         self.data_proj = nn.Linear(width, width)
+
+        self.checkpoint = checkpoint
 
         def layer() -> nn.ModuleList:
             return nn.ModuleList(
@@ -117,14 +120,15 @@ class Perceiver(PooledPerceiver):
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff = self.layers[index]
-        x = cross_attn(x, tokens, mask=mask) + x
-        x = cross_ff(x) + x
+        stream = ResidualStream(x)
+        cross_attn(stream, tokens, mask=mask)
+        cross_ff(stream)
         if index < len(self.layers) - 1:  # nothing would read the tokens that the last layer rewrote
-            data = tokens.context
-            data = input_attn(data, mask=mask) + data
-            data = rev_cross_attn(data, DenseTokens(x)) + data
-            data = rev_cross_ff(data) + data
-            tokens = DenseTokens(data)
-        x = latent_attn(x) + x
-        x = latent_ff(x) + x
-        return x, tokens
+            data = ResidualStream(tokens.context)
+            input_attn(data, mask=mask)
+            rev_cross_attn(data, DenseTokens(stream.value()))
+            rev_cross_ff(data)
+            tokens = DenseTokens(data.value())
+        latent_attn(stream)
+        latent_ff(stream)
+        return stream.value(), tokens

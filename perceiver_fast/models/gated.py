@@ -18,8 +18,8 @@ class Perceiver(PooledPerceiver):
 
     Args:
         num_freq_bands, depth, max_freq, input_channels, input_axis, num_latents, latent_dim, cross_heads, latent_heads,
-            cross_dim_head, latent_dim_head, num_classes, attn_dropout, ff_dropout, weight_tie_layers: as those of
-            :class:`perceiver_fast.Perceiver`.
+            cross_dim_head, latent_dim_head, num_classes, attn_dropout, ff_dropout, weight_tie_layers,
+            checkpoint: as those of :class:`perceiver_fast.Perceiver`.
 
     Source:
         perceiver-pytorch 0.11.0.
@@ -50,6 +50,7 @@ class Perceiver(PooledPerceiver):
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         weight_tie_layers: bool = False,
+        checkpoint: bool = False,
     ):
         super().__init__(
             num_freq_bands=num_freq_bands,
@@ -59,6 +60,8 @@ class Perceiver(PooledPerceiver):
             num_latents=num_latents,
             latent_dim=latent_dim,
         )
+
+        self.checkpoint = checkpoint
 
         def layer() -> nn.ModuleList:
             cross_attn = CrossAttention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)

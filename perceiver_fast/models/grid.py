@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers import AxisCodes, axis_codes
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.models.inputs import check_coords
+from perceiver_fast.models.stack import run_checkpointed
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
 
@@ -133,6 +134,7 @@ class PooledPerceiver(GridPerceiver):
 
     layers: nn.ModuleList
     to_logits: nn.Sequential
+    checkpoint: bool
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         """Latents and tokens through layer ``index``."""
@@ -161,7 +163,7 @@ class PooledPerceiver(GridPerceiver):
         tokens = self.describe(data, coords)
         x = self.latents.unsqueeze(0)  # [1, N, D]: the first layer's queries are the same for the whole batch
         for index in range(len(self.layers)):
-            x, tokens = self.run_layer(index, x, tokens, mask)
+            x, tokens = run_checkpointed(self.run_layer, self.checkpoint, index, x, tokens, mask)
         return self.to_logits(x.mean(dim=-2).expand(data.shape[0], -1))  # without a layer x is still shared
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from perceiver_fast.layers import CrossAttention, FeedForward, PreNorm, mixer
+from perceiver_fast.layers import CrossAttention, FeedForward, PreNorm, ResidualStream, mixer
 from perceiver_fast.models.grid import PooledPerceiver, pooled_head
 from perceiver_fast.models.stack import build_layers
 from perceiver_fast.tokens import Tokens
@@ -19,7 +19,7 @@ class Perceiver(PooledPerceiver):
 
     Args:
         num_freq_bands, depth, max_freq, input_channels, input_axis, num_latents, latent_dim, cross_heads,
-            cross_dim_head, num_classes, attn_dropout, ff_dropout, weight_tie_layers: as those of
+            cross_dim_head, num_classes, attn_dropout, ff_dropout, weight_tie_layers, checkpoint: as those of
             :class:`perceiver_fast.Perceiver`.
         latent_heads, latent_dim_head, **kwargs: accepted and ignored, as by perceiver-pytorch.
 
@@ -52,6 +52,7 @@ class Perceiver(PooledPerceiver):
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         weight_tie_layers: bool = False,
+        checkpoint: bool = False,
         **kwargs,
     ):
         super().__init__(
@@ -62,6 +63,8 @@ class Perceiver(PooledPerceiver):
             num_latents=num_latents,
             latent_dim=latent_dim,
         )
+
+        self.checkpoint = checkpoint
 
         def layer() -> nn.ModuleList:
             cross_attn = CrossAttention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
@@ -75,8 +78,9 @@ class Perceiver(PooledPerceiver):
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]
-        x = cross_attn(x, tokens, mask=mask) + x
-        x = cross_ff(x) + x
-        x = latent_attn(x) + x
-        x = latent_ff(x) + x
-        return x, tokens
+        stream = ResidualStream(x)
+        cross_attn(stream, tokens, mask=mask)
+        cross_ff(stream)
+        latent_attn(stream)
+        latent_ff(stream)
+        return stream.value(), tokens

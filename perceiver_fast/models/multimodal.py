@@ -36,6 +36,7 @@ class MultimodalPerceiver(nn.Module):
         weight_tie_layers: share the weights of all blocks but the first. Default: False.
         self_per_cross_attn: self-attentions a block. Default: 1.
         final_classifier_head: pool the latents and classify; else return them. Default: True.
+        checkpoint: as that of :class:`perceiver_fast.Perceiver`. Default: False.
 
     Raises:
         TypeError, ValueError: no modality, two of one name, or a modality_channels that makes no embedding.
@@ -73,9 +74,11 @@ class MultimodalPerceiver(nn.Module):
         weight_tie_layers: bool = False,
         self_per_cross_attn: int = 1,
         final_classifier_head: bool = True,
+        checkpoint: bool = False,
     ):
         super().__init__()
         self.modalities = tuple(modalities)
+        self.checkpoint = checkpoint
         check_modalities(type(self).__name__, self.modalities, modality_channels)
         self.input_dim = max(modality.own_channels for modality in self.modalities) + modality_channels
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
@@ -157,5 +160,6 @@ class MultimodalPerceiver(nn.Module):
         tokens = self.describe(data, masks)
         batch = tokens.groups[0].feat.shape[0]
         x = self.latents.unsqueeze(0)  # [1, N, D]: the first block's queries are the same for the whole batch
-        x = run_blocks(x, self.layers, repeat(None), None, repeat(dict(context=tokens))).expand(batch, -1, -1)
+        arguments = repeat({"context": tokens})
+        x = run_blocks(x, self.layers, repeat(None), None, arguments, self.checkpoint).expand(batch, -1, -1)
         return x if return_embeddings else self.to_logits(x)

@@ -43,6 +43,8 @@ class Perceiver(GridPerceiver):
             Default: False.
         attn_residual: combine the outputs of all earlier blocks by learned attention. Default: False.
         attn_residual_rank: rank of its logits. Default: 64.
+        checkpoint: in training, compute what is inside a block again in the backward rather than keep it: less memory
+            for about a third more time. It can be set later, too: ``model.checkpoint = True``. Default: False.
 
     Raises:
         ValueError: inverted_cross_attn is a sequence whose length is not depth.
@@ -84,6 +86,7 @@ class Perceiver(GridPerceiver):
         inverted_cross_attn: bool | Sequence[bool] = False,
         attn_residual: bool = False,
         attn_residual_rank: int = 64,
+        checkpoint: bool = False,
     ):
         super().__init__(
             num_freq_bands=num_freq_bands,
@@ -95,6 +98,7 @@ class Perceiver(GridPerceiver):
             fourier_encode_data=fourier_encode_data,
         )
         self.has_attn_residual = attn_residual
+        self.checkpoint = checkpoint
         if isinstance(inverted_cross_attn, bool):
             inverted_cross_attn = (inverted_cross_attn,) * depth
         self.inverted_cross_attn = tuple(inverted_cross_attn)
@@ -166,6 +170,6 @@ class Perceiver(GridPerceiver):
         arguments = (
             dict(context=tokens, mask=mask, inverted_attention=inverted) for inverted in self.inverted_cross_attn
         )
-        x = run_blocks(x, self.layers, self.attn_residuals, hiddens, arguments).expand(batch, -1, -1)
+        x = run_blocks(x, self.layers, self.attn_residuals, hiddens, arguments, self.checkpoint).expand(batch, -1, -1)
         out = x if return_embeddings else self.to_logits(x)
         return (out, hiddens) if return_hiddens else out

@@ -8,12 +8,19 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers import CrossAttention, EnformerAttentionResidual, FeedForward, PerceiverBlock, PreNorm
+from perceiver_fast.layers import (
+    CrossAttention,
+    EnformerAttentionResidual,
+    FeedForward,
+    PerceiverBlock,
+    PreNorm,
+    ResidualStream,
+)
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
 from perceiver_fast.models.inputs import check_ids, check_queries
-from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks
+from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks, run_checkpointed
 from perceiver_fast.tokens import DenseTokens, Tokens
 
 DECODER_ROWS = 8192  # queries decoded at once in inference; enough for full speed, few enough to stay in caches
@@ -41,6 +48,8 @@ class PerceiverIO(nn.Module):
         attn_residual: combine the outputs of all earlier blocks by learned attention. Default: False.
         attn_residual_rank: rank of its logits. Default: 64.
         inverted_cross_attn: softmax over the latents, then normalised over the tokens. Default: False.
+        checkpoint: in training, compute what is inside a block again in the backward rather than keep it: less memory
+            for about a third more time. It can be set later, too: ``model.checkpoint = True``. Default: False.
 
     Source:
         Jaegle et al., "Perceiver IO: A general architecture for structured inputs & outputs", ICLR 2022;
@@ -73,6 +82,7 @@ class PerceiverIO(nn.Module):
         attn_residual: bool = False,
         attn_residual_rank: int = 64,
         inverted_cross_attn: bool = False,
+        checkpoint: bool = False,
     ):
         super().__init__()
         self.input_axis = 1
@@ -81,6 +91,7 @@ class PerceiverIO(nn.Module):
         self.seq_dropout_prob = seq_dropout_prob
         self.has_attn_residual = attn_residual
         self.inverted_cross_attn = inverted_cross_attn
+        self.checkpoint = checkpoint
         heads = dict(
             cross_heads=cross_heads,
             latent_heads=latent_heads,
@@ -155,9 +166,10 @@ class PerceiverIO(nn.Module):
         if self.training and self.seq_dropout_prob > 0.0:
             data, mask = drop_tokens(data, mask, self.seq_dropout_prob)
         x = self.latents.unsqueeze(0)  # [1, N, D]: the queries of the cross-attention are the same for the whole batch
-        x = self.cross_attend_block(x, self.describe(data), mask=mask, inverted_attention=self.inverted_cross_attn)
+        keywords = {"mask": mask, "inverted_attention": self.inverted_cross_attn}
+        x = run_checkpointed(self.cross_attend_block, self.checkpoint, x, self.describe(data), **keywords)
         hiddens = first_hiddens(x, block_outputs, return_hiddens or self.has_attn_residual)
-        x = run_blocks(x, self.layers, self.attn_residuals, hiddens, repeat({}))
+        x = run_blocks(x, self.layers, self.attn_residuals, hiddens, repeat({}), self.checkpoint)
         out = x if queries is None else self._decode(queries, DenseTokens(x))
         return (out, hiddens) if return_hiddens else out
 
@@ -176,7 +188,7 @@ class PerceiverIO(nn.Module):
     def _decode_part(self, queries: Tensor, latents: Tokens) -> Tensor:
         x = self.decoder_cross_attn(queries, latents)
         if self.decoder_ff is not None:
-            x = x + self.decoder_ff(x)
+            x = self.decoder_ff(ResidualStream(x)).value()
         return self.to_logits(x)
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 T = TypeVar("T")
 
@@ -32,12 +33,23 @@ def first_hiddens(x: Tensor, block_outputs: Sequence[Tensor] | Tensor | None, ke
     return [block_outputs] if torch.is_tensor(block_outputs) else list(block_outputs)
 
 
+def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args, **keywords) -> T:
+    """``layer(*args, **keywords)``; with ``checkpoint`` its activations are computed again in the backward, not kept.
+
+    Random numbers are drawn the same the second time, as in torch.utils.checkpoint without reentry, which it is.
+    """
+    if checkpoint and torch.is_grad_enabled():
+        return torch_checkpoint(layer, *args, use_reentrant=False, **keywords)
+    return layer(*args, **keywords)
+
+
 def run_blocks(
     x: Tensor,
     blocks: Iterable[nn.Module],
     attn_residuals: Iterable[nn.Module | None],
     hiddens: list[Tensor] | None,
     arguments: Iterable[dict],
+    checkpoint: bool = False,
 ) -> Tensor:
     """``x`` through all blocks, each followed by its attention residual if it has one.
 
@@ -46,12 +58,13 @@ def run_blocks(
         blocks: called with the latents and ``arguments``, one dict a block.
         attn_residuals: one a block; called with ``hiddens``.
         hiddens: the blocks' outputs are appended to it; None if nobody asks for them.
+        checkpoint: compute what is inside a block again in the backward, rather than keep it. Default: False.
 
     Returns:
         ``[B, N, D]``.
     """
     for block, attn_residual, keywords in zip(blocks, attn_residuals, arguments):
-        x = block(x, **keywords)
+        x = run_checkpointed(block, checkpoint, x, **keywords)
         if hiddens is not None:
             hiddens.append(x)
         if attn_residual is not None:

@@ -1,18 +1,22 @@
 """The ops: functions of tensors with autograd, fake kernels for torch.compile, and a choice of backends."""
 
 from perceiver_fast.ops.cross_attention import cross_attention
+from perceiver_fast.ops.feed_forward import feed_forward
 from perceiver_fast.ops.fourier_projection import fourier_projection
 from perceiver_fast.ops.geglu import geglu
 from perceiver_fast.ops.grid_attention import grid_attention
 from perceiver_fast.ops.grid_scale import grid_scale
 from perceiver_fast.ops.layer_norm import add_layer_norm, layer_norm
+from perceiver_fast.ops.linear import linear
 
 __all__ = [
     "add_layer_norm",
     "cross_attention",
+    "feed_forward",
     "fourier_projection",
     "geglu",
     "grid_attention",
     "grid_scale",
     "layer_norm",
+    "linear",
 ]

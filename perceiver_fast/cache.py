@@ -1,0 +1,143 @@
+"""What is computed from parameters alone, kept in inference until one of them changes.
+
+A value is kept with a stamp of every parameter it came from: the tensor itself, its memory, its version (every in-place
+operation, optimizer step and load_state_dict raises it) and a hash of samples of its content. The hash is for writes
+that torch does not count, through ``.data`` or a numpy view: it reads parameters up to 8 KiB whole and 1,024 words of large
+ones, so such a write to a few elements of a large parameter is the one change it can miss; ``clear_caches(model)`` is
+for whoever does that. Storing nothing in training, for tensors that carry transforms, or off the CPU (where CUDA graphs
+take the launches away and reading a hash would wait for the device), a cache never changes a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast import extension
+
+T = TypeVar("T")
+PLAIN = (Tensor, nn.Parameter)
+
+
+class _Stamp:
+    """What tells whether a parameter is still what it was."""
+
+    def __init__(self, source: Tensor):
+        self.source = source
+        self.memory = source.detach()  # holds the memory, so that no other parameter can come to lie there
+        self.version = source._version
+        self.content = _content(source)
+
+    def holds(self, source: Tensor) -> bool:
+        memory = self.memory
+        return (
+            self.source is source
+            and memory.data_ptr() == source.data_ptr()
+            and memory.dtype == source.dtype
+            and memory.shape == source.shape
+            and memory.stride() == source.stride()
+            and self.version == source._version
+            and self.content == _content(source)
+        )
+
+
+def _content(source: Tensor) -> int:
+    return extension.module.content_hash(source.data_ptr(), source.numel() * source.element_size())
+
+
+class ParameterCache:
+    """Values by name, each with the stamps of the parameters it was computed from.
+
+    It belongs to a module as a plain attribute: copies and pickles of the module get an empty one.
+    """
+
+    def __init__(self):
+        self._entries: dict[str, tuple] = {}
+
+    def get(self, name: str, sources: Sequence[Tensor], build: Callable[[], T], key: object = None) -> T:
+        """``build()``, or what it returned when ``sources`` and ``key`` were last the same.
+
+        Args:
+            name: which of the cache's values.
+            sources: all tensors that the value depends on.
+            build: computes the value.
+            key: all else that the value depends on; compared with ``==``.
+        """
+        if torch.compiler.is_compiling():
+            return build()
+        if torch.is_grad_enabled():
+            self.clear()  # training: the parameters are about to change
+        if not cacheable(sources):
+            return build()
+        entry = self._entries.get(name)
+        if entry is not None and entry[1] == key and len(entry[0]) == len(sources):
+            if all(stamp.holds(source) for stamp, source in zip(entry[0], sources)):
+                return entry[2]
+        stamps = [_Stamp(source) for source in sources]  # before the value: a change meanwhile shows
+        with torch.inference_mode(False), torch.no_grad():  # usable in any mode whichever it was first asked for in
+            value = build()
+        self._entries[name] = stamps, key, value
+        return value
+
+    def holds(self, name: str, value: object) -> bool:
+        """Whether ``value`` is the very one that is kept under ``name``: then what is computed from it can be, too."""
+        entry = self._entries.get(name)
+        return entry is not None and entry[2] is value
+
+    def clear(self) -> None:
+        """Forget all values."""
+        if self._entries:
+            self._entries = {}
+
+    def __deepcopy__(self, memo) -> ParameterCache:
+        return ParameterCache()
+
+    def __reduce__(self):
+        return ParameterCache, ()
+
+
+def cacheable(sources: Sequence[Tensor]) -> bool:
+    """Whether a value computed from ``sources`` may be kept: inference on plain CPU tensors, outside of any tracing."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or extension.error is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return all(type(t) in PLAIN and t.device.type == "cpu" and t.is_contiguous() and _counted(t) for t in sources)
+
+
+def _counted(tensor: Tensor) -> bool:
+    return not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+class Cached(nn.Module):
+    """A module with a :class:`ParameterCache`, emptied when the module's parameters move or change their dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = ParameterCache()
+
+    def _apply(self, fn, recurse=True):
+        self.cache.clear()
+        return super()._apply(fn, recurse)
+
+
+def clear_caches(model: nn.Module) -> None:
+    """Forget everything that ``model``'s layers keep between inference calls: packed weights, products of parameters.
+
+    Only needed after a write to a few elements of a large parameter behind torch's back (``p.data[0, 0] = 1``, or
+    through a numpy view); all other changes are noticed. It also frees the memory.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> import perceiver_fast as pf
+        >>> model = pf.Perceiver(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)
+        >>> pf.clear_caches(model)
+    """
+    for module in model.modules():
+        if isinstance(module, Cached):
+            module.cache.clear()

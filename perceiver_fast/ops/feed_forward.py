@@ -1,0 +1,93 @@
+"""A transformer's GEGLU feed-forward: two products and what lies between them.
+
+    h = z W1^T        u = geglu(h + b1)        out = u W2^T
+
+The bias of the second product is left to whoever adds the result to the stream (ops/layer_norm.py). For the backward
+z and h are kept and u is computed again, in the pass that computes h's gradient: 9 numbers a channel of z where plain
+PyTorch keeps 25.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from perceiver_fast.backends import Choice
+from perceiver_fast.cache import ParameterCache
+from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu, geglu
+from perceiver_fast.ops.linear import forward_product, grad_input_product, grad_weight_product, linear
+
+OP = "feed_forward"
+
+
+class FeedForwardFunction(torch.autograd.Function):
+    """Forward and backward of the whole; saves z, h and the parameters."""
+
+    @staticmethod
+    def forward(ctx, z, weight1, bias1, weight2):
+        h = forward_product(z, weight1)
+        ctx.save_for_backward(z, h, weight1, bias1, weight2)
+        return forward_product(torch.ops.perceiver_fast.geglu_forward(h, bias1), weight2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        z, h, weight1, bias1, weight2 = ctx.saved_tensors
+        needs_z, needs_weight1, needs_bias1, needs_weight2 = ctx.needs_input_grad
+        d_out = d_out.contiguous()
+        d_u = grad_input_product(d_out, weight2)
+        u, d_h, d_bias1 = torch.ops.perceiver_fast.geglu_backward(d_u, h, bias1)
+        del d_u, h
+        d_weight2 = grad_weight_product(d_out, u) if needs_weight2 else None
+        del u
+        d_weight1 = grad_weight_product(d_h, z) if needs_weight1 else None
+        d_z = grad_input_product(d_h, weight1) if needs_z else None
+        return d_z, d_weight1, d_bias1 if needs_bias1 else None, d_weight2
+
+
+def choose_feed_forward(dtype: torch.dtype, device: torch.device) -> Choice:
+    """The backend that runs what lies between the products."""
+    return choose_geglu(PointwiseCall(dtype, device))
+
+
+def feed_forward(
+    z: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, cache: ParameterCache | None = None
+) -> Tensor:
+    """``geglu(z weight1^T + bias1) weight2^T``.
+
+    Args:
+        z: ``[.., D]``, floating point.
+        weight1: ``[2 F, D]``, values then gates.
+        bias1: ``[2 F]``.
+        weight2: ``[D', F]``.
+        cache: where packed weights are kept in inference. Default: they are not.
+
+    Returns:
+        ``[.., D']``, the dtype of z. Differentiable, once where a kernel runs it.
+
+    Raises:
+        ValueError: sizes do not fit.
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import feed_forward
+        >>> feed_forward(torch.randn(2, 5, 8), torch.randn(64, 8), torch.zeros(64), torch.randn(8, 32)).shape
+        torch.Size([2, 5, 8])
+    """
+    if z.shape[-1:] != weight1.shape[1:] or bias1.shape != weight1.shape[:1] or 2 * weight2.shape[1] != len(weight1):
+        raise ValueError(
+            f"feed_forward: expected weight1 [2 F, {z.shape[-1]}], bias1 [2 F] and weight2 [D', F], got "
+            f"{tuple(weight1.shape)}, {tuple(bias1.shape)} and {tuple(weight2.shape)}; values and gates are half of 2 F each"
+        )
+    bias1 = bias1 if bias1.dtype in (z.dtype, torch.float32) else bias1.to(z.dtype)
+    on_kernel = choose_feed_forward(z.dtype, z.device).backend not in (None, "reference")
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (z, weight1, bias1, weight2))
+    if on_kernel and learns and not torch.compiler.is_compiling():
+        with torch.autocast(z.device.type, enabled=False):
+            flat = z.reshape(-1, z.shape[-1])
+            out = FeedForwardFunction.apply(flat, weight1.to(z.dtype), bias1, weight2.to(z.dtype))
+            return out.view(*z.shape[:-1], weight2.shape[0])
+    h = linear(z, weight1, cache=cache, name="weight1")
+    u = geglu(h, bias1)
+    return linear(u, weight2, cache=cache, name="weight2")

@@ -1,0 +1,171 @@
+"""Linear layers of the latents: the same product as torch's, on the library that is fastest here.
+
+On the CPU large products go where linear_libraries.py measured the most speed, in inference with weights packed in
+advance and kept until the parameter changes. On a GPU, in small products and under torch.compile it is torch's own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perceiver_fast.backends import Choice, forced_backend
+from perceiver_fast.cache import ParameterCache, cacheable
+from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, measure, wide_bfloat16
+
+OP = "linear"
+LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every library is as good
+
+
+def is_large(rows: int, channels: int, out_channels: int, device: torch.device) -> bool:
+    """Whether it matters which library runs a product; only then is one chosen."""
+    if device.type != "cpu" or forced_backend() == "reference" or torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack():  # something looks on, explain for one: to it all products are torch's
+        return False
+    return rows * channels * out_channels >= LARGE
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products of the stream ``x [.., D]`` are computed in: autocast's, or that of x.
+
+    Where float32 is the faster one, autocast to bfloat16 is not taken up.
+    """
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
+        return x.dtype
+    rows, channels = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+    if dtype == torch.bfloat16 and x.dtype == torch.float32 and is_large(rows, channels, channels, x.device):
+        return torch.float32 if wide_bfloat16() else dtype
+    return dtype
+
+
+def choose_linear(rows: int, channels: int, out_channels: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """The library that runs a forward product in inference, and what the others were measured at."""
+    if not is_large(rows, channels, out_channels, device):
+        return Choice(OP, "torch")
+    wide = dtype == torch.bfloat16 and wide_bfloat16()
+    kind = "packed" if torch.float32 == dtype or wide else "packed bfloat16"
+    chosen = library_of("packed", torch.float32 if wide else dtype)
+    if dtype not in (torch.float32, torch.bfloat16):
+        return Choice(OP, chosen)
+    speeds = measure().speeds[kind]
+    why = {name: [f"{speed:.0f} GFLOP/s"] for name, speed in speeds.items() if name != chosen}
+    return Choice(OP, f"{chosen} ({speeds[chosen]:.0f} GFLOP/s)" if chosen in speeds else chosen, why)
+
+
+def _product(kind: str, a: Tensor, b: Tensor) -> Tensor:
+    """One kind of product of two matrices of one dtype; see :class:`Library`."""
+    inner = a.shape[0] if kind == "grad_weight" else a.shape[1]
+    others = a.numel() // max(inner, 1) * (b.numel() // max(inner, 1))
+    dtype, library = a.dtype, "torch"
+    if is_large(1, inner, others, a.device):
+        if dtype == torch.bfloat16 and wide_bfloat16():
+            a, b = a.float(), b.float()
+        library = library_of(kind, a.dtype)
+    return getattr(LIBRARIES[library], kind)(a, b).to(dtype)
+
+
+def forward_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x [n, k] @ weight [m, k]^T``."""
+    return _product("forward", x, weight)
+
+
+def grad_input_product(d_out: Tensor, weight: Tensor) -> Tensor:
+    """``d_out [n, m] @ weight [m, k]``."""
+    return _product("grad_input", d_out, weight)
+
+
+def grad_weight_product(d_out: Tensor, x: Tensor) -> Tensor:
+    """``d_out [n, m]^T @ x [n, k]``."""
+    return _product("grad_weight", d_out, x)
+
+
+class LinearFunction(torch.autograd.Function):
+    """Connects the three products; saves x and weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return forward_product(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        x, weight = ctx.saved_tensors
+        d_out = d_out.contiguous()
+        d_x = grad_input_product(d_out, weight) if ctx.needs_input_grad[0] else None
+        return d_x, grad_weight_product(d_out, x) if ctx.needs_input_grad[1] else None
+
+
+def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) -> Tensor | None:
+    """``x [n, k] @ weight^T`` by weights that ``cache`` keeps packed, or None where that has no use yet.
+
+    Packing costs a few parts in a hundred of the product, and some libraries pack for one number of rows: it is done
+    when a number of rows comes the second time in turn, with the same weight.
+    """
+    wide = x.dtype == torch.bfloat16 and wide_bfloat16()
+    dtype = torch.float32 if wide else x.dtype
+    library = LIBRARIES[library_of("packed", dtype)]
+    if not wide and dtype == weight.dtype and library.pack is None:
+        return None
+    rows = x.shape[0]
+    key = rows, dtype, library_of("packed", dtype), torch.get_num_threads()
+    seen = cache.get(f"{name} seen", (weight,), lambda: [], key)
+    if not seen:
+        seen.append(True)
+        return None
+
+    def pack():
+        operand = weight.detach().to(x.dtype).to(dtype)
+        return library.pack(operand, rows) if library.pack else lambda x: LIBRARIES["torch"].forward(x, operand)
+
+    return cache.get(name, (weight,), pack, key)(x.to(dtype)).to(x.dtype)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, cache: ParameterCache | None = None, name: str = "weight"
+) -> Tensor:
+    """``x @ weight^T + bias``, as :func:`torch.nn.functional.linear` but for where it is computed.
+
+    Args:
+        x: ``[.., k]``, floating point.
+        weight: ``[m, k]``; it is computed with in the dtype of x.
+        bias: ``[m]`` or None.
+        cache: where packed weights are kept in inference, under ``name``. Default: they are not.
+
+    Returns:
+        ``[.., m]``, the dtype of x. Differentiable; on another library than torch's once.
+
+    Raises:
+        ValueError: sizes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import linear
+        >>> linear(torch.randn(2, 5, 8), torch.randn(3, 8)).shape
+        torch.Size([2, 5, 3])
+    """
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"linear: expected x [.., {weight.shape[-1]}] for weight {tuple(weight.shape)}, got {tuple(x.shape)}; "
+            "the last dimension of x is multiplied with the last of weight"
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        rows = x.numel() // max(x.shape[-1], 1)
+        if not is_large(rows, *weight.shape, x.device):
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        flat, out = x.reshape(rows, x.shape[-1]), None
+        if cache is not None and cacheable((weight,)):
+            out = packed_product(cache, name, flat, weight)
+        if out is None:
+            cast = weight.to(x.dtype)
+            torchs = all(library_of(kind, x.dtype) == "torch" for kind in ("forward", "grad_input", "grad_weight"))
+            if torchs and not (x.dtype == torch.bfloat16 and wide_bfloat16()):
+                out = F.linear(flat, cast)
+            else:
+                out = LinearFunction.apply(flat, cast)
+        out = out.view(*x.shape[:-1], weight.shape[0])
+        return out if bias is None else out + bias.to(x.dtype)

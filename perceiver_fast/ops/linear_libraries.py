@@ -1,0 +1,224 @@
+"""The libraries that a large matrix product on the CPU can run on, and which of them is the fastest here.
+
+Nobody's product is the fastest everywhere: the BLAS that torch was built with takes a slow path on other vendors'
+processors, where oneDNN is several times as fast; on its own vendor's it is the faster one; and with bfloat16 weights
+packed in advance, or in float32, ranks change again. So the first large product of a process times them all on one
+small problem (about a quarter of a second, once) and each kind of product goes to the fastest, to torch's own in case
+of doubt. Every library computes what it is asked for: float32 products are float32 products, in the precision that
+torch.set_float32_matmul_precision (by default the highest) allows.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+NAMES = ("auto", "torch", "mkl", "onednn")
+ROWS, INNER, OUTER = 256, 512, 2048  # the problem that is timed: a feed-forward of perceiver-pytorch's README
+ROUNDS = 5
+GAIN = 1.15  # by how much another library has to be faster
+KINDS = ("forward", "packed", "grad_input", "grad_weight")
+
+
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a [n, k] @ b [m, k]^T`` by oneDNN, any strides."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], None)
+
+
+def _pack_onednn(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return lambda x: onednn_product(x, packed)
+
+
+def _pack_mkl(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    weight = weight.detach()
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows)
+
+
+@dataclass(frozen=True)
+class Library:
+    """One library's products of contiguous ``x [n, k]``, ``weight [m, k]`` and ``d_out [n, m]``.
+
+    ``pack(weight, rows)`` gives a function of x that uses weights laid out in advance; ``takes`` are its dtypes.
+    """
+
+    forward: Callable[[Tensor, Tensor], Tensor] | None = None
+    grad_input: Callable[[Tensor, Tensor], Tensor] | None = None
+    grad_weight: Callable[[Tensor, Tensor], Tensor] | None = None
+    pack: Callable[[Tensor, int], Callable[[Tensor], Tensor]] | None = None
+    takes: tuple[torch.dtype, ...] = (torch.float32,)
+
+
+LIBRARIES = {
+    "torch": Library(
+        forward=lambda x, weight: torch.nn.functional.linear(x, weight),
+        grad_input=lambda d_out, weight: d_out @ weight,
+        grad_weight=lambda d_out, x: d_out.T @ x,
+        takes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    ),
+    "mkl": Library(pack=_pack_mkl),
+    "onednn": Library(
+        forward=onednn_product,
+        grad_input=lambda d_out, weight: onednn_product(d_out, weight.T),
+        grad_weight=lambda d_out, x: onednn_product(d_out.T, x.T),
+        pack=_pack_onednn,
+        takes=(torch.float32, torch.bfloat16),
+    ),
+}
+
+
+def reasons(name: str) -> list[str]:
+    """Why a library cannot be used with this torch; empty where it can."""
+    if name == "onednn":
+        if not torch.backends.mkldnn.is_available():
+            return ["torch was built without oneDNN"]
+        if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            return ["this torch does not offer oneDNN's linear"]
+    if name == "mkl":
+        if not torch.backends.mkl.is_available():
+            return ["torch was built without MKL"]
+        if not hasattr(torch.ops.mkl, "_mkl_linear"):
+            return ["this torch does not offer MKL's packed products"]
+    return []
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the probe found.
+
+    Attributes:
+        speeds: GFLOP/s by kind of product ("forward", "packed", "grad_input", "grad_weight"; with " bfloat16" after it
+            for that dtype) and library.
+        chosen: the library of every kind.
+        wide_bfloat16: float32 products are the faster ones of bfloat16 operands too.
+    """
+
+    speeds: dict[str, dict[str, float]]
+    chosen: dict[str, str]
+    wide_bfloat16: bool
+
+
+def _calls(dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """By kind and library, the product of the probe."""
+    generator = torch.Generator().manual_seed(0)
+    x, d_out, weight = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((ROWS, INNER), (ROWS, OUTER), (OUTER, INNER))
+    )
+    calls: dict[str, dict[str, Callable[[], Tensor]]] = {kind: {} for kind in KINDS}
+    for name, library in LIBRARIES.items():
+        if reasons(name) or dtype not in library.takes:
+            continue
+        if library.forward is not None:
+            calls["forward"][name] = functools.partial(library.forward, x, weight)
+            calls["grad_input"][name] = functools.partial(library.grad_input, d_out, weight)
+            calls["grad_weight"][name] = functools.partial(library.grad_weight, d_out, x)
+        packed = calls["forward"][name] if library.pack is None else functools.partial(library.pack(weight, ROWS), x)
+        calls["packed"][name] = packed
+    return calls
+
+
+def _speeds(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """GFLOP/s of every call, timed in turns; the best round of each, since other work can only slow one down."""
+    best = dict.fromkeys(calls, float("inf"))
+    for name in calls:
+        calls[name]()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 2e-9 * ROWS * INNER * OUTER / seconds for name, seconds in best.items()}
+
+
+def _fastest(speeds: dict[str, float]) -> str:
+    """The first library, or a later one that is faster than it by GAIN."""
+    names = iter(speeds)
+    best = next(names)
+    for name in names:
+        if speeds[name] > GAIN * speeds[best]:
+            best = name
+    return best
+
+
+@functools.cache
+def measure() -> Measured:
+    """Time the libraries, once a process."""
+    speeds = {}
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False), _disable_current_modes():
+        for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, " bfloat16")):
+            speeds |= {f"{kind}{suffix}": _speeds(calls) for kind, calls in _calls(dtype).items()}
+    chosen = {kind: _fastest(found) for kind, found in speeds.items()}
+    wide = statistics.geometric_mean(
+        speeds[kind][chosen[kind]] / speeds[f"{kind} bfloat16"][chosen[f"{kind} bfloat16"]] for kind in KINDS
+    )
+    return Measured(speeds, chosen, wide > GAIN)
+
+
+_forced = "auto"
+
+
+class use_linear:
+    """Say which library runs large matrix products on the CPU, at once and, as a context manager, until a block ends.
+
+    Args:
+        name: "auto" (measured once a process; the default), "torch" (always torch's own: results are then the same to
+            the last bit from run to run on one machine), "onednn", or "mkl" (packed weights in inference, torch's own
+            in training). The environment variable PERCEIVER_FAST_LINEAR sets the initial value.
+
+    Raises:
+        ValueError: the name is unknown, or this torch lacks the library.
+
+    Example:
+        >>> import perceiver_fast as pf
+        >>> with pf.use_linear("torch"):
+        ...     pf.ops.linear_libraries.library_of("forward")
+        'torch'
+    """
+
+    def __init__(self, name: str):
+        global _forced
+        self._previous = _forced
+        _forced = _check(name, "use_linear")
+
+    def __enter__(self) -> use_linear:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def _check(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{where}: expected one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    if why := reasons(name):
+        raise ValueError(f"{where}: expected a library that runs here, got {name!r}: {'; '.join(why)}; take 'auto'")
+    return name
+
+
+def library_of(kind: str, dtype: torch.dtype = torch.float32) -> str:
+    """The library that runs one kind of product, as forced or measured."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.enabled:
+        return "torch"
+    if _forced == "auto":
+        return measure().chosen[kind if dtype == torch.float32 else f"{kind} bfloat16"]
+    library = LIBRARIES[_forced]
+    has = library.pack if kind == "packed" else getattr(library, kind)
+    return _forced if has is not None and dtype in library.takes else "torch"
+
+
+def wide_bfloat16() -> bool:
+    """Whether bfloat16 operands are multiplied in float32, exactly, since this CPU does so faster."""
+    return _forced != "torch" and measure().wide_bfloat16
+
+
+_forced = _check(os.environ.get("PERCEIVER_FAST_LINEAR") or "auto", "PERCEIVER_FAST_LINEAR")

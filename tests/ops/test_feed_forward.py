@@ -1,0 +1,86 @@
+"""The feed-forward against plain PyTorch in float64, and what it keeps for the backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import relative_error
+
+import perceiver_fast as pf
+from perceiver_fast.ops import feed_forward
+
+
+def plain(z, weight1, bias1, weight2):
+    value, gate = F.linear(z, weight1, bias1).chunk(2, -1)
+    return F.linear(value * F.gelu(gate), weight2)
+
+
+def operands(shape, inner, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (shape, (2 * inner, shape[-1]), (2 * inner,), (shape[-1] + 1, inner))
+    factors = (1, shape[-1] ** -0.5, 1, inner**-0.5)
+    return [(torch.randn(s, generator=generator, dtype=torch.float64) * f).to(dtype) for s, f in zip(sizes, factors)]
+
+
+def results(run, tensors):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    out = run(*tensors)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    return [out, *torch.autograd.grad(out, tensors, d_out)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape, inner", [((2, 5, 7), 3), ((1, 1), 1), ((130, 17), 64), ((2, 128, 256), 512), ((0, 4), 8)]
+)
+def test_values_and_gradients(shape, inner, dtype, backend):
+    low = operands(shape, inner, dtype)
+    want, theirs = results(plain, [t.double() for t in low]), results(plain, low)
+    with pf.use_backend(backend):
+        got = results(feed_forward, low)
+    floor = {torch.float64: 1e-14, torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
+    for mine, other, exact in zip(got, theirs, want):
+        assert mine.dtype == dtype and mine.shape == exact.shape
+        assert relative_error(mine, exact) <= 2 * relative_error(other, exact) + floor
+
+
+def test_half_precision_with_a_float32_bias():
+    z, weight1, bias1, weight2 = operands((2, 5, 8), 16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = feed_forward(z.bfloat16(), weight1, bias1, weight2)
+    assert out.dtype == torch.bfloat16 and relative_error(out, plain(z, weight1, bias1, weight2)) < 0.02
+
+
+def test_gradcheck():
+    tensors = [t.requires_grad_() for t in operands((3, 4), 5, torch.float64)]
+    assert torch.autograd.gradcheck(feed_forward, tensors)
+
+
+def test_the_wide_product_is_not_kept():
+    """z and h, 9 numbers a channel: not what GEGLU makes of h."""
+    tensors, kept = [t.requires_grad_() for t in operands((64, 32), 128, torch.float32)], {}
+
+    def pack(t):
+        kept[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        feed_forward(*tensors)
+    weights = sum(t.numel() for t in tensors[1:])
+    assert sum(kept.values()) <= 64 * 32 * 9 + weights
+
+
+def test_only_some_gradients():
+    for which in range(4):
+        tensors = operands((2, 4), 6, torch.float64)
+        tensors[which].requires_grad_()
+        (mine,) = torch.autograd.grad(feed_forward(*tensors).sum(), tensors[which])
+        (want,) = torch.autograd.grad(plain(*tensors).sum(), tensors[which])
+        assert relative_error(mine, want) < 1e-12
+
+
+def test_bad_input_is_explained():
+    with pytest.raises(ValueError, match=r"expected weight1 \[2 F, 4\]"):
+        feed_forward(torch.randn(2, 4), torch.randn(6, 5), torch.randn(6), torch.randn(4, 3))
+    with pytest.raises(ValueError, match="values and gates"):
+        feed_forward(torch.randn(2, 4), torch.randn(6, 4), torch.randn(6), torch.randn(4, 6))

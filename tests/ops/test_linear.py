@@ -1,0 +1,151 @@
+"""Linear layers on every library against torch's in float64, and which library is taken."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import relative_error
+
+import perceiver_fast as pf
+from perceiver_fast.cache import ParameterCache
+from perceiver_fast.ops import linear, linear_libraries
+from perceiver_fast.ops.linear import LARGE, choose_linear, is_large, product_dtype
+
+NAMES = [name for name in linear_libraries.NAMES if name != "auto" and not linear_libraries.reasons(name)]
+SHAPES = [((3, 100), 257, 300), ((1,), 4096, 4097), ((256,), 512, 512), ((5, 7), 8, 9)]
+
+
+def operands(rows, channels, out_channels, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(channels)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, weight, bias = draw(*rows, channels), draw(out_channels, channels), draw(out_channels)
+    return [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+
+
+def gradients(run, tensors):
+    out = run(*tensors)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
+    return [out, *torch.autograd.grad(out, tensors, d_out)]
+
+
+@pytest.mark.parametrize("library", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dtype, library):
+    low = operands(*shape, dtype)
+    high = [t.detach().double().requires_grad_() for t in low]
+    want = gradients(F.linear, high)
+    plain = gradients(F.linear, low)
+    with pf.use_linear(library):
+        got = gradients(linear, low)
+    floor = {torch.float64: 1e-15, torch.float32: 1e-7, torch.bfloat16: 1e-3}[dtype]
+    for mine, theirs, exact in zip(got, plain, want):
+        assert mine.dtype == dtype and mine.shape == exact.shape
+        assert relative_error(mine, exact) <= 2 * relative_error(theirs, exact) + floor
+
+
+@pytest.mark.parametrize("library", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_weights(shape, dtype, library):
+    x, weight, bias = (t.detach() for t in operands(*shape, dtype))
+    want, cache = F.linear(x.double(), weight.double(), bias.double()), ParameterCache()
+    limit = 2 * relative_error(F.linear(x, weight, bias), want) + (3e-7 if dtype == torch.float32 else 2e-3)
+    with torch.no_grad(), pf.use_linear(library):
+        for _ in range(3):
+            assert relative_error(linear(x, weight, bias, cache), want) <= limit
+        weight.mul_(-3)
+        want = F.linear(x.double(), weight.double(), bias.double())
+        for _ in range(3):
+            assert relative_error(linear(x, weight, bias, cache), want) <= limit
+        other = torch.cat([x, x])  # another number of rows
+        for _ in range(3):
+            assert relative_error(linear(other, weight, bias, cache), torch.cat([want, want])) <= limit
+
+
+def test_only_some_gradients():
+    x, weight, _ = operands((256,), 512, 512, torch.float32)
+    with pf.use_linear("auto"):
+        for library in NAMES:
+            with pf.use_linear(library):
+                (dx,) = torch.autograd.grad(linear(x, weight.detach()).sum(), (x,))
+                (dw,) = torch.autograd.grad(linear(x.detach(), weight).sum(), (weight,))  # an expanded gradient, too
+    assert relative_error(dx, weight.sum(0).expand_as(x)) < 1e-5
+    assert relative_error(dw, x.sum(0).expand_as(weight)) < 1e-5
+
+
+@pytest.mark.skipif("onednn" not in NAMES, reason="no oneDNN: it did NOT run")
+def test_float32_is_float32():
+    """Also on CPUs with tiles for bfloat16: nothing is rounded to it unless torch's own setting says so."""
+    x, weight, _ = (t.detach() for t in operands((256,), 512, 512, torch.float32))
+    want = F.linear(x.double(), weight.double())
+    with pf.use_linear("onednn"):
+        assert relative_error(linear(x, weight), want) < 1e-6
+
+
+def test_the_probe_and_the_choice():
+    measured = linear_libraries.measure()
+    assert set(measured.speeds) == {f"{k}{s}" for k in linear_libraries.KINDS for s in ("", " bfloat16")}
+    assert all(measured.speeds[kind][name] > 0 for kind, name in measured.chosen.items())
+    assert linear_libraries.measure() is measured
+    for kind in linear_libraries.KINDS:
+        assert linear_libraries.library_of(kind) == measured.chosen[kind]
+        assert linear_libraries.library_of(kind, torch.float64) == "torch"
+    with pf.use_linear("torch"):
+        assert linear_libraries.library_of("forward") == "torch" and not linear_libraries.wide_bfloat16()
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert linear_libraries.library_of("packed") == "torch"
+    assert linear_libraries._fastest({"torch": 100.0, "mkl": 114.0, "onednn": 120.0}) == "onednn"
+    assert linear_libraries._fastest({"torch": 100.0, "mkl": 114.0}) == "torch"
+    chosen = choose_linear(256, 512, 4096, torch.float32, torch.device("cpu"))
+    assert chosen.op == "linear" and "GFLOP/s" in chosen.backend
+    assert choose_linear(2, 3, 4, torch.float32, torch.device("cpu")).backend == "torch"
+
+
+def test_small_products_start_no_probe():
+    code = (
+        "import torch, perceiver_fast as pf; from perceiver_fast.ops import linear, linear_libraries as l;"
+        "linear(torch.randn(2, 8), torch.randn(3, 8)); assert l.measure.cache_info().currsize == 0;"
+        "linear(torch.randn(256, 512), torch.randn(512, 512)); assert l.measure.cache_info().currsize == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_products_under_autocast():
+    x = torch.randn(256, 512)
+    assert product_dtype(x) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = linear_libraries.wide_bfloat16()
+        assert product_dtype(x) == (torch.float32 if wide else torch.bfloat16)
+        assert product_dtype(x[:1]) == torch.bfloat16 and product_dtype(x.double()) == torch.float64
+        with pf.use_linear("torch"):
+            assert product_dtype(x) == torch.bfloat16
+        assert linear(x, torch.randn(512, 512)).dtype == torch.float32  # callers say the dtype
+
+
+def test_when_it_matters():
+    cpu = torch.device("cpu")
+    assert is_large(256, 256, 256, cpu) and not is_large(256, 256, 255, cpu) and LARGE == 256**3
+    assert not is_large(1000, 1000, 1000, torch.device("cuda"))
+    with pf.use_backend("reference"):
+        assert not is_large(256, 256, 256, cpu)
+
+
+def test_bad_input_is_explained(monkeypatch):
+    with pytest.raises(ValueError, match=r"expected x \[.., 5\] for weight \(3, 5\), got \(2, 4\)"):
+        linear(torch.randn(2, 4), torch.randn(3, 5))
+    with pytest.raises(ValueError, match="expected one of 'auto', 'torch', 'mkl', 'onednn', got 'blis'"):
+        pf.use_linear("blis")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch was built without MKL; take 'auto'"):
+        pf.use_linear("mkl")
+    code = "import perceiver_fast"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={"PERCEIVER_FAST_LINEAR": "blas", "PATH": ""}, capture_output=True, text=True
+    )
+    assert "PERCEIVER_FAST_LINEAR: expected one of" in found.stderr

@@ -1,0 +1,54 @@
+// Dtypes of operands that are not all alike: what kernels of the ops that pass over activations once are made for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace perceiver_fast {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class X>
+struct ComputeType {
+  using type = X;
+};
+template <>
+struct ComputeType<BFloat16> {
+  using type = float;
+};
+
+// A residual stream or a parameter may be wider than the activations beside it. Arithmetic is in T.
+template <class WideType, class NarrowType>
+struct Dtypes {
+  using Wide = WideType;
+  using Narrow = NarrowType;
+  using T = typename ComputeType<WideType>::type;
+};
+
+using F64 = Dtypes<double, double>;
+using F32 = Dtypes<float, float>;
+using BF16 = Dtypes<BFloat16, BFloat16>;
+using F32BF16 = Dtypes<float, BFloat16>;
+
+#define PF_FOR_DTYPES(MACRO) \
+  MACRO(F64, f64)            \
+  MACRO(F32, f32)            \
+  MACRO(BF16, bf16)          \
+  MACRO(F32BF16, f32_bf16)
+
+// x in another dtype; to bfloat16 as Elements<BFloat16> rounds.
+template <class X, class T>
+inline X to_dtype(T x) {
+  return X(x);
+}
+template <>
+inline BFloat16 to_dtype<BFloat16, float>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  return {uint16_t(rounded >> 16)};
+}
+
+}  // namespace perceiver_fast

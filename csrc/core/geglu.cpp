@@ -1,0 +1,40 @@
+#include "geglu.h"
+
+#include "kernel_tables.h"
+#include "row_parts.h"
+
+namespace perceiver_fast {
+
+#define PF_GEGLU_TABLE(D, type) PF_KERNEL_TABLE(GegluKernels, geglu, D, type)
+PF_FOR_DTYPES(PF_GEGLU_TABLE)
+
+template <class D>
+void geglu_forward(const GegluForward<D>& call, const Parallel& parallel) {
+  const auto& kernels = geglu_kernels<D>(active_isa());
+  for_rows(call.rows, call.features, parallel,
+           [&](int64_t begin, int64_t end) { kernels.forward(call, begin, end); });
+}
+
+template <class D>
+void geglu_backward(const GegluBackward<D>& call, const Parallel& parallel) {
+  using B = typename D::Wide;
+  using T = typename D::T;
+  const auto& kernels = geglu_kernels<D>(active_isa());
+  if (call.d_bias == nullptr) {
+    for_rows(call.rows, call.features, parallel,
+             [&](int64_t begin, int64_t end) { kernels.backward(call, begin, end, nullptr); });
+    return;
+  }
+  const int64_t width = 2 * call.features;
+  const auto sums = sum_rows<T>(call.rows, call.features, width, parallel, [&](int64_t begin, int64_t end, T* sums) {
+    kernels.backward(call, begin, end, sums);
+  });
+  for (int64_t i = 0; i < width; ++i) call.d_bias[i] = to_dtype<B>(sums.get()[i]);
+}
+
+#define PF_INSTANTIATE(D, type)                                                  \
+  template void geglu_forward<D>(const GegluForward<D>&, const Parallel&);       \
+  template void geglu_backward<D>(const GegluBackward<D>&, const Parallel&);
+PF_FOR_DTYPES(PF_INSTANTIATE)
+
+}  // namespace perceiver_fast

@@ -1,0 +1,10 @@
+#define PF_ISA avx2
+#define PF_VECTOR_BYTES 32
+#include "geglu_kernels.h"
+
+namespace perceiver_fast {
+
+#define PF_TABLE(D, type) extern const GegluKernels<D> geglu_avx2_##type = PF_ISA::geglu_table<D>;
+PF_FOR_DTYPES(PF_TABLE)
+
+}  // namespace perceiver_fast

@@ -1,0 +1,37 @@
+#include "layer_norm.h"
+
+#include "kernel_tables.h"
+#include "row_parts.h"
+
+namespace perceiver_fast {
+
+#define PF_LAYER_NORM_TABLE(D, type) PF_KERNEL_TABLE(LayerNormKernels, layer_norm, D, type)
+PF_FOR_DTYPES(PF_LAYER_NORM_TABLE)
+
+template <class D>
+void layer_norm_forward(const LayerNormForward<D>& call, const Parallel& parallel) {
+  const auto& kernels = layer_norm_kernels<D>(active_isa());
+  for_rows(call.rows, call.columns, parallel,
+           [&](int64_t begin, int64_t end) { kernels.forward(call, begin, end); });
+}
+
+template <class D>
+void layer_norm_backward(const LayerNormBackward<D>& call, const Parallel& parallel) {
+  using S = typename D::Wide;
+  using T = typename D::T;
+  const auto& kernels = layer_norm_kernels<D>(active_isa());
+  const int64_t n = call.columns;
+  const auto sums = sum_rows<T>(call.rows, n, 3 * n, parallel, [&](int64_t begin, int64_t end, T* sums) {
+    kernels.backward(call, begin, end, sums);
+  });
+  S* const gradients[] = {call.d_weight, call.d_bias, call.d_branch_bias};
+  for (int k = 0; k < 3; ++k)
+    for (int64_t i = 0; gradients[k] != nullptr && i < n; ++i) gradients[k][i] = to_dtype<S>(sums.get()[k * n + i]);
+}
+
+#define PF_INSTANTIATE(D, type)                                                           \
+  template void layer_norm_forward<D>(const LayerNormForward<D>&, const Parallel&);       \
+  template void layer_norm_backward<D>(const LayerNormBackward<D>&, const Parallel&);
+PF_FOR_DTYPES(PF_INSTANTIATE)
+
+}  // namespace perceiver_fast

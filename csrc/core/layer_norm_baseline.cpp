@@ -1,0 +1,10 @@
+#define PF_ISA baseline
+#define PF_VECTOR_BYTES 16
+#include "layer_norm_kernels.h"
+
+namespace perceiver_fast {
+
+#define PF_TABLE(D, type) extern const LayerNormKernels<D> layer_norm_baseline_##type = PF_ISA::layer_norm_table<D>;
+PF_FOR_DTYPES(PF_TABLE)
+
+}  // namespace perceiver_fast

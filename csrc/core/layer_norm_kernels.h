@@ -1,0 +1,105 @@
+// LayerNorm row by row, forward and backward, for one instruction set. A row is read from memory once: it stays in the
+// first-level cache for the passes that follow.
+#pragma once
+
+#include "elements.h"
+#include "layer_norm.h"
+
+namespace perceiver_fast {
+namespace PF_ISA {
+
+// Mean and variance of the n values that the second pass reads from row; sum is theirs, made in the first.
+//
+// A rounded mean is off by some of its last bits, which is much where the mean is large beside the deviations: the mean
+// of what it leaves corrects it.
+template <class T, class X>
+PF_INLINE void statistics(const X* row, int64_t n, T sum, T* mean, T* variance) {
+  const T shift = sum / T(n);
+  Sum<T> rest, square;
+  for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
+    const auto off = at.keep(at.load(row + i) - shift);
+    rest.chain[chain] += off;
+    square.chain[chain] += off * off;
+  });
+  const T left = rest.total() / T(n), spread = square.total() / T(n) - left * left;
+  *mean = shift + left;
+  *variance = spread < 0 ? T(0) : spread;  // NaN stays
+}
+
+template <class D>
+void layer_norm_rows(const LayerNormForward<D>& call, int64_t begin, int64_t end) {
+  using T = typename D::T;
+  using S = typename D::Wide;
+  const int64_t n = call.columns;
+  for (int64_t r = begin; r < end; ++r) {
+    const auto* branch = call.branch == nullptr ? nullptr : call.branch + r * n;
+    const S* x = call.x + r * n;
+    Sum<T> sum;
+    if (branch == nullptr) {
+      for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
+        sum.chain[chain] += at.load(x + i);
+      });
+    } else {
+      S* y = call.y + r * n;
+      const S* branch_bias = call.branch_bias;
+      for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
+        auto joining = at.load(branch + i);
+        if (branch_bias != nullptr) joining += at.load(branch_bias + i);
+        const auto joined = Elements<S>::rounded(at.load(x + i) + joining);
+        at.store(y + i, joined);
+        sum.chain[chain] += joined;
+      });
+      x = y;
+    }
+    T mean, variance;
+    statistics(x, n, sum.total(), &mean, &variance);
+    const T rstd = T(1 / __builtin_sqrt(double(variance) + call.eps));
+    auto* z = call.z + r * n;
+    const S *weight = call.weight, *bias = call.bias;
+    for_vectors<T, kChains>(n, [&](int64_t i, int, auto at) PF_INLINE_LAMBDA {
+      at.store(z + i, (at.load(x + i) - mean) * rstd * at.load(weight + i) + at.load(bias + i));
+    });
+    call.mean[r] = mean;
+    call.rstd[r] = rstd;
+  }
+}
+
+// With xhat = (y - mean) rstd and g = d_z weight, the gradient of y is rstd (g - mean(g) - xhat mean(g xhat)) + d_y.
+template <class D>
+void layer_norm_gradient_rows(const LayerNormBackward<D>& call, int64_t begin, int64_t end, typename D::T* sums) {
+  using T = typename D::T;
+  const int64_t n = call.columns;
+  const auto* weight = call.weight;
+  T *d_weight = sums, *d_bias = d_weight + n, *d_branch_bias = d_bias + n;
+  for (int64_t r = begin; r < end; ++r) {
+    const T mean = call.mean[r], rstd = call.rstd[r];
+    const auto* d_z = call.d_z + r * n;
+    const auto *y = call.y + r * n, *d_y = call.d_y == nullptr ? nullptr : call.d_y + r * n;
+    Sum<T> sum, slope;
+    for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
+      const auto g = at.load(d_z + i) * at.load(weight + i);
+      sum.chain[chain] += g;
+      slope.chain[chain] += g * ((at.load(y + i) - mean) * rstd);
+    });
+    const T g_mean = sum.total() / T(n), g_slope = slope.total() / T(n);
+    auto* d_x = call.d_x + r * n;
+    auto* d_branch = call.d_branch == nullptr ? nullptr : call.d_branch + r * n;
+    const bool branch_bias = call.d_branch_bias != nullptr;
+    for_vectors<T, kChains>(n, [&](int64_t i, int, auto at) PF_INLINE_LAMBDA {
+      const auto d = at.load(d_z + i), xhat = (at.load(y + i) - mean) * rstd;
+      auto gradient = (d * at.load(weight + i) - g_mean - xhat * g_slope) * rstd;
+      if (d_y != nullptr) gradient += at.load(d_y + i);
+      at.store(d_x + i, gradient);
+      if (d_branch != nullptr) at.store(d_branch + i, gradient);
+      at.store(d_weight + i, at.load(d_weight + i) + d * xhat);
+      at.store(d_bias + i, at.load(d_bias + i) + d);
+      if (branch_bias) at.store(d_branch_bias + i, at.load(d_branch_bias + i) + gradient);
+    });
+  }
+}
+
+template <class D>
+constexpr LayerNormKernels<D> layer_norm_table{layer_norm_rows<D>, layer_norm_gradient_rows<D>};
+
+}  // namespace PF_ISA
+}  // namespace perceiver_fast

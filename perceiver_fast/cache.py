@@ -68,8 +68,7 @@ class ParameterCache:
         """
         if torch.compiler.is_compiling():
             return build()
-        if torch.is_grad_enabled():
-            self.clear()  # training: the parameters are about to change
+        self.clear_in_training()
         if not cacheable(sources):
             return build()
         entry = self._entries.get(name)
@@ -86,6 +85,11 @@ class ParameterCache:
         """Whether ``value`` is the very one that is kept under ``name``: then what is computed from it can be, too."""
         entry = self._entries.get(name)
         return entry is not None and entry[2] is value
+
+    def clear_in_training(self) -> None:
+        """Forget all values where gradients are recorded: the parameters are about to change."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.clear()
 
     def clear(self) -> None:
         """Forget all values."""

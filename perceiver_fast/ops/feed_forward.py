@@ -84,6 +84,8 @@ def feed_forward(
     on_kernel = choose_feed_forward(z.dtype, z.device).backend not in (None, "reference")
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (z, weight1, bias1, weight2))
     if on_kernel and learns and not torch.compiler.is_compiling():
+        if cache is not None:
+            cache.clear_in_training()
         with torch.autocast(z.device.type, enabled=False):
             flat = z.reshape(-1, z.shape[-1])
             out = FeedForwardFunction.apply(flat, weight1.to(z.dtype), bias1, weight2.to(z.dtype))

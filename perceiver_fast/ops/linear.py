@@ -158,8 +158,9 @@ def linear(
         if not is_large(rows, *weight.shape, x.device):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         flat, out = x.reshape(rows, x.shape[-1]), None
-        if cache is not None and cacheable((weight,)):
-            out = packed_product(cache, name, flat, weight)
+        if cache is not None:
+            cache.clear_in_training()
+            out = packed_product(cache, name, flat, weight) if cacheable((weight,)) else None
         if out is None:
             cast = weight.to(x.dtype)
             torchs = all(library_of(kind, x.dtype) == "torch" for kind in ("forward", "grad_input", "grad_weight"))

@@ -38,7 +38,8 @@ def test_values_and_gradients(shape, inner, dtype, backend):
     want, theirs = results(plain, [t.double() for t in low]), results(plain, low)
     with pf.use_backend(backend):
         got = results(feed_forward, low)
-    floor = {torch.float64: 1e-14, torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
+    # In float64, too, 1 + erf(x) has lost digits far below zero, which the kernel keeps.
+    floor = {torch.float64: 1e-11, torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
     for mine, other, exact in zip(got, theirs, want):
         assert mine.dtype == dtype and mine.shape == exact.shape
         assert relative_error(mine, exact) <= 2 * relative_error(other, exact) + floor

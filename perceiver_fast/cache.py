@@ -83,6 +83,8 @@ class ParameterCache:
 
     def holds(self, name: str, value: object) -> bool:
         """Whether ``value`` is the very one that is kept under ``name``: then what is computed from it can be, too."""
+        if torch.compiler.is_compiling():
+            return False
         entry = self._entries.get(name)
         return entry is not None and entry[2] is value
 

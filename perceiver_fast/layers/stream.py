@@ -19,12 +19,17 @@ def is_plain(module: nn.Module, kind: type) -> bool:
         return False
     if module._backward_hooks or module._backward_pre_hooks:
         return False
-    return all(parameter is None or type(parameter) in PLAIN for parameter in (module.weight, module.bias))
+    return type(module.weight) in PLAIN and (module.bias is None or type(module.bias) in PLAIN)
+
+
+def _fits(norm: nn.Module, x: Tensor) -> bool:
+    """Whether the op can stand in for ``norm``; tokens that autocast made half precision meet float32 parameters."""
+    return is_plain(norm, nn.LayerNorm) and norm.bias is not None and norm.weight.dtype == x.dtype
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)`` in the dtype that products of it are computed in."""
-    if not is_plain(norm, nn.LayerNorm):
+    if not _fits(norm, x):
         return norm(x)
     return layer_norm(x, norm.weight, norm.bias, norm.eps, product_dtype(x))
 
@@ -65,7 +70,7 @@ class ResidualStream:
 
     def normalized(self, norm: nn.Module) -> Tensor:
         """``norm`` of the stream so far, in the dtype that products are computed in."""
-        if self._branch is None or not is_plain(norm, nn.LayerNorm):
+        if self._branch is None or not _fits(norm, self._x):
             return normalize(norm, self.value())
         dtype = product_dtype(self._x)
         self._x, z = add_layer_norm(

@@ -187,7 +187,9 @@ def test_state_dicts_go_both_ways_and_seeds_agree(name, extra):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_constructors_take_the_same_arguments(name):
-    expected, actual = (inspect.signature(model).parameters for model in MODELS[name])
+    expected, actual = (dict(inspect.signature(model).parameters) for model in MODELS[name])
+    if (checkpoint := actual.pop("checkpoint", None)) is not None:  # ours alone
+        assert checkpoint.kind is inspect.Parameter.KEYWORD_ONLY and checkpoint.default is False
     missing = {"queries_contribute_kv"} & expected.keys() - actual.keys()
     assert {k: v.default for k, v in actual.items()} == {k: v.default for k, v in expected.items() if k not in missing}
     assert {k: v.kind for k, v in actual.items()} == {k: v.kind for k, v in expected.items() if k not in missing}

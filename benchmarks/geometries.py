@@ -21,6 +21,7 @@ class Geometry:
     Args:
         name: what the command line and the results call it.
         family: what it is a model of, a key of FAMILIES. Default: perceiver.
+        batch: images, clips or clouds at once. Default: 1.
         sizes: the input's axes, n_1 .. n_A.
         channels: raw channels of a token. Default: 3.
         model: the other arguments of ``Perceiver``, the same for every implementation.
@@ -37,6 +38,7 @@ class Geometry:
     levels: tuple[str, ...] = ("model", "op")
     default: bool = True
     family: str = "perceiver"
+    batch: int = 1
 
     @property
     def tokens(self) -> int:
@@ -51,7 +53,7 @@ class Geometry:
     @property
     def logits_bytes(self) -> int:
         """Size of one float32 N x M matrix: what perceiver-pytorch builds several of in every cross-attention."""
-        return FLOAT32_BYTES * self.model["num_latents"] * self.tokens
+        return FLOAT32_BYTES * self.batch * self.model["num_latents"] * self.tokens
 
     @property
     def eager_bytes(self) -> int:
@@ -62,13 +64,15 @@ class Geometry:
         """
         codes = 2 * self.model.get("num_freq_bands", 0) + 1
         axes = {"perceiver": len(self.sizes), "points": self.channels, "io": 0}[self.family]
-        built = FLOAT32_BYTES * self.tokens * (self.channels + axes * codes)
+        built = FLOAT32_BYTES * self.batch * self.tokens * (self.channels + axes * codes)
         depth = max(1, self.model["depth"])  # PerceiverIO attends to its input once, whatever its depth
         return (depth + 3) * built + (2 * depth + 3) * self.logits_bytes
 
     def input(self) -> Tensor:
-        """One random input ``[1, *sizes, channels]``, the same at every call."""
-        return FAMILIES[self.family].draw(self.sizes, self.channels, torch.Generator().manual_seed(1))
+        """One random input ``[batch, *sizes, channels]``, the same at every call."""
+        generator = torch.Generator().manual_seed(1)
+        draw = FAMILIES[self.family].draw
+        return torch.cat([draw(self.sizes, self.channels, generator) for _ in range(self.batch)])
 
 
 CROSS_ONLY = {
@@ -109,6 +113,7 @@ GEOMETRIES = {
     for geometry in (
         Geometry("cross-only", IMAGE, CROSS_ONLY),
         Geometry("readme", IMAGE, README),
+        Geometry("readme-4", IMAGE, README, rounds=3, levels=("model",), default=False, batch=4),
         Geometry("imagenet-lucid-1", IMAGE, {**IMAGENET, "depth": 1}, levels=("model",)),
         Geometry("imagenet-lucid", IMAGE, IMAGENET, rounds=3, levels=("model",), default=False),
         Geometry("audio-cross", AUDIO, CROSS_ONLY, channels=1, levels=("model",)),

@@ -1,4 +1,7 @@
-"""Whole models: a forward pass and a training step (forward and backward) of every peer on every geometry."""
+"""Whole models: a forward pass and a training step (forward and backward) of every peer on every geometry.
+
+Both in float32, and the forward under autocast to bfloat16, too.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,23 @@ def step(model: nn.Module, data: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     return call
 
 
-PASSES = {"forward": forward, "step": step}
+def forward_bf16(model: nn.Module, data: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """:func:`forward` under autocast."""
+    plain = forward(model, data)
+
+    def call() -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain()
+
+    return call
+
+
+PASSES = {"forward": forward, "step": step, "forward-bf16": forward_bf16}
+
+
+def dtype_of(pass_name: str) -> str:
+    """The dtype that a pass computes in."""
+    return "bfloat16" if pass_name.endswith("bf16") else "float32"
 
 
 def build(peer: str, pass_name: str, geometry: Geometry) -> Callable[[], tuple[Tensor, ...]]:
@@ -51,8 +70,8 @@ def build(peer: str, pass_name: str, geometry: Geometry) -> Callable[[], tuple[T
 
 @lru_cache(maxsize=1)
 def truth(pass_name: str, geometry: Geometry) -> tuple[Tensor, ...]:
-    """What perceiver-pytorch returns."""
-    return PASSES[pass_name](eager(geometry), geometry.input())()
+    """What perceiver-pytorch returns, in float32."""
+    return PASSES[pass_name.removesuffix("-bf16")](eager(geometry), geometry.input())()
 
 
 # The first of these varies fastest: the peers of one geometry and pass run one after the other.
@@ -66,7 +85,8 @@ def test_model(benchmark, geometry: str, pass_name: str, peer: str) -> None:
     need_memory("the check against perceiver-pytorch", shape.eager_bytes)
     truths = truth(pass_name, shape)
     call = build(peer, pass_name, shape)
-    found = errors(call(), truths)
+    found = errors(call(), truths, dtype_of(pass_name))
     memory = {"peak_memory_bytes": peak_memory(build, peer, pass_name, shape), "peak_memory_method": memory_method()}
     info = {"level": LEVEL, "geometry": geometry, "pass": pass_name, "peer": peer, "tokens": shape.tokens}
+    info["dtype"] = dtype_of(pass_name)
     measure(benchmark, call, shape.rounds, **info, **found, **memory)

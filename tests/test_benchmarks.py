@@ -41,8 +41,9 @@ def test_models_agree_on_every_geometry(name, peer, pass_name):
         pytest.skip("; ".join(PEERS[peer].reasons()))
     geometry = tiny(name)
     assert list(parameters(PEERS[peer].build(geometry))) == list(parameters(eager(geometry)))
-    found = errors(test_models.build(peer, pass_name, geometry)(), test_models.truth(pass_name, geometry))
-    assert (found["gradient_error"] is None) == (pass_name == "forward")
+    results, truths = test_models.build(peer, pass_name, geometry)(), test_models.truth(pass_name, geometry)
+    found = errors(results, truths, test_models.dtype_of(pass_name))
+    assert (found["gradient_error"] is None) == (pass_name != "step")
 
 
 @pytest.mark.parametrize("pass_name", test_grid_attention.PASSES)
@@ -155,3 +156,35 @@ def test_command_line_help():
     finished = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert all(option in finished.stdout for option in ("--quick", "--geometry", "--threads", "--json", "--all"))
+
+
+def test_the_floor_counts_the_latents_products():
+    from benchmarks import floor
+    from benchmarks.peers import fast
+
+    geometry = tiny("readme")
+    shapes = floor.latent_products(fast(geometry).eval(), geometry.input())
+    rows, width, heads = 6, 16, 512
+    block = [(rows, width, 64), (rows, 64, width), (rows, width, 8 * width), (rows, 4 * width, width)]
+    for product in [*block, (rows, width, heads), (rows, width, 2 * heads), (rows, heads, width)]:
+        assert product in shapes
+    assert len(shapes) == 3 * (4 + 2 * 5)
+    for library in ("torch", "mkl", "onednn"):
+        if not floor.reasons(library):
+            floor.loop(shapes, library)()
+
+
+def test_floor_command(monkeypatch, capsys, tmp_path):
+    from benchmarks import floor
+
+    monkeypatch.setitem(GEOMETRIES, "readme", tiny("readme"))
+    assert floor.main(["--geometry", "readme", "--rounds", "1", "--json", str(tmp_path / "floor.json")]) == 0
+    assert "products of the latents" in capsys.readouterr().out
+    assert '"loop: torch"' in (tmp_path / "floor.json").read_text()
+
+
+def test_a_batch_is_a_batch():
+    geometry = replace(tiny("readme-4"), batch=3)
+    data = geometry.input()
+    assert data.shape[0] == 3 and not torch.equal(data[0], data[1])
+    assert geometry.eager_bytes == 3 * replace(geometry, batch=1).eager_bytes

@@ -6,7 +6,9 @@ from support import relative_error
 
 import perceiver_fast as pf
 
-GRID = dict(num_freq_bands=3, max_freq=8.0, num_latents=6, latent_dim=16, num_classes=5, attn_dropout=0.2, ff_dropout=0.1)
+GRID = dict(
+    num_freq_bands=3, max_freq=8.0, num_latents=6, latent_dim=16, num_classes=5, attn_dropout=0.2, ff_dropout=0.1
+)
 IO = dict(dim=9, queries_dim=6, logits_dim=5, num_latents=6, latent_dim=16, seq_dropout_prob=0.2)
 
 

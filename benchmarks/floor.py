@@ -1,0 +1,124 @@
+"""``python -m benchmarks.floor``: a model's forward beside a bare loop over its matrix products.
+
+What is left of a Perceiver when attention to the input is nearly free are the products of its latents. Their shapes are
+read off the model itself, and a loop that does nothing but these products, with weights packed in advance by oneDNN, is
+the floor that the model is measured against, in turns in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import report
+from benchmarks.geometries import GEOMETRIES
+from benchmarks.measure import DEFAULT_THREADS
+from benchmarks.peers import fast
+from perceiver_fast.ops.linear_libraries import LIBRARIES, reasons
+
+ROUNDS = 5
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+class _Shapes(TorchDispatchMode):
+    """Notes rows, channels and output channels of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in PRODUCTS:
+            a, b = args[-2:]
+            self.found.append((a.shape[0], a.shape[1], b.shape[1]))
+        return function(*args, **(kwargs or {}))
+
+
+def latent_products(model: torch.nn.Module, data: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Rows, channels and output channels of every product of the latents in one forward, in their order."""
+    latents = model.latents.shape[0]
+    with torch.no_grad(), _Shapes() as shapes:
+        model(data)
+    return [shape for shape in shapes.found if shape[0] == latents * data.shape[0]]
+
+
+def loop(shapes: list[tuple[int, int, int]], library: str) -> Callable[[], None]:
+    """A call that computes products of these shapes, each with weights of its own, packed beforehand."""
+    products = []
+    for rows, channels, out_channels in shapes:
+        weight = torch.randn(out_channels, channels)
+        pack = LIBRARIES[library].pack
+        product = pack(weight, rows) if pack else (lambda x, weight=weight: LIBRARIES["torch"].forward(x, weight))
+        products.append((torch.randn(rows, channels), product))
+
+    def call() -> None:
+        with torch.no_grad():
+            for x, product in products:
+                product(x)
+
+    return call
+
+
+def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of every call, timed in turns after two calls of each."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in track(range(rounds + 2), "timing", console=Console(stderr=True)):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn >= 2:
+                found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.floor", description=__doc__.split("\n")[0])
+    families = [name for name, geometry in GEOMETRIES.items() if geometry.family == "perceiver"]
+    top.add_argument("--geometry", default="readme", choices=families, help="(default: %(default)s)")
+    top.add_argument("--threads", type=int, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
+    top.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls of each (default: %(default)s)")
+    top.add_argument("--json", type=Path, help="where to keep the numbers (default: they are only printed)")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    args = parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    result = {"conditions": report.conditions(args.threads), "geometry": args.geometry}
+    geometry = GEOMETRIES[args.geometry]
+    model, data = fast(geometry).eval(), geometry.input()
+    shapes = latent_products(model, data)
+    operations = 2e-9 * sum(rows * channels * out for rows, channels, out in shapes)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(data)
+
+    calls = {f"loop: {name}": loop(shapes, name) for name in LIBRARIES if not reasons(name)}
+    found = times({"forward": forward, **calls}, args.rounds)
+    table = Table(title=f"{args.geometry}: {len(shapes)} products of the latents, {operations:.1f} GFLOP")
+    for header in ("", "ms", "GFLOP/s", "loop / forward"):
+        table.add_column(header, justify="right" if header else "left")
+    for name, seconds in found.items():
+        share = f"{seconds / found['forward']:.0%}"
+        table.add_row(name, f"{1e3 * seconds:.1f}", f"{operations / seconds:.0f}", share)
+    Console().print(table)
+    if args.json:
+        args.json.write_text(json.dumps(result | {"gflop": operations, "seconds": found}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -15,6 +15,7 @@ from torch import Tensor
 from perceiver_fast.backends import Choice
 from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu, geglu
+from perceiver_fast.ops.library import learns
 from perceiver_fast.ops.linear import forward_product, grad_input_product, grad_weight_product, linear
 
 OP = "feed_forward"
@@ -82,8 +83,7 @@ def feed_forward(
         )
     bias1 = bias1 if bias1.dtype in (z.dtype, torch.float32) else bias1.to(z.dtype)
     on_kernel = choose_feed_forward(z.dtype, z.device).backend not in (None, "reference")
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (z, weight1, bias1, weight2))
-    if on_kernel and learns and not torch.compiler.is_compiling():
+    if on_kernel and learns(z, weight1, bias1, weight2) and not torch.compiler.is_compiling():
         if cache is not None:
             cache.clear_in_training()
         with torch.autocast(z.device.type, enabled=False):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.library import cpu_error, kernel_reasons, library, register_triton, triton_reasons
+from perceiver_fast.ops.library import cpu_error, kernel_reasons, learns, library, register_triton, triton_reasons
 
 OP = "geglu"
 
@@ -109,6 +109,8 @@ def geglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
     choice = backends.require(choose_geglu(PointwiseCall(h.dtype, h.device)))
     if choice.backend == "reference" or torch.compiler.is_compiling():
         return reference.geglu(h, bias)
+    if not learns(h, bias):
+        return torch.ops.perceiver_fast.geglu_forward(h, bias)
     return GEGLUFunction.apply(h, bias)
 
 

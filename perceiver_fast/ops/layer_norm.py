@@ -15,7 +15,7 @@ from torch import Tensor
 from perceiver_fast import backends, reference
 from perceiver_fast.backends import Choice
 from perceiver_fast.ops.geglu import PointwiseCall, pointwise_backends
-from perceiver_fast.ops.library import compute_dtype, library, register_triton
+from perceiver_fast.ops.library import compute_dtype, learns, library, register_triton
 
 OP = "layer_norm"
 
@@ -165,7 +165,10 @@ def add_layer_norm(
     choice = backends.require(choose_layer_norm(PointwiseCall(narrow, x.device)))
     if choice.backend == "reference" or torch.compiler.is_compiling():
         return reference.add_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype)
-    y, z = AddLayerNormFunction.apply(x, branch, branch_bias, weight, bias, eps, out_dtype)
+    if learns(x, branch, branch_bias, weight, bias):
+        y, z = AddLayerNormFunction.apply(x, branch, branch_bias, weight, bias, eps, out_dtype)
+    else:
+        y, z, *_ = torch.ops.perceiver_fast.layer_norm_forward(x, branch, branch_bias, weight, bias, eps, out_dtype)
     return x if branch is None else y, z
 
 

@@ -110,6 +110,11 @@ def register_triton(op: str, module: str, function: str) -> None:
         library.impl(op, run, "CPU", allow_override=True)
 
 
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether a gradient will be asked for: without one, an op is called without its autograd function."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def dropout_seed(probability: float, device: torch.device) -> Tensor | None:
     """A fresh seed from torch's generator, int64 of one element; None without dropout."""
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if probability > 0 else None

@@ -22,7 +22,8 @@ constexpr double kInverseSqrt2 = 0.70710678118654752440, kInverseSqrt2Pi = 0.398
 PF_INLINE Normal<float> normal(Simd<float>::Vec g) {
   using S = Simd<float>;
   constexpr float kHalfLog2OfE = 0.72134752044f;
-  const S::Vec a = (S::Vec)((S::IntVec)g & 0x7fffffff);
+  S::Vec a = (S::Vec)((S::IntVec)g & 0x7fffffff);
+  a = a > 20.0f ? S::set(20.0f) : a;  // where e is zero; infinity over itself would be NaN
   const S::Vec e = exp2<float, false>(a * a * -kHalfLog2OfE, S::Vec{});
   const S::Vec s = a * 0.29f, t = s / (1.0f + s);
   S::Vec q = t * 0.0389858634867f - 0.120657597625f;

@@ -17,28 +17,48 @@ struct Elements : Simd<X> {
   static PF_INLINE Vec rounded(Vec v) { return v; }
 };
 
+// Sixteen bits a lane, as 32-bit ones from memory and back; compilers widen and narrow in more steps on their own.
+typedef uint32_t Words32 __attribute__((vector_size(PF_VECTOR_BYTES)));
+#if PF_VECTOR_BYTES == 64
+PF_INLINE Words32 load_halves(const void* p) {
+  return (Words32)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+PF_INLINE void store_halves(void* p, Words32 words) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)words));
+}
+#elif PF_VECTOR_BYTES == 32
+PF_INLINE Words32 load_halves(const void* p) {
+  return (Words32)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+PF_INLINE void store_halves(void* p, Words32 words) {
+  const __m128i low = _mm256_castsi256_si128((__m256i)words), high = _mm256_extracti128_si256((__m256i)words, 1);
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+}
+#else
+typedef uint16_t Words16 __attribute__((vector_size(PF_VECTOR_BYTES / 2)));
+PF_INLINE Words32 load_halves(const void* p) {
+  Words16 halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return __builtin_convertvector(halves, Words32);
+}
+PF_INLINE void store_halves(void* p, Words32 words) {
+  const Words16 halves = __builtin_convertvector(words, Words16);
+  std::memcpy(p, &halves, sizeof halves);
+}
+#endif
+
 // bfloat16 is the upper half of a float; rounding is to nearest, ties to even, and NaN stays NaN.
 template <>
 struct Elements<BFloat16> {
   using T = float;
   using Vec = Simd<float>::Vec;
-  typedef uint32_t Words __attribute__((vector_size(PF_VECTOR_BYTES)));
-  typedef uint16_t Halves __attribute__((vector_size(PF_VECTOR_BYTES / 2)));
-
-  static PF_INLINE Words round(Vec v) {
-    const Words bits = (Words)v;
+  static PF_INLINE Words32 round(Vec v) {
+    const Words32 bits = (Words32)v;
     return v != v ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
   }
   static PF_INLINE Vec rounded(Vec v) { return (Vec)(round(v) & 0xffff0000u); }
-  static PF_INLINE Vec load(const BFloat16* p) {
-    Halves halves;
-    std::memcpy(&halves, p, sizeof halves);
-    return (Vec)(__builtin_convertvector(halves, Words) << 16);
-  }
-  static PF_INLINE void store(BFloat16* p, Vec v) {
-    const Halves halves = __builtin_convertvector(round(v) >> 16, Halves);
-    std::memcpy(p, &halves, sizeof halves);
-  }
+  static PF_INLINE Vec load(const BFloat16* p) { return (Vec)(load_halves(p) << 16); }
+  static PF_INLINE void store(BFloat16* p, Vec v) { store_halves(p, round(v) >> 16); }
 };
 
 // Access to a whole vector of an array, or to the `count` elements that its end leaves; the other lanes are zero.

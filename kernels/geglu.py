@@ -20,7 +20,7 @@ from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.kernels.row_tiles import column_sums, tiles
 
 FORWARD = Config(queries=2, tokens=1024, warps=4)
-BACKWARD = Config(queries=1, tokens=1024, warps=4, registers=80)
+BACKWARD = Config(queries=1, tokens=1024, warps=4, registers=96)
 
 
 @triton.jit

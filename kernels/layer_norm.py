@@ -22,16 +22,16 @@ from perceiver_fast.kernels.row_tiles import column_sums, tiles
 ONE_BLOCK = 4096
 # By the widest row: narrow ones within a warp, whose sums need no barrier; the last for rows beyond ONE_BLOCK.
 FORWARD = {
-    1024: Config(queries=1, tokens=1024, warps=1),
-    2048: Config(queries=1, tokens=2048, warps=4),
-    ONE_BLOCK: Config(queries=1, tokens=4096, warps=8),
+    1024: Config(queries=1, tokens=1024, warps=1, registers=128),
+    2048: Config(queries=1, tokens=2048, warps=4, registers=64),
+    ONE_BLOCK: Config(queries=1, tokens=4096, warps=8, registers=64),
 }
-FORWARD_WIDE = Config(queries=1, tokens=4096, warps=8)
+FORWARD_WIDE = Config(queries=1, tokens=2048, warps=8, registers=64)
 # Sums of columns are 2 to 3 numbers a column and program: few programs, of many warps and a tile of rows.
 BACKWARD = {
-    512: Config(queries=4, tokens=512, warps=1),
-    2048: Config(queries=1, tokens=2048, warps=4, registers=128),
-    ONE_BLOCK: Config(queries=1, tokens=4096, warps=8, registers=128),
+    512: Config(queries=2, tokens=512, warps=1, registers=255),
+    2048: Config(queries=1, tokens=2048, warps=4, registers=168),
+    ONE_BLOCK: Config(queries=1, tokens=4096, warps=8, registers=255),
 }
 BACKWARD_WIDE = Config(queries=2, tokens=1024, warps=4, registers=128)
 
@@ -56,6 +56,13 @@ def store_normed(z, values, weight, bias, at, column, there, inside):
 
 
 @triton.jit
+def corrections(sums, squares, eps, D: tl.constexpr):
+    """What a mean is off, by the sums of the row centred by it: a large one's last bits are not small; and ``rstd``."""
+    off = sums / D
+    return off, tl.math.rsqrt(tl.maximum(squares / D - off * off, 0.0) + eps)
+
+
+@triton.jit
 def layer_norm_forward_kernel(
     x, branch, branch_bias, weight, bias, y, z, mean, rstd, rows, eps,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -71,8 +78,9 @@ def layer_norm_forward_kernel(
             tl.store(y + at, values.to(y.dtype.element_ty), mask=there)
         middle = tl.sum(values, 1, keep_dims=True) / D
         centred = tl.where(inside, values - middle, 0.0)
-        scale = tl.math.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / D + eps)
-        store_normed(z, centred * scale, weight, bias, at, column, there, inside)
+        sums, squares = tl.sum(centred, 1, keep_dims=True), tl.sum(centred * centred, 1, keep_dims=True)
+        off, scale = corrections(sums, squares, eps, D)
+        store_normed(z, (centred - off) * scale, weight, bias, at, column, there, inside)
     else:  # the row comes from the cache again: y is made three times, for what a program has written it cannot yet read
         sums = tl.zeros([ROWS, COLS], tl.float32)
         for first in tl.range(0, D, COLS):
@@ -85,6 +93,7 @@ def layer_norm_forward_kernel(
                 tl.store(y + at, values.to(y.dtype.element_ty), mask=there)
             sums += values
         middle = tl.sum(sums, 1, keep_dims=True) / D
+        sums = tl.zeros([ROWS, COLS], tl.float32)
         squares = tl.zeros([ROWS, COLS], tl.float32)
         for first in tl.range(0, D, COLS):
             column = first + tl.arange(0, COLS)[None, :]
@@ -92,16 +101,17 @@ def layer_norm_forward_kernel(
             there = (row < rows) & inside
             values = joined(x, branch, branch_bias, row * D + column, column, there, inside)
             centred = tl.where(inside, values - middle, 0.0)
+            sums += centred
             squares += centred * centred
-        scale = tl.math.rsqrt(tl.sum(squares, 1, keep_dims=True) / D + eps)
+        off, scale = corrections(tl.sum(sums, 1, keep_dims=True), tl.sum(squares, 1, keep_dims=True), eps, D)
         for first in tl.range(0, D, COLS):
             column = first + tl.arange(0, COLS)[None, :]
             inside = column < D
             there = (row < rows) & inside
             at = row * D + column
             values = joined(x, branch, branch_bias, at, column, there, inside)
-            store_normed(z, (values - middle) * scale, weight, bias, at, column, there, inside)
-    tl.store(mean + row, middle, mask=row < rows)
+            store_normed(z, (values - middle - off) * scale, weight, bias, at, column, there, inside)
+    tl.store(mean + row, middle + off, mask=row < rows)
     tl.store(rstd + row, scale, mask=row < rows)
 
 

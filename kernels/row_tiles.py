@@ -17,9 +17,12 @@ from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.ops.library import multiprocessors
 
-NARROWEST = 16  # columns of a tile: with fewer a tile would be rows, whose statistics cost as much as a row of 16
+NARROWEST, TALLEST = 16, 16  # columns and rows of a tile: addresses and statistics of more rows take more registers
 REGISTERS = 1 << 16  # of a multiprocessor
-COLUMNS, MERGED = 32, 64  # tile of the last sum: whole sectors of 32 bytes, and many short walks rather than few long ones
+COLUMNS, MERGED = (
+    32,
+    64,
+)  # tile of the last sum: whole sectors of 32 bytes, and many short walks rather than few long ones
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class Tiles:
 
 
 def tiles(rows: int, width: int, config: Config) -> Tiles:
-    """Cut ``[rows, width]`` into tiles of as many elements as the configuration's, of its columns or less."""
+    """Cut ``[rows, width]`` into tiles of the configuration's columns or less, and of as many elements or less."""
     columns = min(config.tokens, max(NARROWEST, triton.next_power_of_2(width)))
-    height = config.queries * config.tokens // columns
+    height = min(config.queries * config.tokens // columns, TALLEST)
     return Tiles(height, columns, triton.cdiv(width, columns), triton.cdiv(rows, height))
 
 

@@ -3,9 +3,9 @@
     y = x + (branch + branch_bias),    hat = (y - mean) rstd,    z = hat weight + bias
     g = d_z weight,    d_x = d_y + rstd (g - mean(g) - hat mean(g hat))
 
-Rows up to ``ONE_BLOCK`` wide are held in registers, so that the variance is that of the centred row; wider ones are walked
-over in blocks of columns, three times in the forward. y is rounded to the dtype of x before its statistics are taken:
-they are those of what the backward reads.
+Rows up to ``ONE_BLOCK`` wide are held in registers; wider ones are walked over in blocks of columns, three times in the
+forward. The variance is that of the centred row, in two passes. y is rounded to the dtype of x before its statistics are
+taken: they are those of what the backward reads.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ FORWARD = {
     2048: Config(queries=1, tokens=2048, warps=4, registers=64),
     ONE_BLOCK: Config(queries=1, tokens=4096, warps=8, registers=64),
 }
-FORWARD_WIDE = Config(queries=1, tokens=2048, warps=8, registers=64)
-# Sums of columns are 2 to 3 numbers a column and program: few programs, of many warps and a tile of rows.
+FORWARD_WIDE = Config(queries=1, tokens=2048, warps=8, registers=128)
+# Of the sums of columns every program leaves 2 or 3 numbers a column: few programs, as many as registers hold at a time.
 BACKWARD = {
     512: Config(queries=2, tokens=512, warps=1, registers=255),
     2048: Config(queries=1, tokens=2048, warps=4, registers=168),
@@ -81,7 +81,7 @@ def layer_norm_forward_kernel(
         sums, squares = tl.sum(centred, 1, keep_dims=True), tl.sum(centred * centred, 1, keep_dims=True)
         off, scale = corrections(sums, squares, eps, D)
         store_normed(z, (centred - off) * scale, weight, bias, at, column, there, inside)
-    else:  # the row comes from the cache again: y is made three times, for what a program has written it cannot yet read
+    else:  # y is made three times, of what the cache still has: threads do not see what others of them have written
         sums = tl.zeros([ROWS, COLS], tl.float32)
         for first in tl.range(0, D, COLS):
             column = first + tl.arange(0, COLS)[None, :]
@@ -158,7 +158,7 @@ def layer_norm_backward_kernel(
     D: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KINDS: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Every program has a block of columns and each ``shares``-th tile of rows; a block is the row, or ``terms`` are given.
+    """Every program has a block of columns and each ``shares``-th tile of rows; a block is a row, or there are ``terms``.
 
     Beyond the rows scale and gradients are zero, and with them all that is summed.
     """

@@ -1,4 +1,4 @@
-"""What :mod:`perceiver_fast.kernels.aot` compiles of layer_norm and geglu: launches of typical calls, without content."""
+"""What :mod:`perceiver_fast.kernels.aot` compiles of layer_norm and geglu: typical calls of empty tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Passes over the rows of a matrix: how they are cut into tiles, and how sums over all rows come about.
 
-Sums of columns are added up without atomics, so that they are the same bits every time: each of a fixed number of programs
-walks over its share of the rows and leaves what it summed, and a second kernel adds that up in order.
+Sums of columns are added up without atomics, so that they are the same bits every time: each of a fixed number of
+programs walks over its share of the rows and leaves what it summed, and a second kernel adds that up in order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Tiles:
     count: int
 
     def shares(self, config: Config, device: torch.device) -> int:
-        """Programs that share the rows of a block of columns: with those of all blocks, what registers hold at a time."""
+        """Programs that share the rows of a block of columns: with those of all blocks, what registers hold at once."""
         resident = REGISTERS // (32 * config.warps * (config.registers or 256))
         return max(1, min(self.count, resident * multiprocessors(device) // self.blocks))
 
@@ -49,7 +49,8 @@ def tiles(rows: int, width: int, config: Config) -> Tiles:
 
 @triton.jit
 def column_sums_kernel(
-    parts, first, second, third, width, parts_count, blocks, KINDS: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr
+    parts, first, second, third, width, parts_count, blocks,
+    KINDS: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Sums over the first axis of ``parts [parts_count, KINDS, width]``, in order; one output a kind."""
     pid = tl.program_id(0)

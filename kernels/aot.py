@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from perceiver_fast.kernels.configs import Config
 
-MODULES = ("grid_attention_instances", "cross_attention_instances")
+MODULES = ("grid_attention_instances", "cross_attention_instances", "pointwise_instances")
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 

@@ -100,9 +100,10 @@ def register_triton(op: str, module: str, function: str) -> None:
 
     def run(*args):
         kernel = getattr(importlib.import_module(f"perceiver_fast.kernels.{module}"), function)
-        if args[0].device.type != "cuda":
+        device = next(value.device for value in args if value is not None)  # a gradient that is not there comes first
+        if device.type != "cuda":
             return kernel(*args)
-        with torch.cuda.device(args[0].device):  # Triton launches on the current device, and on its current stream
+        with torch.cuda.device(device):  # Triton launches on the current device, and on its current stream
             return kernel(*args)
 
     library.impl(op, run, "CUDA")

@@ -22,7 +22,7 @@ from perceiver_fast.kernels.row_tiles import column_sums, tiles
 ONE_BLOCK = 4096
 # By the widest row: narrow ones within a warp, whose sums need no barrier; the last for rows beyond ONE_BLOCK.
 FORWARD = {
-    1024: Config(queries=1, tokens=1024, warps=1, registers=128),
+    1024: Config(queries=1, tokens=1024, warps=1, registers=168),
     2048: Config(queries=1, tokens=2048, warps=4, registers=64),
     ONE_BLOCK: Config(queries=1, tokens=4096, warps=8, registers=64),
 }

@@ -6,7 +6,7 @@ from support import grid_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceiver_fast.kernels.launch import Launch
-from perceiver_fast.ops import cross_attention
+from perceiver_fast.ops import add_layer_norm, cross_attention, geglu
 from perceiver_fast.ops.grid_attention import grid_attention_joined
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NOT tested here")
@@ -22,15 +22,18 @@ class NoSync(TorchDispatchMode):
 
 
 def attend(device, dropout=0.2):
-    """Both ops, forward and backward, with masks and gradients of everything; gives a function and its leaves."""
+    """All ops, forward and backward, with masks and gradients of everything; gives a function and its leaves."""
     q, feat, scale, mask = (t.to(device) for t in grid_inputs(2, 5, 3, (4, 33), torch.float32, masked=True))
     dense = [torch.randn(2, 2, n, 24, device=device) for n in (5, 40, 40)]
     seen = torch.rand(2, 40, device=device) > 0.3
-    leaves = [t.requires_grad_() for t in (q, feat, scale, *dense)]
+    vectors = [torch.randn(24, device=device) for _ in range(4)]
+    leaves = [t.requires_grad_() for t in (q, feat, scale, *dense, *vectors)]
 
     def run(*leaves):
         o, lse, _ = grid_attention_joined(*leaves[:3], mask, dropout)
-        p, sums = cross_attention(*leaves[3:], seen, dropout, return_lse=True)
+        p, sums = cross_attention(*leaves[3:6], seen, dropout, return_lse=True)
+        y, z = add_layer_norm(leaves[3], p, *leaves[6:9])
+        p = y + geglu(z, leaves[9]).repeat(1, 1, 1, 2)
         total = o.square().sum() + lse.clamp_min(-1e3).sum() + p.square().sum() + sums.clamp_min(-1e3).sum()
         return torch.autograd.grad(total, leaves)
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 namespace perceiver_fast {
 
@@ -37,18 +36,5 @@ using F32BF16 = Dtypes<float, BFloat16>;
   MACRO(F32, f32)            \
   MACRO(BF16, bf16)          \
   MACRO(F32BF16, f32_bf16)
-
-// x in another dtype; to bfloat16 as Elements<BFloat16> rounds.
-template <class X, class T>
-inline X to_dtype(T x) {
-  return X(x);
-}
-template <>
-inline BFloat16 to_dtype<BFloat16, float>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
-  return {uint16_t(rounded >> 16)};
-}
 
 }  // namespace perceiver_fast

@@ -17,7 +17,6 @@ void geglu_forward(const GegluForward<D>& call, const Parallel& parallel) {
 
 template <class D>
 void geglu_backward(const GegluBackward<D>& call, const Parallel& parallel) {
-  using B = typename D::Wide;
   using T = typename D::T;
   const auto& kernels = geglu_kernels<D>(active_isa());
   if (call.d_bias == nullptr) {
@@ -29,7 +28,7 @@ void geglu_backward(const GegluBackward<D>& call, const Parallel& parallel) {
   const auto sums = sum_rows<T>(call.rows, call.features, width, parallel, [&](int64_t begin, int64_t end, T* sums) {
     kernels.backward(call, begin, end, sums);
   });
-  for (int64_t i = 0; i < width; ++i) call.d_bias[i] = to_dtype<B>(sums.get()[i]);
+  for (int64_t i = 0; i < width; ++i) store_sum(sums.get()[i], call.d_bias + i);
 }
 
 #define PF_INSTANTIATE(D, type)                                                  \

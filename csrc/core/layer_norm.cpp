@@ -26,7 +26,7 @@ void layer_norm_backward(const LayerNormBackward<D>& call, const Parallel& paral
   });
   S* const gradients[] = {call.d_weight, call.d_bias, call.d_branch_bias};
   for (int k = 0; k < 3; ++k)
-    for (int64_t i = 0; gradients[k] != nullptr && i < n; ++i) gradients[k][i] = to_dtype<S>(sums.get()[k * n + i]);
+    for (int64_t i = 0; gradients[k] != nullptr && i < n; ++i) store_sum(sums.get()[k * n + i], gradients[k] + i);
 }
 
 #define PF_INSTANTIATE(D, type)                                                           \

@@ -13,12 +13,13 @@ struct Normal {
 
 constexpr double kInverseSqrt2 = 0.70710678118654752440, kInverseSqrt2Pi = 0.39894228040143267794;
 
-// Both share e = exp(-g^2 / 2): with a = |g| and t = 0.29 a / (1 + 0.29 a), Phi(-a) = e (1/2 + t q(t)). The form has the
-// tail's decay, so it keeps relative accuracy where 1 + erf has none left, and near zero next to nothing of q's rounding.
+// Both share e = exp(-g^2 / 2): with a = |g| and t = 0.29 a / (1 + 0.29 a), Phi(-a) = e (1/2 + t q(t)). The form has
+// the tail's decay, so it keeps relative accuracy where 1 + erf has none left, and near zero next to nothing of q's
+// rounding.
 //
 // q is a minimax polynomial (Remez in 40-digit arithmetic, for a up to 14: beyond it e is zero) for the relative error
-// weighted by max(2 Phi(-a), 1/32): 4.8e-9 of that. In float, with exp2's error, gelu(g) is within 1.5e-7 of g and a tail
-// within a relative 1e-5, most of it the exponent's rounding.
+// weighted by max(2 Phi(-a), 1/32): 4.8e-9 of that. In float, with exp2's error, gelu(g) is within 1.5e-7 of g and a
+// tail within a relative 1e-5, most of it the exponent's rounding.
 PF_INLINE Normal<float> normal(Simd<float>::Vec g) {
   using S = Simd<float>;
   constexpr float kHalfLog2OfE = 0.72134752044f;

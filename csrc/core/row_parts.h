@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "aligned.h"
+#include "dtypes.h"
 #include "parallel.h"
 
 namespace perceiver_fast {
@@ -20,11 +22,11 @@ void for_rows(int64_t rows, int64_t columns, const Parallel& parallel, Body body
   parallel.run(shares, [&](int64_t begin, int64_t end) { body(rows * begin / shares, rows * end / shares); });
 }
 
-// Sums over rows of `count` terms each; block(begin, end, sums) adds those of some rows, kSumRows at most, to sums. Rows
-// are of `columns` elements.
+// Sums over rows of `count` terms each; block(begin, end, sums) adds those of some rows, kSumRows at most, to sums.
+// Rows are of `columns` elements.
 //
-// Rows fall into parts by their number alone, a part into blocks. Sums of blocks meet in their part's, and those of
-// parts in groups, always in the same order: no chain is long, and no bit depends on threads.
+// They fall into parts by their number and length alone, a part into blocks. Sums of blocks meet in their part's, and
+// those of parts in pairs, always in the same order: no chain is long, and no bit depends on threads.
 template <class T, class Block>
 Aligned<T> sum_rows(int64_t rows, int64_t columns, int64_t count, const Parallel& parallel, Block block) {
   const int64_t blocks = (rows + kSumRows - 1) / kSumRows;
@@ -44,7 +46,7 @@ Aligned<T> sum_rows(int64_t rows, int64_t columns, int64_t count, const Parallel
       }
     }
   });
-  // Neighbours meet first, in the place of the left one.
+  // Neighbours meet in the place of the left one.
   for_rows(count, parts, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t step = 1; step < parts; step *= 2)
       for (int64_t part = 0; part + step < parts; part += 2 * step) {
@@ -54,6 +56,16 @@ Aligned<T> sum_rows(int64_t rows, int64_t columns, int64_t count, const Parallel
       }
   });
   return totals;
+}
+
+// A sum in the dtype of its gradient; to bfloat16 it is rounded as elsewhere, to nearest and ties to even.
+inline void store_sum(double sum, double* to) { *to = sum; }
+inline void store_sum(float sum, float* to) { *to = sum; }
+inline void store_sum(float sum, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  bits = sum != sum ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  to->bits = uint16_t(bits >> 16);
 }
 
 }  // namespace perceiver_fast

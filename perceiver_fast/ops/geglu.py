@@ -15,7 +15,15 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.library import cpu_error, kernel_reasons, learns, library, register_triton, triton_reasons
+from perceiver_fast.ops.library import (
+    compute_dtype,
+    cpu_error,
+    kernel_reasons,
+    learns,
+    library,
+    register_triton,
+    triton_reasons,
+)
 
 OP = "geglu"
 
@@ -87,7 +95,7 @@ def geglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         h: ``[.., 2 F]``, floating point.
-        bias: ``[2 F]``, the dtype of h or float32. Default: None.
+        bias: ``[2 F]``, the dtype of h, or float32 beside half precision. Default: None.
 
     Returns:
         ``[.., F]``, the dtype of h. Differentiable once in h and bias.
@@ -126,5 +134,7 @@ def _check(h: Tensor, bias: Tensor | None) -> None:
             f"geglu: expected bias [{h.shape[-1]}] on {h.device}, got {tuple(bias.shape)} on {bias.device}; "
             "it is added to the last dimension of h"
         )
-    if bias.dtype not in (h.dtype, torch.float32):
-        raise TypeError(f"geglu: expected bias in {h.dtype} or float32, got {bias.dtype}; convert it with bias.to(..)")
+    dtypes = dict.fromkeys((h.dtype, compute_dtype(h.dtype)))  # one of them, or two
+    if bias.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise TypeError(f"geglu: expected bias in {expected}, got {bias.dtype}; convert it with bias.to(..)")

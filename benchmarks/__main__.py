@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"one to measure, also by {SLOW_PEER}; repeat for several (default: all but {slow})",
     )
     which.add_argument("--all", action="store_true", help=f"every geometry, also {slow}, and {SLOW_PEER}")
+    top.add_argument("--only", default="", metavar="EXPRESSION", help='as pytest -k takes it: "forward and not sdpa"')
     top.add_argument("--threads", type=int, default=DEFAULT_THREADS, help="threads (default: %(default)s)")
     top.add_argument("--json", type=Path, help="where the numbers go (default: benchmarks/results/<cpu>-<date>.json)")
     return top
@@ -52,7 +53,9 @@ def run_pytest(geometry: str, args: argparse.Namespace) -> tuple[int, dict | Non
     """Run the suite on one geometry; returns pytest's exit code and pytest-benchmark's record, None without one."""
     command = [sys.executable, "-m", "pytest", str(HERE), "-v", "--threads", str(args.threads), "--geometry", geometry]
     command += ["--benchmark-columns=median,min,rounds", "--benchmark-group-by=func,param:geometry,param:pass_name"]
-    command += [] if with_slow_peer(args) else ["-k", f"not {SLOW_PEER}"]
+    wanted = [f"({args.only})"] if args.only else []
+    wanted += [] if with_slow_peer(args) or args.only else [f"not {SLOW_PEER}"]
+    command += ["-k", " and ".join(wanted)] if wanted else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"

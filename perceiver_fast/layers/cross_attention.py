@@ -25,7 +25,7 @@ from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
 from perceiver_fast.layers.stream import ResidualStream, is_plain, normalize
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.grid_attention import grid_attention_joined
-from perceiver_fast.ops.library import half_dtype
+from perceiver_fast.ops.library import half_dtype, unless_autocast
 from perceiver_fast.ops.linear import product_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens, absorb_norm, merge_groups
 
@@ -152,7 +152,7 @@ class CrossAttention(nn.Module):
 
     def _kept(self, name: str, build: Callable[[], T], sources: Sequence[Tensor] = (), key: object = None) -> T:
         """``build()``, a product of the keys' and values' parameters and ``sources``; kept in inference."""
-        with torch.autocast(self.norm.weight.device.type, enabled=False):
+        with unless_autocast(self.norm.weight.device):
             parameters = self.fn.to_kv.weight, self.norm_context.weight, self.norm_context.bias
             return self.fn.cache.get(name, (*parameters, *sources), build, key)
 
@@ -169,7 +169,7 @@ class CrossAttention(nn.Module):
 
         def queries():
             q = self.fn.project("to_q", x)
-            with torch.autocast(x.device.type, enabled=False):
+            with unless_autocast(x.device):
                 q = q.to(keys.dtype).unflatten(-1, (self.fn.heads, self.fn.dim_head))
                 return torch.einsum("bnhd,hdl->bhnl", q, keys), torch.einsum("bnhd,hd->bhn", q, key_bias)
 
@@ -183,7 +183,7 @@ class CrossAttention(nn.Module):
         feat, heads, features = tokens.feat, self.fn.heads, tokens.features
         half = half_dtype(x.device, tokens.dtype)
         q, constant, values, beta = self.grid_tables(x, tokens)
-        with torch.autocast(x.device.type, enabled=False):
+        with unless_autocast(x.device):
             scale = tokens.scale(self.norm_context.eps)
             if inverted:  # a channel that is one after scaling carries the keys' bias
                 feat = torch.cat([feat, 1 / scale.unsqueeze(-1)], -1)
@@ -217,7 +217,7 @@ class CrossAttention(nn.Module):
 
         keys, key_bias, values, beta = self._kept("absorbed", absorbed, key=dtype)
         q, constant = self._queries(x, keys, key_bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with unless_autocast(x.device):
             z = tokens.normalized(self.norm_context.eps).to(dtype)
             counts = inverted or dropout > 0
             if counts:  # a channel of ones carries the keys' bias, and counts what weights sum to

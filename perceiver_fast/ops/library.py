@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def unless_autocast(device: torch.device) -> AbstractContextManager:
+    """Where autocast is on, it is off inside; entering torch.autocast costs as much as a small kernel."""
+    if autocast_dtype(device) is None:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def half_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:

@@ -6,13 +6,15 @@ advance and kept until the parameter changes. On a GPU, in small products and un
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast.backends import Choice, forced_backend
 from perceiver_fast.cache import ParameterCache, cacheable
-from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, measure, wide_bfloat16
 
 OP = "linear"
@@ -100,6 +102,13 @@ class LinearFunction(torch.autograd.Function):
         return d_x, grad_weight_product(d_out, x) if ctx.needs_input_grad[1] else None
 
 
+class _Packed:
+    """Weights laid out in advance for one number of rows, once that has come twice in turn."""
+
+    product: Callable[[Tensor], Tensor] | None = None
+    seen = False
+
+
 def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) -> Tensor | None:
     """``x [n, k] @ weight^T`` by weights that ``cache`` keeps packed, or None where that has no use yet.
 
@@ -108,21 +117,25 @@ def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) 
     """
     wide = x.dtype == torch.bfloat16 and wide_bfloat16()
     dtype = torch.float32 if wide else x.dtype
-    library = LIBRARIES[library_of("packed", dtype)]
-    if not wide and dtype == weight.dtype and library.pack is None:
+    library = library_of("packed", dtype)
+    if library == "torch" and dtype == weight.dtype:
         return None
-    rows = x.shape[0]
-    key = rows, dtype, library_of("packed", dtype), torch.get_num_threads()
-    seen = cache.get(f"{name} seen", (weight,), lambda: [], key)
-    if not seen:
-        seen.append(True)
-        return None
+    key = x.shape[0], dtype, library, torch.get_num_threads()
+    packed = cache.get(name, (weight,), _Packed, key)
+    if packed.product is None:
+        if not packed.seen:
+            packed.seen = True
+            return None
+        packed.product = _pack(library, weight, x, dtype)
+    return packed.product(x) if x.dtype == dtype else packed.product(x.to(dtype)).to(x.dtype)
 
-    def pack():
+
+def _pack(library: str, weight: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
         operand = weight.detach().to(x.dtype).to(dtype)
-        return library.pack(operand, rows) if library.pack else lambda x: LIBRARIES["torch"].forward(x, operand)
-
-    return cache.get(name, (weight,), pack, key)(x.to(dtype)).to(x.dtype)
+        if LIBRARIES[library].pack:
+            return LIBRARIES[library].pack(operand, x.shape[0])
+        return lambda x: LIBRARIES["torch"].forward(x, operand)
 
 
 def linear(
@@ -153,20 +166,24 @@ def linear(
             f"linear: expected x [.., {weight.shape[-1]}] for weight {tuple(weight.shape)}, got {tuple(x.shape)}; "
             "the last dimension of x is multiplied with the last of weight"
         )
-    with torch.autocast(x.device.type, enabled=False):
-        rows = x.numel() // max(x.shape[-1], 1)
-        if not is_large(rows, *weight.shape, x.device):
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        flat, out = x.reshape(rows, x.shape[-1]), None
-        if cache is not None:
-            cache.clear_in_training()
-            out = packed_product(cache, name, flat, weight) if cacheable((weight,)) else None
-        if out is None:
-            cast = weight.to(x.dtype)
-            torchs = all(library_of(kind, x.dtype) == "torch" for kind in ("forward", "grad_input", "grad_weight"))
-            if torchs and not (x.dtype == torch.bfloat16 and wide_bfloat16()):
-                out = F.linear(flat, cast)
-            else:
-                out = LinearFunction.apply(flat, cast)
-        out = out.view(*x.shape[:-1], weight.shape[0])
-        return out if bias is None else out + bias.to(x.dtype)
+    with unless_autocast(x.device):  # the dtype is that of x
+        return _linear(x, weight, bias, cache, name)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, cache: ParameterCache | None, name: str) -> Tensor:
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not is_large(rows, *weight.shape, x.device):
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    flat, out = x.reshape(rows, x.shape[-1]), None
+    if cache is not None:
+        cache.clear_in_training()
+        out = packed_product(cache, name, flat, weight) if cacheable((weight,)) else None
+    if out is None:
+        cast = weight.to(x.dtype)
+        torchs = all(library_of(kind, x.dtype) == "torch" for kind in ("forward", "grad_input", "grad_weight"))
+        if torchs and not (x.dtype == torch.bfloat16 and wide_bfloat16()):
+            out = F.linear(flat, cast)
+        else:
+            out = LinearFunction.apply(flat, cast)
+    out = out.view(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias.to(x.dtype)

@@ -22,7 +22,7 @@ from perceiver_fast.ops.grid_attention import GridAttentionCall
 from perceiver_fast.ops.grid_scale import BACKENDS as GRID_SCALE
 from perceiver_fast.ops.layer_norm import BACKENDS as LAYER_NORM
 from perceiver_fast.ops.library import triton_error
-from perceiver_fast.ops.linear_libraries import LIBRARIES, measure
+from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
 from perceiver_fast.ops.linear_libraries import reasons as library_reasons
 
 # The ops with their backends and an ordinary call on a device.
@@ -44,12 +44,16 @@ def _reasons(op: str, device: str) -> dict[str, list[str]]:
 
 def _linear() -> dict:
     """The CPU's libraries for matrix products: why one cannot be used, what was measured, and what was chosen."""
-    measured = measure()
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return {
         "unavailable": {name: why for name in LIBRARIES if (why := library_reasons(name))},
-        "gflops": {kind: {name: round(s, 1) for name, s in speeds.items()} for kind, speeds in measured.speeds.items()},
-        "chosen": measured.chosen,
-        "bfloat16_in_float32": measured.wide_bfloat16,
+        "gflops": {
+            f"{name} {kind}": {library: round(speed, 1) for library, speed in speeds.items()}
+            for name, dtype in dtypes.items()
+            for kind, speeds in measure(dtype).items()
+        },
+        "chosen": {f"{name} {kind}": library_of(kind, dtype) for name, dtype in dtypes.items() for kind in KINDS},
+        "bfloat16_in_float32": wide_bfloat16(),
     }
 
 

@@ -48,14 +48,12 @@ def choose_linear(rows: int, channels: int, out_channels: int, dtype: torch.dtyp
     """The library that runs a forward product in inference, and what the others were measured at."""
     if not is_large(rows, channels, out_channels, device):
         return Choice(OP, "torch")
-    wide = dtype == torch.bfloat16 and wide_bfloat16()
-    kind = "packed" if torch.float32 == dtype or wide else "packed bfloat16"
-    chosen = library_of("packed", torch.float32 if wide else dtype)
     if dtype not in (torch.float32, torch.bfloat16):
-        return Choice(OP, chosen)
-    speeds = measure().speeds[kind]
+        return Choice(OP, "torch")
+    operands = torch.float32 if dtype == torch.bfloat16 and wide_bfloat16() else dtype
+    chosen, speeds = library_of("packed", operands), measure(operands)["packed"]
     why = {name: [f"{speed:.0f} GFLOP/s"] for name, speed in speeds.items() if name != chosen}
-    return Choice(OP, f"{chosen} ({speeds[chosen]:.0f} GFLOP/s)" if chosen in speeds else chosen, why)
+    return Choice(OP, f"{chosen} ({speeds[chosen]:.0f} GFLOP/s)", why)
 
 
 def _product(kind: str, a: Tensor, b: Tensor) -> Tensor:
@@ -174,7 +172,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, cache: ParameterCach
     rows = x.numel() // max(x.shape[-1], 1)
     if not is_large(rows, *weight.shape, x.device):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    flat, out = x.reshape(rows, x.shape[-1]), None
+    flat, out = x.reshape(rows, x.shape[-1]).contiguous(), None
     if cache is not None:
         cache.clear_in_training()
         out = packed_product(cache, name, flat, weight) if cacheable((weight,)) else None

@@ -3,7 +3,7 @@
 Nobody's product is the fastest everywhere: the BLAS that torch was built with takes a slow path on other vendors'
 processors, where oneDNN is several times as fast; on its own vendor's it is the faster one; and with bfloat16 weights
 packed in advance, or in float32, ranks change again. So the first large product of a process times them all on one
-small problem (about a quarter of a second, once) and each kind of product goes to the fastest, to torch's own in case
+small problem (about a fifth of a second, once) and each kind of product goes to the fastest, to torch's own in case
 of doubt. Every library computes what it is asked for: float32 products are float32 products, in the precision that
 torch.set_float32_matmul_precision (by default the highest) allows.
 """
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 NAMES = ("auto", "torch", "mkl", "onednn")
 ROWS, INNER, OUTER = 256, 512, 2048  # the problem that is timed: a feed-forward of perceiver-pytorch's README
 ROUNDS = 5
+SECONDS = 0.5  # rounds of one kind of product end after this, on slow machines
 GAIN = 1.15  # by how much another library has to be faster
 PACKED_GAIN = 1.05  # the same for packed weights, which cost nothing more once they are there
 KINDS = ("forward", "packed", "grad_input", "grad_weight")
@@ -92,22 +93,6 @@ def reasons(name: str) -> list[str]:
     return []
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the probe found.
-
-    Attributes:
-        speeds: GFLOP/s by kind of product ("forward", "packed", "grad_input", "grad_weight"; with " bfloat16" after it
-            for that dtype) and library.
-        chosen: the library of every kind.
-        wide_bfloat16: float32 products are the faster ones of bfloat16 operands too.
-    """
-
-    speeds: dict[str, dict[str, float]]
-    chosen: dict[str, str]
-    wide_bfloat16: bool
-
-
 def _calls(dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Tensor]]]:
     """By kind and library, the product of the probe."""
     generator = torch.Generator().manual_seed(0)
@@ -130,9 +115,12 @@ def _calls(dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Tensor]]]:
 def _speeds(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """GFLOP/s of every call, timed in turns; the best round of each, since other work can only slow one down."""
     best = dict.fromkeys(calls, float("inf"))
+    start_of_all = time.perf_counter()
     for name in calls:
         calls[name]()
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
+        if turn and time.perf_counter() - start_of_all > SECONDS:
+            break
         for name, call in calls.items():
             start = time.perf_counter()
             call()
@@ -151,19 +139,24 @@ def _fastest(speeds: dict[str, float], gain: float) -> str:
 
 
 @functools.cache
-def measure() -> Measured:
-    """Time the libraries, once a process."""
-    speeds = {}
+def measure(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """GFLOP/s by kind of product (:data:`KINDS`) and library, for float32 or bfloat16 operands; timed once a process."""
     with torch.inference_mode(), torch.autocast("cpu", enabled=False), _disable_current_modes():
-        for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, " bfloat16")):
-            speeds |= {f"{kind}{suffix}": _speeds(calls) for kind, calls in _calls(dtype).items()}
-    chosen = {
-        kind: _fastest(found, PACKED_GAIN if kind.startswith("packed") else GAIN) for kind, found in speeds.items()
-    }
-    wide = statistics.geometric_mean(
-        speeds[kind][chosen[kind]] / speeds[f"{kind} bfloat16"][chosen[f"{kind} bfloat16"]] for kind in KINDS
-    )
-    return Measured(speeds, chosen, wide > GAIN)
+        return {kind: _speeds(calls) for kind, calls in _calls(dtype).items()}
+
+
+def choose(kind: str, dtype: torch.dtype) -> str:
+    """The library that was measured to be the fastest, or one that is as good and comes before it."""
+    return _fastest(measure(dtype)[kind], PACKED_GAIN if kind == "packed" else GAIN)
+
+
+@functools.cache
+def _float32_is_faster() -> bool:
+    best = [
+        {kind: speeds[choose(kind, dtype)] for kind, speeds in measure(dtype).items()}
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    return statistics.geometric_mean(best[0][kind] / best[1][kind] for kind in KINDS) > GAIN
 
 
 _forced = "auto"
@@ -213,7 +206,7 @@ def library_of(kind: str, dtype: torch.dtype = torch.float32) -> str:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.enabled:
         return "torch"
     if _forced == "auto":
-        return measure().chosen[kind if dtype == torch.float32 else f"{kind} bfloat16"]
+        return choose(kind, dtype)
     library = LIBRARIES[_forced]
     has = library.pack if kind == "packed" else getattr(library, kind)
     return _forced if has is not None and dtype in library.takes else "torch"
@@ -221,7 +214,7 @@ def library_of(kind: str, dtype: torch.dtype = torch.float32) -> str:
 
 def wide_bfloat16() -> bool:
     """Whether bfloat16 operands are multiplied in float32, exactly, since this CPU does so faster."""
-    return _forced != "torch" and measure().wide_bfloat16
+    return _forced != "torch" and _float32_is_faster()
 
 
 _forced = _check(os.environ.get("PERCEIVER_FAST_LINEAR") or "auto", "PERCEIVER_FAST_LINEAR")

@@ -72,6 +72,18 @@ def test_packed_weights(shape, dtype, library, monkeypatch):
             assert relative_error(linear(other, weight, bias, cache), torch.cat([want, want])) <= limit
 
 
+@pytest.mark.parametrize("library", NAMES)
+def test_any_strides(library, monkeypatch):
+    monkeypatch.setattr(MODULE, "LARGE", 1)
+    wide, weight = torch.randn(7, 6, 40), torch.randn(9, 20)
+    for x in (wide[..., 10:30], wide.transpose(0, 1)[..., ::2], torch.randn(20, 5).T, torch.randn(1, 20).expand(3, 20)):
+        with torch.no_grad(), pf.use_linear(library):
+            cache = ParameterCache()
+            for w in (weight, torch.randn(20, 9).T):
+                for _ in range(3):
+                    assert relative_error(linear(x, w, None, cache), F.linear(x, w)) < 1e-6
+
+
 def test_only_some_gradients():
     x, weight, _ = operands((256,), 512, 512, torch.float32)
     with pf.use_linear("auto"):
@@ -93,12 +105,13 @@ def test_float32_is_float32():
 
 
 def test_the_probe_and_the_choice():
-    measured = linear_libraries.measure()
-    assert set(measured.speeds) == {f"{k}{s}" for k in linear_libraries.KINDS for s in ("", " bfloat16")}
-    assert all(measured.speeds[kind][name] > 0 for kind, name in measured.chosen.items())
-    assert linear_libraries.measure() is measured
     for kind in linear_libraries.KINDS:
-        assert linear_libraries.library_of(kind) == measured.chosen[kind]
+        for dtype in (torch.float32, torch.bfloat16):
+            measured = linear_libraries.measure(dtype)
+            assert set(measured) == set(linear_libraries.KINDS) and linear_libraries.measure(dtype) is measured
+            chosen = linear_libraries.library_of(kind, dtype)
+            assert chosen == linear_libraries.choose(kind, dtype)
+            assert measured[kind][chosen] > 0 and measured[kind][chosen] >= measured[kind]["torch"]
         assert linear_libraries.library_of(kind, torch.float64) == "torch"
     with pf.use_linear("torch"):
         assert linear_libraries.library_of("forward") == "torch" and not linear_libraries.wide_bfloat16()

@@ -99,9 +99,9 @@ class use_backend:
 
     Args:
         name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels),
-            ``"triton"`` (the Triton kernels of ``grid_attention`` and ``cross_attention`` on GPUs), ``"cuda"`` (the CUDA
-            kernels; ``fourier_projection`` alone has them) or ``"reference"`` (plain PyTorch). The environment variable
-            PERCEIVER_FAST_BACKEND sets the initial value.
+            ``"triton"`` (the Triton kernels of all ops but ``fourier_projection`` and ``grid_scale``, on GPUs),
+            ``"cuda"`` (the CUDA kernels; ``fourier_projection`` alone has them) or ``"reference"`` (plain PyTorch). The
+            environment variable PERCEIVER_FAST_BACKEND sets the initial value.
 
     Raises:
         ValueError: the name is unknown. A forced backend that cannot run a call raises :class:`BackendError` there.

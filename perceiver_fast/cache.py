@@ -108,7 +108,7 @@ def cacheable(sources: Sequence[Tensor]) -> bool:
     """Whether a value computed from ``sources`` may be kept: inference on plain CPU tensors, outside of any tracing."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or extension.error is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
     return all(type(t) in PLAIN and t.device.type == "cpu" and t.is_contiguous() and _counted(t) for t in sources)
 

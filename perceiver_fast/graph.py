@@ -29,6 +29,11 @@ def _capture(run: Callable[[], object]) -> tuple[Callable[[], None], object]:
     return recorded.replay, output
 
 
+def _autocast() -> tuple[bool, torch.dtype]:
+    """Whether autocast is on, and the dtype it asks for."""
+    return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+
 class Graph:
     """What :func:`graph` returns: called like the model, with inputs of the example's shapes."""
 
@@ -36,24 +41,26 @@ class Graph:
         self.model = model
         self.copy = copy
         leaves, self._structure = pytree.tree_flatten((args, kwargs))
-        self._inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
+            self._inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._record()
 
     def _state(self) -> tuple:
         """Where the weights lie, in what mode the model is, and what autocast asks for: what a recording depends on."""
         tensors = (*self.model.parameters(), *self.model.buffers())
-        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         return (
             tuple((t.data_ptr(), t.dtype) for t in tensors),
             tuple(m.training for m in self.model.modules()),
-            autocast,
+            _autocast(),
         )
 
     def _record(self) -> None:
         args, kwargs = pytree.tree_unflatten(self._inputs, self._structure)
+        enabled, dtype = _autocast()
 
         def run():
-            with torch.no_grad():
+            # What autocast keeps of weights lives until its block ends: a recording would read what is freed then.
+            with torch.no_grad(), torch.autocast("cuda", dtype, enabled, cache_enabled=False):
                 return self.model(*args, **kwargs)
 
         self._recorded = self._state()
@@ -76,9 +83,10 @@ class Graph:
             self._check(mine, given)
         if self._state() != self._recorded:  # weights moved, or another mode: values alone may change freely
             self._record()
-        for mine, given in zip(self._inputs, leaves):
-            if isinstance(mine, Tensor):
-                mine.copy_(given)
+        with torch.no_grad():  # or inputs that learn would tie all calls together
+            for mine, given in zip(self._inputs, leaves):
+                if isinstance(mine, Tensor):
+                    mine.copy_(given)
         self._replay()
         return pytree.tree_map_only(Tensor, Tensor.clone, self._output) if self.copy else self._output
 

@@ -27,9 +27,9 @@ def data(size=9):
 
 
 def expected(model, x):
-    """The same weights in a model that has kept nothing; with gradients on nothing is."""
+    """What a copy that has kept nothing returns, and with gradients on keeps nothing; ``model`` keeps what it has."""
     with torch.enable_grad():
-        return model(x).detach()
+        return copy.deepcopy(model)(x).detach()
 
 
 @pytest.fixture(params=["mkl", "onednn", "torch"], autouse=True)
@@ -240,6 +240,18 @@ def test_explain_and_transforms_leave_nothing(warm):
         many = torch.func.vmap(lambda p: torch.func.functional_call(model, p, (x,)))(stacked)
         assert relative_error(many[0], expected(model, x)) < 1e-5
     check(model, x)
+
+
+def test_a_trace_holds_no_kept_values(library):
+    model, x = pf.PerceiverIO(dim=9, queries_dim=6, logits_dim=5, num_latents=6, latent_dim=16, depth=1).eval(), data()
+    x = x.flatten(1, 2).repeat(1, 1, 3)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+        traced = torch.jit.trace(model, (x,))
+        for parameter in model.parameters():  # the trace's, too
+            parameter.mul_(1.1)
+        assert relative_error(traced(x), expected(model, x)) < 1e-5
 
 
 def test_the_cache_itself():

@@ -21,7 +21,7 @@ class Model(nn.Module):
 
     def forward(self, x, mask=None, factor=1.0):
         self.calls += 1
-        assert not torch.is_grad_enabled()
+        assert not torch.is_grad_enabled() and not torch.is_autocast_cache_enabled()
         out = self.linear(x) * factor
         return {"out": out if mask is None else out * mask.unsqueeze(-1), "name": "linear"}
 
@@ -33,7 +33,12 @@ def recorded(monkeypatch):
 
     def capture(run):
         output = run()
-        return lambda: output["out"].copy_(run()["out"]), output
+
+        def replay():
+            with torch.inference_mode():  # a graph writes to any memory
+                output["out"].copy_(run()["out"])
+
+        return replay, output
 
     monkeypatch.setattr(graph_module, "_capture", capture)
     model = Model()
@@ -52,6 +57,21 @@ def test_inputs_reach_the_recording(recorded):
         got = graph(x, mask=mask)
         assert torch.equal(got["out"], model.linear(x) * mask.unsqueeze(-1)) and got["name"] == "linear"
     assert not example.any() and not got["out"].requires_grad
+
+
+def test_inputs_that_learn_leave_no_trace(recorded):
+    model, graph = recorded(torch.zeros(2, 4))
+    x = torch.randn(2, 4, requires_grad=True)
+    for _ in range(2):
+        assert not graph(x * 2)["out"].requires_grad
+    assert not any(t.requires_grad for t in graph._inputs)
+
+
+def test_made_in_inference_mode_and_called_outside(recorded):
+    with torch.inference_mode():
+        model, graph = recorded(torch.zeros(2, 4))
+    x = torch.randn(2, 4)
+    assert torch.equal(graph(x)["out"], model.linear(x))
 
 
 def test_outputs_are_copies_unless_asked(recorded):

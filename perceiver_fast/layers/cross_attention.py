@@ -173,7 +173,7 @@ class CrossAttention(nn.Module):
                 q = q.to(keys.dtype).unflatten(-1, (self.fn.heads, self.fn.dim_head))
                 return torch.einsum("bnhd,hdl->bhnl", q, keys), torch.einsum("bnhd,hd->bhn", q, key_bias)
 
-        if cache.holds("latents", x) and is_plain(to_q, nn.Linear):
+        if cache.holds("latents", x) and is_plain(to_q, nn.Linear) and to_q.bias is None:
             return cache.get("queries", (x, to_q.weight, keys, key_bias), queries)
         return queries()
 

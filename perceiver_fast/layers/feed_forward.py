@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.layers.stream import Branch, is_plain
+from perceiver_fast.layers.stream import Branch, is_called, is_plain
 from perceiver_fast.ops.feed_forward import feed_forward
 from perceiver_fast.ops.linear import product_dtype
 
@@ -28,8 +28,8 @@ class FeedForward(Branch):
         )
 
     def forward(self, x: Tensor, bias_apart: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        wide, _, narrow, dropout = self.net
-        if is_plain(wide, nn.Linear) and is_plain(narrow, nn.Linear):
+        if self._is_plain():
+            wide, _, narrow, dropout = self.net
             x = x.to(product_dtype(x))
             out, bias = feed_forward(x, wide.weight, wide.bias, narrow.weight, self.cache), narrow.bias
             if not bias_apart or (dropout.training and dropout.p > 0):
@@ -37,3 +37,10 @@ class FeedForward(Branch):
         else:
             out, bias = self.net(x), None
         return (out, bias) if bias_apart else out
+
+    def _is_plain(self) -> bool:
+        """Whether one op on the parameters can stand in for calls of the layers within."""
+        wide, gate, narrow, dropout = self.net
+        if type(gate) is not GEGLU or any(is_called(module) for module in (self.net, gate, dropout)):
+            return False
+        return all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in (wide, narrow))

@@ -10,14 +10,18 @@ from perceiver_fast.ops.layer_norm import add_layer_norm, layer_norm
 from perceiver_fast.ops.linear import product_dtype
 
 
+def is_called(module: nn.Module) -> bool:
+    """Whether something waits for a call of ``module``: a hook, or a forward put on the instance (accelerate does)."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
+
+
 def is_plain(module: nn.Module, kind: type) -> bool:
     """Whether ``module`` is a ``kind`` and nothing more, so that an op on its parameters can stand in for a call of it.
 
     Hooks, parametrizations, adapters and quantized weights make it something more.
     """
-    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if module._backward_hooks or module._backward_pre_hooks:
+    if type(module) is not kind or is_called(module):
         return False
     return type(module.weight) in PLAIN and (module.bias is None or type(module.bias) in PLAIN)
 
@@ -55,8 +59,9 @@ class ResidualStream:
         if self._branch is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         base = self._x._base if self._x._is_view() else self._x
-        shown = type(base) is nn.Parameter and base.is_contiguous() and self._x.shape == (1, *base.shape)
-        return base if shown else None
+        if type(base) is not nn.Parameter or self._x.shape != (1, *base.shape):
+            return None
+        return base if base.is_contiguous() and self._x.is_contiguous() else None  # transposed it shows something else
 
     @property
     def shape(self):

@@ -15,7 +15,7 @@ from torch import Tensor
 from perceiver_fast.backends import Choice
 from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu, geglu
-from perceiver_fast.ops.library import learns
+from perceiver_fast.ops.library import compute_dtype, learns
 from perceiver_fast.ops.linear import forward_product, grad_input_product, grad_weight_product, linear
 
 OP = "feed_forward"
@@ -81,7 +81,7 @@ def feed_forward(
             f"feed_forward: expected weight1 [2 F, {z.shape[-1]}], bias1 [2 F] and weight2 [D', F], got "
             f"{tuple(weight1.shape)}, {tuple(bias1.shape)} and {tuple(weight2.shape)}; values and gates are half of 2 F each"
         )
-    bias1 = bias1 if bias1.dtype in (z.dtype, torch.float32) else bias1.to(z.dtype)
+    bias1 = bias1 if bias1.dtype in (z.dtype, compute_dtype(z.dtype)) else bias1.to(z.dtype)
     on_kernel = choose_feed_forward(z.dtype, z.device).backend not in (None, "reference")
     if on_kernel and learns(z, weight1, bias1, weight2) and not torch.compiler.is_compiling():
         if cache is not None:

@@ -25,7 +25,9 @@ def is_large(rows: int, channels: int, out_channels: int, device: torch.device) 
     """Whether it matters which library runs a product; only then is one chosen."""
     if device.type != "cpu" or forced_backend() == "reference" or torch.compiler.is_compiling():
         return False
-    if torch._C._len_torch_dispatch_stack():  # something looks on, explain for one: to it all products are torch's
+    if (
+        torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
+    ):  # what looks on (explain, too) knows torch's alone
         return False
     return rows * channels * out_channels >= LARGE
 
@@ -118,7 +120,7 @@ def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) 
     library = library_of("packed", dtype)
     if library == "torch" and dtype == weight.dtype:
         return None
-    key = x.shape[0], dtype, library, torch.get_num_threads()
+    key = x.shape[0], x.dtype, dtype, library, torch.get_num_threads()  # x.dtype: what weights are rounded to
     packed = cache.get(name, (weight,), _Packed, key)
     if packed.product is None:
         if not packed.seen:

@@ -95,10 +95,9 @@ def reasons(name: str) -> list[str]:
 
 def _calls(dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Tensor]]]:
     """By kind and library, the product of the probe."""
-    generator = torch.Generator().manual_seed(0)
-    x, d_out, weight = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((ROWS, INNER), (ROWS, OUTER), (OUTER, INNER))
-    )
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes = (ROWS, INNER), (ROWS, OUTER), (OUTER, INNER)  # on the CPU, whatever the default device
+    x, d_out, weight = (torch.randn(s, generator=generator, device="cpu").to(dtype) for s in shapes)
     calls: dict[str, dict[str, Callable[[], Tensor]]] = {kind: {} for kind in KINDS}
     for name, library in LIBRARIES.items():
         if reasons(name) or dtype not in library.takes:

@@ -56,6 +56,16 @@ def test_the_stream_keeps_float32_under_autocast():
         assert stream.value().dtype == torch.float32
 
 
+def test_latents_shown_transposed_are_not_taken_for_themselves():
+    block, latents = PerceiverBlock(dim=8, context_dim=9).eval(), nn.Parameter(torch.randn(8, 8))
+    tokens = torch.randn(1, 30, 9)
+    with torch.no_grad():
+        shown = [block(x.unsqueeze(0), tokens) for x in (latents, latents.T, latents)]
+        apart = [block(x.clone().unsqueeze(0), tokens) for x in (latents, latents.T, latents)]
+    for mine, theirs in zip(shown, apart):
+        assert relative_error(mine, theirs) < 1e-6
+
+
 def run(block, x):
     with torch.no_grad():
         return block(x)
@@ -75,6 +85,35 @@ def test_hooks_are_called():
         handle = module.register_forward_hook(lambda m, i, o: o * 2)
         assert relative_error(run(block, x), before) > 1e-3
         handle.remove()
+
+    for module in (ff.fn.net, ff.fn.net[1], ff.fn.net[3]):
+        handle = module.register_forward_hook(lambda m, i, o: calls.append(m))
+        assert relative_error(run(block, x), before) < 1e-5 and calls == [module]
+        calls.clear()
+        handle.remove()
+
+
+def test_a_forward_put_on_a_layer_is_called():
+    """As accelerate does, to bring weights from elsewhere first."""
+    block, x = PerceiverBlock(dim=16, has_cross_attn=False).eval(), torch.randn(2, 5, 16)
+    before = run(block, x)
+    attn, ff = block.self_attns[0]
+    for module in (attn.norm, attn.fn.to_q, attn.fn.to_kv, attn.fn.to_out, ff.norm, ff.fn.net[0], ff.fn.net[2]):
+        module.forward = lambda x, layer=module: 2 * type(layer).forward(layer, x)
+        assert relative_error(run(block, x), before) > 1e-3
+        del module.forward
+    assert relative_error(run(block, x), before) == 0
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_feed_forward_may_go_without_a_bias(which):
+    block, x = PerceiverBlock(dim=16, has_cross_attn=False).eval(), torch.randn(2, 5, 16)
+    linear = block.self_attns[0][1].fn.net[which]
+    with torch.no_grad():
+        linear.bias.zero_()
+    before = run(block, x)
+    linear.bias = None
+    assert relative_error(run(block, x), before) < 1e-5
 
 
 class Adapted(nn.Linear):

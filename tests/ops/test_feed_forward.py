@@ -52,6 +52,15 @@ def test_half_precision_with_a_float32_bias():
     assert out.dtype == torch.bfloat16 and relative_error(out, plain(z, weight1, bias1, weight2)) < 0.02
 
 
+def test_parameters_are_taken_in_the_dtype_of_the_input():
+    z, *parameters = operands((2, 5, 8), 16, torch.float32)
+    exact = [t.double() for t in (z, *parameters)]
+    got, want = results(feed_forward, [exact[0], *parameters]), results(plain, exact)
+    assert [t.dtype for t in got] == [torch.float64] * 2 + [torch.float32] * 3
+    for mine, theirs in zip(got, want):
+        assert relative_error(mine, theirs) < 1e-6
+
+
 def test_gradcheck():
     tensors = [t.requires_grad_() for t in operands((3, 4), 5, torch.float64)]
     assert torch.autograd.gradcheck(feed_forward, tensors)

@@ -73,6 +73,19 @@ def test_packed_weights(shape, dtype, library, monkeypatch):
 
 
 @pytest.mark.parametrize("library", NAMES)
+def test_packed_weights_of_one_dtype_are_not_anothers(library, monkeypatch):
+    """Where bfloat16 is multiplied in float32 its weights are packed in float32, but rounded before: not for float32."""
+    monkeypatch.setattr(MODULE, "LARGE", 1)
+    monkeypatch.setattr(MODULE, "wide_bfloat16", lambda: True)
+    x, weight, _ = (t.detach() for t in operands((64,), 32, 48, torch.float32))
+    want, cache = F.linear(x.double(), weight.double()), ParameterCache()
+    with torch.no_grad(), pf.use_linear(library):
+        for dtype, limit in ((torch.bfloat16, 1e-2), (torch.float32, 1e-6)) * 2:
+            for _ in range(3):
+                assert relative_error(linear(x.to(dtype), weight, None, cache), want) < limit
+
+
+@pytest.mark.parametrize("library", NAMES)
 def test_any_strides(library, monkeypatch):
     monkeypatch.setattr(MODULE, "LARGE", 1)
     wide, weight = torch.randn(7, 6, 40), torch.randn(9, 20)
@@ -126,6 +139,12 @@ def test_the_probe_and_the_choice():
     chosen = choose_linear(256, 512, 4096, torch.float32, torch.device("cpu"))
     assert chosen.op == "linear" and "GFLOP/s" in chosen.backend
     assert choose_linear(2, 3, 4, torch.float32, torch.device("cpu")).backend == "torch"
+
+
+def test_the_probe_runs_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        measured = linear_libraries.measure.__wrapped__(torch.float32)
+    assert set(measured) == set(linear_libraries.KINDS)
 
 
 def test_small_products_start_no_probe():

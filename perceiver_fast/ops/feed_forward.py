@@ -12,13 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perceiver_fast.backends import Choice
 from perceiver_fast.cache import ParameterCache
-from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu, geglu
+from perceiver_fast.ops.geglu import choose_geglu, geglu, runs_kernel
 from perceiver_fast.ops.library import compute_dtype, learns
 from perceiver_fast.ops.linear import forward_product, grad_input_product, grad_weight_product, linear
-
-OP = "feed_forward"
 
 
 class FeedForwardFunction(torch.autograd.Function):
@@ -44,11 +41,6 @@ class FeedForwardFunction(torch.autograd.Function):
         d_weight1 = grad_weight_product(d_h, z) if needs_weight1 else None
         d_z = grad_input_product(d_h, weight1) if needs_z else None
         return d_z, d_weight1, d_bias1 if needs_bias1 else None, d_weight2
-
-
-def choose_feed_forward(dtype: torch.dtype, device: torch.device) -> Choice:
-    """The backend that runs what lies between the products."""
-    return choose_geglu(PointwiseCall(dtype, device))
 
 
 def feed_forward(
@@ -82,8 +74,7 @@ def feed_forward(
             f"{tuple(weight1.shape)}, {tuple(bias1.shape)} and {tuple(weight2.shape)}; values and gates are half of 2 F each"
         )
     bias1 = bias1 if bias1.dtype in (z.dtype, compute_dtype(z.dtype)) else bias1.to(z.dtype)
-    on_kernel = choose_feed_forward(z.dtype, z.device).backend not in (None, "reference")
-    if on_kernel and learns(z, weight1, bias1, weight2) and not torch.compiler.is_compiling():
+    if learns(z, weight1, bias1, weight2) and runs_kernel(choose_geglu, z.dtype, z.device):
         if cache is not None:
             cache.clear_in_training()
         with torch.autocast(z.device.type, enabled=False):

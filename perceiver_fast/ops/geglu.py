@@ -8,6 +8,7 @@ The backward reads h again and gives u back beside the gradients, so that whoeve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,24 @@ def pointwise_backends() -> tuple[Backend, ...]:
 
 
 BACKENDS = pointwise_backends()
+_runs_kernel: dict[tuple, bool] = {}
+
+
+def runs_kernel(choose: Callable[[PointwiseCall], Choice], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel runs a pass over activations, rather than plain PyTorch.
+
+    Under torch.compile it is plain PyTorch. Answers are kept: finding one anew takes as long as a small kernel.
+
+    Raises:
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+    """
+    if torch.compiler.is_compiling():
+        backends.require(choose(PointwiseCall(dtype, device)))
+        return False
+    key = choose, dtype, device, backends.forced_backend()
+    if key not in _runs_kernel:
+        _runs_kernel[key] = backends.require(choose(PointwiseCall(dtype, device))).backend != "reference"
+    return _runs_kernel[key]
 
 
 def choose_geglu(call: PointwiseCall) -> Choice:
@@ -114,8 +133,7 @@ def geglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
         torch.Size([2, 5, 4])
     """
     _check(h, bias)
-    choice = backends.require(choose_geglu(PointwiseCall(h.dtype, h.device)))
-    if choice.backend == "reference" or torch.compiler.is_compiling():
+    if not runs_kernel(choose_geglu, h.dtype, h.device):
         return reference.geglu(h, bias)
     if not learns(h, bias):
         return torch.ops.perceiver_fast.geglu_forward(h, bias)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, reference
 from perceiver_fast.backends import Choice
-from perceiver_fast.ops.geglu import PointwiseCall, pointwise_backends
+from perceiver_fast.ops.geglu import PointwiseCall, pointwise_backends, runs_kernel
 from perceiver_fast.ops.library import compute_dtype, learns, library, register_triton
 
 OP = "layer_norm"
@@ -162,8 +162,7 @@ def add_layer_norm(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     _check(x, branch, branch_bias, weight, bias, out_dtype)
     narrow = out_dtype if compute_dtype(x.dtype) == x.dtype else x.dtype
-    choice = backends.require(choose_layer_norm(PointwiseCall(narrow, x.device)))
-    if choice.backend == "reference" or torch.compiler.is_compiling():
+    if not runs_kernel(choose_layer_norm, narrow, x.device):
         return reference.add_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype)
     if learns(x, branch, branch_bias, weight, bias):
         y, z = AddLayerNormFunction.apply(x, branch, branch_bias, weight, bias, eps, out_dtype)

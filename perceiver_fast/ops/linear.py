@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast.backends import Choice, forced_backend
-from perceiver_fast.cache import ParameterCache, cacheable
+from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, measure, wide_bfloat16
 
@@ -121,7 +121,7 @@ def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) 
     if library == "torch" and dtype == weight.dtype:
         return None
     key = x.shape[0], x.dtype, dtype, library, torch.get_num_threads()  # x.dtype: what weights are rounded to
-    packed = cache.get(name, (weight,), _Packed, key)
+    packed = cache.get(name, (weight,), _Packed, key)  # a new one where nothing can be kept
     if packed.product is None:
         if not packed.seen:
             packed.seen = True
@@ -177,7 +177,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, cache: ParameterCach
     flat, out = x.reshape(rows, x.shape[-1]).contiguous(), None
     if cache is not None:
         cache.clear_in_training()
-        out = packed_product(cache, name, flat, weight) if cacheable((weight,)) else None
+        out = None if torch.is_grad_enabled() else packed_product(cache, name, flat, weight)
     if out is None:
         cast = weight.to(x.dtype)
         torchs = all(library_of(kind, x.dtype) == "torch" for kind in ("forward", "grad_input", "grad_weight"))

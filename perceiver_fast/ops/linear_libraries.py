@@ -151,6 +151,7 @@ def measure(dtype: torch.dtype) -> dict[str, dict[str, float]]:
         return {kind: _speeds(calls) for kind, calls in by_kind.items()}
 
 
+@functools.cache
 def choose(kind: str, dtype: torch.dtype) -> str:
     """The library that was measured to be the fastest, or one that is as good and comes before it."""
     speeds = {name: speed for name, speed in measure(dtype)[kind].items() if name in LIBRARIES}
@@ -207,7 +208,7 @@ def _check(name: str, where: str) -> str:
 
 def library_of(kind: str, dtype: torch.dtype = torch.float32) -> str:
     """The library that runs one kind of product, as forced or measured."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.enabled:
+    if dtype not in (torch.float32, torch.bfloat16) or not torch._C._get_mkldnn_enabled():
         return "torch"
     if _forced == "auto":
         return choose(kind, dtype)

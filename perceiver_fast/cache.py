@@ -30,21 +30,19 @@ class _Stamp:
         self.memory = source.detach()  # holds the memory, so that no other parameter can come to lie there
         self.version = source._version
         self.address = source.data_ptr()
-        self.form = source.dtype, source.shape  # contiguous, as all that is kept
-        self.content = _content(source)
+        self.bytes = source.numel() * source.element_size()
+        self.dtype, self.shape = source.dtype, source.shape  # contiguous, as all that is kept
+        self.content = extension.module.content_hash(self.address, self.bytes)
 
     def holds(self, source: Tensor) -> bool:
         return (
             self.source is source
             and self.version == source._version
             and self.address == source.data_ptr()
-            and self.form == (source.dtype, source.shape)
-            and self.content == _content(source)
+            and self.dtype is source.dtype
+            and self.shape == source.shape
+            and self.content == extension.module.content_hash(self.address, self.bytes)
         )
-
-
-def _content(source: Tensor) -> int:
-    return extension.module.content_hash(source.data_ptr(), source.numel() * source.element_size())
 
 
 class ParameterCache:
@@ -80,6 +78,13 @@ class ParameterCache:
         self._entries[name] = stamps, key, value
         return value
 
+    def kept(self, name: str, source: Tensor) -> tuple | None:
+        """Key and value under ``name`` if they came from ``source`` alone and still hold: :meth:`get` for the hurried."""
+        entry = self._entries.get(name)
+        if entry is None or torch.is_grad_enabled() or _watched() or not entry[0][0].holds(source):
+            return None
+        return entry[1:]
+
     def holds(self, name: str, value: object) -> bool:
         """Whether ``value`` is the very one that is kept under ``name``: then what is computed from it can be, too."""
         if torch.compiler.is_compiling():
@@ -108,9 +113,16 @@ def cacheable(sources: Sequence[Tensor]) -> bool:
     """Whether a value computed from ``sources`` may be kept: inference on plain CPU tensors, outside of any tracing."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or extension.error is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing():
+    if _watched():
         return False
     return all(type(t) in PLAIN and t.device.type == "cpu" and t.is_contiguous() and _counted(t) for t in sources)
+
+
+def _watched() -> bool:
+    """Whether operations do not simply run: modes, forward-mode derivatives and tracers look on."""
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch._C._get_tracing_state() is not None
 
 
 def _counted(tensor: Tensor) -> bool:

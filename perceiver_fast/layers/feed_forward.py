@@ -41,6 +41,8 @@ class FeedForward(Branch):
     def _is_plain(self) -> bool:
         """Whether one op on the parameters can stand in for calls of the layers within."""
         wide, gate, narrow, dropout = self.net
-        if type(gate) is not GEGLU or any(is_called(module) for module in (self.net, gate, dropout)):
+        if type(gate) is not GEGLU or is_called(self.net) or is_called(gate) or is_called(dropout):
             return False
-        return all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in (wide, narrow))
+        if not (is_plain(wide, nn.Linear) and is_plain(narrow, nn.Linear)):
+            return False
+        return wide.bias is not None and narrow.bias is not None

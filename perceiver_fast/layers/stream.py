@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.cache import PLAIN, Cached
-from perceiver_fast.ops.layer_norm import add_layer_norm, layer_norm
+from perceiver_fast.ops.layer_norm import run_layer_norm
 from perceiver_fast.ops.linear import product_dtype
 
 
 def is_called(module: nn.Module) -> bool:
     """Whether something waits for a call of ``module``: a hook, or a forward put on the instance (accelerate does)."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return "forward" in module.__dict__
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
@@ -23,7 +24,9 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     """
     if type(module) is not kind or is_called(module):
         return False
-    return type(module.weight) in PLAIN and (module.bias is None or type(module.bias) in PLAIN)
+    parameters = module._parameters  # nn.Module.__getattr__ is slow, and this is asked several times a layer
+    bias = parameters.get("bias")
+    return type(parameters.get("weight")) in PLAIN and (bias is None or type(bias) in PLAIN)
 
 
 def _fits(norm: nn.Module, x: Tensor) -> bool:
@@ -35,7 +38,7 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)`` in the dtype that products of it are computed in."""
     if not _fits(norm, x):
         return norm(x)
-    return layer_norm(x, norm.weight, norm.bias, norm.eps, product_dtype(x))
+    return run_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, product_dtype(x))[1]
 
 
 class ResidualStream:
@@ -78,7 +81,7 @@ class ResidualStream:
         if self._branch is None or not _fits(norm, self._x):
             return normalize(norm, self.value())
         dtype = product_dtype(self._x)
-        self._x, z = add_layer_norm(
+        self._x, z = run_layer_norm(
             self._x, self._branch.to(dtype), self._bias, norm.weight, norm.bias, norm.eps, dtype
         )
         self._branch = self._bias = None

@@ -161,6 +161,19 @@ def add_layer_norm(
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     _check(x, branch, branch_bias, weight, bias, out_dtype)
+    return run_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype)
+
+
+def run_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_layer_norm` for callers whose tensors fit each other; they are not checked."""
     narrow = out_dtype if compute_dtype(x.dtype) == x.dtype else x.dtype
     if not runs_kernel(choose_layer_norm, narrow, x.device):
         return reference.add_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from perceiver_fast.backends import Choice, forced_backend
 from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
-from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, measure, wide_bfloat16
+from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, linear_settings, measure, wide_bfloat16
 
 OP = "linear"
 LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every library is as good
@@ -109,6 +109,27 @@ class _Packed:
     seen = False
 
 
+def _packed_key(rows: int, dtype: torch.dtype) -> tuple:
+    return rows, dtype, torch.get_num_threads(), linear_settings(), forced_backend()
+
+
+def _quick_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) -> Tensor | None:
+    """``x [.., k] @ weight^T`` where nothing has changed since it was last computed with packed weights, else None.
+
+    A few comparisons: what it takes to find that out anew costs as much as the smaller products.
+    """
+    kept = cache.kept(name, weight)
+    if kept is None or type(x) is not Tensor or not x.is_contiguous():
+        return None
+    (key, dtype, library), packed = kept
+    if packed.product is None or dtype != x.dtype or library == "torch":
+        return None
+    shape = x.shape
+    if shape[-1] != weight.shape[1] or key != _packed_key(x.numel() // shape[-1], dtype):
+        return None
+    return packed.product(x)
+
+
 def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) -> Tensor | None:
     """``x [n, k] @ weight^T`` by weights that ``cache`` keeps packed, or None where that has no use yet.
 
@@ -120,7 +141,7 @@ def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) 
     library = library_of("packed", dtype)
     if library == "torch" and dtype == weight.dtype:
         return None
-    key = x.shape[0], x.dtype, dtype, library, torch.get_num_threads()  # x.dtype: what weights are rounded to
+    key = _packed_key(x.shape[0], x.dtype), dtype, library  # the dtype of x is what weights are rounded to
     packed = cache.get(name, (weight,), _Packed, key)  # a new one where nothing can be kept
     if packed.product is None:
         if not packed.seen:
@@ -166,6 +187,10 @@ def linear(
             f"linear: expected x [.., {weight.shape[-1]}] for weight {tuple(weight.shape)}, got {tuple(x.shape)}; "
             "the last dimension of x is multiplied with the last of weight"
         )
+    if cache is not None and not torch.compiler.is_compiling():
+        out = _quick_product(cache, name, x, weight)
+        if out is not None:
+            return out if bias is None else out + bias.to(x.dtype)
     with unless_autocast(x.device):  # the dtype is that of x
         return _linear(x, weight, bias, cache, name)
 

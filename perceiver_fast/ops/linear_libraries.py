@@ -217,6 +217,11 @@ def library_of(kind: str, dtype: torch.dtype = torch.float32) -> str:
     return _forced if has is not None and dtype in library.takes else "torch"
 
 
+def linear_settings() -> tuple:
+    """What :func:`library_of` depends on beside what was measured."""
+    return _forced, torch._C._get_mkldnn_enabled()
+
+
 def wide_bfloat16() -> bool:
     """Whether bfloat16 operands are multiplied in float32, exactly, since this CPU does so faster."""
     return _forced != "torch" and _float32_is_faster()

@@ -19,10 +19,7 @@ from perceiver_fast.ops.library import multiprocessors
 
 NARROWEST, TALLEST = 16, 16  # columns and rows of a tile: addresses and statistics of more rows take more registers
 REGISTERS = 1 << 16  # of a multiprocessor
-COLUMNS, MERGED = (
-    32,
-    64,
-)  # tile of the last sum: whole sectors of 32 bytes, and many short walks rather than few long ones
+COLUMNS, MERGED = 32, 64  # tile of the last sum: whole sectors, and many short walks rather than few long ones
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """What is computed from parameters alone, kept in inference until one of them changes.
 
-A value is kept with a stamp of every parameter it came from: the tensor itself, its memory, its version (every in-place
-operation, optimizer step and load_state_dict raises it) and a hash of samples of its content. The hash is for writes
-that torch does not count, through ``.data`` or a numpy view: it reads parameters up to 8 KiB whole and 1,024 words of large
-ones, so such a write to a few elements of a large parameter is the one change it can miss; ``clear_caches(model)`` is
-for whoever does that. Storing nothing in training, for tensors that carry transforms, or off the CPU (where CUDA graphs
-take the launches away and reading a hash would wait for the device), a cache never changes a result.
+A value is kept with a stamp of every parameter it came from: the tensor itself, its memory, its version (every
+in-place operation, optimizer step and load_state_dict raises it) and a hash of samples of its content. The hash is for
+writes that torch does not count, through ``.data`` or a numpy view: it reads parameters up to 8 KiB whole and 1,024
+words of large ones, so such a write to a few elements of a large parameter is the one change it can miss;
+``clear_caches(model)`` is for whoever does that. Nothing is stored in training, for tensors that carry transforms, or
+off the CPU (where CUDA graphs take the launches away and reading a hash would wait for the device).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class ParameterCache:
         return value
 
     def kept(self, name: str, source: Tensor) -> tuple | None:
-        """Key and value under ``name`` if they came from ``source`` alone and still hold: :meth:`get` for the hurried."""
+        """Key and value under ``name``, made from ``source`` alone, if they still hold: :meth:`get` for the hurried."""
         entry = self._entries.get(name)
         if entry is None or torch.is_grad_enabled() or _watched() or not entry[0][0].holds(source):
             return None

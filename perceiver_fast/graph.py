@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from perceiver_fast.backends import forced_backend
+
 WARM_UP = 3  # calls before the recording: kernels compile, libraries make their workspaces, allocators settle
 
 
@@ -46,12 +48,13 @@ class Graph:
         self._record()
 
     def _state(self) -> tuple:
-        """Where the weights lie, in what mode the model is, and what autocast asks for: what a recording depends on."""
+        """Where the weights lie, the model's mode, what autocast asks for and the forced backend: a recording has them."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         return (
             tuple((t.data_ptr(), t.dtype) for t in tensors),
             tuple(m.training for m in self.model.modules()),
             _autocast(),
+            forced_backend(),
         )
 
     def _record(self) -> None:

@@ -71,8 +71,9 @@ def attention_map(
         for module, mode in modes.items():
             module.training = mode
 
-    (x, tokens), kwargs = captured["calls"][-1]
+    (stream, tokens), kwargs = captured["calls"][-1]
     with torch.no_grad():
+        x = stream.value()
         return _weights(cross_attn, cross_attn.norm(x)[:, chosen], tokens, kwargs["mask"], data)
 
 

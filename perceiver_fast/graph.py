@@ -48,7 +48,7 @@ class Graph:
         self._record()
 
     def _state(self) -> tuple:
-        """Where the weights lie, the model's mode, what autocast asks for and the forced backend: a recording has them."""
+        """Where weights lie, the mode of the model, what autocast asks for, the forced backend: a recording has them."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         return (
             tuple((t.data_ptr(), t.dtype) for t in tensors),

@@ -1,6 +1,8 @@
 """The sides of a comparison: perceiver-fast, perceiver-pytorch in three forms, and the strongest dense attention known.
 
     fast            perceiver-fast, whichever way and backend it takes
+    fast-graph      a whole model's inference as one CUDA graph (pf.graph)
+    fast-compile    torch.compile of the whole model
     eager           perceiver-pytorch as it is
     sdpa            the same through torch's scaled_dot_product_attention
     compile         torch.compile of sdpa
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import perceiver_fast as pf
 from benchmarks.gpu.problem import Problem
 
 OURS = "fast"
@@ -68,6 +71,33 @@ def _ours(problem: Problem) -> Side:
     if problem.case.level == "model":
         return Side(model, dict(model.named_parameters()))
     return Side(lambda x, image: layer(x, model.describe(image)), dict(layer.named_parameters()))
+
+
+def _ours_graphed(problem: Problem) -> Side:
+    model, recorded = problem.model, []
+
+    def apply(image: Tensor) -> Tensor:
+        if not recorded:  # in the autocast of the first call, which is that of all
+            recorded.append(pf.graph(model, image, copy=False))
+        return recorded[0](image)
+
+    return Side(apply, dict(model.named_parameters()))
+
+
+def _ours_compiled(problem: Problem) -> Side:
+    return Side(torch.compile(problem.model, dynamic=False), dict(problem.model.named_parameters()))
+
+
+def _whole_models(problem: Problem) -> str:
+    return "" if problem.case.level == "model" else "it is of whole models"
+
+
+def _graph_reasons(problem: Problem) -> str:
+    if problem.device.type != "cuda":
+        return "it runs on CUDA tensors"
+    if problem.case.pass_name != "forward":
+        return "it records inference"
+    return _whole_models(problem)
 
 
 def _theirs(problem: Problem, sdpa: bool = False) -> Side:
@@ -144,6 +174,8 @@ def _flash_reasons(problem: Problem) -> str:
 
 PEERS = {
     OURS: Peer(_ours),
+    "fast-graph": Peer(_ours_graphed, _graph_reasons),
+    "fast-compile": Peer(_ours_compiled, _whole_models, compiled=True),
     "eager": Peer(_theirs, package="perceiver_pytorch"),
     "sdpa": Peer(lambda p: _theirs(p, sdpa=True), package="perceiver_pytorch"),
     "compile": Peer(_compiled, package="perceiver_pytorch", compiled=True),
@@ -160,7 +192,7 @@ def least_bytes(problem: Problem, name: str) -> int:
     """Memory that side ``name`` cannot do without: what it must hold at one time. Real needs are larger."""
     shape, case = problem.shape, problem.case
     tokens, size = case.batch * shape.tokens, 2 if case.dtype == "bf16" else 4
-    if name == OURS:
+    if name.startswith(OURS):
         return 0
     keys_values = tokens * 2 * shape.dim_head * size
     if name.startswith("smart"):
@@ -183,7 +215,7 @@ def reasons(problem: Problem, name: str, compile_mode: str, memory: int | None) 
         return "absent", why
     if peer.compiled and (compile_mode == "none" or (compile_mode == "headline" and not case.headline)):
         return "not run", f"--compile {compile_mode} leaves it out here"
-    if name == "compile" and compile_mode == "headline" and case.batch != 8:
+    if name in ("compile", "fast-compile") and compile_mode == "headline" and case.batch != 8:
         return "not run", "--compile headline has it at batch 8 alone"
     if why := peer.reasons(problem):
         return "not run", why

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.layers.stream import Branch, is_called, is_plain
 from perceiver_fast.ops.feed_forward import feed_forward
+from perceiver_fast.ops.geglu import geglu
 from perceiver_fast.ops.linear import product_dtype
 
 
@@ -14,8 +14,7 @@ class GEGLU(nn.Module):
     """``x * gelu(gate)`` of ``[x, gate]`` in the last dimension (Shazeer, "GLU variants improve transformer", 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return geglu(x)
 
 
 class FeedForward(Branch):

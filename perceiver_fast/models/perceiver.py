@@ -44,7 +44,7 @@ class Perceiver(GridPerceiver):
         attn_residual: combine the outputs of all earlier blocks by learned attention. Default: False.
         attn_residual_rank: rank of its logits. Default: 64.
         checkpoint: in training, compute what is inside a block again in the backward rather than keep it: less memory
-            for about a third more time. It can be set later, too: ``model.checkpoint = True``. Default: False.
+            for about 40 % more time. It can be set later, too: ``model.checkpoint = True``. Default: False.
 
     Raises:
         ValueError: inverted_cross_attn is a sequence whose length is not depth.

@@ -49,7 +49,7 @@ class PerceiverIO(nn.Module):
         attn_residual_rank: rank of its logits. Default: 64.
         inverted_cross_attn: softmax over the latents, then normalised over the tokens. Default: False.
         checkpoint: in training, compute what is inside a block again in the backward rather than keep it: less memory
-            for about a third more time. It can be set later, too: ``model.checkpoint = True``. Default: False.
+            for about 40 % more time. It can be set later, too: ``model.checkpoint = True``. Default: False.
 
     Source:
         Jaegle et al., "Perceiver IO: A general architecture for structured inputs & outputs", ICLR 2022;

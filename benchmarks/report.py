@@ -15,7 +15,7 @@ from rich.table import Table
 
 import perceiver_fast
 from perceiver_fast import backends, extension
-from perceiver_fast.info import cpu_name
+from perceiver_fast.commands.info import cpu_name
 
 OURS = "fast"
 COLUMNS = {"model": ("eager", "sdpa", "compile", "compile-eager"), "op": ("reference", "sdpa")}

@@ -15,7 +15,8 @@ pytest.importorskip("perceiver_pytorch")
 pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
 
-from perceiver_fast import demo, extension, measure
+from perceiver_fast import extension
+from perceiver_fast.commands import demo, demo_process
 from perceiver_fast.__main__ import main
 
 TINY = {"num_freq_bands": 2, "max_freq": 4.0, "depth": 1, "num_latents": 8, "latent_dim": 16, "self_per_cross_attn": 1}
@@ -40,7 +41,7 @@ def tiny(monkeypatch):
 def task(tmp_path):
     """A folder with a task of a small model."""
     arguments = demo.GEOMETRIES["readme"] | TINY
-    measure.write_task(tmp_path, arguments, demo.initial_weights(arguments), torch.rand(1, 4, 5, 3), 1, 1)
+    demo_process.write_task(tmp_path, arguments, demo.initial_weights(arguments), torch.rand(1, 4, 5, 3), 1, 1)
     return tmp_path
 
 
@@ -70,7 +71,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_original_that_does_not_fit_is_not_run(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(demo_process, "available_memory", lambda: 10**6)
     options = ["--max-side", "24", "--repeats", "1", "--geometry", "readme", "--out", str(tmp_path)]
     assert main(["demo", *options, "--json", str(tmp_path / "rows.json")]) == 0
     original, fast = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -100,17 +101,17 @@ def test_estimate_is_what_pytorch_allocates(depth):
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    assert measure.original_bytes(arguments, (100, 120)) == pytest.approx(peak, rel=0.02)
+    assert demo_process.original_bytes(arguments, (100, 120)) == pytest.approx(peak, rel=0.02)
 
 
 def test_peak_memory_is_that_of_the_forward(tmp_path):
     arguments = demo.GEOMETRIES["readme"] | TINY | {"num_latents": 256}
     data = torch.rand(1, 300, 400, 3)
-    measure.write_task(tmp_path, arguments, demo.initial_weights(arguments), data, 1, 2)
-    added = measure.run("perceiver_pytorch", tmp_path, lambda line: None)["peak_bytes_added"]
+    demo_process.write_task(tmp_path, arguments, demo.initial_weights(arguments), data, 1, 2)
+    added = demo_process.run("perceiver_pytorch", tmp_path, lambda line: None)["peak_bytes_added"]
     if added is None:
         pytest.skip("the system does not tell peak memory")
-    estimate = measure.original_bytes(arguments, (300, 400))  # 0.3 GB
+    estimate = demo_process.original_bytes(arguments, (300, 400))  # 0.3 GB
     assert 0.95 * estimate < added < estimate + 300e6  # and what libraries touch at their first call
 
 
@@ -133,14 +134,14 @@ def test_weights_are_the_same(tiny, monkeypatch):
 def test_a_failed_process_becomes_a_row(body, message, task, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.py").write_text(f"def Perceiver(**arguments):\n    {body}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(measure.MeasureError) as failure:
-        measure.run("broken", task, lambda line: None)
+    with pytest.raises(demo_process.MeasureError) as failure:
+        demo_process.run("broken", task, lambda line: None)
     assert str(failure.value) == message
 
     def fail(*args):
         raise failure.value
 
-    monkeypatch.setattr(measure, "run", fail)
+    monkeypatch.setattr(demo_process, "run", fail)
     row, output = demo._row("readme", "perceiver_fast", task, torch.zeros(1, 4, 5, 3), 0, lambda line: None)
     assert (row["note"], row["seconds"], output) == (message, None, None)
     assert not demo._sound(row)

@@ -19,7 +19,7 @@ def conditions(device) -> dict:
 
     import torch
 
-    from perceiver_fast import info
+    from perceiver_fast.commands import info
 
     found = {"device": info.cpu_name(), "kind": device.type, "python": platform.python_version()}
     if device.type == "cuda":

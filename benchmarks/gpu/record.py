@@ -11,7 +11,17 @@ from pathlib import Path
 from rich.table import Table
 
 OURS = "fast"
-PEERS = ("fast-graph", "fast-compile", "eager", "sdpa", "compile", "flash-attn", "smart", "smart-compile", "smart-cudnn")
+PEERS = (
+    "fast-graph",
+    "fast-compile",
+    "eager",
+    "sdpa",
+    "compile",
+    "flash-attn",
+    "smart",
+    "smart-compile",
+    "smart-cudnn",
+)
 SHORT = {"out of memory": "memory", "not run": "-"}
 CAPTION = (
     "Median of a call; below it how many times as long as fast it takes (red: fast is the slower one). wrong: further "

@@ -1,6 +1,6 @@
 """Time and peak memory of one model in a fresh process, so that nothing ran before it and nothing else counts.
 
-``python -m perceiver_fast.measure LIBRARY FOLDER`` is that process; :func:`run` starts it. Both speak through
+``python -m perceiver_fast.commands.demo_process LIBRARY FOLDER`` is that process; :func:`run` starts it. Both speak through
 files of a folder: ``task.pt`` (model arguments, weights, input) goes in, ``LIBRARY.pt`` (output) and ``LIBRARY.json``
 (time and memory) come out. Lines on standard output say how far it is.
 """
@@ -91,7 +91,7 @@ def run(library: str, folder: Path, report: Report) -> dict:
     Raises:
         MeasureError: the process failed or was killed.
     """
-    command = [sys.executable, "-m", "perceiver_fast.measure", library, str(folder)]
+    command = [sys.executable, "-m", "perceiver_fast.commands.demo_process", library, str(folder)]
     with (
         open(folder / "errors.txt", "w+") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import sys
@@ -93,6 +94,39 @@ def collect() -> dict:
         "linear": _linear(),
         "backends": {op: {device: _reasons(op, device) for device in ("cpu", "cuda")} for op in OPS},
     }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.description = __doc__
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="compile the Triton kernels ahead of time and list what each needs; needs no GPU, takes minutes",
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        metavar="SM",
+        help="with --kernels: architectures as sm_XY writes them; default: 80 90 100",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    if args.arch and not args.kernels:
+        print("info: --arch says for what to compile kernels: add --kernels", file=sys.stderr)
+        return 2
+    if args.kernels:
+        return show_kernels(args.arch, as_json=args.json)
+    collected = collect()
+    if args.json:
+        print(json.dumps(collected, indent=2))
+    else:
+        show(collected)
+    return 0
 
 
 COUNTED = "of the loop over tokens; a loop over channels within it counts once"

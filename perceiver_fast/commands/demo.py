@@ -23,9 +23,10 @@ from rich.table import Table
 from torch import Tensor
 
 import perceiver_fast as pf
-from perceiver_fast import extension, info, measure
-from perceiver_fast.measure import Report
-from perceiver_fast.picture import contrasting_maps, draw
+from perceiver_fast import extension
+from perceiver_fast.commands import demo_process, info
+from perceiver_fast.commands.demo_process import Report
+from perceiver_fast.commands.demo_picture import contrasting_maps, draw
 
 SEED = 0
 TOLERANCE = 1e-3  # of the largest output: rounding in float32 stays far below
@@ -179,7 +180,7 @@ def compare(name: str, photo: Tensor, repeats: int, threads: int, report: Report
         folder = Path(folder)
         report(f"{name}: making the weights")
         weights = initial_weights(arguments)
-        measure.write_task(folder, arguments, weights, photo, repeats, threads)
+        demo_process.write_task(folder, arguments, weights, photo, repeats, threads)
         weight_bytes = sum(t.nbytes for t in weights.values())
         del weights  # the measured processes need the memory
         for library in ("perceiver_pytorch", "perceiver_fast"):
@@ -204,14 +205,17 @@ def _row(
     row |= dict.fromkeys(("seconds", "all_seconds", "peak_bytes_added", "max_relative_difference", "speedup"))
     if library == "perceiver_pytorch":
         sizes = photo.shape[1:-1]
-        row["estimated_bytes_added"] = measure.original_bytes(GEOMETRIES[name], sizes)
-        needed, free = measure.original_needs(GEOMETRIES[name], sizes, weight_bytes), measure.available_memory()
+        row["estimated_bytes_added"] = demo_process.original_bytes(GEOMETRIES[name], sizes)
+        needed, free = (
+            demo_process.original_needs(GEOMETRIES[name], sizes, weight_bytes),
+            demo_process.available_memory(),
+        )
         if needed > free:
             row["note"] = f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free: not run"
             return row, None
     try:
-        result = measure.run(library, folder, lambda line: report(f"{name}: {model}: {line}"))
-    except measure.MeasureError as error:
+        result = demo_process.run(library, folder, lambda line: report(f"{name}: {model}: {line}"))
+    except demo_process.MeasureError as error:
         row["note"] = str(error)
         return row, None
     row |= {

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from perceiver_fast.attention_map import attention_map
-from perceiver_fast.measure import Report
+from perceiver_fast.commands.demo_process import Report
 
 CHUNK = 8  # latents whose maps are formed at once
 

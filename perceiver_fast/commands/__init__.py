@@ -1,0 +1,4 @@
+"""The command line, one module a command: ``add_arguments(parser)`` and ``run(args) -> exit code``.
+
+Exit codes: 0, all is well; 1, it ran and what it found is not; 2, it could not run, and standard error says why.
+"""

@@ -12,7 +12,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench install clean
+.PHONY: help demo test bench peers install clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -4
@@ -33,6 +33,11 @@ test: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+
+# perceiver-io as a peer of the benchmarks, without what it pins: torch < 3 of its own choice, Python < 3.11, and so on.
+peers: install
+	$(BIN)/python -m pip install --no-deps --ignore-requires-python 'perceiver-io==0.11.0'
+	$(BIN)/python -m pip install --no-deps --no-build-isolation 'fairscale==0.4.13'
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info perceiver_fast/_C*.so perceiver_fast/_cuda.so perceiver_fast/_build.json

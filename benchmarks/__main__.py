@@ -14,47 +14,49 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.geometries import GEOMETRIES, select
+from benchmarks.conftest import CHOICES, LEVELS, SLOW_PEER
+from benchmarks.geometries import PLANS, QUICK
 from benchmarks.measure import DEFAULT_THREADS
 
 HERE = Path(__file__).resolve().parent
-TABLE_WIDTH = 120  # the least that the tables need
+TABLE_WIDTH = 150  # the least that the tables need
 BUSY = 0.5  # a load average above this is other work
-QUICK_GEOMETRY = "cross-only"
-SLOW_PEER = "compile-eager"  # compiles for as long as "compile" and is seldom the faster of the two
 
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
-    slow = ", ".join(name for name, geometry in GEOMETRIES.items() if not geometry.default)
-    top = argparse.ArgumentParser(prog="python -m benchmarks", description="perceiver-fast beside perceiver-pytorch.")
+    slow = ", ".join(name for name, plan in PLANS.items() if not plan.default)
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description="perceiver-fast beside its peers.")
     which = top.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help=f"only {QUICK_GEOMETRY}")
+    which.add_argument("--quick", action="store_true", help=f"only {QUICK}, in float32: done in three minutes")
     which.add_argument(
         "--geometry",
         action="append",
         default=[],
-        choices=list(GEOMETRIES),
+        choices=list(PLANS),
         help=f"one to measure, also by {SLOW_PEER}; repeat for several (default: all but {slow})",
     )
-    which.add_argument("--all", action="store_true", help=f"every geometry, also {slow}, and {SLOW_PEER}")
-    top.add_argument("--only", default="", metavar="EXPRESSION", help='as pytest -k takes it: "forward and not sdpa"')
+    which.add_argument("--all", action="store_true", help=f"every geometry and dtype, also {slow}, and {SLOW_PEER}")
+    top.add_argument("--level", action="append", default=[], choices=LEVELS, help="repeat (default: all)")
+    top.add_argument("--batch", action="append", default=[], type=int, help="inputs at once; repeat (default: 1)")
+    for option, _, known, default in CHOICES:
+        top.add_argument(option, action="append", default=[], choices=known, help=f"(default: {', '.join(default)})")
+    top.add_argument("--only", default="", metavar="EXPRESSION", help='as pytest -k takes it: "not (sdpa or compile)"')
     top.add_argument("--threads", type=int, default=DEFAULT_THREADS, help="threads (default: %(default)s)")
     top.add_argument("--json", type=Path, help="where the numbers go (default: benchmarks/results/<cpu>-<date>.json)")
     return top
 
 
-def with_slow_peer(args: argparse.Namespace) -> bool:
-    """Whether the request is for everything there is to know about a geometry."""
-    return bool(args.all or args.geometry)
-
-
 def run_pytest(geometry: str, args: argparse.Namespace) -> tuple[int, dict | None]:
     """Run the suite on one geometry; returns pytest's exit code and pytest-benchmark's record, None without one."""
-    command = [sys.executable, "-m", "pytest", str(HERE), "-v", "--threads", str(args.threads), "--geometry", geometry]
+    command = [sys.executable, "-m", "pytest", str(HERE), "-v", f"--threads={args.threads}", f"--rootdir={HERE.parent}"]
     command += ["--benchmark-columns=median,min,rounds", "--benchmark-group-by=func,param:geometry,param:pass_name"]
+    command += ["--quick"] if args.quick else ["--geometry", geometry]
+    command += ["--all"] if args.all else []
+    for name in ("level", "batch", "dtype", "pass"):
+        command += [f"--{name}={value}" for value in getattr(args, name)]
     wanted = [f"({args.only})"] if args.only else []
-    wanted += [] if with_slow_peer(args) or args.only else [f"not {SLOW_PEER}"]
+    wanted += [] if args.all or args.geometry or args.only else [f"not {SLOW_PEER}"]
     command += ["-k", " and ".join(wanted)] if wanted else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     with tempfile.TemporaryDirectory() as folder:
@@ -64,14 +66,21 @@ def run_pytest(geometry: str, args: argparse.Namespace) -> tuple[int, dict | Non
         return code, json.loads(record.read_text()) if record.exists() and record.stat().st_size else None
 
 
+def geometries(args: argparse.Namespace) -> list[str]:
+    """Names of the geometries that were asked for and have a level that was."""
+    names = [QUICK] if args.quick else args.geometry
+    names = names or [name for name, plan in PLANS.items() if args.all or plan.default]
+    return [name for name in names if not args.level or set(args.level) & set(PLANS[name].levels)]
+
+
 def collect(args: argparse.Namespace, path: Path) -> tuple[int, dict]:
     """Measure every geometry in a process of its own, keeping what there is in ``path`` after each.
 
     Returns the first exit code that is not 0, and all results.
     """
-    result = {"conditions": report.conditions(args.threads), "rows": [], "missing": []}
+    result = {"conditions": report.conditions(args.threads), "roofs": {}, "rows": [], "missing": []}
     codes = []
-    for geometry in select([QUICK_GEOMETRY] if args.quick else args.geometry, args.all):
+    for geometry in geometries(args):
         code, record = run_pytest(geometry, args)
         codes.append(code)
         if record is None:
@@ -79,6 +88,7 @@ def collect(args: argparse.Namespace, path: Path) -> tuple[int, dict]:
         else:
             result["rows"] += report.rows(record)
             result["missing"] += record["missing"]
+            result["roofs"][geometry] = record["roofs"]
         if result["rows"]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1) + "\n")
@@ -102,11 +112,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     today = datetime.date.today().isoformat()
     path = args.json or HERE / "results" / f"{report.slug(report.cpu_name())}-{today}.json"
+    if not geometries(args):
+        print(f"expected geometries that have --level {' or '.join(args.level)}, got none: see --help", file=sys.stderr)
+        return 2
     code, result = collect(args, path)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     show(console, result)
-    if not with_slow_peer(args):
+    if not (args.all or args.geometry):
         console.print(f"not run: {SLOW_PEER}; --geometry and --all measure it")
     if not result["rows"]:
         return code or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,39 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `from benchmarks...`, also under a bare `pytest`
 
-from benchmarks.geometries import GEOMETRIES, select  # noqa: E402
+from benchmarks.geometries import PLANS, QUICK, select  # noqa: E402
 from benchmarks.measure import DEFAULT_THREADS  # noqa: E402
+from perceiver_fast.roofs import measure_roofs  # noqa: E402
 
 MISSING = pytest.StashKey[list]()
+SLOW_PEER = "compile-eager"  # compiles for as long as "compile" and is seldom the faster of the two
+LEVELS = tuple(dict.fromkeys(level for plan in PLANS.values() for level in plan.levels))
+# Of a parametrized benchmark: option, parameter, what it may be, and what is measured when nothing is asked for.
+CHOICES = (
+    ("--dtype", "dtype", ("float32", "bfloat16"), ("float32",)),
+    ("--pass", "pass_name", ("forward", "step", "step+tokens"), ("forward", "step", "step+tokens")),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("perceiver-fast benchmarks")
-    group.addoption("--geometry", action="append", default=[], choices=list(GEOMETRIES), help="one to measure; repeat")
-    group.addoption("--all", action="store_true", help="measure every geometry, also the slow ones")
-    group.addoption("--threads", type=int, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
+    group.addoption("--geometry", action="append", default=[], choices=list(PLANS), help="one to measure; repeat")
+    group.addoption("--level", action="append", default=[], choices=LEVELS, help="model, layer, or an op; repeat")
+    group.addoption("--batch", action="append", default=[], type=_positive, help="inputs at once; repeat (default: 1)")
+    for option, _, known, default in CHOICES:
+        group.addoption(
+            option, action="append", default=[], choices=known, help=f"repeat (default: {', '.join(default)})"
+        )
+    group.addoption("--all", action="store_true", help=f"every geometry and dtype, also the slow ones, and {SLOW_PEER}")
+    group.addoption("--quick", action="store_true", help=f"only {QUICK}, one thing each: done in three minutes")
+    group.addoption("--threads", type=_positive, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(f"expected at least 1, got {number}")
+    return number
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,16 +52,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "geometry" in metafunc.fixturenames:
-        names = select(metafunc.config.getoption("--geometry"), metafunc.config.getoption("--all"))
-        metafunc.parametrize("geometry", [name for name in names if metafunc.module.LEVEL in GEOMETRIES[name].levels])
+    if "geometry" not in metafunc.fixturenames:
+        return
+    option = metafunc.config.getoption
+    names = [QUICK] if option("--quick") else option("--geometry")
+    metafunc.parametrize("geometry", select(names, option("--all"), metafunc.module.LEVEL))
+    metafunc.parametrize("batch", option("--batch") or [1], ids=lambda batch: f"batch{batch}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Drop the placeholders that pytest makes when no chosen geometry has a test's level."""
-    items[:] = [
-        item for item in items if not hasattr(item, "callspec") or item.callspec.params["geometry"] in GEOMETRIES
-    ]
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = [item for item in items if not hasattr(item, "callspec") or _wanted(config, item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
+    """Whether a benchmark was asked for; pytest makes placeholders when no chosen geometry has a level."""
+    params, option = item.callspec.params, config.getoption
+    if params["geometry"] not in PLANS or option("--level") and item.module.LEVEL not in option("--level"):
+        return False
+    for name, parameter, known, default in CHOICES:
+        wanted = option(name) or (known if option("--all") else default)
+        if params.get(parameter, default[0]) not in wanted:
+            return False
+    return option("--all") or bool(option("--geometry")) or params["peer"] != SLOW_PEER
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +95,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
             {
                 "level": item.module.LEVEL,
                 "geometry": params["geometry"],
+                "batch": params["batch"],
+                "dtype": params.get("dtype", "float32"),
                 "pass": params["pass_name"],
                 "peer": params["peer"],
                 "outcome": report.outcome,
@@ -68,3 +107,5 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks, output_json: dict) -> None:
     output_json["missing"] = config.stash[MISSING]
+    roofs = measure_roofs(config.getoption("--threads"))
+    output_json["roofs"] = None if roofs is None else asdict(roofs)

@@ -1,10 +1,7 @@
-"""What a geometry is a model of: how perceiver-pytorch's users build it, how ours do, and its input."""
+"""perceiver-pytorch's model of a geometry, as its users build it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import perceiver_pytorch
@@ -12,16 +9,7 @@ import torch
 from perceiver_pytorch.perceiver_pytorch import fourier_encode
 from torch import Tensor, nn
 
-import perceiver_fast
-
-
-@dataclass(frozen=True)
-class Family:
-    """``theirs(**arguments)`` and ``ours(**arguments)`` build the models; ``draw(sizes, channels)`` an input ``[1, ..]``."""
-
-    theirs: Callable[..., nn.Module]
-    ours: Callable[..., nn.Module]
-    draw: Callable[[tuple[int, ...], int, torch.Generator], Tensor]
+from perceiver_fast.geometries import Geometry
 
 
 class EncodedPoints(nn.Module):
@@ -38,36 +26,14 @@ class EncodedPoints(nn.Module):
         return self.model(fourier_encode(coords, self.max_freq, self.bands).flatten(-2))
 
 
-class Points(nn.Module):
-    """The same through perceiver-fast: no raw channels, three coordinates a point."""
-
-    def __init__(self, **arguments: Any):
-        super().__init__()
-        axes = arguments["input_channels"]
-        self.model = perceiver_fast.Perceiver(**arguments | {"input_channels": 0, "input_axis": axes})
-
-    def forward(self, coords: Tensor) -> Tensor:
-        return self.model(coords[..., :0], coords=coords)
+def _io(*, input_axis: int, input_channels: int, **arguments: Any) -> nn.Module:
+    return perceiver_pytorch.PerceiverIO(dim=input_channels, **arguments)
 
 
-def _grid(sizes: tuple[int, ...], channels: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(1, *sizes, channels, generator=generator)
+THEIRS = {"perceiver": perceiver_pytorch.Perceiver, "io": _io, "points": EncodedPoints}
 
 
-def _positions(sizes: tuple[int, ...], channels: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(1, prod(sizes), channels, generator=generator) * 2 - 1
-
-
-def _io(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    def build(*, input_axis: int, input_channels: int, **arguments: Any) -> nn.Module:
-        assert input_axis == 1
-        return make(dim=input_channels, **arguments)
-
-    return build
-
-
-FAMILIES = {
-    "perceiver": Family(perceiver_pytorch.Perceiver, perceiver_fast.Perceiver, _grid),
-    "io": Family(_io(perceiver_pytorch.PerceiverIO), _io(perceiver_fast.PerceiverIO), _grid),
-    "points": Family(EncodedPoints, Points, _positions),
-}
+def eager(geometry: Geometry) -> nn.Module:
+    """perceiver-pytorch as it is, with the weights that all peers share."""
+    torch.manual_seed(0)
+    return THEIRS[geometry.family](**geometry.arguments)

@@ -21,9 +21,9 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import report
-from benchmarks.geometries import GEOMETRIES
 from benchmarks.measure import DEFAULT_THREADS
 from benchmarks.peers import fast
+from perceiver_fast.geometries import GEOMETRIES
 from perceiver_fast.ops.linear_libraries import LIBRARIES, reasons
 
 ROUNDS = 5

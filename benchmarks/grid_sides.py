@@ -15,35 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import perceiver_fast as pf
-from benchmarks.geometries import Geometry
+from benchmarks.layers import one_layer
+from perceiver_fast.geometries import Geometry
 
-HEAD_DIM = 64
 LAYER_NORM_EPS = 1e-5  # torch's default
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of both sides for one head of dimension d = 64."""
+    """Inputs of both sides for one head of dimension d."""
 
     sizes: tuple[int, ...]
-    feat: Tensor  # [1, M, F]
-    scale: Tensor  # [1, M]
-    queries: Tensor  # [1, N, d], with 1 / sqrt(d) in them
+    feat: Tensor  # [B, M, F]
+    scale: Tensor  # [B, M]
+    queries: Tensor  # [B, N, d], with 1 / sqrt(d) in them
     key_table: Tensor  # [d, L]
     value_table: Tensor  # [d, L]
-    keys: Tensor  # [1, M, d]
-    values: Tensor  # [1, M, d]
-    cotangent: Tensor  # [1, N, d]
+    keys: Tensor  # [B, M, d]
+    values: Tensor  # [B, M, d]
+    cotangent: Tensor  # [B, N, d]
 
 
-def problem(geometry: Geometry) -> Problem:
+def problem(geometry: Geometry, batch: int = 1) -> Problem:
     """The cross-attention of ``geometry`` with random queries and a random projection of its tokens."""
     generator = torch.Generator().manual_seed(2)
-    arguments = geometry.arguments
-    tokens = pf.Perceiver(**arguments | {"latent_dim": HEAD_DIM}).describe(geometry.input())
-    built = tokens.materialize()  # [1, M, C]
+    head = geometry.model.get("cross_dim_head", 64)
+    tokens = one_layer(geometry)[1](geometry.input(batch))
+    built = tokens.materialize()  # [B, M, C]
     channels = built.shape[-1]
-    weight = torch.randn(2 * HEAD_DIM, channels, generator=generator) * channels**-0.5
+    weight = torch.randn(2 * head, channels, generator=generator) * channels**-0.5
     weight -= weight.mean(1, keepdim=True)  # LayerNorm's centring
     feat_weight, *axis_weights = weight.split(
         [geometry.channels, *(code.code.shape[1] for code in tokens.codes)], dim=1
@@ -51,12 +51,12 @@ def problem(geometry: Geometry) -> Problem:
     columns = [axis_weight @ code.code.T for axis_weight, code in zip(axis_weights, tokens.codes, strict=True)]
     key_table, value_table = torch.cat([feat_weight, *columns], dim=1).chunk(2)
     keys, values = F.linear(F.layer_norm(built, [channels]), weight).chunk(2, dim=-1)
-    rows = 1, arguments["num_latents"], HEAD_DIM
+    rows = batch, geometry.queries, head
     return Problem(
         sizes=geometry.sizes,
         feat=tokens.feat.flatten(1, -2),
         scale=(built.var(-1, correction=0) + LAYER_NORM_EPS).rsqrt(),
-        queries=torch.randn(rows, generator=generator) * HEAD_DIM**-0.5,
+        queries=torch.randn(rows, generator=generator) * head**-0.5,
         key_table=key_table,
         value_table=value_table,
         keys=keys.contiguous(),

@@ -1,31 +1,57 @@
-"""Errors and time of one call."""
+"""One measurement: checked against float64, then its memory, its time, and what the two come to."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import psutil
 import pytest
 import torch
 from torch import Tensor
 
-TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 2e-1)}  # of outputs and of gradients
+from benchmarks.memory import memory_method, peak_memory
+from benchmarks.throughput import Work, throughput
+
+TOLERANCES = {"float32": (1e-3, 1e-2), "bfloat16": (5e-2, 2e-1)}  # of outputs and of gradients
+ROUNDINGS = 16  # of the largest tensor: what is smaller than these is not compared with itself
 DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 SECONDS_PER_SIDE = 2.0  # short calls get more rounds, until this is spent
 MOST_ROUNDS = 30
 AVAILABLE_SHARE = 0.9  # of the available memory that a call may take
 
+Call = Callable[[], tuple[Tensor, ...]]
 
-def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured, by the names that results have: one line of a table, and the peer on it."""
+
+    level: str
+    geometry: str
+    pass_name: str
+    peer: str
+    batch: int = 1
+    dtype: str = "float32"
+
+    def record(self) -> dict:
+        """As extra_info holds it."""
+        return {
+            "level": self.level, "geometry": self.geometry, "pass": self.pass_name, "peer": self.peer,
+            "batch": self.batch, "dtype": self.dtype,
+        }  # fmt: skip
+
+
+def relative_error(values: Sequence[Tensor], truths: Sequence[Tensor], dtype: str = "float32") -> float:
     """The largest ``|value - truth| / |truth|`` in the 2-norm over pairs of tensors.
 
-    A truth that is a millionth of the largest is the rounding of what it was computed from (inverted attention's gradient
-    of the queries' bias is zero in exact arithmetic); it counts as that millionth.
+    A truth below some roundings of the largest is the rounding of what it was computed from (inverted attention's gradient
+    of the queries' bias is zero in exact arithmetic); it counts as these.
     """
     pairs = [(value.detach().double(), truth.detach().double()) for value, truth in zip(values, truths, strict=True)]
-    least = 1e-6 * max(truth.norm() for _, truth in pairs)
+    least = ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps * max(truth.norm() for _, truth in pairs)
     return float(torch.stack([(value - truth).norm() / truth.norm().clamp_min(least) for value, truth in pairs]).max())
 
 
@@ -36,11 +62,11 @@ def errors(results: Sequence[Tensor], truths: Sequence[Tensor], dtype: str = "fl
         AssertionError: one is too large or not a number; no wrong result is timed.
     """
     most, most_gradient = TOLERANCES[dtype]
-    output = relative_error(results[:1], truths[:1])
+    output = relative_error(results[:1], truths[:1], dtype)
     assert output <= most, f"the output is off by {output:.2e}, more than {most:.0e}"
     if len(truths) == 1:
         return {"relative_error": output, "gradient_error": None}
-    gradient = relative_error(results[1:], truths[1:])
+    gradient = relative_error(results[1:], truths[1:], dtype)
     assert gradient <= most_gradient, f"the gradients are off by {gradient:.2e}, more than {most_gradient:.0e}"
     return {"relative_error": output, "gradient_error": gradient}
 
@@ -52,16 +78,34 @@ def need_memory(what: str, needed: int) -> None:
         pytest.skip(f"{what} needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are available")
 
 
-def measure(benchmark, call: Callable[[], object], rounds: int, **extra) -> None:
-    """Time a ``call`` that ran once before, for the check; ``extra`` goes into the record.
+def measure(
+    benchmark,
+    case: Case,
+    build: Callable[..., Call],
+    args: tuple,
+    truths: Sequence[Tensor],
+    work: Work,
+    rounds: int,
+    common: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple,
+) -> None:
+    """Check, then measure memory and time of one call, and keep it all in ``benchmark.extra_info``.
 
     Args:
         benchmark: pytest-benchmark's fixture.
+        case: what it is.
+        build: ``build(*args)`` makes the call; both can be pickled, for the process that measures memory.
+        truths: what the call should return, in float64.
+        work: of one call, for throughput and shares of the roofs.
         rounds: timed calls at least.
-        **extra: for the record; dtype, float32 unless it says otherwise, among it.
+        common: makes of the call's results what ``truths`` are. Default: they are that.
     """
-    benchmark.extra_info.update({"dtype": "float32"} | extra, threads=torch.get_num_threads())
+    call = build(*args)
+    info = case.record() | {"threads": torch.get_num_threads()} | errors(common(call()), truths, case.dtype)
+    info |= {"peak_memory_bytes": peak_memory(build, *args), "peak_memory_method": memory_method()}
+    benchmark.extra_info.update(info)
     start = time.perf_counter()
     call()
     rounds = max(rounds, min(MOST_ROUNDS, int(SECONDS_PER_SIDE / (time.perf_counter() - start))))
     benchmark.pedantic(call, rounds=rounds, warmup_rounds=0, iterations=1)  # two calls warmed up
+    if benchmark.stats is not None:  # none under --benchmark-disable
+        benchmark.extra_info.update(throughput(work, benchmark.stats.stats.median, torch.get_num_threads()))

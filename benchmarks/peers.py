@@ -1,4 +1,4 @@
-"""The implementations of one model: perceiver-pytorch in the forms its users run it in, and perceiver-fast."""
+"""The implementations of a whole model: perceiver-pytorch in the forms its users run it in, and perceiver-fast."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from perceiver_pytorch.perceiver_io import Attention as IOAttention
 from perceiver_pytorch.perceiver_pytorch import Attention
 from torch import Tensor, nn
 
-from benchmarks.families import FAMILIES
-from benchmarks.geometries import Geometry
+from benchmarks.families import eager
 from perceiver_fast import extension
+from perceiver_fast.geometries import Geometry
 
 
 class SDPAAttention(Attention):
@@ -54,12 +54,6 @@ def with_sdpa(model: nn.Module) -> nn.Module:
     return model
 
 
-def eager(geometry: Geometry) -> nn.Module:
-    """perceiver-pytorch as it is, with the weights that all peers share."""
-    torch.manual_seed(0)
-    return FAMILIES[geometry.family].theirs(**geometry.arguments)
-
-
 def sdpa(geometry: Geometry) -> nn.Module:
     """perceiver-pytorch with :class:`SDPAAttention`."""
     return with_sdpa(eager(geometry))
@@ -67,21 +61,29 @@ def sdpa(geometry: Geometry) -> nn.Module:
 
 def fast(geometry: Geometry) -> nn.Module:
     """perceiver-fast, loaded with perceiver-pytorch's weights."""
-    model = FAMILIES[geometry.family].ours(**geometry.arguments)
+    model = geometry.build()
     model.load_state_dict(eager(geometry).state_dict())
     return model
 
 
-def _compile(model: nn.Module) -> nn.Module:
+def truth(geometry: Geometry) -> nn.Module:
+    """perceiver-pytorch in float64; its attention through torch's, which builds no N x M matrix."""
+    return sdpa(geometry).double()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """``torch.compile`` of a peer, for the one shape it is called with."""
     return torch.compile(model, dynamic=False)
 
 
-def _compile_reasons() -> list[str]:
+def compile_reasons() -> list[str]:
+    """Why torch.compile cannot run here."""
     compiler = os.environ.get("CXX", "g++")
     return [] if shutil.which(compiler) else [f"torch.compile needs the C++ compiler {compiler}, which was not found"]
 
 
-def _fast_reasons() -> list[str]:
+def fast_reasons() -> list[str]:
+    """Why perceiver-fast's kernels cannot run here; without them its times would be plain PyTorch's."""
     return [] if extension.error is None else [extension.error]
 
 
@@ -97,9 +99,9 @@ OURS = "fast"
 PEERS = {
     "eager": Peer(eager),
     "sdpa": Peer(sdpa),
-    OURS: Peer(fast, _fast_reasons),
-    "compile": Peer(lambda geometry: _compile(sdpa(geometry)), _compile_reasons),
-    "compile-eager": Peer(lambda geometry: _compile(eager(geometry)), _compile_reasons),
+    OURS: Peer(fast, fast_reasons),
+    "compile": Peer(lambda geometry: compiled(sdpa(geometry)), compile_reasons),
+    "compile-eager": Peer(lambda geometry: compiled(eager(geometry)), compile_reasons),
 }
 
 

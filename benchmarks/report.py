@@ -18,17 +18,25 @@ from perceiver_fast import backends, extension
 from perceiver_fast.commands.info import cpu_name
 
 OURS = "fast"
-COLUMNS = {"model": ("eager", "sdpa", "compile", "compile-eager"), "op": ("reference", "sdpa")}
+PEERS = ("eager", "reference", "sdpa", "compile", "compile-eager", "transformers", "perceiver-io", "smart-dense")
+NOT_A_PEER = "smart-dense"  # its keys and values come from this package: shown, and left out of "best"
 TITLES = {
     "model": "Models: perceiver-pytorch (eager, with SDPA, torch.compile of either) and perceiver-fast",
-    "op": "Op: grid attention in plain PyTorch, dense SDPA given its keys and values, and perceiver-fast",
+    "layer": "One cross-attention layer, from latents and raw input: every library that has one",
+    "grid_attention": "grid_attention: in plain PyTorch, dense SDPA given its keys and values, and perceiver-fast",
 }
 CAPTION = (
     "Median time of a call and, below it, the rise of resident memory at its peak. over: the peer's time divided by "
-    "fast's; under 1, in red, fast is the slower one. error: the largest of the row, relative to the original."
+    "fast's; under 1, in red, fast is the slower one. error: the largest of all peers over fast's own, relative to float64; "
+    "of a step, below it, of the gradients. roof: what fast counts, done at the measured roofs, over its time."
 )
-ROW_KEYS = ("level", "geometry", "pass", "peer", "tokens", "dtype", "threads")
-MEASURED_KEYS = ("relative_error", "gradient_error", "peak_memory_bytes", "peak_memory_method")
+ROW_KEYS = ("level", "geometry", "pass", "batch", "dtype", "peer", "threads")
+STATS = ("median", "min", "q1", "q3", "iqr", "rounds")
+MEASURED_KEYS = (
+    "relative_error", "gradient_error", "peak_memory_bytes", "peak_memory_method", "tokens", "inputs_per_second",
+    "tokens_per_second", "pairs_per_second", "multiply_adds", "exponentials", "bytes_at_least", "percent_of_exp_roof",
+    "percent_of_copy_roof", "percent_of_fma_roof", "percent_of_roof",
+)  # fmt: skip
 
 
 def conditions(threads: int) -> dict:
@@ -41,12 +49,20 @@ def conditions(threads: int) -> dict:
         "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "perceiver-pytorch": metadata.version("perceiver-pytorch"),
+        **{name: version(name) for name in ("perceiver-pytorch", "transformers", "perceiver-io", "flash-perceiver")},
         "perceiver-fast": perceiver_fast.__version__,
         "forced_backend": backends.forced_backend(),
         "git_commit": git_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a peer; None where it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str | None:
@@ -70,7 +86,7 @@ def rows(record: dict) -> list[dict]:
     """One flat row per measurement of pytest-benchmark's ``record``; times in seconds."""
     return [
         {key: benchmark["extra_info"][key] for key in ROW_KEYS}
-        | {key: benchmark["stats"][key] for key in ("median", "min", "rounds")}
+        | {key: benchmark["stats"][key] for key in STATS}
         | {key: benchmark["extra_info"][key] for key in MEASURED_KEYS}
         for benchmark in record["benchmarks"]
     ]
@@ -78,34 +94,55 @@ def rows(record: dict) -> list[dict]:
 
 def tables(rows: list[dict], missing: list[dict]) -> list[Table]:
     """One table per level: a row for every geometry and pass, a column for every peer, and the ratios."""
-    return [table(level, rows, missing) for level in COLUMNS if any(row["level"] == level for row in rows)]
+    return [table(level, rows, missing) for level in dict.fromkeys(row["level"] for row in rows)]
 
 
 def table(level: str, rows: list[dict], missing: list[dict]) -> Table:
     """The table of one level; :func:`tables` makes all."""
-    peers = COLUMNS[level]
-    result = Table(title=TITLES[level], caption=CAPTION, show_lines=True)
-    result.add_column("geometry\npass", no_wrap=True)
-    ratios = (*(f"over\n{peer}" for peer in peers[:2]), "over the\nbest peer")
-    for header in (*(peer.replace("-", "\n") for peer in peers), OURS, *ratios, "error:\noutput\ngradient"):
-        result.add_column(header, justify="right", no_wrap=True)
     rows, missing = ([row for row in some if row["level"] == level] for some in (rows, missing))
+    peers = [peer for peer in PEERS if any(row["peer"] == peer for row in (*rows, *missing))]
+    singles = [peer for peer in ("eager", "reference", "sdpa") if peer in peers]
+    compared = [peer for peer in peers if peer != NOT_A_PEER]
+    result = Table(
+        title=TITLES.get(level, f"{level}: plain PyTorch and perceiver-fast"), caption=CAPTION, show_lines=True
+    )
+    result.add_column("geometry\npass", no_wrap=True)
+    headers = [peer.replace("-", "\n") for peer in (*peers, OURS)]
+    for header in (
+        *headers,
+        *(f"over\n{peer}" for peer in singles),
+        "over\nbest",
+        "error",
+        "M tokens\na second",
+        "roof",
+    ):
+        result.add_column(header, justify="right", no_wrap=True)
     for group in dict.fromkeys(group_of(row) for row in [*rows, *missing]):
         sides = {row["peer"]: row for row in rows if group_of(row) == group}
         outcomes = {row["peer"]: row["outcome"] for row in missing if group_of(row) == group}
         result.add_row(
             "\n".join(group),
             *(cell(sides[peer]) if peer in sides else outcomes.get(peer, "not run") for peer in (*peers, OURS)),
-            *(ratio(sides, [peer]) for peer in peers[:2]),
-            ratio(sides, list(peers)),
-            largest_errors(list(sides.values())),
+            *(ratio(sides, [peer]) for peer in singles),
+            ratio(sides, compared),
+            compared_errors(sides),
+            shown(sides, "tokens_per_second", 1e-6, ""),
+            shown(sides, "percent_of_roof", 1, " %"),
         )
     return result
 
 
 def group_of(row: dict) -> tuple[str, str]:
     """What one line of a table is about."""
-    return row["geometry"], row["pass"]
+    batch = "" if row["batch"] == 1 else f", batch {row['batch']}"
+    dtype = "" if row["dtype"] == "float32" else f", {row['dtype']}"
+    return row["geometry"], f"{row['pass']}{batch}{dtype}"
+
+
+def shown(sides: dict[str, dict], key: str, factor: float, unit: str) -> str:
+    """A number of ours."""
+    value = sides.get(OURS, {}).get(key)
+    return "-" if value is None else f"{significant(value * factor)}{unit}"
 
 
 def significant(value: float) -> str:
@@ -132,18 +169,21 @@ def ratio(sides: dict[str, dict], peers: list[str]) -> str:
     return f"{text}\n{best}" if len(peers) > 1 else text
 
 
-def largest_errors(here: list[dict]) -> str:
-    """The largest relative errors over the peers, of the output and below it of the gradients."""
-    if not here:
-        return "-"
-    output = f"{max(row['relative_error'] for row in here):.1e}"
-    gradients = [row["gradient_error"] for row in here if row["gradient_error"] is not None]
-    return f"{output}\n{max(gradients):.1e}" if gradients else output
+def compared_errors(sides: dict[str, dict]) -> str:
+    """The largest relative errors over the peers and ours: of the output and below it of the gradients."""
+    lines = []
+    for key in ("relative_error", "gradient_error"):
+        others = [row[key] for peer, row in sides.items() if peer not in (OURS, NOT_A_PEER) and row[key] is not None]
+        own = sides.get(OURS, {}).get(key)
+        if others or own is not None:
+            lines.append(f"{max(others):.0e}" if others else "-")
+            lines[-1] += " / " + ("-" if own is None else f"{own:.0e}")
+    return "\n".join(lines) or "-"
 
 
 def lost(geometry: str, reason: str) -> dict:
     """What is missing when the process that measured ``geometry`` left no record."""
-    every = {"level": "every level", "pass": "every pass", "peer": "every peer"}
+    every = {"level": "every level", "pass": "every pass", "peer": "every peer", "batch": 1, "dtype": "float32"}
     return {**every, "geometry": geometry, "outcome": "failed", "reason": reason}
 
 
@@ -151,9 +191,7 @@ def missing_lines(missing: list[dict]) -> list[str]:
     """What was not measured, and why: one line per reason."""
     lines = {}
     for row in missing:
-        lines.setdefault((row["outcome"], row["level"], row["peer"], row["reason"]), []).append(
-            f"{row['geometry']} {row['pass']}"
-        )
+        lines.setdefault((row["outcome"], row["level"], row["peer"], row["reason"]), []).append(" ".join(group_of(row)))
     return [
         f"{outcome}: {level}, {peer} on {', '.join(where)}: {reason}"
         for (outcome, level, peer, reason), where in lines.items()

@@ -6,63 +6,73 @@ with the gradients of the tokens too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import lru_cache
 
 import pytest
 from torch import Tensor
 
-from benchmarks.geometries import GEOMETRIES, Geometry
+from benchmarks.geometries import PLANS, logits_bytes
 from benchmarks.grid_sides import Problem, Side, dense_side, grid_side, problem
-from benchmarks.measure import errors, measure, need_memory
-from benchmarks.memory import memory_method, peak_memory
-from perceiver_fast import extension
+from benchmarks.measure import Call, Case, measure, need_memory
+from benchmarks.peers import OURS, fast_reasons
+from benchmarks.throughput import Work, scaled
+from perceiver_fast.geometries import GEOMETRIES, Geometry
 
-LEVEL = "op"
+LEVEL = "grid_attention"
 PASSES = ("forward", "step", "step+tokens")
-PEERS = ("reference", "sdpa", "fast")
+PEERS = ("reference", "sdpa", OURS)
 REFERENCE_MATRICES = {"forward": 5, "step": 10, "step+tokens": 10}  # N x M matrices the reference holds at its peak
 
 
 @lru_cache(maxsize=1)
-def shared_problem(geometry: Geometry) -> Problem:
+def shared_problem(geometry: Geometry, batch: int) -> Problem:
     """Built once for all passes and peers of a geometry."""
-    return problem(geometry)
+    return problem(geometry, batch)
 
 
 @lru_cache(maxsize=1)
-def truth(pass_name: str, geometry: Geometry) -> tuple[Tensor, ...]:
-    """torch's own result, which shares no code with the op."""
-    side = dense_side(shared_problem(geometry), pass_name)
+def truths(pass_name: str, geometry: Geometry, batch: int) -> tuple[Tensor, ...]:
+    """torch's own attention in float64, which shares no code with the op."""
+    p = shared_problem(geometry, batch)
+    tensors = {f.name: getattr(p, f.name) for f in fields(p) if isinstance(getattr(p, f.name), Tensor)}
+    side = dense_side(replace(p, **{name: t.double() for name, t in tensors.items()}), pass_name)
     return side.common(side.call())
 
 
-def build(peer: str, pass_name: str, geometry: Geometry) -> Side:
+def side_of(peer: str, pass_name: str, geometry: Geometry, batch: int) -> Side:
     """One side of the comparison."""
-    p = shared_problem(geometry)
+    p = shared_problem(geometry, batch)
     if peer == "sdpa":
         return dense_side(p, pass_name)
-    return grid_side(p, pass_name, "cpu" if peer == "fast" else "reference")
+    return grid_side(p, pass_name, "cpu" if peer == OURS else "reference")
 
 
-def build_call(*case) -> Callable[[], tuple[Tensor, ...]]:
+def build(*case) -> Call:
     """The call that is measured."""
-    return build(*case).call
+    return side_of(*case).call
+
+
+def work_of(peer: str, pass_name: str, geometry: Geometry, batch: int) -> Work:
+    """Of one call; torch is given keys and values."""
+    head = geometry.model.get("cross_dim_head", 64)
+    pairs = batch * geometry.queries * geometry.tokens
+    each = 2 * head if peer == "sdpa" else 2 * geometry.channels + len(geometry.sizes)
+    data = 4 * batch * geometry.tokens * (2 * head if peer == "sdpa" else geometry.channels + 1)
+    return scaled(Work(batch, batch * geometry.tokens, pairs, data, float(pairs * each), pairs), pass_name)
 
 
 # The first of these varies fastest: the peers of one geometry and pass run one after the other.
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("pass_name", PASSES)
-def test_grid_attention(benchmark, geometry: str, pass_name: str, peer: str) -> None:
-    if peer == "fast" and extension.error is not None:
-        pytest.skip(extension.error)
+def test_grid_attention(benchmark, geometry: str, batch: int, pass_name: str, peer: str) -> None:
+    if peer == OURS and (reasons := fast_reasons()):
+        pytest.skip("; ".join(reasons))
     shape = GEOMETRIES[geometry]
     if peer == "reference":
-        need_memory("the reference", REFERENCE_MATRICES[pass_name] * shape.logits_bytes)
-    truths = truth(pass_name, shape)
-    case = peer, pass_name, shape
-    side = build(*case)
-    found = errors(side.common(side.call()), truths)
-    memory = {"peak_memory_bytes": peak_memory(build_call, *case), "peak_memory_method": memory_method()}
-    info = {"level": LEVEL, "geometry": geometry, "pass": pass_name, "peer": peer, "tokens": shape.tokens}
-    measure(benchmark, side.call, shape.rounds, **info, **found, **memory)
+        need_memory("the reference", REFERENCE_MATRICES[pass_name] * logits_bytes(shape, batch))
+    args = peer, pass_name, shape, batch
+    expected = truths(pass_name, shape, batch)
+    case = Case(LEVEL, geometry, pass_name, peer, batch)
+    common = side_of(*args).common
+    measure(benchmark, case, build, args, expected, work_of(*args), PLANS[geometry].rounds, common)

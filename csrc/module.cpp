@@ -5,6 +5,7 @@
 
 #include "core/content_hash.h"
 #include "core/isa.h"
+#include "core/roofs.h"
 
 namespace py = pybind11;
 
@@ -20,6 +21,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("content_hash", [](uintptr_t address, int64_t bytes) {
     return perceiver_fast::content_hash(reinterpret_cast<const unsigned char*>(address), bytes);
   }, "Hash of samples of memory: all of it up to 8 KiB, some 1,024 words spread over more.");
+  m.def("roofs", [](int threads) {
+    const perceiver_fast::Isa isa = perceiver_fast::active_isa();
+    py::gil_scoped_release release;
+    const perceiver_fast::Roofs roofs = perceiver_fast::measure_roofs(isa, threads);
+    return std::make_tuple(roofs.multiply_adds, roofs.exponentials, roofs.copied_bytes);
+  }, "Multiply-adds, exponentials and copied bytes a second that `threads` threads reach together; half a second.");
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = __VERSION__;

@@ -1,12 +1,13 @@
 """The benchmarks' own parts: geometries, peers, checks, tables and the command line. Nothing is timed here."""
 
 import functools
+import importlib
 import io
 import operator
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,49 +19,91 @@ pytest.importorskip("perceiver_pytorch")
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks import report, test_grid_attention, test_models  # noqa: E402
-from benchmarks.geometries import GEOMETRIES, select  # noqa: E402
-from benchmarks.measure import errors  # noqa: E402
+from benchmarks import layers, ops, report, test_grid_attention, test_layers, test_models  # noqa: E402
+from benchmarks.families import eager  # noqa: E402
+from benchmarks.geometries import PLANS, eager_bytes, select, token_channels  # noqa: E402
+from benchmarks.measure import Case, errors, measure  # noqa: E402
 from benchmarks.memory import memory_method, peak_memory  # noqa: E402
-from benchmarks.peers import PEERS, SDPAAttention, eager, parameters, sdpa  # noqa: E402
+from benchmarks.peers import PEERS, SDPAAttention, parameters, sdpa  # noqa: E402
+from benchmarks.throughput import Work, counted_products, layer_work, model_work, scaled, throughput  # noqa: E402
+from perceiver_fast import roofs  # noqa: E402
+from perceiver_fast.geometries import GEOMETRIES  # noqa: E402
+
+OPS = ("cross_attention", "feed_forward", "fourier_projection", "geglu", "grid_scale", "layer_norm", "linear")
 
 
-def tiny(name):
-    """The geometry with the same structure and few of everything."""
-    geometry = GEOMETRIES[name]
-    small = {"num_latents": 6, "latent_dim": 16, "num_classes": 5, "depth": min(3, geometry.model["depth"])}
-    small = {key: value for key, value in small.items() if key in geometry.model}
-    return replace(geometry, sizes=(5, 6, 4)[: len(geometry.sizes)], model={**geometry.model, **small})
+def having(level):
+    """The geometries that are measured at a level."""
+    return [name for name, plan in PLANS.items() if level in plan.levels]
 
 
+def need(reasons):
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+@pytest.mark.parametrize("dtype", test_models.DTYPES)
 @pytest.mark.parametrize("pass_name", test_models.PASSES)
 @pytest.mark.parametrize("peer", ["sdpa", "fast"])
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_models_agree_on_every_geometry(name, peer, pass_name):
-    if PEERS[peer].reasons():
-        pytest.skip("; ".join(PEERS[peer].reasons()))
-    geometry = tiny(name)
+@pytest.mark.parametrize("name", having("model"))
+def test_models_agree_on_every_geometry(name, peer, pass_name, dtype):
+    need(PEERS[peer].reasons())
+    geometry = GEOMETRIES[name].tiny()
     assert list(parameters(PEERS[peer].build(geometry))) == list(parameters(eager(geometry)))
-    results, truths = test_models.build(peer, pass_name, geometry)(), test_models.truth(pass_name, geometry)
-    found = errors(results, truths, test_models.dtype_of(pass_name))
-    assert (found["gradient_error"] is None) == (pass_name != "step")
+    results = test_models.build(peer, pass_name, dtype, geometry, 2)()
+    found = errors(results, test_models.truths(pass_name, geometry, 2), dtype)
+    assert (found["gradient_error"] is None) == (pass_name == "forward")
+
+
+LAYERS = [
+    (name, peer)
+    for name in having("layer")
+    for peer, how in layers.PEERS.items()
+    if peer not in ("compile", "flash-perceiver") and how.fits(GEOMETRIES[name])
+]
+
+
+@pytest.mark.parametrize("name, peer", LAYERS)
+def test_layers_agree_on_every_geometry(name, peer):
+    geometry = GEOMETRIES[name].tiny()
+    need(layers.PEERS[peer].reasons())
+    for pass_name in test_layers.PASSES:  # gradients by perceiver-pytorch's names, whatever the peer calls them
+        results = test_layers.build(peer, pass_name, "float32", geometry, 2)()
+        errors(results, test_layers.truths(pass_name, geometry, 2))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sides_of_an_op_agree(op):
+    module = importlib.import_module(f"benchmarks.test_{op}")
+    assert module.LEVEL == op and getattr(module, f"test_{op}").__name__ == f"test_{op}" and having(op)
+    for name in having(op):
+        geometry = GEOMETRIES[name].tiny()
+        problem = module.problem(geometry, 2)
+        for peer in problem.sides:
+            need(PEERS["fast"].reasons() if peer == "fast" else [])
+            for pass_name in ops.PASSES:
+                truths = ops.truths(module.problem, pass_name, geometry, 2)
+                assert len(truths) == (1 if pass_name == "forward" else 1 + problem.wanted)
+                errors(ops.build(module.problem, peer, pass_name, geometry, 2)(), truths)
 
 
 @pytest.mark.parametrize("pass_name", test_grid_attention.PASSES)
-@pytest.mark.parametrize("name", [name for name in GEOMETRIES if "op" in GEOMETRIES[name].levels])
-def test_sides_of_the_op_agree(name, pass_name):
-    sides = [test_grid_attention.build(peer, pass_name, tiny(name)) for peer in ("sdpa", "reference")]
-    dense, grid = (side.common(side.call()) for side in sides)
-    assert len(dense) == len(grid) == {"forward": 1, "step": 2, "step+tokens": 4}[pass_name]
-    errors(grid, dense)
+@pytest.mark.parametrize("name", having("grid_attention"))
+def test_sides_of_grid_attention_agree(name, pass_name):
+    geometry = GEOMETRIES[name].tiny()
+    truths = test_grid_attention.truths(pass_name, geometry, 2)
+    assert len(truths) == {"forward": 1, "step": 2, "step+tokens": 4}[pass_name]
+    for peer in ("reference", "sdpa"):
+        side = test_grid_attention.side_of(peer, pass_name, geometry, 2)
+        errors(side.common(side.call()), truths)
 
 
 def test_sdpa_peer_keeps_masks_and_state():
-    geometry = tiny("readme")
+    geometry = GEOMETRIES["readme"].tiny()
     model, changed = eager(geometry), sdpa(geometry)
     assert {type(m) for m in changed.modules() if "Attention" in type(m).__name__} == {SDPAAttention}
     changed.load_state_dict(model.state_dict())
-    data = geometry.input().expand(3, *geometry.sizes, -1) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
+    data = geometry.input(3)
     mask = torch.rand(3, *geometry.sizes, generator=torch.Generator().manual_seed(0)) > 0.4
     mask[1] = False  # attends uniformly
     results = []
@@ -101,22 +144,96 @@ def test_peak_memory_is_that_of_the_call():
         peak_memory(sys.exit, 3)
 
 
+class Stopwatch:
+    """What pytest-benchmark gives a benchmark, with a time that is known."""
+
+    def __init__(self, seconds):
+        self.extra_info, self.stats = {}, SimpleNamespace(stats=SimpleNamespace(median=seconds))
+
+    def pedantic(self, call, rounds, warmup_rounds, iterations):
+        self.rounds = rounds
+        call()
+
+
+def constant(value):
+    """A call, for the process that measures memory."""
+    return functools.partial(tuple, [torch.full((4,), value)])
+
+
+def test_a_measurement_is_checked_and_kept(monkeypatch):
+    monkeypatch.setattr("benchmarks.throughput.measure_roofs", lambda threads: roofs.Roofs(1000, 100, 500, threads))
+    case = Case("model", "readme", "forward", "fast", batch=2)
+    stopwatch, work = Stopwatch(0.5), Work(2, 20, 30, 100, multiply_adds=250, exponentials=5)
+    measure(stopwatch, case, constant, (1.0,), constant(1.0)(), work, rounds=3)
+    info = stopwatch.extra_info
+    assert info["level"] == "model" and info["batch"] == 2 and info["relative_error"] == 0 and stopwatch.rounds >= 3
+    assert info["tokens"] == 10 and info["tokens_per_second"] == 40 and info["inputs_per_second"] == 4
+    assert info["percent_of_exp_roof"] == pytest.approx(60) and info["percent_of_copy_roof"] == pytest.approx(40)
+    assert info["percent_of_fma_roof"] == pytest.approx(50) and info["percent_of_roof"] == pytest.approx(60)
+    with pytest.raises(AssertionError, match="the output is off"):
+        measure(Stopwatch(0.5), case, constant, (2.0,), constant(1.0)(), work, rounds=3)
+
+
+def test_without_roofs_there_are_no_shares(monkeypatch):
+    monkeypatch.setattr("benchmarks.throughput.measure_roofs", lambda threads: None)
+    found = throughput(Work(1, 10, 0, 100), 2.0, 1)
+    assert found["tokens_per_second"] == 5 and found["pairs_per_second"] is None and found["percent_of_roof"] is None
+
+
+def test_a_step_is_counted():
+    assert scaled(Work(1, 2, 3, 4, 5.0, 6.0), "forward") == Work(1, 2, 3, 4, 5.0, 6.0)
+    assert scaled(Work(1, 2, 3, 4, 5.0, 6.0), "step") == Work(1, 2, 3, 8, 15.0, 12.0)
+
+
+def test_counted_products_are_those_of_the_model():
+    geometry = GEOMETRIES["cross-only"].tiny()
+    queries, tokens, channels, width = 6, 30, token_channels(geometry), 16
+    layer = 64 * (2 * queries * width + 2 * tokens * channels + 2 * queries * tokens)
+    module = layers.Original(geometry)
+    assert counted_products(module, layers.latents(geometry, 1), geometry.input()) == layer
+    work = layer_work(geometry, 1, "forward", module, layers.latents(geometry, 1), ours=False)
+    assert work.multiply_adds == layer and work.pairs == queries * tokens
+    whole = model_work(geometry, 2, "forward", eager(geometry), ours=False)
+    assert whole.multiply_adds == 2 * (layer + queries * width * 4 * 3 * width + width * 5)
+
+
+def test_memory_of_the_original_grows_with_the_batch():
+    assert eager_bytes(GEOMETRIES["readme"], 4) == 4 * eager_bytes(GEOMETRIES["readme"], 1)
+
+
 def test_selection():
-    assert "imagenet-lucid" not in select([], False)
-    assert select([], True) == list(GEOMETRIES)
-    assert select(["video"], False) == ["video"]
+    assert "imagenet-lucid" not in select([], False, "model")
+    assert select([], True, "model") == having("model") and select(["points"], False, "grid_attention") == []
+    assert set(PLANS) == set(GEOMETRIES)
+
+
+def collected(*arguments):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", *arguments]
+    finished = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return [line for line in finished.stdout.splitlines() if "::" in line]
+
+
+def test_the_suite_collects_what_is_asked_for():
+    quick = collected("--quick")
+    assert quick and all("[cross-only-batch1-" in line and "compile-eager" not in line for line in quick)
+    assert not any("bfloat16" in line for line in quick)
+    asked = collected("--geometry=readme", "--level=model", "--dtype=bfloat16", "--pass=step", "--batch=1", "--batch=4")
+    assert len(asked) == 2 * len(PEERS) and all("step-bfloat16" in line for line in asked)
+    assert any("readme-batch4" in line for line in asked)
 
 
 def row(peer, seconds, **changes):
     return {
-        "level": "model", "geometry": "cross-only", "pass": "step", "peer": peer, "tokens": 12, "dtype": "float32",
-        "threads": 2, "median": seconds, "min": seconds, "rounds": 5, "relative_error": 1e-6, "gradient_error": 2e-5,
+        "level": "model", "geometry": "cross-only", "pass": "step", "peer": peer, "batch": 1, "dtype": "float32",
+        "threads": 2, "median": seconds, "min": seconds, "q1": seconds, "q3": seconds, "iqr": 0.0, "rounds": 5,
+        **dict.fromkeys(report.MEASURED_KEYS), "relative_error": 1e-6, "gradient_error": 2e-5,
         "peak_memory_bytes": 3 * 2**20, "peak_memory_method": "by hand", **changes,
     }  # fmt: skip
 
 
 def printed(rows, missing):
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=160)
     for table in report.tables(rows, missing):
         console.print(table)
     return console.file.getvalue()
@@ -124,11 +241,11 @@ def printed(rows, missing):
 
 def test_tables_show_ratios_losses_and_what_is_missing():
     missing = [
-        {"level": "model", "geometry": "cross-only", "pass": "step", "peer": "compile", "outcome": "skipped",
-         "reason": "no compiler"}
+        {"level": "model", "geometry": "cross-only", "batch": 1, "dtype": "float32", "pass": "step", "peer": "compile",
+         "outcome": "skipped", "reason": "no compiler"}
     ]  # fmt: skip
     text = printed([row("eager", 3.0), row("sdpa", 0.5), row("fast", 1.0, gradient_error=4e-4)], missing)
-    for expected in ("3,000 ms", "1,000 ms", "3 MiB", "3.00x", "0.50x", "sdpa", "skipped", "not run", "4.0e-04"):
+    for expected in ("3,000 ms", "1,000 ms", "3 MiB", "3.00x", "0.50x", "sdpa", "skipped", "2e-05 / 4e-04"):
         assert expected in text
     assert report.missing_lines(missing) == ["skipped: model, compile on cross-only step: no compiler"]
 
@@ -140,7 +257,7 @@ def test_table_without_ours_or_memory():
 
 def test_rows_keep_what_pytest_benchmark_measured():
     kept = row("fast", 1.0)
-    stats = {key: kept[key] for key in ("median", "min", "rounds")} | {"mean": 1.0, "data": [1.0] * 5}
+    stats = {key: kept[key] for key in report.STATS} | {"mean": 1.0, "data": [1.0] * 5}
     extra = {key: value for key, value in kept.items() if key not in stats}
     assert report.rows({"benchmarks": [{"stats": stats, "extra_info": extra}]}) == [kept]
 
@@ -162,13 +279,13 @@ def test_the_floor_counts_the_latents_products():
     from benchmarks import floor
     from benchmarks.peers import fast
 
-    geometry = tiny("readme")
+    geometry = GEOMETRIES["readme"].tiny()
     shapes = floor.latent_products(fast(geometry).eval(), geometry.input())
     rows, width, heads = 6, 16, 512
     block = [(rows, width, 64), (rows, 64, width), (rows, width, 8 * width), (rows, 4 * width, width)]
     for product in [*block, (rows, width, heads), (rows, width, 2 * heads), (rows, heads, width)]:
         assert product in shapes
-    assert len(shapes) == 3 * (4 + 2 * 5)
+    assert len(shapes) == 3 * (4 + 1 * 5)
     for library in ("torch", "mkl", "onednn"):
         if not floor.reasons(library):
             floor.loop(shapes, library)()
@@ -177,14 +294,7 @@ def test_the_floor_counts_the_latents_products():
 def test_floor_command(monkeypatch, capsys, tmp_path):
     from benchmarks import floor
 
-    monkeypatch.setitem(GEOMETRIES, "readme", tiny("readme"))
+    monkeypatch.setitem(GEOMETRIES, "readme", GEOMETRIES["readme"].tiny())
     assert floor.main(["--geometry", "readme", "--rounds", "1", "--json", str(tmp_path / "floor.json")]) == 0
     assert "products of the latents" in capsys.readouterr().out
     assert '"loop: torch"' in (tmp_path / "floor.json").read_text()
-
-
-def test_a_batch_is_a_batch():
-    geometry = replace(tiny("readme-4"), batch=3)
-    data = geometry.input()
-    assert data.shape[0] == 3 and not torch.equal(data[0], data[1])
-    assert geometry.eager_bytes == 3 * replace(geometry, batch=1).eager_bytes

@@ -1,0 +1,125 @@
+"""From counted work and a time to throughput, and to shares of what the CPU can do.
+
+The roofs are measured in the same session (:mod:`perceiver_fast.roofs`): multiply-adds, exponentials and copied bytes a
+second. Exponentials and multiply-adds are vector instructions that take turns, so their times add; memory works beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from perceiver_fast.geometries import Geometry
+from perceiver_fast.layers.plan import PAIR
+from perceiver_fast.roofs import measure_roofs
+
+BACKWARD = 2  # a step's products, over those of its forward alone: each has one for either operand's gradient
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one call.
+
+    Args:
+        inputs: images, clips or clouds: the batch.
+        tokens: that are attended to, of all inputs.
+        pairs: of queries (times heads and cross-attentions) and tokens, forward only: softmax weights.
+        bytes: that any implementation has to read or write at least: input, parameters, output.
+        multiply_adds, exponentials: of this implementation; None where they are not counted.
+    """
+
+    inputs: int
+    tokens: int
+    pairs: int
+    bytes: int
+    multiply_adds: float | None = None
+    exponentials: float | None = None
+
+
+def throughput(work: Work, seconds: float, threads: int) -> dict:
+    """What goes into the record: rates, and shares of the roofs in percent (None without roofs or counts).
+
+    ``percent_of_exp_roof``: as if nothing but one exponential a pair had to be done. ``percent_of_copy_roof``: as if
+    nothing but input, parameters and output had to pass through memory. ``percent_of_fma_roof``: the implementation's
+    counted multiply-adds. ``percent_of_roof``: all it counts, done at the roofs, over the time it took.
+    """
+    roofs = measure_roofs(threads)
+    found = {
+        "tokens": work.tokens // work.inputs,
+        "inputs_per_second": work.inputs / seconds,
+        "tokens_per_second": work.tokens / seconds,
+        "pairs_per_second": work.pairs / seconds if work.pairs else None,
+        "multiply_adds": work.multiply_adds,
+        "exponentials": work.exponentials,
+        "bytes_at_least": work.bytes,
+        "percent_of_exp_roof": None,
+        "percent_of_copy_roof": None,
+        "percent_of_fma_roof": None,
+        "percent_of_roof": None,
+    }
+    if roofs is None:
+        return found
+    copy = work.bytes / roofs.copied_bytes
+    found["percent_of_copy_roof"] = 100 * copy / seconds
+    if work.pairs:
+        found["percent_of_exp_roof"] = 100 * work.pairs / roofs.exponentials / seconds
+    if work.multiply_adds is not None:
+        products = work.multiply_adds / roofs.multiply_adds
+        found["percent_of_fma_roof"] = 100 * products / seconds
+        vectors = products + (work.exponentials or 0) / roofs.exponentials
+        found["percent_of_roof"] = 100 * max(vectors, copy) / seconds
+    return found
+
+
+def counted_products(module: nn.Module, *inputs: torch.Tensor) -> float:
+    """Multiply-adds of a forward's matrix products, counted on tensors without content.
+
+    Of modules without fused attention, whose products the counter does not know on CPUs.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
+        module(*(mode.from_tensor(x) for x in inputs))
+    return counter.get_total_flops() / 2
+
+
+def model_work(geometry: Geometry, batch: int, pass_name: str, model: nn.Module, ours: bool) -> Work:
+    """Of one call of a whole model."""
+    data = geometry.input(batch)
+    pairs = batch * geometry.heads * geometry.queries * geometry.tokens * geometry.cross_attentions
+    if ours:
+        multiply_adds, exponentials = None, None
+    else:
+        multiply_adds, exponentials = counted_products(model, data), pairs
+    weights = sum(p.nbytes for p in model.parameters())
+    return scaled(
+        Work(batch, batch * geometry.tokens, pairs, data.nbytes + weights, multiply_adds, exponentials), pass_name
+    )
+
+
+def scaled(work: Work, pass_name: str) -> Work:
+    """A step's work by its forward's: the backward has every product twice, every exponential once more."""
+    if pass_name == "forward":
+        return work
+    products = None if work.multiply_adds is None else (1 + BACKWARD) * work.multiply_adds
+    exponentials = None if work.exponentials is None else 2 * work.exponentials
+    return Work(work.inputs, work.tokens, work.pairs, 2 * work.bytes, products, exponentials)
+
+
+def layer_work(geometry: Geometry, batch: int, pass_name: str, module: nn.Module, x: torch.Tensor, ours: bool) -> Work:
+    """Of one call of a cross-attention layer on latents ``x``; ``module`` is of benchmarks.layers."""
+    data = geometry.input(batch)
+    pairs = batch * geometry.heads * geometry.queries * geometry.tokens
+    weights = sum(p.nbytes for p in module.parameters())
+    if ours:
+        fn = module.layer.fn
+        plan = module.layer.plan(module.describe(data), geometry.queries)
+        counted = plan.work[plan.path]
+        own = x.shape[0] * x.shape[1] * sum(p.numel() for p in (fn.to_q.weight, fn.to_out.weight))
+        multiply_adds, exponentials = batch * counted.operations - PAIR * pairs + own, pairs
+    else:
+        multiply_adds, exponentials = counted_products(module, x, data), pairs
+    least = data.nbytes + 2 * x.nbytes + weights
+    return scaled(Work(batch, batch * geometry.tokens, pairs, least, multiply_adds, exponentials), pass_name)

@@ -28,8 +28,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/
 demo: install
 	$(BIN)/python -m perceiver_fast demo
 
+# Two workers, a file at a time. Threads that wait must not spin: the other worker needs the core.
 test: install
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -9,6 +9,21 @@ import torch
 
 import perceiver_fast as pf
 
+# Files that take minutes, the longest first: `make test` gives files to two workers, and none should begin these last.
+LONGEST = (
+    "test_packaging.py",
+    "test_kernels.py",
+    "test_examples.py",
+    "test_kernels_compile.py",
+    "test_compile.py",
+    "test_cuda_build.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # of pytest-xdist; by itself pytest keeps its order
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(autouse=True)
 def nan_filled_allocations():

@@ -15,7 +15,8 @@ from torch import Tensor
 from benchmarks.memory import memory_method, peak_memory
 from benchmarks.throughput import Work, throughput
 
-TOLERANCES = {"float32": (1e-3, 1e-2), "bfloat16": (5e-2, 2e-1)}  # of outputs and of gradients
+# Of outputs and of gradients, relative to float64; in float32 positions alone cost perceiver-pytorch 1e-4 at high frequencies.
+TOLERANCES = {"float32": (1e-3, 1e-2), "bfloat16": (5e-2, 2e-1)}
 ROUNDINGS = 16  # of the largest tensor: what is smaller than these is not compared with itself
 DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 SECONDS_PER_SIDE = 2.0  # short calls get more rounds, until this is spent

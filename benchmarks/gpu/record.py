@@ -18,6 +18,7 @@ PEERS = (
     "sdpa",
     "compile",
     "flash-attn",
+    "flash-perceiver",
     "smart",
     "smart-compile",
     "smart-cudnn",

@@ -1,15 +1,16 @@
 """The sides of a comparison: perceiver-fast, perceiver-pytorch in three forms, and the strongest dense attention known.
 
-    fast            perceiver-fast, whichever way and backend it takes
-    fast-graph      a whole model's inference as one CUDA graph (pf.graph)
-    fast-compile    torch.compile of the whole model
-    eager           perceiver-pytorch as it is
-    sdpa            the same through torch's scaled_dot_product_attention
-    compile         torch.compile of sdpa
-    flash-attn      the flash-attn package on built tokens
-    smart           keys and values written from the axis tables by this package, then scaled_dot_product_attention
-    smart-compile   the same written by one compiled function, head dimensions padded to a multiple of 8
-    smart-cudnn     the same, attention by cuDNN
+    fast             perceiver-fast, whichever way and backend it takes
+    fast-graph       a whole model's inference as one CUDA graph (pf.graph)
+    fast-compile     torch.compile of the whole model
+    eager            perceiver-pytorch as it is
+    sdpa             the same through torch's scaled_dot_product_attention
+    compile          torch.compile of sdpa
+    flash-attn       the flash-attn package on built tokens
+    flash-perceiver  the attention module of flash-perceiver on built and normalised tokens (its own blocks do not normalise)
+    smart            keys and values written from the axis tables by this package, then scaled_dot_product_attention
+    smart-compile    the same written by one compiled function, head dimensions padded to a multiple of 8
+    smart-cudnn      the same, attention by cuDNN
 
 The smart sides use this package's identity: users of perceiver-pytorch do not have them. They are the baseline that a
 kernel for grid attention has to beat.
@@ -150,6 +151,27 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(*(t.unsqueeze(2) for t in (q, k, v))).squeeze(2)
 
 
+def _flash_perceiver(problem: Problem) -> Side:
+    from flash_perceiver.perceiver import PatchedMHA
+
+    shape, layer = problem.shape, problem.layer
+    attention = PatchedMHA(
+        shape.latent_dim, kv_dim=shape.channels, num_heads=1, head_dim=shape.dim_head, cross_attn=True,
+        qkv_proj_bias=False, use_flash_attn=True,
+    ).to(problem.device)  # fmt: skip
+    names = {"Wq": "fn.to_q", "Wkv": "fn.to_kv", "out_proj": "fn.to_out"}
+    own = {f"{names[owner]}.{kind}": p for n, p in attention.named_parameters() for owner, kind in [n.rsplit(".", 1)]}
+    theirs = dict(layer.named_parameters())
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(theirs[name])
+
+    def apply(x: Tensor, image: Tensor) -> Tensor:
+        return attention(layer.norm(x), x_kv=layer.norm_context(problem.build_tokens(image)))
+
+    return Side(apply, theirs | own)
+
+
 def _tokens_projected(problem: Problem) -> Callable[[Tensor], Tensor]:
     layer = problem.layer
     return lambda image: layer.fn.to_kv(layer.norm_context(problem.build_tokens(image)))
@@ -180,6 +202,7 @@ PEERS = {
     "sdpa": Peer(lambda p: _theirs(p, sdpa=True), package="perceiver_pytorch"),
     "compile": Peer(_compiled, package="perceiver_pytorch", compiled=True),
     "flash-attn": Peer(lambda p: _dense(p, _tokens_projected(p), _flash), _flash_reasons, "flash_attn", op_only=True),
+    "flash-perceiver": Peer(_flash_perceiver, _flash_reasons, "flash_perceiver", op_only=True),
     "smart": Peer(lambda p: _dense(p, _tables_projected(p), _sdpa), op_only=True),
     "smart-compile": Peer(lambda p: _dense(p, p.write_keys_values, _sdpa), compiled=True, op_only=True),
     "smart-cudnn": Peer(

@@ -11,12 +11,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `from benchmarks...`, also under a bare `pytest`
 
+from benchmarks import measure  # noqa: E402
 from benchmarks.geometries import PLANS, QUICK, select  # noqa: E402
 from benchmarks.measure import DEFAULT_THREADS  # noqa: E402
 from perceiver_fast.roofs import measure_roofs  # noqa: E402
 
 MISSING = pytest.StashKey[list]()
 SLOW_PEER = "compile-eager"  # compiles for as long as "compile" and is seldom the faster of the two
+QUICK_LEVELS = ("model", "layer", "grid_attention")
+QUICK_SECONDS = 0.5  # for the rounds of one side
 LEVELS = tuple(dict.fromkeys(level for plan in PLANS.values() for level in plan.levels))
 # Of a parametrized benchmark: option, parameter, what it may be, and what is measured when nothing is asked for.
 CHOICES = (
@@ -48,6 +51,8 @@ def _positive(text: str) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
+    if config.getoption("--quick"):
+        measure.SECONDS_PER_SIDE = QUICK_SECONDS
     config.stash[MISSING] = []
 
 
@@ -71,11 +76,18 @@ def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     params, option = item.callspec.params, config.getoption
     if params["geometry"] not in PLANS or option("--level") and item.module.LEVEL not in option("--level"):
         return False
+    if option("--quick") and not _is_quick(item.module.LEVEL, params["peer"]):
+        return False
     for name, parameter, known, default in CHOICES:
         wanted = option(name) or (known if option("--all") else default)
         if params.get(parameter, default[0]) not in wanted:
             return False
     return option("--all") or bool(option("--geometry")) or params["peer"] != SLOW_PEER
+
+
+def _is_quick(level: str, peer: str) -> bool:
+    """Whether a peer is among the quick ones: compiling takes half a minute, and is worth it for whole models."""
+    return level in QUICK_LEVELS and (peer != "compile" or level == "model")
 
 
 @pytest.fixture(autouse=True)

@@ -26,9 +26,9 @@ TITLES = {
     "grid_attention": "grid_attention: in plain PyTorch, dense SDPA given its keys and values, and perceiver-fast",
 }
 CAPTION = (
-    "Median time of a call and, below it, the rise of resident memory at its peak. over: the peer's time divided by "
-    "fast's; under 1, in red, fast is the slower one. error: the largest of all peers over fast's own, relative to float64; "
-    "of a step, below it, of the gradients. roof: what fast counts, done at the measured roofs, over its time."
+    "Median time of a call; below it the rise of resident memory at its peak, and the peer's time over fast's (under 1, in "
+    "red, fast is the slower one). error: the largest relative to float64, of the output, then of a step's gradients. of "
+    "roof: what fast counts, done at the measured roofs, over its time."
 )
 ROW_KEYS = ("level", "geometry", "pass", "batch", "dtype", "peer", "threads")
 STATS = ("median", "min", "q1", "q3", "iqr", "rounds")
@@ -101,30 +101,20 @@ def table(level: str, rows: list[dict], missing: list[dict]) -> Table:
     """The table of one level; :func:`tables` makes all."""
     rows, missing = ([row for row in some if row["level"] == level] for some in (rows, missing))
     peers = [peer for peer in PEERS if any(row["peer"] == peer for row in (*rows, *missing))]
-    singles = [peer for peer in ("eager", "reference", "sdpa") if peer in peers]
-    compared = [peer for peer in peers if peer != NOT_A_PEER]
     result = Table(
         title=TITLES.get(level, f"{level}: plain PyTorch and perceiver-fast"), caption=CAPTION, show_lines=True
     )
     result.add_column("geometry\npass", no_wrap=True)
     headers = [peer.replace("-", "\n") for peer in (*peers, OURS)]
-    for header in (
-        *headers,
-        *(f"over\n{peer}" for peer in singles),
-        "over\nbest",
-        "error",
-        "M tokens\na second",
-        "roof",
-    ):
+    for header in (*headers, "over\nbest", "error:\npeers\nfast", "fast:\nM tokens\na second", "fast:\nof roof"):
         result.add_column(header, justify="right", no_wrap=True)
     for group in dict.fromkeys(group_of(row) for row in [*rows, *missing]):
         sides = {row["peer"]: row for row in rows if group_of(row) == group}
         outcomes = {row["peer"]: row["outcome"] for row in missing if group_of(row) == group}
         result.add_row(
             "\n".join(group),
-            *(cell(sides[peer]) if peer in sides else outcomes.get(peer, "not run") for peer in (*peers, OURS)),
-            *(ratio(sides, [peer]) for peer in singles),
-            ratio(sides, compared),
+            *(cell(sides, peer) if peer in sides else outcomes.get(peer, "not run") for peer in (*peers, OURS)),
+            best_ratio(sides),
             compared_errors(sides),
             shown(sides, "tokens_per_second", 1e-6, ""),
             shown(sides, "percent_of_roof", 1, " %"),
@@ -150,35 +140,40 @@ def significant(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def cell(row: dict) -> str:
-    """Time above memory."""
+def cell(sides: dict[str, dict], peer: str) -> str:
+    """A peer's time, its memory and how many times ours its time is."""
+    row = sides[peer]
     peak = row["peak_memory_bytes"]
-    return f"{significant(row['median'] * 1e3)} ms\n" + ("-" if peak is None else f"{significant(peak / 2**20)} MiB")
+    lines = [f"{significant(row['median'] * 1e3)} ms", "-" if peak is None else f"{significant(peak / 2**20)} MiB"]
+    if peer != OURS and OURS in sides:
+        lines.append(ratio(row, sides[OURS]))
+    return "\n".join(lines)
 
 
-def ratio(sides: dict[str, dict], peers: list[str]) -> str:
-    """The fastest of ``peers`` over ours, its name below it when there was a choice."""
-    present = [peer for peer in peers if peer in sides]
-    if OURS not in sides or not present:
+def ratio(row: dict, ours: dict) -> str:
+    """A peer's time over ours, in red where ours is the longer."""
+    value = row["median"] / ours["median"]
+    return f"{value:.2f}x" if value >= 1 else f"[red]{value:.2f}x[/red]"
+
+
+def best_ratio(sides: dict[str, dict]) -> str:
+    """The same of the fastest peer, and its name."""
+    peers = [peer for peer in sides if peer not in (OURS, NOT_A_PEER)]
+    if OURS not in sides or not peers:
         return "-"
-    best = min(present, key=lambda peer: sides[peer]["median"])
-    value = sides[best]["median"] / sides[OURS]["median"]
-    text = f"{value:.2f}x"
-    if value < 1:
-        text = f"[red]{text}[/red]"
-    return f"{text}\n{best}" if len(peers) > 1 else text
+    best = min(peers, key=lambda peer: sides[peer]["median"])
+    return f"{ratio(sides[best], sides[OURS])}\n{best}"
 
 
 def compared_errors(sides: dict[str, dict]) -> str:
-    """The largest relative errors over the peers and ours: of the output and below it of the gradients."""
-    lines = []
-    for key in ("relative_error", "gradient_error"):
-        others = [row[key] for peer, row in sides.items() if peer not in (OURS, NOT_A_PEER) and row[key] is not None]
-        own = sides.get(OURS, {}).get(key)
-        if others or own is not None:
-            lines.append(f"{max(others):.0e}" if others else "-")
-            lines[-1] += " / " + ("-" if own is None else f"{own:.0e}")
-    return "\n".join(lines) or "-"
+    """The largest relative errors, over the peers and below it ours; of a step the gradients' after a comma."""
+    others = [row for peer, row in sides.items() if peer not in (OURS, NOT_A_PEER)]
+    return "\n".join(_errors(rows) for rows in (others, [sides[OURS]] if OURS in sides else []))
+
+
+def _errors(rows: list[dict]) -> str:
+    found = [[row[key] for row in rows if row[key] is not None] for key in ("relative_error", "gradient_error")]
+    return ", ".join(f"{max(values):.0e}" for values in found if values) or "-"
 
 
 def lost(geometry: str, reason: str) -> dict:

@@ -1,6 +1,7 @@
 # make demo   the main job: a photograph through perceiver-pytorch and perceiver-fast
 # make test   the tests
 # make bench  throughput against perceiver-pytorch
+# make docs   the documentation, into site/
 # Each makes .venv and installs everything it needs there. Needs python3 (with venv) and a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,17 +13,17 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench install clean
+.PHONY: help demo test bench docs docs-serve install clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install 'torch>=2.10' 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
-	$(BIN)/python -m pip install --no-build-isolation -e '.[demo,bench,test]'
+	$(BIN)/python -m pip install --no-build-isolation -e '.[demo,bench,test,docs]'
 	touch $@
 
 demo: install
@@ -34,5 +35,11 @@ test: install
 bench: install
 	$(BIN)/python -m benchmarks
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: install
+	$(BIN)/python -m mkdocs serve
+
 clean:
-	rm -rf $(VENV) build dist out *.egg-info perceiver_fast/_C*.so perceiver_fast/_cuda.so perceiver_fast/_build.json
+	rm -rf $(VENV) build dist out site *.egg-info perceiver_fast/_C*.so perceiver_fast/_cuda.so perceiver_fast/_build.json

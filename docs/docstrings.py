@@ -9,11 +9,16 @@ import griffe
 ROLE = re.compile(r":(?:class|func|meth|data|mod|attr):`~?([^`]+)`")
 NAMES_GO_ON = re.compile(r"^( +(?:\w+, )+\w+,)\n +(?=\w+[,:])", re.MULTILINE)  # one item's names, on several lines
 
+RETURNED = re.compile(
+    r"^( *Returns:\n +)(?!\w+:)", re.MULTILINE
+)  # prose, which a colon does not divide into type and text
+
 
 def readable(text: str) -> str:
-    """Roles become code, "Example:" a section that mkdocstrings knows, and names of arguments one line."""
+    """Roles become code, "Example:" a section that mkdocstrings knows, names of arguments one line, returns one text."""
     text = ROLE.sub(r"``\1``", text)
     text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
+    text = RETURNED.sub(r"\1: ", text)
     while NAMES_GO_ON.search(text):
         text = NAMES_GO_ON.sub(r"\1 ", text)
     return text

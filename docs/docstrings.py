@@ -8,10 +8,7 @@ import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|data|mod|attr):`~?([^`]+)`")
 NAMES_GO_ON = re.compile(r"^( +(?:\w+, )+\w+,)\n +(?=\w+[,:])", re.MULTILINE)  # one item's names, on several lines
-
-RETURNED = re.compile(
-    r"^( *Returns:\n +)(?!\w+:)", re.MULTILINE
-)  # prose, which a colon does not divide into type and text
+RETURNED = re.compile(r"^( *Returns:\n +)(?!\w+:)", re.MULTILINE)  # prose, not a type and its text
 
 
 def readable(text: str) -> str:

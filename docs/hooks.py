@@ -6,10 +6,12 @@ import contextlib
 import io
 import os
 import re
+import sys
 from pathlib import Path, PurePosixPath
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this checkout's package, also under a bare `mkdocs`
 ELSEWHERE = {"examples.md": "examples/README.md", "gpu-battery.md": "benchmarks/GPU.md"}  # page: the file it shows
 HELP = re.compile(r"^```console\n\$ perceiver-fast( [a-z]+)? --help\n```$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!\w+:|#)[^)\s#]*)(#[^)\s]*)?\)")

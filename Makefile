@@ -1,6 +1,8 @@
 # make demo   the main job: a photograph through perceiver-pytorch and perceiver-fast
 # make test   the tests
 # make bench  throughput against perceiver-pytorch
+# make peers  perceiver-io, a further peer of the benchmarks
+# make docs   the documentation, into site/
 # Each makes .venv and installs everything it needs there. Needs python3 (with venv) and a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,17 +14,17 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench peers install clean
+.PHONY: help demo test bench peers docs docs-serve install clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -6
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install 'torch>=2.10' 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
-	$(BIN)/python -m pip install --no-build-isolation -e '.[demo,bench,test]'
+	$(BIN)/python -m pip install --no-build-isolation -e '.[demo,bench,test,docs]'
 	touch $@
 
 demo: install
@@ -35,10 +37,16 @@ test: install
 bench: install
 	$(BIN)/python -m benchmarks
 
-# perceiver-io as a peer of the benchmarks, without what it pins: torch < 3 of its own choice, Python < 3.11, and so on.
+# Without what it pins: torch < 3 of its own choice, Python < 3.11, and so on.
 peers: install
 	$(BIN)/python -m pip install --no-deps --ignore-requires-python 'perceiver-io==0.11.0'
 	$(BIN)/python -m pip install --no-deps --no-build-isolation 'fairscale==0.4.13'
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: install
+	$(BIN)/python -m mkdocs serve
+
 clean:
-	rm -rf $(VENV) build dist out *.egg-info perceiver_fast/_C*.so perceiver_fast/_cuda.so perceiver_fast/_build.json
+	rm -rf $(VENV) build dist out site *.egg-info perceiver_fast/_C*.so perceiver_fast/_cuda.so perceiver_fast/_build.json

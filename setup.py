@@ -8,6 +8,7 @@ Environment variables:
     PERCEIVER_FAST_CUDA_ARCHS          compute capabilities; default: "80;90;100", those that nvcc knows.
     MAX_JOBS                           parallel compile jobs; default: what cores and free memory allow.
     CXX                                the C++ compiler; default: c++, g++ or clang++.
+    CXXFLAGS, LDFLAGS                  further flags, after the build's own.
     CUDACXX, CUDA_HOME                 nvcc, or the toolkit that holds it; default: the nvcc on PATH.
 """
 

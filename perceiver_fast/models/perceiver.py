@@ -17,7 +17,8 @@ class Perceiver(GridPerceiver):
 
     The arguments, the state_dict, the outputs and the gradients are perceiver-pytorch 0.11.0's; the same seed gives
     the same initial weights. Checkpoints of perceiver-pytorch 0.3 to 0.9 are renamed as they load. The kernels give first
-    derivatives and take no torch.func transforms; ``use_backend("reference")`` has both.
+    derivatives and take no torch.func transforms; ``use_backend("reference")`` has both, where torch's attention is its
+    plain form: ``with sdpa_kernel(SDPBackend.MATH)``.
 
     What perceiver-pytorch does not have: ``model(data [B, M, F], coords=[B, M, A])`` takes tokens at arbitrary
     positions, point clouds for example. A grid's are evenly spaced in [-1, 1] along every axis; the codes have the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -102,6 +102,11 @@ def _set(kind: str, opener: Callable | None, names: Mapping[nn.Module, str]) -> 
 def ranges_kind() -> str:
     """The kind of ranges that is on, or ``"off"``."""
     return _kind
+
+
+def open_range(name: str) -> AbstractContextManager:
+    """A range of this name around the block, for code that no compiler sees; nothing where ranges are off."""
+    return nullcontext() if _open is None else _open(name)
 
 
 OPS: set[str] = set()

@@ -189,6 +189,7 @@ def test_perf_runs_what_is_printed(tmp_path, monkeypatch, capfd):
     record = recorded(log)[0]
     assert record[0] == "record" and "--delay=-1" in record
     assert f"--control=fifo:{record[-1]}" in record and record[-2] == "--perf-control"
+    assert "ONEDNN_JIT_PROFILE=2" in record
     assert not list(tmp_path.glob("*.ctl"))  # the fifos are gone
 
 

@@ -73,7 +73,7 @@ def perf(workload: Workload, folder: Path, kernel: str | None = None) -> Recipe:
     data, control, acknowledged = (folder / f"{workload.name}.perf.{ending}" for ending in ("data", "ctl", "ack"))
     fifos = f"{control},{acknowledged}"
     record = ["perf", "record", "--delay=-1", f"--control=fifo:{fifos}", "--freq=997", f"--output={data}", "--"]
-    record += [*workload.command(), "--perf-control", fifos]
+    record += ["env", "ONEDNN_JIT_PROFILE=2", *workload.command(), "--perf-control", fifos]  # names oneDNN's products
     report = ["perf", "report", "--stdio", "--no-children", "--percent-limit=0.5", "--fields=overhead,dso,symbol"]
     report += ["--column-widths=8,36,100", f"--input={data}"]
     pair = [str(control), str(acknowledged)]

@@ -1,7 +1,7 @@
 """Named ranges for profilers: which layer and which op of this package the time goes to. Off by default.
 
 Layers and ops mark themselves, rather than be marked by hooks: a hook changes the way that a layer takes
-(layers/stream.py). What is off costs a function call and a comparison; torch.compile and torch.export never see any of it.
+(layers/stream.py). What is off costs a function call and a comparison; torch.compile and torch.export never see any.
 """
 
 from __future__ import annotations

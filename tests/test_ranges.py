@@ -14,7 +14,8 @@ from perceiver_fast.ops import __all__ as op_names
 from perceiver_fast.ranges import OPS, op_range, ranges_kind
 
 SMALL = dict(
-    num_freq_bands=2, depth=3, max_freq=4.0, num_latents=4, latent_dim=16, latent_heads=2, latent_dim_head=8, num_classes=5
+    num_freq_bands=2, depth=3, max_freq=4.0, num_latents=4, latent_dim=16, latent_heads=2, latent_dim_head=8,
+    num_classes=5,
 )  # fmt: skip
 LAYERS = ("", ".cross_attn", ".cross_ff.fn", ".self_attns.0.0.fn", ".self_attns.0.1.fn")
 

@@ -1,7 +1,7 @@
 """What ncu found out about each kernel, in one line: time, what it is bound by, memory, occupancy, spills.
 
-Reads what ``ncu --csv --page raw`` prints, best with ``--print-units base``: the file that ``perceiver-fast profile --tool
-ncu`` leaves.
+Reads what ``ncu --csv --page raw`` prints, best with ``--print-units base``: the file that
+``perceiver-fast profile --tool ncu`` leaves.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from perceiver_fast.graph import graph
 from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
 from perceiver_fast.ops.linear_libraries import use_linear
+from perceiver_fast.ranges import ranges
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "graph",
     "mixed_latents",
     "ops",
+    "ranges",
     "reference",
     "use_backend",
     "use_linear",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers.stream import Branch, is_plain
 from perceiver_fast.ops.library import unless_autocast
 from perceiver_fast.ops.linear import linear, product_dtype
+from perceiver_fast.ranges import layer_range
 
 
 class Attention(Branch):
@@ -55,6 +56,7 @@ class Attention(Branch):
         out = linear(x, layer.weight, None if bias_apart else layer.bias, self.cache, "to_out")
         return (out, layer.bias) if bias_apart else out
 
+    @layer_range
     def forward(self, x: Tensor, bias_apart: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         x = x.to(product_dtype(x))
         q = self.split_heads(self.project("to_q", x))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.ranges import layer_range
+
 
 class EnformerAttentionResidual(nn.Module):
     """Channel-wise softmax over layers, weighting each layer's output.
@@ -25,6 +27,7 @@ class EnformerAttentionResidual(nn.Module):
             nn.RMSNorm(dim), nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False)
         )
 
+    @layer_range
     def forward(self, block_outputs: Sequence[Tensor]) -> Tensor:
         past = torch.stack(list(block_outputs))  # [layers, B, N, D]
         return (past * self.to_attn_logits(past).softmax(dim=0)).sum(0)

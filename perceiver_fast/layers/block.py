@@ -9,6 +9,7 @@ from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.layers.cross_attention import CrossAttention
 from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.stream import PreNorm, ResidualStream
+from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens
 
 
@@ -71,6 +72,7 @@ class PerceiverBlock(nn.Module):
             for _ in range(self_per_cross_attn)
         )
 
+    @layer_range
     def forward(
         self,
         x: Tensor,

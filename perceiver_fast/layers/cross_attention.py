@@ -27,6 +27,7 @@ from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.grid_attention import grid_attention_joined
 from perceiver_fast.ops.library import half_dtype, unless_autocast
 from perceiver_fast.ops.linear import product_dtype
+from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens, absorb_norm, merge_groups
 
 T = TypeVar("T")
@@ -78,6 +79,7 @@ class CrossAttention(nn.Module):
             Layer(queries, fn.heads, fn.dim_head, fn.active_dropout, inverted, lse, self.queries_contribute_kv, masked),
         )
 
+    @layer_range
     def forward(
         self,
         x: Tensor | ResidualStream,

@@ -8,6 +8,7 @@ from perceiver_fast.layers.stream import Branch, is_called, is_plain
 from perceiver_fast.ops.feed_forward import feed_forward
 from perceiver_fast.ops.geglu import geglu
 from perceiver_fast.ops.linear import product_dtype
+from perceiver_fast.ranges import layer_range
 
 
 class GEGLU(nn.Module):
@@ -26,6 +27,7 @@ class FeedForward(Branch):
             nn.Linear(dim, dim * mult * 2), GEGLU(), nn.Linear(dim * mult, dim), nn.Dropout(dropout)
         )
 
+    @layer_range
     def forward(self, x: Tensor, bias_apart: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         if self._is_plain():
             wide, _, narrow, dropout = self.net

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from perceiver_fast.ranges import layer_range
+
 
 class GRUGating(nn.Module):
     """``GRU(fn(x, ..), x)``: how much of a layer's output enters the latents is learned.
@@ -21,6 +23,7 @@ class GRUGating(nn.Module):
         self.fn = fn
         self.gru = nn.GRUCell(dim, dim)
 
+    @layer_range
     def forward(self, x: Tensor, *args, **keywords) -> Tensor:
         y = self.fn(x, *args, **keywords)
         x = x.expand_as(y)  # latents that the whole batch shares meet what each element made of them

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver_fast.ranges import layer_range
+
 
 class LinearAttention(nn.Module):
     """``v (softmax_d(q)^T softmax_M(k))`` for every head; the d x d matrix in brackets sums over all tokens.
@@ -28,6 +30,7 @@ class LinearAttention(nn.Module):
         self.to_qkv = nn.Linear(dim, heads * dim_head * 3, bias=False)
         self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(dropout))
 
+    @layer_range
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend.
 

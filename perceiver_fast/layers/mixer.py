@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
+from perceiver_fast.ranges import layer_range
 
-def mixer(num_latents: int, mult: int = 4, dropout: float = 0.0) -> nn.Sequential:
+
+class Mixer(nn.Sequential):
+    """A Sequential that has a range of its own, see :class:`perceiver_fast.ranges`."""
+
+    forward = layer_range(nn.Sequential.forward)
+
+
+def mixer(num_latents: int, mult: int = 4, dropout: float = 0.0) -> Mixer:
     """A layer from ``[B, N, D]`` to ``[B, N, D]``: every channel's N values through one feed-forward of width mult N.
 
     Args:
@@ -16,7 +24,7 @@ def mixer(num_latents: int, mult: int = 4, dropout: float = 0.0) -> nn.Sequentia
     Source:
         perceiver-pytorch 0.11.0; after Tolstikhin et al., "MLP-Mixer", 2021.
     """
-    return nn.Sequential(
+    return Mixer(
         nn.Conv1d(num_latents, num_latents * mult, 1),
         nn.GELU(),
         nn.Dropout(dropout),

@@ -10,6 +10,7 @@ from perceiver_fast.models.grid import PooledPerceiver, pooled_head
 from perceiver_fast.models.stack import build_layers
 from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
 from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
 
 
@@ -109,6 +110,7 @@ class Perceiver(PooledPerceiver):
         self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
         self.to_logits = pooled_head(latent_dim, num_classes)
 
+    @op_range("describe")
     def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
         """The tokens that the first layer attends to: projected, so built."""
         tokens = super().describe(data, coords)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from perceiver_fast.layers import AxisCodes, axis_codes
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.models.inputs import check_coords
-from perceiver_fast.models.stack import run_checkpointed
+from perceiver_fast.models.stack import Head, run_checkpointed
 from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
 
 ONE_AXIS_LIMIT = 1024  # positions; a longer single axis would have a table entry for every pair
@@ -112,6 +113,7 @@ class GridPerceiver(nn.Module):
             check_coords(who, "coords", coords, data, self.input_axis)
         return check_mask(who, mask, "data", data, data.shape[1:-1])
 
+    @op_range("describe")
     def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
         """The tokens of ``data``, shared by all cross-attention layers of one forward.
 
@@ -133,7 +135,7 @@ class PooledPerceiver(GridPerceiver):
     """
 
     layers: nn.ModuleList
-    to_logits: nn.Sequential
+    to_logits: Head
     checkpoint: bool
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
@@ -167,6 +169,6 @@ class PooledPerceiver(GridPerceiver):
         return self.to_logits(x.mean(dim=-2).expand(data.shape[0], -1))  # without a layer x is still shared
 
 
-def pooled_head(latent_dim: int, num_classes: int) -> nn.Sequential:
+def pooled_head(latent_dim: int, num_classes: int) -> Head:
     """``to_logits`` of the variants, from the mean of the latents."""
-    return nn.Sequential(nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))
+    return Head(nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))

@@ -12,6 +12,7 @@ from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.models.grid import describe_grid, describe_points
 from perceiver_fast.models.modality import Modality, ModalityInput, check_modalities, check_modality_inputs
 from perceiver_fast.models.stack import build_layers, classifier_head, run_blocks
+from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import TokenGroups
 
 
@@ -113,6 +114,7 @@ class MultimodalPerceiver(nn.Module):
         """
         return check_modality_inputs(type(self).__name__, self.modalities, data, mask, self.latents)
 
+    @op_range("describe")
     def describe(
         self, data: Mapping[str, ModalityInput], mask: Mapping[str, Tensor | None] | None = None
     ) -> TokenGroups:

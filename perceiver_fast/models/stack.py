@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from perceiver_fast.ranges import layer_range
+
 T = TypeVar("T")
 
 
@@ -79,6 +81,12 @@ class MeanPool(nn.Module):
         return x.mean(dim=1)
 
 
-def classifier_head(latent_dim: int, num_classes: int) -> nn.Sequential:
+class Head(nn.Sequential):
+    """A Sequential that has a range of its own, see :class:`perceiver_fast.ranges`."""
+
+    forward = layer_range(nn.Sequential.forward)
+
+
+def classifier_head(latent_dim: int, num_classes: int) -> Head:
     """Latents ``[B, N, D]`` to logits ``[B, num_classes]``; parameter names are perceiver-pytorch's."""
-    return nn.Sequential(MeanPool(), nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))
+    return Head(MeanPool(), nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))

@@ -29,6 +29,7 @@ from perceiver_fast.ops.library import (
     register_triton,
     triton_reasons,
 )
+from perceiver_fast.ranges import op_range
 
 OP = "cross_attention"
 
@@ -75,6 +76,7 @@ class CrossAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @op_range(OP + ".backward")
     def backward(ctx, d_o, d_lse):
         q, k, v, mask, seed, o, lse, token_lse = ctx.saved_tensors
         scale, dropout, inverted = ctx.options
@@ -169,6 +171,7 @@ def choose_cross_attention(call: CrossAttentionCall) -> Choice:
     return backends.choose(OP, BACKENDS, call)
 
 
+@op_range(OP)
 def cross_attention(
     q: Tensor,
     k: Tensor,

@@ -16,6 +16,7 @@ from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.geglu import choose_geglu, geglu, runs_kernel
 from perceiver_fast.ops.library import compute_dtype, learns
 from perceiver_fast.ops.linear import forward_product, grad_input_product, grad_weight_product, linear
+from perceiver_fast.ranges import op_range
 
 
 class FeedForwardFunction(torch.autograd.Function):
@@ -29,6 +30,7 @@ class FeedForwardFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @op_range("feed_forward.backward")
     def backward(ctx, d_out):
         z, h, weight1, bias1, weight2 = ctx.saved_tensors
         needs_z, needs_weight1, needs_bias1, needs_weight2 = ctx.needs_input_grad
@@ -43,6 +45,7 @@ class FeedForwardFunction(torch.autograd.Function):
         return d_z, d_weight1, d_bias1 if needs_bias1 else None, d_weight2
 
 
+@op_range("feed_forward")
 def feed_forward(
     z: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, cache: ParameterCache | None = None
 ) -> Tensor:

@@ -26,6 +26,7 @@ from perceiver_fast.backends import Backend, Choice
 from perceiver_fast.ops.fourier_projection_checks import check
 from perceiver_fast.ops.grid_scale import grid_scale
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype, kernel_reasons, library
+from perceiver_fast.ranges import op_range
 
 OP = "fourier_projection"
 
@@ -63,6 +64,7 @@ class FourierProjectionFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @op_range(OP + ".backward")
     def backward(ctx, d_out):
         feat, coords, frequencies, weight, scale = ctx.saved_tensors
         to_feat, to_coords, _, to_weight, to_bias, _ = ctx.needs_input_grad
@@ -114,6 +116,7 @@ def _centred(weight: Tensor) -> Tensor:
     return weight - weight.mean(0, keepdim=True)
 
 
+@op_range(OP)
 def fourier_projection_tokens(
     feat: Tensor | None,
     coords: Tensor,
@@ -188,6 +191,7 @@ def _in_kernel_order(weight: Tensor, axes: int, bands: int) -> Tensor:
     return torch.cat([feat, torch.cat(per_axis, 1).flatten(0, 1)])
 
 
+@op_range(OP)
 def fourier_projection(
     coords: Tensor | Sequence[int],
     weight: Tensor,

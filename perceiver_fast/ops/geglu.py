@@ -25,6 +25,7 @@ from perceiver_fast.ops.library import (
     register_triton,
     triton_reasons,
 )
+from perceiver_fast.ranges import op_range
 
 OP = "geglu"
 
@@ -55,6 +56,7 @@ class GEGLUFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @op_range(OP + ".backward")
     def backward(ctx, d_u):
         h, bias = ctx.saved_tensors
         _, d_h, d_bias = torch.ops.perceiver_fast.geglu_backward(d_u, h, bias)
@@ -107,6 +109,7 @@ def choose_geglu(call: PointwiseCall) -> Choice:
     return backends.choose(OP, BACKENDS, call)
 
 
+@op_range(OP)
 def geglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
     """``value * gelu(gate)`` of ``[value, gate] = h + bias``, the exact gelu.
 

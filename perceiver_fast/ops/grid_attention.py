@@ -38,6 +38,7 @@ from perceiver_fast.ops.library import (
     register_triton,
     triton_reasons,
 )
+from perceiver_fast.ranges import op_range
 
 OP = "grid_attention"
 
@@ -94,6 +95,7 @@ class GridAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @op_range(OP + ".backward")
     def backward(ctx, d_o, d_lse, d_kept):
         q, feat, scale, mask, seed, o, lse, kept, token_lse = ctx.saved_tensors
         dropout, inverted = ctx.options
@@ -151,6 +153,7 @@ def choose_grid_attention(call: GridAttentionCall) -> Choice:
     return backends.choose(OP, BACKENDS, call)
 
 
+@op_range(OP)
 def grid_attention_joined(
     q: Tensor,
     feat: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
 from perceiver_fast.ops.library import kernel_reasons, library
+from perceiver_fast.ranges import op_range
 from perceiver_fast.reference.grid_scale import along_axes, grid_mean
 
 OP = "grid_scale"
@@ -53,6 +54,7 @@ class GridScaleFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @op_range(OP + ".backward")
     def backward(ctx, d_scale):
         feat, axis_mean, scale = ctx.saved_tensors
         if d_scale is None:
@@ -76,6 +78,7 @@ def choose_grid_scale(feat: Tensor) -> Choice:
     return backends.choose(OP, BACKENDS, feat)
 
 
+@op_range(OP)
 def grid_scale(
     feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float = 1e-5
 ) -> Tensor:

@@ -16,6 +16,7 @@ from perceiver_fast import backends, reference
 from perceiver_fast.backends import Choice
 from perceiver_fast.ops.geglu import PointwiseCall, pointwise_backends, runs_kernel
 from perceiver_fast.ops.library import compute_dtype, learns, library, register_triton
+from perceiver_fast.ranges import op_range
 
 OP = "layer_norm"
 
@@ -74,6 +75,7 @@ class AddLayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @op_range(OP + ".backward")
     def backward(ctx, d_y, d_z):
         y, mean, rstd, weight = ctx.saved_tensors
         branch, branch_bias = ctx.has
@@ -164,6 +166,7 @@ def add_layer_norm(
     return run_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype)
 
 
+@op_range(OP)
 def run_layer_norm(
     x: Tensor,
     branch: Tensor | None,

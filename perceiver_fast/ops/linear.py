@@ -16,6 +16,7 @@ from perceiver_fast.backends import Choice, forced_backend
 from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, linear_settings, measure, wide_bfloat16
+from perceiver_fast.ranges import op_range
 
 OP = "linear"
 LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every library is as good
@@ -95,6 +96,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @op_range(OP + ".backward")
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
         d_out = d_out.contiguous()
@@ -159,6 +161,7 @@ def _pack(library: str, weight: Tensor, x: Tensor, dtype: torch.dtype) -> Callab
         return lambda x: LIBRARIES["torch"].forward(x, operand)
 
 
+@op_range(OP)
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, cache: ParameterCache | None = None, name: str = "weight"
 ) -> Tensor:

@@ -5,7 +5,7 @@
 """
 
 from perceiver_fast import backends, experimental, gated, mixed_latents, ops, reference
-from perceiver_fast.attention_map import attention_map
+from perceiver_fast.attention_map import attention_map, contrasting_latents
 from perceiver_fast.backends import BackendError, use_backend
 from perceiver_fast.cache import clear_caches
 from perceiver_fast.explain import explain
@@ -27,6 +27,7 @@ __all__ = [
     "attention_map",
     "backends",
     "clear_caches",
+    "contrasting_latents",
     "experimental",
     "explain",
     "gated",

@@ -13,6 +13,7 @@ from perceiver_fast.graph import graph
 from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
 from perceiver_fast.ops.linear_libraries import use_linear
+from perceiver_fast.plot import plot_attention_map
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "graph",
     "mixed_latents",
     "ops",
+    "plot_attention_map",
     "reference",
     "use_backend",
     "use_linear",

@@ -26,6 +26,7 @@ def plot_attention_map(
     scale: str = "linear",
     shared: bool = True,
     frames: int = 8,
+    columns: int = 4,
     title: str = "",
     caption: str = "",
     figure: Figure | SubFigure | None = None,
@@ -45,6 +46,7 @@ def plot_attention_map(
         scale: of colours; ``"linear"`` from zero to the 99th percentile, ``"log"`` from the 1st to the 99th.
         shared: one scale for all latents, or one for each. Default: True.
         frames: of a video, how many are drawn at most, evenly spaced. Default: 8.
+        columns: panels of images and points beside each other at most. Default: 4.
         title, caption: above and below.
         figure: draw in this one. Default: a new one of a size that fits.
 
@@ -74,15 +76,15 @@ def plot_attention_map(
         raise ValueError(f"{WHO}: expected maps of the latents {latents}, got maps of {sorted(counts)} latents")
     if scale not in SCALES:
         raise ValueError(f"{WHO}: expected scale to be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
-    if frames < 1:
-        raise ValueError(f"{WHO}: expected at least one of the frames, got {frames}")
+    if frames < 1 or columns < 1:
+        raise ValueError(f"{WHO}: expected at least one of the frames and columns, got {frames} and {columns}")
 
     total = sum(values[0].numel() for values, *_ in parts.values())
     parts = {name: (values * total, *where) for name, (values, *where) in parts.items()}
     joined = torch.cat([values.detach().flatten(1) for values, *_ in parts.values()], 1)
     norms = [_norm(joined, scale)] * len(latents) if shared else [_norm(values, scale) for values in joined]
     names = [f"latent {latent}" for latent in latents]
-    kinds = {name: _kind(*part)(*part, names, norms, frames) for name, part in parts.items()}
+    kinds = {name: _kind(*part)(*part, names, norms, frames, columns) for name, part in parts.items()}
 
     width, heights = max(kind.size[0] for kind in kinds.values()), [kind.size[1] for kind in kinds.values()]
     lines = textwrap.wrap(caption, int(13 * width))  # about 13 characters an inch

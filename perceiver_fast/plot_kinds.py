@@ -25,6 +25,7 @@ class Kind:
         names: of the n latents.
         norms: their colour scales, of matplotlib.
         frames: of a video, how many are drawn at most.
+        columns: panels beside each other at most.
     """
 
     maps: Tensor
@@ -33,6 +34,7 @@ class Kind:
     names: list[str]
     norms: list
     frames: int
+    columns: int
 
     @property
     def size(self) -> tuple[float, float]:
@@ -51,6 +53,11 @@ class Kind:
         data = as_array(self.data)
         return data if data.min() >= 0 and data.max() <= 1 else scaled(data)
 
+    def grid(self, count: int) -> tuple[int, int]:
+        """Rows and columns of that many panels."""
+        rows = ceil(count / self.columns)
+        return rows, ceil(count / rows)
+
     def colours(self, latent: int) -> dict:
         """Arguments of all that colours by attention."""
         return {"cmap": COLOURS, "norm": self.norms[latent]}
@@ -67,9 +74,7 @@ class ImageKind(Kind):
         return columns * (width + 0.3), rows * (width * aspect + 0.3)
 
     def _grid(self) -> tuple[int, int]:
-        count = len(self.names) + (self.picture is not None)
-        rows = ceil(count / 4)
-        return rows, ceil(count / rows)
+        return self.grid(len(self.names) + (self.picture is not None))
 
     def draw(self, figure) -> list[tuple]:
         panels = list(figure.subplots(*self._grid(), squeeze=False).flat)
@@ -157,8 +162,7 @@ class PointsKind(Kind):
         return 2.8 * columns, 2.8 * rows
 
     def _grid(self) -> tuple[int, int]:
-        rows = ceil(len(self.names) / 4)
-        return rows, ceil(len(self.names) / rows)
+        return self.grid(len(self.names))
 
     def draw(self, figure) -> list[tuple]:
         axes = [as_array(axis) for axis in self.coords.T]

@@ -141,6 +141,13 @@ def test_maps_of_a_model(dtype):
     assert len(coloured(pf.plot_attention_map(maps[0], image[0], latents=[0, 2]))) == 2
 
 
+def test_columns():
+    for columns, expected in ((1, (4, 1)), (2, (2, 2)), (4, (1, 4)), (9, (1, 4))):
+        figure = pf.plot_attention_map(maps_of(5, 6), torch.rand(5, 6, 1), columns=columns)
+        grid = figure.axes[0].get_subplotspec().get_gridspec()
+        assert (grid.nrows, grid.ncols) == expected
+
+
 def test_drawn_in_a_given_figure():
     given = Figure(figsize=(4, 3))
     assert pf.plot_attention_map(maps_of(5, 6), figure=given) is given
@@ -170,7 +177,7 @@ def test_drawn_in_a_given_figure():
         (dict(maps={"a": maps_of(7)}, data=torch.rand(7, 1)), ValueError, "data as a dict.*got.*data Tensor"),
         (dict(maps={"a": maps_of(7)}, data={"a": torch.rand(8, 1)}), ValueError, r"data of a of shape.*got \(8, 1\)"),
         (dict(maps=maps_of(7), scale="log2"), ValueError, "'linear', 'log', got 'log2'"),
-        (dict(maps=maps_of(7), frames=0), ValueError, "at least one of the frames, got 0"),
+        (dict(maps=maps_of(7), frames=0), ValueError, "at least one of the frames and columns, got 0 and 4"),
     ],
 )
 def test_errors(arguments, error, message):

@@ -72,7 +72,8 @@ def picture(model: pf.Perceiver, images: Tensor, answers: list[str], count: int 
     latents = pf.contrasting_latents(model, images, LAYER, count)
     maps = pf.attention_map(model, images, LAYER, latents, heads="mean")
     figure = new_figure(10, 1.8 * len(images))
-    for row, image, of_image, answer in zip(figure.subfigures(len(images), 1), images, maps, answers):
+    rows = figure.subfigures(len(images), 1, squeeze=False)[:, 0]
+    for row, image, of_image, answer in zip(rows, images, maps, answers):
         pf.plot_attention_map(of_image, image, latents=latents, columns=1 + count, title=answer, figure=row)
     return figure
 

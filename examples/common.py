@@ -133,10 +133,10 @@ def new_figure(width: float, height: float):
     """A matplotlib figure that needs no display."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure, path: Path) -> None:
     """Write the figure as PNG, and say where."""
-    figure.savefig(path)
+    figure.savefig(path, dpi=90)
     console.print(f"picture: {path}", soft_wrap=True, markup=False)

@@ -43,7 +43,8 @@ def plot_attention_map(
             points. Images with values outside of [0, 1] are scaled to it. Default: maps alone.
         coords: positions ``[M, A]`` of maps ``[n, M]``, A at most 3. Default: maps are on a grid.
         latents: the latents' numbers, for their titles. Default: 0 .. n-1.
-        scale: of colours; ``"linear"`` from zero to the 99th percentile, ``"log"`` from the 1st to the 99th.
+        scale: of colours; ``"linear"`` from zero to the 99th percentile, ``"log"`` from the 1st, or a
+            10,000th of the 99th, to that.
         shared: one scale for all latents, or one for each. Default: True.
         frames: of a video, how many are drawn at most, evenly spaced. Default: 8.
         columns: panels of images and points beside each other at most. Default: 4.
@@ -162,13 +163,13 @@ def _norm(values: Tensor, scale: str):
     if scale == "log":
         ordered = ordered[ordered > 0] if (ordered > 0).any() else ordered.new_ones(1)  # masked tokens have none
     low, high = (float(ordered[round(share * (len(ordered) - 1))]) for share in (0.01, 0.99))
-    if scale == "log":
-        return LogNorm(low, max(high, low * 1.001), clip=True)
+    if scale == "log":  # what is smaller than that plays no part in the result
+        return LogNorm(max(low, high / 10_000), max(high, low * 1.001), clip=True)
     return Normalize(0.0, high if high > 0 else 1.0, clip=True)
 
 
 def _add_bar(figure, mappable, axes: list, scale: str, label: str) -> None:
-    bar = figure.colorbar(mappable, ax=axes, extend="both" if scale == "log" else "max")
+    bar = figure.colorbar(mappable, ax=axes, aspect=30, extend="both" if scale == "log" else "max")
     bar.set_label(label, fontsize="small")
     if scale == "log":  # matplotlib labels less than a decade with powers of ten
         low, high = mappable.norm.vmin, mappable.norm.vmax

@@ -7,6 +7,7 @@ clouds, coloured by how much two latents attend to each point.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from common import console, new_figure, parse, predict, report, save, train
@@ -75,18 +76,16 @@ class Classifier(pf.Perceiver):
         return super().forward(data, coords=coords)
 
 
-def picture(model: pf.Perceiver, names: list[str]):
-    """One cloud of every surface, coloured by where the two latents of the most contrast look in the first block."""
+def picture(model: pf.Perceiver, shown: Sequence[str] = ("cube", "torus", "cylinder", "helix")):
+    """Clouds of some surfaces, coloured by where the two latents of the most contrast look in the first block."""
     (data, coords), labels = draw(64)
-    first = [int((labels == surface).nonzero()[0]) for surface in range(len(names))]
-    data, coords = data[first], coords[first]
     latents = pf.contrasting_latents(model, data, count=2, coords=coords)
-    maps = pf.attention_map(model, data, latents=latents, heads="mean", coords=coords)
-    figure = new_figure(2.9 * len(names), 5.4)
-    for column, cloud, of_cloud, name in zip(figure.subfigures(1, len(names)), coords, maps, names):
-        pf.plot_attention_map(
-            of_cloud, coords=cloud, latents=latents, scale="log", columns=1, title=name, figure=column
-        )
+    figure = new_figure(2.9 * len(shown), 5.4)
+    for column, name in zip(figure.subfigures(1, len(shown)), shown):
+        first = int((labels == list(SURFACES).index(name)).nonzero()[0])
+        cloud = coords[first]
+        maps = pf.attention_map(model, data[:1], latents=latents, heads="mean", coords=cloud)
+        pf.plot_attention_map(maps[0], coords=cloud, latents=latents, scale="log", columns=1, title=name, figure=column)
     return figure
 
 
@@ -100,7 +99,7 @@ def main() -> None:
     predicted, true = predict(model, draw, 200 if args.quick else 1000)
     report(predicted, true, names, "new clouds")
 
-    save(picture(model, names), args.out / "attention-points.png")
+    save(picture(model), args.out / "attention-points.png")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             weights, seed = load_model(path)
         except (OSError, ValueError) as error:
-            console.print(f"cannot load the checkpoint: {error}", markup=False, soft_wrap=True)
+            print(f"cannot load the checkpoint: {error}", file=sys.stderr)
             return 2
         console.print(f"checkpoint: {path}", markup=False, soft_wrap=True)
 

@@ -117,7 +117,7 @@ class Training:
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint; raises ValueError if that is of other settings."""
-        state = torch.load(path, weights_only=True)
+        state = read(path)
         if state["settings"] != self.settings:
             other = [f"{k}={v}" for k, v in state["settings"].items() if self.settings[k] != v]
             raise ValueError(f"{path} was written with {', '.join(other)}; give the same, or leave --resume out")
@@ -127,9 +127,22 @@ class Training:
         torch.set_rng_state(state["rng"])
 
 
+def read(path: Path) -> dict:
+    """A checkpoint; raises ValueError if the file is none."""
+    try:
+        state = torch.load(path, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no checkpoint raise all sorts of errors
+        raise ValueError(f"{path} is no checkpoint, or damaged ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not {"settings", "step", "rng", "learners"} <= state.keys():
+        raise ValueError(f"{path} is a checkpoint of something else")
+    return state
+
+
 def load_model(path: Path) -> tuple[dict, int]:
     """The trained model's state_dict and the seed of its data, from a checkpoint."""
-    state = torch.load(path, weights_only=True)
+    state = read(path)
     if state["settings"]["model"] != MODEL:
         raise ValueError(f"{path} holds another model: {state['settings']['model']}")
     return state["learners"][OURS]["model"], state["settings"]["seed"]
@@ -195,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             training.resume(path)
         except (OSError, ValueError) as error:
-            console.print(f"cannot resume: {error}", markup=False, soft_wrap=True)
+            print(f"cannot resume: {error}", file=sys.stderr)
             return 2
         console.print(f"resumed after step {training.step} of {steps}")
     done, start = training.step, time.perf_counter()

@@ -56,6 +56,13 @@ def test_there_are_examples():
     assert all(f"examples/{name}.py" in table for name in PICTURES)
 
 
+def test_pictures_of_the_docs_are_small():
+    docs = EXAMPLES.parent / "docs"
+    shown = re.findall(r"\]\((pictures/attention-[a-z]+\.png)\)", (docs / "attention.md").read_text())
+    assert {Path(name).stem for name in shown} == set(PICTURES.values()) - {"train"}
+    assert all((docs / name).stat().st_size < 200_000 for name in shown)
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_learns_and_draws(name, runs):
     process, folder = runs[name]
@@ -159,9 +166,20 @@ def test_what_cannot_be_resumed(example, tmp_path, capsys):
     train = example("train")
     train.Training(steps=12, compare=9, seed=0).write(tmp_path / "train.pt")
     assert train.main([*SHORT, "--out", str(tmp_path), "--seed", "1", "--resume"]) == 2
-    assert "was written with seed=0; give the same" in capsys.readouterr().out
+    assert "was written with seed=0; give the same" in capsys.readouterr().err
     assert train.main([*SHORT, "--out", str(tmp_path / "nowhere"), "--resume"]) == 2
-    assert "cannot resume" in capsys.readouterr().out
+    assert "cannot resume" in capsys.readouterr().err
+    whole = (tmp_path / "train.pt").read_bytes()
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    for content, message in (
+        (b"something", "is no checkpoint, or damaged"),
+        (whole[: len(whole) // 2], "is no checkpoint, or damaged"),
+        (b"", "is no checkpoint, or damaged"),
+        ((tmp_path / "other.pt").read_bytes(), "a checkpoint of something else"),
+    ):
+        (tmp_path / "train.pt").write_bytes(content)
+        assert train.main([*SHORT, "--out", str(tmp_path), "--resume"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_classify_takes_the_checkpoint(example, tmp_path, capsys):
@@ -172,7 +190,7 @@ def test_classify_takes_the_checkpoint(example, tmp_path, capsys):
     assert "training quickly" not in shown and "Probabilities" in shown and "differ by at most" in shown
     assert (tmp_path / "attention-image.png").read_bytes().startswith(b"\x89PNG")
     assert classify.main(["--checkpoint", str(tmp_path / "none.pt"), "--out", str(tmp_path)]) == 2
-    assert "cannot load the checkpoint" in capsys.readouterr().out
+    assert "cannot load the checkpoint" in capsys.readouterr().err
 
 
 def test_classify_notices_a_model_that_says_something_else(example, tmp_path, capsys, monkeypatch):

@@ -1,12 +1,13 @@
 """Audio: which waveform is it? Raw sound, one token a sample, 4,096 on a single axis.
 
 Pitch, phase and loudness are random, so no sample by itself says much: latents have to gather the shape of the wave
-from all of them. Draws the waveforms and where a few latents listen.
+from all of them. Draws some waveforms and where two latents listen.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from common import console, new_figure, parse, predict, report, save, train
@@ -38,20 +39,15 @@ def draw(batch: int) -> tuple[tuple, Tensor]:
     return (LOUDNESS * waves.unsqueeze(-1),), labels
 
 
-def picture(model: pf.Perceiver, latents: int = 3):
-    """One wave of every kind, and the attention of the latents that vary most, relative to uniform."""
+def picture(model: pf.Perceiver, shown: Sequence[str] = ("sine", "square", "fading", "chirp")):
+    """Waves of some kinds, and where the two latents of the most contrast listen."""
     (waves,), labels = draw(64)
-    first = [int((labels == name).nonzero()[0]) for name in range(len(NAMES))]
-    maps = pf.attention_map(model, waves[first], layer=1, latents=range(MODEL["num_latents"]))[:, 0] * SAMPLES
-    chosen = maps.var(-1).mean(0).topk(latents).indices
-    figure = new_figure(12, 1.5 * len(NAMES))
-    panels = figure.subplots(len(NAMES), 2, sharex=True)
-    for row, name in enumerate(NAMES):
-        panels[row, 0].plot(waves[first[row], :1024, 0], linewidth=0.7)
-        panels[row, 0].set_ylabel(name)
-        panels[row, 1].plot(maps[row, chosen, :1024].T, linewidth=0.7)
-    panels[0, 0].set_title("the first 1,024 samples")
-    panels[0, 1].set_title(f"attention of latents {', '.join(map(str, chosen.tolist()))}: 1 is uniform")
+    latents = pf.contrasting_latents(model, waves, layer=1, count=2)
+    figure = new_figure(11, 2.3 * len(shown))
+    for row, name in zip(figure.subfigures(len(shown), 1), shown):
+        wave = waves[labels == NAMES.index(name)][:1]
+        maps = pf.attention_map(model, wave, layer=1, latents=latents, heads="mean")
+        pf.plot_attention_map(maps[0], wave[0], latents=latents, title=name, figure=row)
     return figure
 
 
@@ -62,7 +58,7 @@ def main() -> None:
     train(model, draw, steps=80 if args.quick else 500, batch=16, rate=5e-3)
     predicted, true = predict(model, draw, 96 if args.quick else 600, batch=32)
     report(predicted, true, NAMES, "new sounds")
-    save(picture(model), args.out / "audio.png")
+    save(picture(model), args.out / "attention-audio.png")
 
 
 if __name__ == "__main__":

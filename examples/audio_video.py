@@ -1,7 +1,8 @@
 """Audio and video into one Perceiver: the answer needs both, and either may be missing.
 
 A digit moves up or down, while a pitch rises or falls: four classes. Training begins with pictures alone, and later
-leaves one of the two out now and then, so that the model also does what it can with the other alone.
+leaves one of the two out now and then, so that the model also does what it can with the other alone. Draws where three
+latents look and listen.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from common import accuracy, console, new_figure, parse, predict, report, save, train
+from common import accuracy, console, parse, predict, report, save, train
 from torch import Tensor
 from video import clips, digits
 
@@ -46,21 +47,21 @@ def draw(batch: int, images: Tensor, missing: str | None = None) -> tuple[tuple,
     return (data,), labels
 
 
-def picture(images: Tensor):
-    """One example of every class: three frames and the sound."""
-    labels = torch.arange(4)
-    video, audio = clips(images, labels // 2), sounds(labels % 2)
-    figure = new_figure(10, 6)
-    panels = figure.subplots(4, 4, width_ratios=(1, 1, 1, 4))
-    for row, name in enumerate(NAMES):
-        for column, frame in enumerate((0, 4, 7)):
-            panels[row, column].imshow(video[row, frame, ..., 0], cmap="gray")
-            panels[row, column].set_title(f"frame {frame}", fontsize="small")
-            panels[row, column].set_axis_off()
-        panels[row, 3].specgram(audio[row].flatten(), Fs=HERTZ)
-        panels[row, 3].set_title(f"{name}: spectrogram of the sound, up to 4 kHz", fontsize="small")
-        panels[row, 3].set(xticks=[], yticks=[], ylim=(0, 4000))
-    return figure
+def shares(model: pf.MultimodalPerceiver, data: dict[str, Tensor]) -> Tensor:
+    """Which share of its attention every latent of every block has on the video, ``[blocks, N]``."""
+    latents = range(MODEL["num_latents"])
+    maps = [pf.attention_map(model, data, block, latents, heads="mean")["video"] for block in range(MODEL["depth"])]
+    return torch.stack([of_block.flatten(2).sum(-1).mean(0) for of_block in maps])
+
+
+def picture(model: pf.MultimodalPerceiver, images: Tensor):
+    """Three latents of the first block: the one that attends to the video most, one between, and least."""
+    ((data,), labels) = draw(64, images)
+    order = shares(model, data)[0].argsort(descending=True).tolist()
+    latents = [order[0], order[len(order) // 2], order[-1]]
+    maps = pf.attention_map(model, data, latents=latents, heads="mean")
+    first = ({name: part[0] for name, part in parts.items()} for parts in (maps, data))
+    return pf.plot_attention_map(*first, latents=latents, scale="log", title=NAMES[labels[0]])
 
 
 def main() -> None:
@@ -88,7 +89,12 @@ def main() -> None:
     for missing, other in (("audio", "video"), ("video", "audio")):
         predicted, true = predict(model, lambda n: draw(n, unseen, missing), count, batch=32)
         accuracy(predicted, true, len(NAMES), f"{other} alone, which can tell two classes from the other two")
-    save(picture(unseen), args.out / "audio_video.png")
+    ((data,), _) = draw(64, unseen)
+    for block, share in enumerate(shares(model, data).mean(1).tolist()):
+        console.print(
+            f"block {block}: {share:.0%} of all latents' attention on the video, {1 - share:.0%} on the sound"
+        )
+    save(picture(model, unseen), args.out / "attention-multimodal.png")
 
 
 if __name__ == "__main__":

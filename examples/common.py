@@ -22,21 +22,46 @@ if not console.is_terminal:
 Draw = Callable[[int], tuple[tuple, Tensor]]
 
 
-def parse(description: str | None) -> argparse.Namespace:
-    """The options of every example, read and obeyed: the seed is set, the folder for pictures exists."""
-    parser = argparse.ArgumentParser(description=description)
+def parse(
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
+    """The options of every example and its own, read and obeyed: the seed is set, the folder for pictures exists."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few training steps, enough to see that it learns")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: %(default)s)")
     # These models are small: on a busy machine a second thread is waited for more than it helps.
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR", help="where pictures go (default: %(default)s)"
     )
-    args = parser.parse_args()
+    add_options(parser)
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     return args
+
+
+def positive(text: str) -> int:
+    """A number of at least 1, for options."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def show_progress() -> Progress:
+    """A progress bar; its tasks have a field ``loss``, text."""
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def summarize(losses: Sequence[float], batch: int, seconds: float) -> None:
+    """Print how many steps there were, and the loss at first and at last."""
+    few = max(1, min(10, len(losses) // 4))
+    first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
+    console.print(f"{len(losses)} steps of {batch} in {seconds:.1f} s; loss {first:.3f} at first, {last:.3f} at last")
 
 
 def train(model: nn.Module, draw: Draw, steps: int, batch: int, rate: float = 3e-3) -> list[float]:
@@ -54,11 +79,10 @@ def train(model: nn.Module, draw: Draw, steps: int, batch: int, rate: float = 3e
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     losses: list[float] = []
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
     start = time.perf_counter()
     model.train()
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=steps, loss=float("nan"))
+    with show_progress() as progress:
+        task = progress.add_task("", total=steps, loss="")
         for _ in range(steps):
             inputs, labels = draw(batch)
             loss = F.cross_entropy(model(*inputs), labels)
@@ -68,11 +92,8 @@ def train(model: nn.Module, draw: Draw, steps: int, batch: int, rate: float = 3e
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            progress.update(task, advance=1, loss=sum(losses[-10:]) / len(losses[-10:]))
-    seconds = time.perf_counter() - start
-    few = max(1, min(10, steps // 4))
-    first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
-    console.print(f"{steps} steps of {batch} in {seconds:.1f} s; loss {first:.3f} at first, {last:.3f} at last")
+            progress.update(task, advance=1, loss=f"{sum(losses[-10:]) / len(losses[-10:]):.3f}")
+    summarize(losses, batch, time.perf_counter() - start)
     return losses
 
 
@@ -112,12 +133,10 @@ def new_figure(width: float, height: float):
     """A matplotlib figure that needs no display."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure, path: Path) -> None:
     """Write the figure as PNG, and say where."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure).print_png(path)
+    figure.savefig(path, dpi=90)
     console.print(f"picture: {path}", soft_wrap=True, markup=False)

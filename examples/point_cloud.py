@@ -1,12 +1,13 @@
 """Point clouds: which surface were these points drawn from? Tokens at arbitrary positions, with ``coords=``.
 
 A point has no channels but its position: data is [B, M, 0]. Surfaces are turned, scaled and moved at random. Draws test
-clouds, coloured by how much the latent that varies most attends to each point.
+clouds, coloured by how much two latents attend to each point.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from common import console, new_figure, parse, predict, report, save, train
@@ -75,22 +76,16 @@ class Classifier(pf.Perceiver):
         return super().forward(data, coords=coords)
 
 
-@torch.no_grad()
-def attention(model: pf.Perceiver, data: Tensor, coords: Tensor) -> Tensor:
-    """Weights ``[B, N, M]`` of the first block's cross-attention, from the keys that the layer builds."""
-    layer = model.layers[0].cross_attn
-    k, _ = model.describe(data, coords).keys_values(layer.fn.to_kv, layer.norm_context).chunk(2, -1)
-    q = layer.fn.to_q(layer.norm(model.latents))
-    return (q @ k.transpose(1, 2) * layer.fn.dim_head**-0.5).softmax(-1)
-
-
-def picture(clouds: Tensor, weights: Tensor, titles: list[str]):
-    """Every cloud in three dimensions, brighter where it is attended to more."""
-    figure = new_figure(2.6 * len(clouds), 3.0)
-    for i, (cloud, weight, title) in enumerate(zip(clouds, weights, titles)):
-        panel = figure.add_subplot(1, len(clouds), i + 1, projection="3d")
-        panel.scatter(*cloud.T.numpy(), c=weight.log().numpy(), s=9, cmap="plasma")
-        panel.set(title=title, xticks=[], yticks=[], zticks=[], box_aspect=(1, 1, 1))
+def picture(model: pf.Perceiver, shown: Sequence[str] = ("cube", "torus", "cylinder", "helix")):
+    """Clouds of some surfaces, coloured by where the two latents of the most contrast look in the first block."""
+    (data, coords), labels = draw(64)
+    latents = pf.contrasting_latents(model, data, count=2, coords=coords)
+    figure = new_figure(2.9 * len(shown), 5.4)
+    for column, name in zip(figure.subfigures(1, len(shown)), shown):
+        first = int((labels == list(SURFACES).index(name)).nonzero()[0])
+        cloud = coords[first]
+        maps = pf.attention_map(model, data[:1], latents=latents, heads="mean", coords=cloud)
+        pf.plot_attention_map(maps[0], coords=cloud, latents=latents, scale="log", columns=1, title=name, figure=column)
     return figure
 
 
@@ -104,11 +99,7 @@ def main() -> None:
     predicted, true = predict(model, draw, 200 if args.quick else 1000)
     report(predicted, true, names, "new clouds")
 
-    (data, coords), labels = draw(64)
-    first = [int((labels == surface).nonzero()[0]) for surface in range(len(names))]
-    weights = attention(model, data[first], coords[first])
-    latent = weights.log().var(-1).mean(0).argmax()
-    save(picture(coords[first], weights[:, latent], names), args.out / "point_cloud.png")
+    save(picture(model), args.out / "attention-points.png")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Video: in which direction does the digit move? 8 frames of 16 x 16, 2,048 tokens on three axes.
 
-No frame by itself has the answer. Draws a clip and, frame by frame, where the latent that varies most looks.
+No frame by itself has the answer. Draws a clip and, frame by frame, where the latents of the most contrast look.
 """
 
 from __future__ import annotations
 
 import torch
-from common import console, new_figure, parse, predict, report, save, train
+from common import console, parse, predict, report, save, train
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -41,20 +41,11 @@ def clips(images: Tensor, labels: Tensor) -> Tensor:
     return (2 * video - 1).unsqueeze(-1)
 
 
-def picture(model: pf.Perceiver, clip: Tensor, title: str):
-    """The frames of a clip ``[1, T, H, W, 1]``, and below each where one latent looks."""
-    maps = pf.attention_map(model, clip, layer=1, latents=range(MODEL["num_latents"]))[0, 0]
-    latent = int(maps.flatten(1).var(1).argmax())
-    figure = new_figure(1.3 * FRAMES, 3.2)
-    panels = figure.subplots(2, FRAMES)
-    for frame in range(FRAMES):
-        panels[0, frame].imshow(clip[0, frame, ..., 0], cmap="gray")
-        panels[1, frame].imshow(maps[latent, frame], cmap="inferno", vmin=0, vmax=float(maps[latent].max()))
-        panels[0, frame].set_title(f"frame {frame}", fontsize="small")
-    for panel in panels.flat:
-        panel.set_axis_off()
-    figure.suptitle(f"{title}; below, attention of latent {latent}")
-    return figure
+def picture(model: pf.Perceiver, of: Tensor, title: str):
+    """The first of some clips ``[B, T, H, W, 1]``, and below it where the latents of the most contrast look."""
+    latents = pf.contrasting_latents(model, of, layer=1, count=3)
+    maps = pf.attention_map(model, of[:1], layer=1, latents=latents, heads="mean")
+    return pf.plot_attention_map(maps[0], of[0], latents=latents, scale="log", title=title)
 
 
 def main() -> None:
@@ -71,8 +62,8 @@ def main() -> None:
     train(model, draw, steps=150 if args.quick else 500, batch=16)
     predicted, true = predict(model, lambda count: draw(count, unseen), 200 if args.quick else 600, batch=32)
     report(predicted, true, names, "clips of digits not seen before")
-    (clip,), label = draw(1, unseen)
-    save(picture(model, clip, f"a digit moving {names[label]}"), args.out / "video.png")
+    (of,), labels = draw(64, unseen)
+    save(picture(model, of, f"a digit moving {names[labels[0]]}"), args.out / "attention-video.png")
 
 
 if __name__ == "__main__":

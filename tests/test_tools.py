@@ -1,4 +1,4 @@
-"""explain, attention_map, the backend switch and the command line."""
+"""explain, the backend switch and the command line."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support import model_pair, needs_extension, relative_error
+from support import needs_extension
 
 import perceiver_fast as pf
 from perceiver_fast import __main__ as command_line
@@ -70,43 +70,6 @@ def test_explain_runs_every_model_on_shapes_alone():
         assert len(cross) == {"io": 2, "lm": 2, "gated": 3, "mixed_latents": 3, "experimental": 5}[name]
     many = pf.explain(models["io"][0], models["io"][1], queries=torch.empty(100_000, 6)).layers
     assert [path.layer for path in many].count("decoder_cross_attn") == 1  # decoded in parts
-
-
-def their_attention(model, data, layer, mask):
-    """Weights of perceiver-pytorch's cross-attention, caught where it drops none of them."""
-    caught = []
-    dropout = model.layers[layer].cross_attn.fn.dropout
-    handle = dropout.register_forward_hook(lambda module, args, out: caught.append(out))
-    model(data, mask=mask)
-    handle.remove()
-    calls = [i for i, block in enumerate(model.layers) if block is model.layers[layer]]
-    return caught[calls.index(layer)]  # [B H, N, M]
-
-
-@pytest.mark.parametrize("extra", [{}, dict(weight_tie_layers=True), dict(fourier_encode_data=False)], ids=str)
-@pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_map_is_their_attention(extra, layer, masked):
-    theirs, ours = model_pair(torch.float64, **SMALL | extra)
-    data = torch.randn(2, 5, 6, 3, dtype=torch.float64)
-    mask = torch.rand(2, 5, 6) > 0.4 if masked else None
-    expected = their_attention(theirs, data, layer, mask).view(2, 2, 7, 5, 6)
-    ours.train()
-    ours.layers[0].cross_ff.eval()  # frozen by its user
-    actual = pf.attention_map(ours, data, layer=layer, latents=[0, 3, 6], mask=mask)
-    assert relative_error(actual, expected[:, :, [0, 3, 6]]) < 1e-12
-    assert ours.training and not ours.layers[0].cross_ff.training and ours.layers[0].cross_attn.training
-    assert not ours.layers[layer].cross_attn._forward_pre_hooks
-
-
-def test_attention_map_says_what_is_wrong():
-    model, data = pf.Perceiver(**SMALL | dict(inverted_cross_attn=True)), torch.randn(1, 5, 6, 3)
-    with pytest.raises(IndexError, match=r"layer in 0\.\.2, got 3"):
-        pf.attention_map(model, data, layer=3)
-    with pytest.raises(IndexError, match=r"latents in 0\.\.6, got \[7\]"):
-        pf.attention_map(model, data, latents=[1, 7])
-    with pytest.raises(ValueError, match="inverted"):
-        pf.attention_map(model, data)
 
 
 def test_use_backend_sets_and_restores():

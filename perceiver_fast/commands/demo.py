@@ -26,7 +26,6 @@ import perceiver_fast as pf
 from perceiver_fast import extension
 from perceiver_fast.commands import demo_process, info
 from perceiver_fast.commands.demo_process import Report
-from perceiver_fast.commands.demo_picture import contrasting_maps, draw
 
 SEED = 0
 TOLERANCE = 1e-3  # of the largest output: rounding in float32 stays far below
@@ -234,15 +233,18 @@ def draw_attention(photo: Tensor, path: Path, report: Report) -> Path:
     torch.manual_seed(SEED)
     model = pf.Perceiver(**GEOMETRIES[PICTURED])
     channels = model.input_dim - model.input_channels
-    maps = contrasting_maps(model, photo, candidates=64, count=6, report=report)
+    report("picture: looking for latents of contrast")
+    latents = pf.contrasting_latents(model, photo, candidates=64, count=6)
+    maps = pf.attention_map(model, photo, latents=latents, heads="mean")[0]
     caption = (
         f"Cross-attention of {PICTURED}'s first block with UNTRAINED weights (random, seed {SEED}): with them a "
         f"token's {channels} position channels outweigh its 3 colours, hence the bands. "
-        "The six latents of the first 64 with the most contrast. Attention relative to uniform, dark to bright on each "
-        "map's own logarithmic scale: from its 1st to its 99th percentile, the numbers in its title."
+        "The six latents of the first 64 with the most contrast. Attention relative to uniform, each map on its own "
+        "logarithmic scale from its 1st to its 99th percentile."
     )
     report("picture: drawing")
-    draw(photo, maps, caption, path)
+    figure = pf.plot_attention_map(maps, photo[0], latents=latents, scale="log", shared=False, caption=caption)
+    figure.savefig(path)
     return path
 
 

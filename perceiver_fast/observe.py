@@ -1,0 +1,239 @@
+"""One attention layer of a model, seen as it is called: who attends to what, and with which weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver_fast.layers import Attention, CrossAttention, ResidualStream
+from perceiver_fast.layers.stream import normalize
+from perceiver_fast.ops.library import compute_dtype, unless_autocast
+from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, TokenGroups, Tokens
+
+PIECE = 16384  # tokens whose keys exist at once
+
+# Logits [B, H, N, stop - start] of the tokens from start to stop.
+Logits = Callable[[int, int], Tensor]
+
+
+class _Source(NamedTuple):
+    """Tokens that are attended to: their logits, their number and their mask ``[B, M]``."""
+
+    logits: Logits
+    count: int
+    mask: Tensor | None = None
+
+
+@dataclass
+class Attended:
+    """What one attention layer was called with.
+
+    Args:
+        layer: the layer, a :class:`CrossAttention` or the latents' :class:`Attention`.
+        z: what attends, normalised, ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares it.
+        groups: what is attended to; of self-attention ``z`` itself.
+        masks: ``[B, M_g]`` or None for each of them.
+        inverted: softmax over ``z``, then normalised over the tokens.
+        grouped: whether the groups came as :class:`TokenGroups`.
+    """
+
+    layer: nn.Module
+    z: Tensor
+    groups: Sequence[Tokens]
+    masks: Sequence[Tensor | None] = (None,)
+    inverted: bool = False
+    grouped: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Batch size, heads, and the number of tokens that weights are over."""
+        own = self.z.shape[1] if getattr(self.layer, "queries_contribute_kv", False) else 0
+        return self.groups[0].batch, self._projections.heads, own + sum(group.count for group in self.groups)
+
+    def weights(self, rows: Sequence[int]) -> Tensor:
+        """Attention weights of some of the N rows of ``z``, ``[B, H, rows, M]``, M the tokens of all groups joined.
+
+        Nothing larger exists but the keys of PIECE tokens and, for inverted attention, their logits of all rows.
+        """
+        rows = list(rows)
+        z = self.z if self.inverted else self.z[:, rows]
+        sources = self._sources(z)
+        batch, heads, total = self.shape
+        out = torch.empty(batch, heads, len(rows), total, dtype=compute_dtype(z.dtype), device=z.device)
+        for source, room in zip(sources, out.split([source.count for source in sources], -1)):
+            for start in range(0, source.count, PIECE):
+                stop = min(start + PIECE, source.count)
+                logits = source.logits(start, stop)
+                masked = None if source.mask is None else ~source.mask[:, None, None, start:stop]
+                if masked is not None:
+                    logits = logits.masked_fill(masked, -torch.finfo(logits.dtype).max)
+                if self.inverted:
+                    logits = logits.softmax(2)[:, :, rows]
+                    logits = logits if masked is None else logits.masked_fill(masked, 0.0)
+                room[..., start:stop] = logits
+        # As the layers normalise: a row that is all masked is uniform, and of inverted attention zero.
+        return F.normalize(out, p=1, dim=-1, eps=1e-8) if self.inverted else out.softmax(-1)
+
+    @property
+    def _projections(self) -> Attention:
+        return self.layer.fn if isinstance(self.layer, CrossAttention) else self.layer
+
+    def _sources(self, z: Tensor) -> list[_Source]:
+        if isinstance(self.layer, Attention):
+            return [_Source(self._dense_logits(z, self._own_keys), self.z.shape[1])]
+        sources = []
+        if self.layer.queries_contribute_kv:  # the queries come first, and are never masked
+            sources.append(_Source(self._dense_logits(z, self._own_keys), self.z.shape[1]))
+        for group, mask in zip(self.groups, self.masks):
+            grid = isinstance(group, GridTokens)
+            logits = self._grid_logits(z, group) if grid else self._dense_logits(z, partial(self._keys, group))
+            sources.append(_Source(logits, group.count, mask))
+        return sources
+
+    def _own_keys(self, start: int, stop: int) -> Tensor:
+        return self._projections.project("to_kv", self.z[:, start:stop]).chunk(2, -1)[0]
+
+    def _keys(self, tokens: Tokens, start: int, stop: int) -> Tensor:
+        """Keys of the tokens from start to stop, ``[B, m, H d]``."""
+        if isinstance(tokens, PointTokens):
+            feat, coords = tokens.feat[:, start:stop], tokens.coords[:, start:stop]
+            tokens = PointTokens(feat, coords, tokens.frequencies)
+        else:
+            tokens = DenseTokens(tokens.context[:, start:stop])
+        weight = self.layer.fn.to_kv.weight
+        to_k = SimpleNamespace(weight=weight[: weight.shape[0] // 2])  # values are not needed
+        return tokens.keys_values(to_k, self.layer.norm_context)
+
+    def _dense_logits(self, z: Tensor, keys: Callable[[int, int], Tensor]) -> Logits:
+        fn, dtype = self._projections, compute_dtype(z.dtype)
+        q = fn.split_heads(fn.project("to_q", z)).to(dtype) * fn.dim_head**-0.5
+
+        def logits(start: int, stop: int) -> Tensor:
+            k = fn.split_heads(keys(start, stop)).to(dtype)
+            with unless_autocast(z.device):
+                return q @ k.mT
+
+        return logits
+
+    def _grid_logits(self, z: Tensor, tokens: GridTokens) -> Logits:
+        q, constant, *_ = self.layer.grid_tables(z, tokens)
+        q_feat, *q_axes = q.split([tokens.features, *tokens.sizes], -1)
+        feat = tokens.feat.flatten(1, -2).unsqueeze(1)
+        scale = tokens.scale(self.layer.norm_context.eps).flatten(1)[:, None, None]
+
+        def logits(start: int, stop: int) -> Tensor:
+            indices = torch.unravel_index(torch.arange(start, stop, device=z.device), tokens.sizes)
+            with unless_autocast(z.device):
+                sums = q_feat @ feat[:, :, start:stop].mT
+            for q_axis, index in zip(q_axes, indices):
+                sums += q_axis[..., index]
+            return sums * scale[..., start:stop] + constant.unsqueeze(-1)
+
+        return logits
+
+
+class _Stop(Exception):
+    """Everything needed was seen."""
+
+
+def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All attention layers of a model by name, as :func:`perceiver_fast.explain` prints them; shared ones have several."""
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (CrossAttention, Attention)):
+            found[name] = module
+    inner = {id(module.fn) for module in found.values() if isinstance(module, CrossAttention)}  # their projections
+    return {name: module for name, module in found.items() if id(module) not in inner}
+
+
+def observe(who: str, model: nn.Module, layer: int | str, last: int | None, data, inputs: dict) -> Attended:
+    """Run ``model(data, **inputs)`` as in inference up to a layer, and return what that was called with.
+
+    Args:
+        who: the caller, for messages.
+        model: any model of this package, or one that holds its layers; its modes and hooks are left as they were.
+        layer: index among the cross-attentions in the order they run, or a name.
+        last: the last row of ``z`` that is needed, as decoders are called for parts of their queries. Default: all.
+
+    Raises:
+        TypeError, IndexError, ValueError: no such model or layer; and as the model's forward.
+    """
+    layers = attention_layers(model)
+    if not layers:
+        raise TypeError(f"{who}: expected a perceiver_fast model, got {type(model).__name__}")
+    crosses = [name for name, module in layers.items() if isinstance(module, CrossAttention)]
+    if isinstance(layer, str) and layer not in layers:
+        raise ValueError(
+            f"{who}: expected layer to be one of {', '.join(crosses or layers)}, got {layer!r}; "
+            "pf.explain(model, data) names them all"
+        )
+    names: dict[int, list[str]] = {}
+    for name, module in layers.items():
+        names.setdefault(id(module), []).append(name)
+    calls: Counter[int] = Counter()
+    ran: list[str] = []
+    seen: list[Attended] = []
+
+    def look(module, args, kwargs):
+        # A shared layer runs under its names in turn; called again, it goes on under the last.
+        turn, own = calls[id(module)], names[id(module)]
+        calls[id(module)] += 1
+        name = own[min(turn, len(own) - 1)]
+        if isinstance(module, CrossAttention) and turn < len(own):
+            ran.append(name)
+        wanted = layer if isinstance(layer, str) else ran[layer] if 0 <= layer < len(ran) else None
+        if name == wanted:
+            seen.append(_attended(module, *args, **kwargs))
+        if seen and (name != wanted or (last is not None and sum(part.z.shape[1] for part in seen) > last)):
+            raise _Stop
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [
+        m.register_forward_pre_hook(look, with_kwargs=True) for m in {id(m): m for m in layers.values()}.values()
+    ]
+    try:
+        with torch.no_grad():
+            model.eval()
+            model(data, **inputs)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not seen:
+        if isinstance(layer, str):
+            raise ValueError(f"{who}: layer {layer!r} did not run on this input; ran: {', '.join(ran) or 'none'}")
+        expected = f"layer in 0..{len(ran) - 1}" if ran else "the name of a layer, as no cross-attention ran"
+        raise IndexError(f"{who}: expected {expected}, got {layer}")
+    first = seen[0]
+    if len(seen) > 1:
+        first.z = torch.cat([part.z for part in seen], 1)
+    return first
+
+
+def _attended(
+    module: nn.Module,
+    x: Tensor | ResidualStream,
+    tokens: Tokens | TokenGroups | None = None,
+    mask: Tensor | None = None,
+    inverted: bool = False,
+    **_,
+) -> Attended:
+    if isinstance(module, Attention):
+        return Attended(module, x, [DenseTokens(x)])
+    z = normalize(module.norm, x.value() if isinstance(x, ResidualStream) else x)
+    if isinstance(tokens, TokenGroups):
+        if inverted or module.queries_contribute_kv:
+            raise ValueError("CrossAttention: expected plain attention to groups of tokens")  # as its forward does
+        return Attended(module, z, tokens.groups, tokens.masks, inverted, grouped=True)
+    return Attended(module, z, [tokens], [mask], inverted)

@@ -1,0 +1,181 @@
+"""Pictures of attention maps: over images, frames of a video, along a sound, on points."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from math import ceil, floor, log10
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
+
+WHO = "plot_attention_map"
+SCALES = ("linear", "log")
+
+
+def plot_attention_map(
+    maps: Tensor | Mapping[str, Tensor],
+    data=None,
+    coords: Tensor | None = None,
+    *,
+    latents: Sequence[int] | None = None,
+    scale: str = "linear",
+    shared: bool = True,
+    frames: int = 8,
+    columns: int = 4,
+    title: str = "",
+    caption: str = "",
+    figure: Figure | SubFigure | None = None,
+) -> Figure | SubFigure:
+    """Draw where chosen latents look, one panel a latent, over what they look at.
+
+    Colours are attention relative to uniform attention, 1 on average. Maps of two axes are drawn over an image, of
+    three over frames of a video, of one along a sound, and with coords on points.
+
+    Args:
+        maps: of one example, ``[n, n_1, .., n_A]`` for n latents, as ``attention_map(.., heads="mean")[0]``; or a dict
+            of them by modality, which are drawn below one another.
+        data: what is looked at, ``[n_1, .., n_A, F]``; of a dict of maps a dict, with a pair ``(data, coords)`` for
+            points. Images with values outside of [0, 1] are scaled to it. Default: maps alone.
+        coords: positions ``[M, A]`` of maps ``[n, M]``, A at most 3. Default: maps are on a grid.
+        latents: the latents' numbers, for their titles. Default: 0 .. n-1.
+        scale: of colours; ``"linear"`` from zero to the 99th percentile, ``"log"`` from the 1st, or a
+            10,000th of the 99th, to that.
+        shared: one scale for all latents, or one for each. Default: True.
+        frames: of a video, how many are drawn at most, evenly spaced. Default: 8.
+        columns: panels of images and points beside each other at most. Default: 4.
+        title, caption: above and below.
+        figure: draw in this one. Default: a new one of a size that fits.
+
+    Returns:
+        The figure. ``figure.savefig(path)`` writes it; no display is needed.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: maps, data, coords, latents or scale do not fit; the message says expected and got.
+
+    Example:
+        >>> import torch, perceiver_fast as pf
+        >>> model = pf.Perceiver(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)
+        >>> image = torch.rand(1, 6, 5, 3)
+        >>> maps = pf.attention_map(model, image, latents=[0, 2], heads="mean")
+        >>> pf.plot_attention_map(maps[0], image[0], latents=[0, 2]).savefig("maps.png")  # doctest: +SKIP
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{WHO} needs matplotlib: pip install 'perceiver-fast[demo]' ({error})") from error
+
+    parts = _parts(maps, data, coords)
+    counts = {len(values) for values, *_ in parts.values()}
+    latents = list(range(max(counts))) if latents is None else [int(latent) for latent in latents]
+    if counts != {len(latents)} or not latents:
+        raise ValueError(f"{WHO}: expected maps of the latents {latents}, got maps of {sorted(counts)} latents")
+    if scale not in SCALES:
+        raise ValueError(f"{WHO}: expected scale to be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
+    if frames < 1 or columns < 1:
+        raise ValueError(f"{WHO}: expected at least one of the frames and columns, got {frames} and {columns}")
+
+    total = sum(values[0].numel() for values, *_ in parts.values())
+    parts = {name: (values * total, *where) for name, (values, *where) in parts.items()}
+    joined = torch.cat([values.detach().flatten(1) for values, *_ in parts.values()], 1)
+    norms = [_norm(joined, scale)] * len(latents) if shared else [_norm(values, scale) for values in joined]
+    names = [f"latent {latent}" for latent in latents]
+    kinds = {name: _kind(*part)(*part, names, norms, frames, columns) for name, part in parts.items()}
+
+    width, heights = max(kind.size[0] for kind in kinds.values()), [kind.size[1] for kind in kinds.values()]
+    lines = textwrap.wrap(caption, int(13 * width))  # about 13 characters an inch
+    if figure is None:
+        height = sum(heights) + 0.2 * len(lines) + 0.4 * bool(title)
+        figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    alone = len(kinds) == 1
+    rooms = [figure] if alone else figure.subfigures(len(kinds), 1, height_ratios=heights)
+    for room, (name, kind) in zip(rooms, kinds.items()):
+        drawn = kind.draw(room)
+        bars = [(drawn[0][0], room.axes)] if shared else drawn
+        for mappable, axes in bars:
+            _add_bar(room, mappable, axes, scale, "attention / uniform" if shared else "")
+        if not alone:
+            share = float(parts[name][0].sum() / joined.sum())
+            room.suptitle(f"{name}: {share:.0%} of the attention of these latents", fontsize="medium")
+    if title:
+        figure.suptitle(title)
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize="medium")
+    return figure
+
+
+def _parts(maps, data, coords: Tensor | None) -> dict[str, tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Maps, data and coords by modality, checked; of a single one under no name."""
+    if not isinstance(maps, Mapping):
+        return {"": _checked("", maps, data, coords)}
+    if not maps or coords is not None or not (data is None or isinstance(data, Mapping)):
+        raise ValueError(
+            f"{WHO}: expected maps of at least one modality, and data as a dict of the same (points as a pair of data "
+            f"and coords), got maps of {list(maps)}, data {type(data).__name__}, coords {type(coords).__name__}"
+        )
+    parts = {}
+    for name, values in maps.items():
+        given = None if data is None else data.get(name)
+        pair = given if isinstance(given, (tuple, list)) else (given, None)
+        parts[name] = _checked(f" of {name}", values, *pair)
+    return parts
+
+
+def _checked(of: str, maps, data, coords) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    for what, value in (("maps", maps), ("data", data), ("coords", coords)):
+        if not isinstance(value, Tensor) and (value is not None or what == "maps"):
+            raise TypeError(f"{WHO}: expected {what}{of} to be a torch.Tensor, got {type(value).__name__}")
+    shape = tuple(maps.shape)
+    if not 2 <= len(shape) <= 4 or 0 in shape[1:]:
+        raise ValueError(
+            f"{WHO}: expected maps{of} [latents, n_1, .., n_A] of one example, 1 to 3 axes, got {shape}; "
+            "choose an example and a head, e.g. attention_map(.., heads='mean')[0]"
+        )
+    if data is not None and tuple(data.shape[:-1]) != shape[1:]:
+        raise ValueError(
+            f"{WHO}: expected data{of} of shape {(*shape[1:], 'channels')}, as the maps, got {tuple(data.shape)}; "
+            "choose the same example, e.g. data[0]"
+        )
+    if coords is not None and (len(shape) != 2 or coords.shape[:-1] != shape[1:] or not 1 <= coords.shape[-1] <= 3):
+        raise ValueError(
+            f"{WHO}: expected coords{of} [points, 1 to 3] of maps [latents, points], got {tuple(coords.shape)} of maps "
+            f"{shape}"
+        )
+    return maps, data, coords
+
+
+def _kind(maps: Tensor, data: Tensor | None, coords: Tensor | None) -> type:
+    from perceiver_fast.plot_kinds import ImageKind, PointsKind, SoundKind, VideoKind
+
+    return PointsKind if coords is not None else (SoundKind, ImageKind, VideoKind)[maps.dim() - 2]
+
+
+def _norm(values: Tensor, scale: str):
+    """A colour scale over the bulk of ``values``; never empty, so that a flat map can be drawn too."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    ordered = values.flatten().float().sort().values
+    if scale == "log":
+        ordered = ordered[ordered > 0] if (ordered > 0).any() else ordered.new_ones(1)  # masked tokens have none
+    low, high = (float(ordered[round(share * (len(ordered) - 1))]) for share in (0.01, 0.99))
+    if scale == "log":  # what is smaller than that plays no part in the result
+        return LogNorm(max(low, high / 10_000), max(high, low * 1.001), clip=True)
+    return Normalize(0.0, high if high > 0 else 1.0, clip=True)
+
+
+def _add_bar(figure, mappable, axes: list, scale: str, label: str) -> None:
+    bar = figure.colorbar(mappable, ax=axes, aspect=30, extend="both" if scale == "log" else "max")
+    bar.set_label(label, fontsize="small")
+    if scale == "log":  # matplotlib labels less than a decade with powers of ten
+        low, high = mappable.norm.vmin, mappable.norm.vmax
+        steps = [10.0**power for power in range(floor(log10(low)), ceil(log10(high)) + 1)]
+        fine = [step * part for step in steps for part in (1, 2, 5) if low <= step * part <= high]
+        ticks = fine if len(fine) < 9 else [step for step in steps if low <= step <= high]
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.minorticks_off()
+    bar.ax.tick_params(labelsize="x-small")

@@ -145,7 +145,7 @@ class Recorder:
         groups = self._groups[id(module)]
         if self._group == len(groups):
             groups[-1].last = False
-            groups.append(replace(groups[0], attended=None, operators=[]))
+            groups.append(replace(groups[0], last=True, attended=None, operators=[]))
             self.rows.append(groups[-1])
         row = groups[self._group]
         row.group = self._group if grouped else None

@@ -9,18 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from perceiver_fast.commands.console import plain_table, wide_console
 from perceiver_fast.explanation import Explanation, LayerPath, notes, rejections
 from perceiver_fast.geometries import Geometry
 from perceiver_fast.roofs import Roofs
 from perceiver_fast.work import Counts, binary, decimal
 
 PEER = "perceiver-pytorch"
-
-
-def wide_console() -> Console:
-    """Standard output; a file or a pipe has no width of its own, and gets a wide one."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
 
 
 def show(geometry: Geometry, found: Explanation, roofs: Roofs | None, why_not: str | None, why: bool) -> None:
@@ -112,8 +107,7 @@ def _show_why(console: Console, found: Explanation) -> None:
 
 def show_geometries(geometries: Iterable[Geometry]) -> None:
     """Print the geometries: sizes, where they come from, what was cut."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("name", no_wrap=True)
+    table = plain_table("name")
     for header in ("tokens", "raw\nchannels", "latents", "cross-\nattentions"):
         table.add_column(header, justify="right", no_wrap=True)
     for header in ("source", "cut"):

@@ -2,7 +2,7 @@
 
 The rules, for our operators and for torch's alike:
 
-    multiply_adds  of matrix products, convolutions and attention; elementwise arithmetic takes no longer than its bytes
+    multiply_adds  of matrix products, convolutions and attention; what is elementwise counts by its bytes
     exponentials   and sines, cosines, sigmoids, normal distributions: each takes about as long as the others
     bytes          an operator reads its inputs once and writes its outputs once; views, which do neither, are free
 

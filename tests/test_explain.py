@@ -14,6 +14,7 @@ import perceiver_fast as pf
 from perceiver_fast import roofs
 from perceiver_fast.__main__ import main
 from perceiver_fast.commands import explain as command
+from perceiver_fast.commands.explain_table import duration
 from perceiver_fast.fold import fold
 from perceiver_fast.geometries import GEOMETRIES
 from perceiver_fast.layers import CrossAttention, fourier
@@ -338,6 +339,11 @@ def test_numbers_for_people():
         "4.00 T",
     ]
     assert [binary(n) for n in (0, 1023, 1024, 2**20 * 150)] == ["0 B", "1023 B", "1.00 KiB", "150 MiB"]
+
+
+def test_durations_for_people():
+    shown = [duration(seconds) for seconds in (12.3456, 0.99, 1e-3, 2.5e-5, 0.0)]
+    assert shown == ["12.3 s", "990 ms", "1 ms", "25 us", "0 us"]
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def _table(found: Explanation, roofs: Roofs | None) -> Table:
         ("multiply-adds", decimal(whole.multiply_adds)),
         ("exponentials", decimal(whole.exponentials)),
         ("bytes", binary(whole.bytes)),
-        ("time", "" if roofs is None else milliseconds(found.seconds(roofs))),
+        ("time", "" if roofs is None else duration(found.seconds(roofs))),
         ("share", ""),
         (f"{PEER}:\nmultiply-adds", f"{decimal(original.multiply_adds)}\n{saved}"),
         ("\nbytes", binary(original.bytes)),
@@ -64,7 +64,7 @@ def _table(found: Explanation, roofs: Roofs | None) -> Table:
         original = sum((path.original for path in paths), Counts())
         cells = [decimal(counts.multiply_adds), decimal(counts.exponentials), binary(counts.bytes)]
         if roofs is not None:
-            cells.append(milliseconds(sum(path.seconds(roofs) for path in paths)))
+            cells.append(duration(sum(path.seconds(roofs) for path in paths)))
         cells.append(f"{sum(share[id(path)] for path in paths):.1%}")
         cells += [decimal(original.multiply_adds), binary(original.bytes)]
         times = f"{len(paths)} x" if len(paths) > 1 else ""
@@ -77,9 +77,10 @@ def _runs_on(path: LayerPath) -> str:
     return f"{way}{path.choice.op} on {path.choice.backend}"
 
 
-def milliseconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """For people: ``1.23 ms``."""
-    return f"{1e3 * seconds:,.3g} ms" if seconds < 1 else f"{seconds:,.3g} s"
+    unit, size = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
+    return f"{seconds / size:,.3g} {unit}"
 
 
 def _captions(roofs: Roofs | None, why_not: str | None) -> Iterable[str]:

@@ -77,5 +77,5 @@ def _show_roofs(console: Console, roofs: dict | None) -> None:
         return
     rates = {"multiply-adds": decimal(roofs["multiply_adds"]), "exponentials": decimal(roofs["exponentials"])}
     rates["copied bytes"] = binary(roofs["copied_bytes"])
-    title = f"Roofs of {roofs['threads']} threads together, float32"
-    _pairs(console, title, {name: f"{rate} a second" for name, rate in rates.items()})
+    threads = {"threads": f"{roofs['threads']}, together"}
+    _pairs(console, "Roofs, float32", {name: f"{rate} a second" for name, rate in rates.items()} | threads)

@@ -56,11 +56,8 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
         raise TypeError(f"explain: expected a perceiver_fast model, got {type(model).__name__}")
     like = next(model.parameters())
     mode = shapes_mode(list(model.parameters()), data, args, kwargs)
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        mode,
-    ):  # in inference mode operators come before they are taken apart
+    # Not in inference mode, where operators are seen before torch takes them apart.
+    with torch.inference_mode(False), torch.no_grad(), mode:
         fake = tree_map_only(Tensor, mode.from_tensor, (data, args, kwargs))
         with WorkCounter() as counter, Recorder(model, counter).attached() as recorder:
             model(fake[0], *fake[1], **fake[2])
@@ -83,9 +80,9 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
 
 def _plan(row: Row) -> tuple:
     """Path, work and uses of a cross-attention."""
-    if row.attended is None:
+    if not row.attended:
         return ()
-    plan = row.attended.plan
+    plan = row.attended[0].plan
     return plan.path, plan.work, plan.uses
 
 
@@ -95,13 +92,13 @@ def _inner(row: Row) -> nn.Module:
 
 def _choice(row: Row, like: Tensor) -> Choice:
     """What runs a layer."""
-    if row.attended is not None:
-        return row.attended.plan.choice
+    if row.attended:
+        return row.attended[0].plan.choice
     inner = _inner(row)
     if isinstance(inner, Attention):
         return Choice("self_attention", "sdpa")
     if isinstance(inner, FeedForward) and wide_channels(inner):
-        return Choice("feed_forward", _linear(inner, row.shape, like).backend.split(" ")[0])
+        return Choice("feed_forward", _linear(inner, row.calls[0].shape, like).backend.split(" ")[0])
     return Choice(type(inner).__name__, "torch")
 
 
@@ -116,9 +113,9 @@ def _latents(rows: list[Row], like: Tensor) -> tuple[Choice, ...]:
     for row in rows:
         inner = _inner(row)
         if isinstance(inner, FeedForward) and wide_channels(inner):
-            x = like.new_empty(1).expand(row.shape)
+            x = like.new_empty(1).expand(row.calls[0].shape)
             call = PointwiseCall(product_dtype(x), x.device)
-            return _linear(inner, row.shape, like), choose_geglu(call), choose_layer_norm(call)
+            return _linear(inner, row.calls[0].shape, like), choose_geglu(call), choose_layer_norm(call)
     return ()
 
 
@@ -127,7 +124,8 @@ def _inputs(recorder: Recorder) -> tuple[LayerPath, ...]:
     work = original.count_tokens(recorder.described, total(recorder.tokens.operators))
     if not operators and work == Counts():
         return ()
-    choice, *others = {choice.op: choice for choice in map(_description, recorder.described)}.values()
+    choices = [_description(tokens) for tokens, _ in recorder.described]
+    choice, *others = {choice.op: choice for choice in choices}.values()
     return (LayerPath("tokens", choice, uses=tuple(others), operators=operators, original=work),)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast.layers import Attention, FeedForward, PreNorm
-from perceiver_fast.recording import Row
+from perceiver_fast.recording import Attended, Row
 from perceiver_fast.tokens import GridTokens, PointTokens, Tokens
 from perceiver_fast.work import Counts, WorkCounter, total
 
@@ -42,7 +42,7 @@ def linear(x: Tensor, channels: int, bias: bool = False) -> Tensor:
 
 
 def attend(x: Tensor, context: Tensor, mask: Tensor | None, how: Heads) -> Tensor:
-    """Normalised ``x [B, N, D]`` to normalised ``context [B, M, C]``, whose mask is ``[B, M]``; projections included."""
+    """Of normalised ``x [B, N, D]`` to normalised ``context [B, M, C]`` with its mask ``[B, M]``; projections, too."""
     inner = how.heads * how.dim_head
     q = linear(x, inner) if how.ends else x.new_empty(*x.shape[:2], inner)
     if how.queries_contribute_kv:
@@ -116,45 +116,56 @@ def count_layer(row: Row, like: Tensor) -> Counts:
     """
     inner = row.module.fn if isinstance(row.module, PreNorm) else row.module
     with WorkCounter() as counter:
-        if row.attended is not None:
-            _count_cross_attention(row, like)
+        if row.attended:
+            for attended in row.attended:
+                _count_cross_attention(row, attended, like)
         elif inner is not row.module and isinstance(inner, Attention):
-            x = like.new_empty(row.shape)
-            out = self_attention(x, Heads(inner.heads, inner.dim_head, inner.active_dropout))
-            out + x if row.residual else out
+            how = Heads(inner.heads, inner.dim_head, inner.active_dropout)
+            for call in row.calls:
+                x = like.new_empty(call.shape)
+                _join(x, self_attention(x, how), call.residual)
         elif inner is not row.module and isinstance(inner, FeedForward) and wide_channels(inner):
-            x, dropout = like.new_empty(row.shape), inner.net[3]
-            out = feed_forward(x, wide_channels(inner), dropout.p if dropout.training else 0.0)
-            out + x if row.residual else out
+            dropout = inner.net[3].p if inner.net[3].training else 0.0
+            for call in row.calls:
+                x = like.new_empty(call.shape)
+                _join(x, feed_forward(x, wide_channels(inner), dropout), call.residual)
         else:
             return total(row.operators)  # the same as ours
     return total(counter.operators)
 
 
-def _count_cross_attention(row: Row, like: Tensor) -> None:
-    layer, attended = row.module, row.attended
-    tokens, fn = attended.tokens, layer.fn
-    x = like.new_empty(row.shape[0], attended.queries, row.shape[2]).expand(tokens.batch, -1, -1)
+def _join(x: Tensor, out: Tensor, residual: bool) -> Tensor:
+    return x + out if residual else out
+
+
+def _count_cross_attention(row: Row, attended: Attended, like: Tensor) -> None:
+    layer, tokens = row.module, attended.tokens
+    x = like.new_empty(attended.shape).expand(tokens.batch, -1, -1)
     context = like.new_empty(tokens.batch, tokens.count, tokens.channels)
     mask = x.new_empty(context.shape[:2], dtype=torch.bool) if attended.masked else None
+    fn = layer.fn
     how = Heads(fn.heads, fn.dim_head, fn.active_dropout, attended.inverted, layer.queries_contribute_kv, row.last)
-    out = cross_attention(x, context, mask, how)
-    out + x if row.residual and row.last else out
+    _join(x, cross_attention(x, context, mask, how), row.calls[0].residual and row.last)
 
 
-def count_tokens(groups: list[Tokens], own: Counts) -> Counts:
-    """What perceiver-pytorch counts for building the tokens that were described; ``own`` is what led to them."""
+def count_tokens(described: list[tuple[Tokens, bool]], own: Counts) -> Counts:
+    """What perceiver-pytorch counts for building tokens; ``own`` is what led to their description.
+
+    Args:
+        described: of a :class:`perceiver_fast.recording.Recorder`.
+        own: where tokens are not encoded, both do the same.
+    """
     with WorkCounter() as counter:
-        for tokens in groups:
+        for tokens, grouped in described:
             if isinstance(tokens, PointTokens):
                 point_tokens(tokens.feat, tokens.coords, tokens.frequencies.shape[1])
             elif isinstance(tokens, GridTokens):
-                # Of several groups each has its embedding in front, on an axis of one index: channels like others.
-                codes = tokens.codes[len(groups) > 1 :]
+                # A group has its embedding in front, on an axis of one index: to perceiver-pytorch more raw channels.
+                codes = tokens.codes[1:] if grouped else tokens.codes
                 code = sum(axis.code.shape[-1] for axis in codes)
                 sizes = [len(axis.code) for axis in codes]
                 data = tokens.feat.new_empty(tokens.batch, *sizes, tokens.channels - code, dtype=tokens.dtype)
                 grid_tokens(data, code // len(codes) // 2)
-            else:  # they come as they are
+            else:
                 return own
     return total(counter.operators)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,20 @@ from perceiver_fast.work import Operator, WorkCounter
 
 @dataclass
 class Attended:
-    """What a cross-attention attended to, over all calls of it, and how."""
+    """What latents ``[B, N, D]`` (or ``[1, N, D]``, shared by the batch) attended to, and how."""
 
     tokens: Tokens
     plan: Plan
-    queries: int
+    shape: torch.Size
     masked: bool
     inverted: bool
+
+
+class Call(NamedTuple):
+    """One call of a layer: the shape of what came in, and whether the result is added to it."""
+
+    shape: torch.Size | None
+    residual: bool
 
 
 @dataclass
@@ -33,18 +41,19 @@ class Row:
     Args:
         name: the layer's name in the model.
         module: the layer.
-        shape: that of the latents that came in.
-        residual: whether the result is added to them.
+        calls: of the layer under this name.
         group: which group of tokens. Default: all of them.
+        last: whether it is the last group, with which is counted what they share.
+        attended: of a cross-attention, once for every description of tokens.
+        operators: that were called, in order.
     """
 
     name: str
     module: nn.Module | None
-    shape: torch.Size | None = None
-    residual: bool = False
+    calls: list[Call] = field(default_factory=list)
     group: int | None = None
-    last: bool = True  # of the groups: what they share is counted with it
-    attended: Attended | None = None
+    last: bool = True
+    attended: list[Attended] = field(default_factory=list)
     operators: list[Operator] = field(default_factory=list)
 
     @property
@@ -80,7 +89,7 @@ class Recorder:
         counter: counts the operators.
         rows: the layers', in the order they ran.
         tokens: the row of what runs before the first layer.
-        described: the input's descriptions, one a group.
+        described: the input's descriptions, and whether they are groups of one input.
         shared: operators by which these describe themselves, once for all layers.
     """
 
@@ -88,7 +97,7 @@ class Recorder:
         self.counter = counter
         self.rows: list[Row] = []
         self.tokens = Row("tokens", None)
-        self.described: list[Tokens] = []
+        self.described: list[tuple[Tokens, bool]] = []
         self.shared: list[Operator] = []
         layers = list(layers_of(model))
         self._modules = list({id(module): module for _, module in layers}.values())
@@ -122,10 +131,12 @@ class Recorder:
         x = next(iter((*inputs, *keywords.values())), None)
         name = next(self._names[id(module)], None)
         if name is not None:  # else it is called again under its last name, as a decoder is for parts of its queries
-            self._groups[id(module)] = [Row(name, module, getattr(x, "shape", None), isinstance(x, ResidualStream))]
+            self._groups[id(module)] = [Row(name, module)]
             self.rows += self._groups[id(module)]
+        row = self._groups[id(module)][0]
+        row.calls.append(Call(getattr(x, "shape", None), isinstance(x, ResidualStream)))
         self._group = 0
-        self.counter.operators = self._groups[id(module)][0].operators
+        self.counter.operators = row.operators
 
     def _attend(self, module: CrossAttention) -> Callable:
         attend = module._attend
@@ -133,10 +144,12 @@ class Recorder:
         def recorded(x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool = False, lse: bool = False):
             plan = module.plan(tokens, x.shape[1], inverted, lse, mask is not None)
             row = self._next_group(module, grouped=lse)  # a log-sum-exp is for merging groups alone
-            if row.attended is None:
-                row.attended = Attended(tokens, plan, 0, mask is not None, inverted)
-            row.attended.queries += x.shape[1]
-            self._describe(module, tokens, plan)
+            known = next((attended for attended in row.attended if attended.tokens is tokens), None)
+            if known is None:
+                row.attended.append(Attended(tokens, plan, x.shape, mask is not None, inverted))
+                self._describe(module, tokens, plan, grouped=lse)
+            else:  # more queries to the same
+                known.shape = torch.Size([known.shape[0], known.shape[1] + x.shape[1], known.shape[2]])
             return attend(x, tokens, mask, inverted, lse)
 
         return recorded
@@ -145,7 +158,7 @@ class Recorder:
         groups = self._groups[id(module)]
         if self._group == len(groups):
             groups[-1].last = False
-            groups.append(replace(groups[0], last=True, attended=None, operators=[]))
+            groups.append(Row(groups[0].name, module, groups[0].calls))
             self.rows.append(groups[-1])
         row = groups[self._group]
         row.group = self._group if grouped else None
@@ -153,12 +166,12 @@ class Recorder:
         self.counter.operators = row.operators
         return row
 
-    def _describe(self, module: CrossAttention, tokens: Tokens, plan: Plan) -> None:
+    def _describe(self, module: CrossAttention, tokens: Tokens, plan: Plan, grouped: bool) -> None:
         """Let the input's tokens compute what all layers share outside of the layer that asks first."""
         self._input_groups = self._input_groups or self._groups[id(module)]
         if self._input_groups is not self._groups[id(module)]:
             return
-        self.described.append(tokens)
+        self.described.append((tokens, grouped))
         with self.counter.into(self.shared):
             if isinstance(tokens, GridTokens):
                 tokens.scale(module.norm_context.eps)

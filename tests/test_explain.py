@@ -167,7 +167,7 @@ def test_the_originals_of_the_variants(name):
 
 
 N, D, H, HEAD, BATCH = 7, 16, 2, 5, 2  # of SMALL: latents, their channels, heads, channels of a head; and the batch
-WAYS = {  # of docs/paths.md: raw channels, axes, multiply-adds of a query-token pair, of the projection, exponentials of it
+WAYS = {  # of docs/paths.md: model, input, multiply-adds of a query-token pair and of the projection, its exponentials
     "grid": ({}, (9, 7, 3), 2 * 3 + 2, 0, 0),
     "absorbed": (DENSE, (9, 7, 3), 2 * 3, 0, 0),
     "projected": (dict(input_axis=1), (1500, 1), 2 * HEAD, 1500 * (1 + 9) * 2 * H * HEAD, 2 * 1500 * 4),

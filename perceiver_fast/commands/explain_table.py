@@ -84,14 +84,13 @@ def duration(seconds: float) -> str:
 
 
 def _captions(roofs: Roofs | None, why_not: str | None) -> Iterable[str]:
-    yield "Work of one forward that finds nothing kept. Bytes: each operator reads its inputs and writes its outputs once."
+    yield "Work of one forward that finds nothing kept. Bytes: an operator reads its inputs and writes its outputs once."
     if roofs is None:
         yield f"Share: of the counted cost; no times, since {why_not}."
-    else:
-        yield (
-            f"Time: predicted at the roofs of {roofs.threads} thread{'s'[: roofs.threads - 1]}: {decimal(roofs.multiply_adds)} multiply-adds, "
-            f"{decimal(roofs.exponentials)} exponentials and {binary(roofs.copied_bytes)} a second."
-        )
+        return
+    threads = f"{roofs.threads} thread" + ("s" if roofs.threads > 1 else "")
+    rates = f"{decimal(roofs.multiply_adds)} multiply-adds, {decimal(roofs.exponentials)} exponentials"
+    yield f"Time: predicted at the roofs of {threads}: {rates} and {binary(roofs.copied_bytes)} a second."
 
 
 def _show_why(console: Console, found: Explanation) -> None:

@@ -84,7 +84,7 @@ def duration(seconds: float) -> str:
 
 
 def _captions(roofs: Roofs | None, why_not: str | None) -> Iterable[str]:
-    yield "Work of one forward that finds nothing kept. Bytes: an operator reads its inputs and writes its outputs once."
+    yield "Work of one forward that finds nothing kept. Bytes: operators read inputs and write outputs once."
     if roofs is None:
         yield f"Share: of the counted cost; no times, since {why_not}."
         return

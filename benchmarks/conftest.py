@@ -16,6 +16,7 @@ from benchmarks.geometries import PLANS, QUICK, select  # noqa: E402
 from benchmarks.measure import DEFAULT_THREADS  # noqa: E402
 from perceiver_fast.roofs import measure_roofs  # noqa: E402
 
+collect_ignore_glob = ["nsight/*", "gpu/*"]  # no benchmarks: pytest would look for doctests there
 MISSING = pytest.StashKey[list]()
 SLOW_PEER = "compile-eager"  # compiles for as long as "compile" and is seldom the faster of the two
 QUICK_LEVELS = ("model", "layer", "grid_attention")

@@ -32,6 +32,7 @@ from perceiver_fast.geometries import Geometry
 SHARPENING = 6.0  # of the queries: attention that is nearly uniform would hide a wrong key
 PERTURBATION = 0.1  # of LayerNorms' weights and biases, whose initial ones and zeros would hide a missing term
 IO_VERSION = "0.11.0"
+NOT_A_PEER = "smart-dense"  # its keys and values come from this package: shown, and left out of "best"
 
 Names = dict[str, tuple[str, ...]]  # a parameter of perceiver-pytorch's: the peer's, one after the other
 
@@ -304,7 +305,7 @@ PEERS = {
             install=f"make peers (pip cannot resolve perceiver-io {IO_VERSION}'s pins)",
         ),
     ),
-    "smart-dense": LayerPeer(
+    NOT_A_PEER: LayerPeer(
         lambda geometry: load(SmartDense(geometry), geometry),
         fits=lambda geometry: geometry.family == "perceiver" and encoded(geometry) and len(geometry.sizes) > 1,
     ),

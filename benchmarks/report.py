@@ -14,12 +14,12 @@ import torch
 from rich.table import Table
 
 import perceiver_fast
+from benchmarks.layers import NOT_A_PEER
+from benchmarks.peers import OURS
 from perceiver_fast import backends, extension
 from perceiver_fast.commands.info import cpu_name
 
-OURS = "fast"
-PEERS = ("eager", "reference", "sdpa", "compile", "compile-eager", "transformers", "perceiver-io", "smart-dense")
-NOT_A_PEER = "smart-dense"  # its keys and values come from this package: shown, and left out of "best"
+PEERS = ("eager", "reference", "sdpa", "compile", "compile-eager", "transformers", "perceiver-io", NOT_A_PEER)
 TITLES = {
     "model": "Models: perceiver-pytorch (eager, with SDPA, torch.compile of either) and perceiver-fast",
     "layer": "One cross-attention layer, from latents and raw input: every library that has one",

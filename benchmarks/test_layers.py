@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.geometries import PLANS, eager_bytes
-from benchmarks.layers import PEERS, Original, latents, named, truth
+from benchmarks.layers import NOT_A_PEER, PEERS, latents, named, truth
 from benchmarks.measure import Call, Case, measure, need_memory
 from benchmarks.peers import OURS
-from benchmarks.throughput import Work, layer_work
+from benchmarks.throughput import Work, module_work
 from perceiver_fast.geometries import GEOMETRIES, Geometry
 
 LEVEL = "layer"
@@ -52,11 +52,11 @@ def truths(pass_name: str, geometry: Geometry, batch: int) -> tuple[Tensor, ...]
     return run(truth(geometry), inputs, geometry, pass_name, "float64")
 
 
-@lru_cache(maxsize=2)
-def work(ours: bool, pass_name: str, geometry: Geometry, batch: int) -> Work:
-    """What one call of our layer, or of a dense one, amounts to."""
-    module = PEERS[OURS].build(geometry) if ours else Original(geometry)
-    return layer_work(geometry, batch, pass_name, module, latents(geometry, batch), ours)
+@lru_cache(maxsize=3)
+def work(peer: str, pass_name: str, geometry: Geometry, batch: int) -> Work:
+    """What one call of a peer amounts to; libraries do what perceiver-pytorch does."""
+    module = PEERS[peer if peer in (OURS, NOT_A_PEER) else "eager"].build(geometry)
+    return module_work(geometry, batch, pass_name, module, 1, latents(geometry, batch), geometry.input(batch))
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -71,5 +71,5 @@ def test_layer(benchmark, geometry: str, batch: int, pass_name: str, dtype: str,
     need_memory("perceiver-pytorch", eager_bytes(shape, batch, layers=1))
     case = Case(LEVEL, geometry, pass_name, peer, batch, dtype)
     args = peer, pass_name, dtype, shape, batch
-    counted = work(peer == OURS, pass_name, shape, batch)
+    counted = work(peer, pass_name, shape, batch)
     measure(benchmark, case, build, args, truths(pass_name, shape, batch), counted, PLANS[geometry].rounds)

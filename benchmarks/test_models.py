@@ -12,7 +12,7 @@ from benchmarks.families import eager
 from benchmarks.geometries import PLANS, eager_bytes
 from benchmarks.measure import Call, Case, measure, need_memory
 from benchmarks.peers import OURS, PEERS, parameters, truth
-from benchmarks.throughput import Work, model_work
+from benchmarks.throughput import Work, module_work
 from perceiver_fast.geometries import GEOMETRIES, Geometry
 
 LEVEL = "model"
@@ -48,7 +48,8 @@ def truths(pass_name: str, geometry: Geometry, batch: int) -> tuple[Tensor, ...]
 @lru_cache(maxsize=2)
 def work(ours: bool, pass_name: str, geometry: Geometry, batch: int) -> Work:
     """What one call of our model, or of perceiver-pytorch's, amounts to."""
-    return model_work(geometry, batch, pass_name, geometry.build() if ours else eager(geometry), ours)
+    model = geometry.build() if ours else eager(geometry)
+    return module_work(geometry, batch, pass_name, model, geometry.cross_attentions, geometry.input(batch))
 
 
 # The first of these varies fastest: the peers of one geometry, pass and dtype run one after the other.

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from perceiver_fast.counting.work import Counts, WorkCounter, total
 from perceiver_fast.geometries import Geometry
-from perceiver_fast.layers.plan import PAIR
 from perceiver_fast.roofs import measure_roofs
 
 BACKWARD = 2  # a step's products, over those of its forward alone: each has one for either operand's gradient
@@ -28,7 +27,7 @@ class Work:
         inputs: images, clips or clouds: the batch.
         tokens: that are attended to, of all inputs.
         pairs: of queries (times heads and cross-attentions) and tokens, forward only: softmax weights.
-        bytes: that any implementation has to read or write at least: input, parameters, output.
+        bytes: that any implementation has to read at least: inputs and parameters.
         multiply_adds, exponentials: of this implementation; None where they are not counted.
     """
 
@@ -44,7 +43,7 @@ def throughput(work: Work, seconds: float, threads: int) -> dict:
     """What goes into the record: rates, and shares of the roofs in percent (None without roofs or counts).
 
     ``percent_of_exp_roof``: as if nothing but one exponential a pair had to be done. ``percent_of_copy_roof``: as if
-    nothing but input, parameters and output had to pass through memory. ``percent_of_fma_roof``: the implementation's
+    nothing but inputs and parameters had to pass through memory. ``percent_of_fma_roof``: the implementation's
     counted multiply-adds. ``percent_of_roof``: all it counts, done at the roofs, over the time it took.
     """
     roofs = measure_roofs(threads)
@@ -75,28 +74,27 @@ def throughput(work: Work, seconds: float, threads: int) -> dict:
     return found
 
 
-def counted_products(module: nn.Module, *inputs: torch.Tensor) -> float:
-    """Multiply-adds of a forward's matrix products, counted on tensors without content.
-
-    Of modules without fused attention, whose products the counter does not know on CPUs.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, FlopCounterMode(display=False) as counter:
+def counted(module: nn.Module, *inputs: torch.Tensor) -> Counts:
+    """What a forward's operators do, counted on tensors without content."""
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, WorkCounter() as counter:
         module(*(mode.from_tensor(x) for x in inputs))
-    return counter.get_total_flops() / 2
+    return total(counter.operators)
 
 
-def model_work(geometry: Geometry, batch: int, pass_name: str, model: nn.Module, ours: bool) -> Work:
-    """Of one call of a whole model."""
-    data = geometry.input(batch)
-    pairs = batch * geometry.heads * geometry.queries * geometry.tokens * geometry.cross_attentions
-    if ours:
-        multiply_adds, exponentials = None, None
-    else:
-        multiply_adds, exponentials = counted_products(model, data), pairs
-    weights = sum(p.nbytes for p in model.parameters())
-    return scaled(
-        Work(batch, batch * geometry.tokens, pairs, data.nbytes + weights, multiply_adds, exponentials), pass_name
-    )
+def module_work(geometry: Geometry, batch: int, pass_name: str, module: nn.Module, attentions: int, *inputs) -> Work:
+    """Of one call of a model or a layer.
+
+    Args:
+        geometry, batch, pass_name: what is measured.
+        module: in plain form, not compiled.
+        attentions: cross-attentions to the input in one forward.
+        *inputs: of the module.
+    """
+    pairs = batch * geometry.heads * geometry.queries * geometry.tokens * attentions
+    least = sum(t.nbytes for t in (*inputs, *module.parameters()))
+    counts = counted(module, *inputs)
+    work = Work(batch, batch * geometry.tokens, pairs, least, counts.multiply_adds, counts.exponentials)
+    return scaled(work, pass_name)
 
 
 def scaled(work: Work, pass_name: str) -> Work:
@@ -106,20 +104,3 @@ def scaled(work: Work, pass_name: str) -> Work:
     products = None if work.multiply_adds is None else (1 + BACKWARD) * work.multiply_adds
     exponentials = None if work.exponentials is None else 2 * work.exponentials
     return Work(work.inputs, work.tokens, work.pairs, 2 * work.bytes, products, exponentials)
-
-
-def layer_work(geometry: Geometry, batch: int, pass_name: str, module: nn.Module, x: torch.Tensor, ours: bool) -> Work:
-    """Of one call of a cross-attention layer on latents ``x``; ``module`` is of benchmarks.layers."""
-    data = geometry.input(batch)
-    pairs = batch * geometry.heads * geometry.queries * geometry.tokens
-    weights = sum(p.nbytes for p in module.parameters())
-    if ours:
-        fn = module.layer.fn
-        plan = module.layer.plan(module.describe(data), geometry.queries)
-        counted = plan.work[plan.path]
-        own = x.shape[0] * x.shape[1] * sum(p.numel() for p in (fn.to_q.weight, fn.to_out.weight))
-        multiply_adds, exponentials = batch * counted.operations - PAIR * pairs + own, pairs
-    else:
-        multiply_adds, exponentials = counted_products(module, x, data), pairs
-    least = data.nbytes + 2 * x.nbytes + weights
-    return scaled(Work(batch, batch * geometry.tokens, pairs, least, multiply_adds, exponentials), pass_name)

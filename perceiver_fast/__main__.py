@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
+import perceiver_fast
 from perceiver_fast.commands import bench, demo, explain, info, profile
 
 # In the order in which a newcomer needs them.
@@ -15,21 +17,50 @@ COMMANDS = {
     "bench": (bench, "time, memory and errors beside the peers; two commits; scaling curves"),
     "profile": (profile, "where a model's time goes: torch's profiler, nsys or ncu"),
 }
+EPILOG = """\
+examples:
+  perceiver-fast info                            what is installed, and what runs what
+  perceiver-fast explain --geometry readme       the model of perceiver-pytorch's README, layer by layer
+  perceiver-fast explain --list                  the models that have a name
+  perceiver-fast COMMAND --help                  all options of a command
+
+exit codes:
+  0  all is well
+  1  it ran, and what it found is not
+  2  it could not run; standard error says why
+"""
+INTERRUPTED, BROKEN_PIPE = 130, 141  # what a shell reports of a program that SIGINT or SIGPIPE ended
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="perceiver-fast", description="Perceiver models many times faster.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    top = argparse.ArgumentParser(
+        prog="perceiver-fast",
+        description="Perceiver models many times faster.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"perceiver-fast {perceiver_fast.__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=summary))
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
-    args = parser().parse_args(argv)
-    return COMMANDS[args.command][0].run(args)
+    """Run a command; returns the exit code. Without a command it prints the help."""
+    top = parser()
+    args = top.parse_args(argv)
+    try:
+        code = COMMANDS[args.command][0].run(args) if args.command else top.print_help() or 0
+        sys.stdout.flush()  # what a closed pipe does not take shows here, not when Python exits
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 if __name__ == "__main__":

@@ -1,76 +1,43 @@
-"""Which path every attention layer of a model takes on an input, and why not the others. Computes nothing."""
+"""Which way every layer of a model takes on an input, why not the others, and what it counts. Computes nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.layers import Attention, CrossAttention, FeedForward
+from perceiver_fast.counting import original
+from perceiver_fast.counting.explanation import Explanation, LayerPath
+from perceiver_fast.counting.original import wide_channels
+from perceiver_fast.counting.recording import Recorder, Row, layers_of
+from perceiver_fast.counting.shapes import shapes_mode
+from perceiver_fast.counting.work import Counts, WorkCounter, total
+from perceiver_fast.layers import Attention, CrossAttention, FeedForward, PreNorm
 from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu
+from perceiver_fast.ops.grid_scale import choose_grid_scale
 from perceiver_fast.ops.layer_norm import choose_layer_norm
 from perceiver_fast.ops.linear import choose_linear, product_dtype
-from perceiver_fast.tokens import TokenGroups
+from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
 
-
-@dataclass(frozen=True)
-class LayerPath:
-    """One attention layer: its name in the model, the way taken, and the op and backend that run it.
-
-    ``choice`` holds why other ways and backends were passed over, ``work`` the counted work of the ways that were open,
-    and ``uses`` the ops that describe the tokens on this way.
-    """
-
-    layer: str
-    choice: Choice
-    path: str = ""
-    work: dict = field(default_factory=dict)
-    uses: tuple[Choice, ...] = ()
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The paths of all attention layers of a model, in the order they run; ``str()`` of it is a table for people.
-
-    ``latents`` says what runs the rest, by the first feed-forward: its products, GEGLU and LayerNorm.
-    """
-
-    tokens: str
-    layers: tuple[LayerPath, ...]
-    latents: tuple[Choice, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [self.tokens]
-        width = max((len(path.layer) for path in self.layers), default=0)
-        for path in self.layers:
-            work = f" ({path.path}: {path.work[path.path]})" if path.path in path.work else ""
-            lines.append(f"{path.layer:<{width}}  {path.choice.op} on {path.choice.backend}{work}")
-            for name, why in path.choice.rejected.items():
-                lines.append(f"{'':<{width}}    not {name}: {'; '.join(why)}")
-            for use in path.uses:
-                lines.append(f"{'':<{width}}    with {use.op} on {use.backend}")
-                if use.backend == "reference":
-                    lines += [f"{'':<{width}}      not {n}: {'; '.join(why)}" for n, why in use.rejected.items()]
-        for choice in self.latents:
-            lines.append(f"{choice.op} of the latents on {choice.backend}")
-            lines += [f"  not {name}: {'; '.join(why)}" for name, why in choice.rejected.items()]
-        return "\n".join(lines)
+__all__ = ["Explanation", "LayerPath", "explain"]
 
 
 def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
-    """Name the path each attention layer of ``model`` takes on an input, in its current mode and backend setting.
+    """Name the path each layer of ``model`` takes on an input, in its current mode and backend setting, and its work.
 
-    The model's forward is run on tensors that have shapes and no content, so nothing is computed.
+    The model's forward is run on tensors that have shapes and no content, so nothing is computed. Work is counted by
+    the operators that are called (:mod:`perceiver_fast.counting.work` has the rules), of a forward that finds nothing kept from
+    an earlier one. Beside it stands perceiver-pytorch's, counted in the same way.
 
     Args:
-        model: any model of this package, or one that holds its layers.
+        model: any model of this package, or one that holds its layers; of :func:`perceiver_fast.counting.shapes.on_shapes`, too.
         data, *args, **kwargs: as its forward takes them; only shapes, dtypes and devices matter.
 
     Returns:
-        Explanation: print it, or read its ``layers``.
+        Explanation: print it, or read its ``layers``, ``multiply_adds``, ``exponentials`` and ``bytes``.
 
     Raises:
         TypeError, ValueError: as the model's forward; and for a model without a layer of this package.
@@ -79,69 +46,93 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
     Example:
         >>> import torch, perceiver_fast as pf
         >>> model = pf.Perceiver(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)
-        >>> pf.explain(model, torch.randn(1, 6, 6, 3)).layers[0].choice.op
-        'grid_attention'
+        >>> found = pf.explain(model, torch.randn(1, 6, 6, 3))
+        >>> found.layers[0].choice.op, found.layers[0].path
+        ('grid_attention', 'grid')
+        >>> found.multiply_adds < found.original.multiply_adds
+        True
     """
-    attention = {name: m for name, m in model.named_modules() if isinstance(m, (CrossAttention, Attention))}
-    inner = {id(m.fn) for m in attention.values() if isinstance(m, CrossAttention)}  # their projections
-    layers = {name: m for name, m in attention.items() if id(m) not in inner}
-    if not any(isinstance(m, CrossAttention) for m in layers.values()):
+    if not any(isinstance(module, CrossAttention) for _, module in layers_of(model)):
         raise TypeError(f"explain: expected a perceiver_fast model, got {type(model).__name__}")
-    paths: list[LayerPath] = []
-    names = _names(model, layers)
-
-    def record(module, inputs, keywords):
-        name = next(names[id(module)], None)
-        if name is None:  # called again under its last name, as a decoder is for every part of its queries
-            return
-        if isinstance(module, Attention):
-            paths.append(LayerPath(name, Choice("self_attention", "sdpa")))
-            return
-        x, tokens = inputs[:2]
-        grouped = isinstance(tokens, TokenGroups)
-        for i, group in enumerate(tokens.groups if grouped else [tokens]):
-            mask = tokens.masks[i] if grouped else keywords.get("mask", next(iter(inputs[2:]), None))
-            plan = module.plan(group, x.shape[1], keywords.get("inverted", False), grouped, mask is not None)
-            label = f"{name} [{i}]" if grouped else name
-            paths.append(LayerPath(label, plan.choice, plan.path, plan.work, plan.uses))
-
-    shapes: list[tuple[torch.Size, int]] = []  # of feed-forwards' inputs, and how wide they become
-    feed_forwards = [m for m in model.modules() if isinstance(m, FeedForward)]
-    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in set(layers.values())]
-    handles += [
-        m.register_forward_pre_hook(lambda m, inputs: shapes.append((inputs[0].shape, m.net[2].in_features)))
-        for m in feed_forwards
-        if hasattr(m.net[2], "in_features")
-    ]
-    try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (data, args, kwargs))
+    like = next(model.parameters())
+    mode = shapes_mode(list(model.parameters()), data, args, kwargs)
+    # Not in inference mode, where operators are seen before torch takes them apart.
+    with torch.inference_mode(False), torch.no_grad(), mode:
+        fake = tree_map_only(Tensor, mode.from_tensor, (data, args, kwargs))
+        with WorkCounter() as counter, Recorder(model, counter).attached() as recorder:
             model(fake[0], *fake[1], **fake[2])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Explanation(_describe(model, data), tuple(paths), _latents(model, shapes))
+        originals = [original.count_layer(row, like) for row in recorder.rows]
+        inputs = _inputs(recorder)
+    layers = [
+        LayerPath(row.label, _choice(row, like), *_plan(row), operators=tuple(row.operators), original=work)
+        for row, work in zip(recorder.rows, originals)
+        if row.operators
+    ]
+    return Explanation(
+        _describe(model, data),
+        tuple(layers),
+        _latents(recorder.rows, like),
+        inputs,
+        str(like.dtype).removeprefix("torch."),
+        like.device.type,
+    )
 
 
-def _latents(model: nn.Module, shapes: list[tuple[torch.Size, int]]) -> tuple[Choice, ...]:
-    if not shapes:
+def _plan(row: Row) -> tuple:
+    """Path, work and uses of a cross-attention."""
+    if not row.attended:
         return ()
-    parameter = next(model.parameters())
-    (*rows, channels), wide = shapes[0]
-    x = parameter.new_empty(1).expand(*rows, channels)  # its shape, dtype and device are what matters
-    dtype = product_dtype(x)
-    linear = choose_linear(x.numel() // max(channels, 1), channels, 2 * wide, dtype, x.device)
-    call = PointwiseCall(dtype, x.device)
-    return linear, choose_geglu(call), choose_layer_norm(call)
+    plan = row.attended[0].plan
+    return plan.path, plan.work, plan.uses
 
 
-def _names(model: nn.Module, layers: dict[str, nn.Module]) -> dict[int, object]:
-    """For every module an iterator over its names: a shared one has several, in the order it runs under them."""
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(module is layer for layer in layers.values()):
-            names.setdefault(id(module), []).append(name)
-    return {key: iter(of) for key, of in names.items()}
+def _inner(row: Row) -> nn.Module:
+    return row.module.fn if isinstance(row.module, PreNorm) else row.module
+
+
+def _choice(row: Row, like: Tensor) -> Choice:
+    """What runs a layer."""
+    if row.attended:
+        return row.attended[0].plan.choice
+    inner = _inner(row)
+    if isinstance(inner, Attention):
+        return Choice("self_attention", "sdpa")
+    if isinstance(inner, FeedForward) and wide_channels(inner):
+        return Choice("feed_forward", _linear(inner, row.calls[0].shape, like).backend.split(" ")[0])
+    return Choice(type(inner).__name__, "torch")
+
+
+def _linear(feed_forward: FeedForward, shape: Sequence[int], like: Tensor) -> Choice:
+    *rows, channels = shape
+    x = like.new_empty(1).expand(*rows, channels)  # its shape, dtype and device are what matters
+    count = x.numel() // max(channels, 1)
+    return choose_linear(count, channels, 2 * wide_channels(feed_forward), product_dtype(x), x.device)
+
+
+def _latents(rows: list[Row], like: Tensor) -> tuple[Choice, ...]:
+    for row in rows:
+        inner = _inner(row)
+        if isinstance(inner, FeedForward) and wide_channels(inner):
+            x = like.new_empty(1).expand(row.calls[0].shape)
+            call = PointwiseCall(product_dtype(x), x.device)
+            return _linear(inner, row.calls[0].shape, like), choose_geglu(call), choose_layer_norm(call)
+    return ()
+
+
+def _inputs(recorder: Recorder) -> tuple[LayerPath, ...]:
+    operators = (*recorder.tokens.operators, *recorder.shared)
+    work = original.count_tokens(recorder.described, total(recorder.tokens.operators))
+    if not operators and work == Counts():
+        return ()
+    choices = [_description(tokens) for tokens, _ in recorder.described]
+    choice, *others = {choice.op: choice for choice in choices}.values()
+    return (LayerPath("tokens", choice, uses=tuple(others), operators=operators, original=work),)
+
+
+def _description(tokens: Tokens) -> Choice:
+    if isinstance(tokens, GridTokens):
+        return choose_grid_scale(tokens.feat)
+    return Choice("layer_norm" if isinstance(tokens, DenseTokens) else "positions", "torch")
 
 
 def _describe(model: nn.Module, data) -> str:

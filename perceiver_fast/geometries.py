@@ -22,7 +22,7 @@ class Points(nn.Module):
         self.model = Perceiver(**arguments | {"input_channels": 0, "input_axis": axes})
 
     def forward(self, coords: Tensor) -> Tensor:
-        return self.model(coords[..., :0], coords=coords)
+        return self.model(coords.narrow(-1, 0, 0), coords=coords)
 
 
 def _io(*, input_axis: int, input_channels: int, **arguments: Any) -> PerceiverIO:

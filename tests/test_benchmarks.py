@@ -25,7 +25,7 @@ from benchmarks.geometries import PLANS, eager_bytes, select, token_channels  # 
 from benchmarks.measure import Case, errors, measure  # noqa: E402
 from benchmarks.memory import memory_method, peak_memory  # noqa: E402
 from benchmarks.peers import PEERS, SDPAAttention, parameters, sdpa  # noqa: E402
-from benchmarks.throughput import Work, counted_products, layer_work, model_work, scaled, throughput  # noqa: E402
+from benchmarks.throughput import Work, counted, module_work, scaled, throughput  # noqa: E402
 from perceiver_fast import roofs  # noqa: E402
 from perceiver_fast.geometries import GEOMETRIES  # noqa: E402
 
@@ -185,16 +185,18 @@ def test_a_step_is_counted():
     assert scaled(Work(1, 2, 3, 4, 5.0, 6.0), "step") == Work(1, 2, 3, 8, 15.0, 12.0)
 
 
-def test_counted_products_are_those_of_the_model():
+def test_counts_are_those_of_the_model():
     geometry = GEOMETRIES["cross-only"].tiny()
     queries, tokens, channels, width = 6, 30, token_channels(geometry), 16
     layer = 64 * (2 * queries * width + 2 * tokens * channels + 2 * queries * tokens)
-    module = layers.Original(geometry)
-    assert counted_products(module, layers.latents(geometry, 1), geometry.input()) == layer
-    work = layer_work(geometry, 1, "forward", module, layers.latents(geometry, 1), ours=False)
-    assert work.multiply_adds == layer and work.pairs == queries * tokens
-    whole = model_work(geometry, 2, "forward", eager(geometry), ours=False)
+    module, inputs = layers.Original(geometry), (layers.latents(geometry, 1), geometry.input())
+    assert counted(module, *inputs).multiply_adds == layer
+    work = module_work(geometry, 1, "forward", module, 1, *inputs)
+    assert work.multiply_adds == layer and work.pairs == queries * tokens and work.exponentials >= work.pairs
+    whole = module_work(geometry, 2, "forward", eager(geometry), 1, geometry.input(2))
     assert whole.multiply_adds == 2 * (layer + queries * width * 4 * 3 * width + width * 5)
+    ours = module_work(geometry, 2, "forward", geometry.build(), 1, geometry.input(2))
+    assert ours.multiply_adds < whole.multiply_adds and ours.pairs == whole.pairs
 
 
 def test_memory_of_the_original_grows_with_the_batch():

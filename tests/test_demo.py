@@ -16,8 +16,8 @@ pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
 
 from perceiver_fast import extension
-from perceiver_fast.commands import demo, demo_process
 from perceiver_fast.__main__ import main
+from perceiver_fast.commands import demo, demo_process
 
 TINY = {"num_freq_bands": 2, "max_freq": 4.0, "depth": 1, "num_latents": 8, "latent_dim": 16, "self_per_cross_attn": 1}
 
@@ -47,7 +47,9 @@ def task(tmp_path):
 
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(demo.GEOMETRIES, "readme", demo.GEOMETRIES["readme"] | {"depth": 2})  # time to make weights
-    monkeypatch.setitem(demo.GEOMETRIES, "imagenet-lucid", demo.GEOMETRIES["imagenet-lucid"] | TINY)  # of the picture
+    monkeypatch.setitem(
+        demo.GEOMETRIES, "imagenet-lucid-1", demo.GEOMETRIES["imagenet-lucid-1"] | TINY
+    )  # of the picture
     stored = tmp_path / "new" / "rows.json"
     options = ["--max-side", "48", "--repeats", "1", "--geometry", "readme"]
     assert main(["demo", *options, "--threads", "2", "--out", str(tmp_path), "--json", str(stored)]) == 0

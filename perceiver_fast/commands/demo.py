@@ -23,47 +23,19 @@ from rich.table import Table
 from torch import Tensor
 
 import perceiver_fast as pf
-from perceiver_fast import extension
+from perceiver_fast import extension, geometries
 from perceiver_fast.commands import demo_process, info
 from perceiver_fast.commands.demo_process import Report
+from perceiver_fast.commands.options import positive
 
 SEED = 0
 TOLERANCE = 1e-3  # of the largest output: rounding in float32 stays far below
 INSTALL = "pip install 'perceiver-fast[demo]'"
 REQUIRED = {"matplotlib": "matplotlib", "PIL": "pillow", "psutil": "psutil", "sklearn": "scikit-learn"}
-PICTURED = "imagenet-lucid"
+PICTURED = "imagenet-lucid-1"
 
-_COMMON = {
-    "input_channels": 3,
-    "input_axis": 2,
-    "cross_heads": 1,
-    "latent_heads": 8,
-    "cross_dim_head": 64,
-    "latent_dim_head": 64,
-    "num_classes": 1000,
-    "weight_tie_layers": False,
-    "fourier_encode_data": True,
-}
-GEOMETRIES = {
-    "readme": _COMMON
-    | {
-        "num_freq_bands": 6,
-        "max_freq": 10.0,
-        "depth": 6,
-        "num_latents": 256,
-        "latent_dim": 512,
-        "self_per_cross_attn": 2,
-    },
-    "imagenet-lucid": _COMMON
-    | {
-        "num_freq_bands": 64,
-        "max_freq": 224.0,
-        "depth": 1,
-        "num_latents": 512,
-        "latent_dim": 1024,
-        "self_per_cross_attn": 6,
-    },
-}
+# The arguments of the models that are compared; their inputs are the photograph.
+GEOMETRIES = {name: geometries.GEOMETRIES[name].arguments for name in ("readme", "imagenet-lucid-1")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,25 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     add = parser.add_argument
     add("--image", type=Path, metavar="PATH", help="the photograph (default: china.jpg of scikit-learn, 427 x 640)")
-    add("--max-side", type=_positive, metavar="N", help="scale the photograph down to at most N x N, for quick tests")
+    add("--max-side", type=positive, metavar="N", help="scale the photograph down to at most N x N, for quick tests")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where attention.png goes (default: %(default)s)")
     add("--json", type=Path, metavar="PATH", help="also store the rows and conditions as JSON")
-    add("--repeats", type=_positive, default=3, metavar="N", help="timed runs, after a warm-up (default: %(default)s)")
-    add("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--repeats", type=positive, default=3, metavar="N", help="timed runs, after a warm-up (default: %(default)s)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add(
         "--geometry",
         action="append",
         choices=list(GEOMETRIES),
         help="a model to compare, repeatable (default: all). readme: the one of perceiver-pytorch's README, depth 6; "
-        "imagenet-lucid: the paper's ImageNet model in perceiver-pytorch's layout, depth 1",
+        "imagenet-lucid-1: the paper's ImageNet model in perceiver-pytorch's layout, one of its 8 blocks",
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 def run(args: argparse.Namespace) -> int:

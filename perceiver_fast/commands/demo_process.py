@@ -36,18 +36,18 @@ def original_bytes(arguments: dict, sizes: Sequence[int]) -> int:
     heads twice: as multiplied and as scaled, then as scaled and as probabilities. What the latents need is left out.
 
     Args:
-        arguments: of ``perceiver_pytorch.Perceiver``, all that it takes here.
+        arguments: of ``perceiver_pytorch.Perceiver``.
         sizes: the grid's sizes n_1 .. n_A.
 
     Example:
-        >>> arguments = dict(num_freq_bands=6, input_channels=3, num_latents=256, cross_heads=1, cross_dim_head=64)
+        >>> arguments = dict(num_freq_bands=6, input_channels=3, num_latents=256)
         >>> original_bytes(arguments, (427, 640))
         793605120
     """
-    axes, heads = len(sizes), arguments["cross_heads"]
+    axes, heads = len(sizes), arguments.get("cross_heads", 1)
     encoding = axes * (2 * arguments["num_freq_bands"] + 1)
     channels = arguments["input_channels"] + encoding
-    keys_and_values = 2 * heads * arguments["cross_dim_head"]
+    keys_and_values = 2 * heads * arguments.get("cross_dim_head", 64)
     logits = 2 * heads * arguments["num_latents"]
     columns = axes + encoding + 2 * channels + keys_and_values + logits
     return math.prod(sizes) * columns * torch.float32.itemsize
@@ -86,7 +86,7 @@ def run(library: str, folder: Path, report: Report) -> dict:
 
     Returns:
         dict: ``seconds`` (a list, one a repeat), ``peak_bytes_added`` (None where the system cannot tell), ``paths``
-        (of a perceiver_fast model, by :func:`perceiver_fast.explain`) and ``output``, a Tensor.
+        (of a perceiver_fast model's attention, by :func:`perceiver_fast.explain`) and ``output``, a Tensor.
 
     Raises:
         MeasureError: the process failed or was killed.
@@ -153,7 +153,8 @@ def main(library: str, folder: Path) -> None:
     result = {"seconds": seconds, "peak_bytes_added": peak}
     if library == "perceiver_fast":
         layers = importlib.import_module(library).explain(model, task["data"]).layers
-        result["paths"] = [f"{layer.choice.op} on {layer.choice.backend}" for layer in layers]
+        attention = [layer.choice for layer in layers if layer.path or layer.choice.op == "self_attention"]
+        result["paths"] = [f"{choice.op} on {choice.backend}" for choice in attention]
     torch.save(output.clone(), folder / f"{library}.pt")
     (folder / f"{library}.json").write_text(json.dumps(result))
 

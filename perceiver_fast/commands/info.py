@@ -1,17 +1,26 @@
-"""What is installed, what was built and what runs: works also when the extension does not."""
+"""What is installed, what was built and what runs: works also when the extension does not.
+
+The exit code is 1 when something that was built does not load.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
+import os
 import platform
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from perceiver_fast import backends, extension
+from perceiver_fast import backends, extension, roofs
+from perceiver_fast.commands.info_kernels import show_kernels
+from perceiver_fast.commands.info_show import show
 from perceiver_fast.ops.cross_attention import BACKENDS as CROSS_ATTENTION
 from perceiver_fast.ops.cross_attention import CrossAttentionCall
 from perceiver_fast.ops.fourier_projection import BACKENDS as FOURIER_PROJECTION
@@ -22,9 +31,14 @@ from perceiver_fast.ops.grid_attention import BACKENDS as GRID_ATTENTION
 from perceiver_fast.ops.grid_attention import GridAttentionCall
 from perceiver_fast.ops.grid_scale import BACKENDS as GRID_SCALE
 from perceiver_fast.ops.layer_norm import BACKENDS as LAYER_NORM
-from perceiver_fast.ops.library import triton_error
 from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
 from perceiver_fast.ops.linear_libraries import reasons as library_reasons
+
+PACKAGES = ("triton", "rich", "perceiver-pytorch", "transformers", "perceiver-io")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF", "TRITON_CACHE_DIR", "TRITON_INTERPRET",
+)  # fmt: skip
 
 # The ops with their backends and an ordinary call on a device.
 OPS = {
@@ -68,6 +82,39 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def package_versions() -> dict[str, str | None]:
+    """Versions of what the package works with or is compared to; None where it is not installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Environment variables that are set, of those that change what runs."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("PERCEIVER_FAST_") or name in VARIABLES
+    }
+
+
+def problems() -> list[str]:
+    """What was built and does not load; what was never built, or not for this torch, is none."""
+    record, found = extension.build_record(), []
+    there = importlib.util.find_spec("perceiver_fast._C") is not None
+    if extension.error is not None and (there or (record and not record.get("skipped"))):
+        found.append(extension.error)
+    cuda = record.get("cuda", {})
+    there = Path(extension.__file__).with_name("_cuda.so").exists() or (cuda and not cuda.get("skipped"))
+    if extension.cuda_error is not None and there and torch.version.cuda is not None:
+        found.append(extension.cuda_error)
+    return found
+
+
 def collect() -> dict:
     """Versions, build, instruction set, threads and backends, as a dict that JSON can hold."""
     import perceiver_fast
@@ -83,14 +130,18 @@ def collect() -> dict:
         built |= {**record, **module.build_info()}
         built |= {"active_isa": module.active_isa(), "available_isas": module.available_isas()}
     return {
+        "problems": problems(),
         "perceiver_fast": perceiver_fast.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": package_versions(),
         "cpu": cpu_name(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
         "extension": built,
         "cuda_kernels": cuda,
         "forced_backend": backends.forced_backend(),
+        "environment": environment(),
         "linear": _linear(),
         "backends": {op: {device: _reasons(op, device) for device in ("cpu", "cuda")} for op in OPS},
     }
@@ -99,117 +150,30 @@ def collect() -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.description = __doc__
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--json", action="store_true", help="print JSON")
+    add("--roofs", action="store_true", help="also measure what this CPU can do at most; takes half a second")
+    add(
         "--kernels",
         action="store_true",
         help="compile the Triton kernels ahead of time and list what each needs; needs no GPU, takes minutes",
     )
-    parser.add_argument(
-        "--arch",
-        type=int,
-        nargs="+",
-        metavar="SM",
-        help="with --kernels: architectures as sm_XY writes them; default: 80 90 100",
-    )
+    add("--arch", type=int, nargs="+", metavar="SM", help="with --kernels: as sm_XY writes them; default: 80 90 100")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code: 1 when something that was built does not load."""
     if args.arch and not args.kernels:
         print("info: --arch says for what to compile kernels: add --kernels", file=sys.stderr)
         return 2
     if args.kernels:
         return show_kernels(args.arch, as_json=args.json)
     collected = collect()
+    if args.roofs:
+        measured = roofs.measure_roofs()
+        collected["roofs"] = None if measured is None else asdict(measured)
     if args.json:
         print(json.dumps(collected, indent=2))
     else:
         show(collected)
-    return 0
-
-
-COUNTED = "of the loop over tokens; a loop over channels within it counts once"
-
-
-def show_kernels(architectures: list[int] | None = None, as_json: bool = False) -> int:
-    """Compile every Triton kernel ahead of time and list registers, shared memory and instructions, with their faults.
-
-    Args:
-        architectures: as sm_XY writes them. Default: 80, 90 and 100.
-        as_json: print JSON rather than a table.
-
-    Returns:
-        The exit code: 0, 1 when a kernel has a fault, or 2 when Triton is not there or an architecture is not known.
-    """
-    if triton_error is not None:
-        print(f"info --kernels: {triton_error}", file=sys.stderr)
-        return 2
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import track
-    from rich.table import Table
-
-    from perceiver_fast.kernels import aot
-
-    architectures = architectures or list(aot.ARCHITECTURES)
-    if unknown := [arch for arch in architectures if arch not in aot.SHARED]:
-        known = ", ".join(map(str, aot.SHARED))
-        print(f"info --kernels: expected --arch to be among {known}, got {unknown[0]}", file=sys.stderr)
-        return 2
-    faults, found = 0, []
-    for arch in architectures:
-        total = sum(1 for _ in aot.instances(arch))
-        table = Table(title=f"sm_{arch}: {total} Triton kernels", caption=COUNTED)
-        table.add_column("kernel", no_wrap=True)
-        for name in ("tile", "warps", "registers", "shared bytes", "instructions a weight"):
-            table.add_column(name, justify="right")
-        table.add_column("faults")
-        progress = Console(stderr=True)
-        for report in track(aot.compile_all(arch), f"compiling for sm_{arch}", total, console=progress):
-            faults += len(report.faults)
-            found.append(report.as_dict() | {"architecture": arch})
-            row = found[-1]
-            cells = [
-                escape(row["kernel"]),
-                row["tile"],
-                row["warps"],
-                row["registers"],
-                row["shared"],
-                row["instructions"],
-            ]
-            table.add_row(*("" if cell is None else str(cell) for cell in cells), "; ".join(report.faults) or "none")
-        if not as_json:
-            console = Console()
-            (console if console.is_terminal else Console(width=160)).print(table)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    return 1 if faults else 0
-
-
-def show(info: dict) -> None:
-    """Print ``collect()``'s result for people."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for key in ("perceiver_fast", "python", "torch", "cpu", "threads", "forced_backend"):
-        table.add_row(key.replace("_", " "), str(info[key]))
-    for part in ("extension", "cuda_kernels"):
-        for key, value in info[part].items():
-            shown = ", ".join(value) if isinstance(value, list) else str(value)
-            table.add_row(f"{part}: {key}".replace("_", " "), shown)
-    linear = info["linear"]
-    for kind, speeds in linear["gflops"].items():
-        shown = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
-        table.add_row(f"linear: {kind}", f"{linear['chosen'][kind]} (GFLOP/s measured: {shown})")
-    for name, why in linear["unavailable"].items():
-        table.add_row(f"linear: not {name}", "; ".join(why))
-    table.add_row(
-        "linear: bfloat16 operands", "in float32, faster here" if linear["bfloat16_in_float32"] else "as they are"
-    )
-    for op, devices in info["backends"].items():
-        for device, names in devices.items():
-            for name, reasons in names.items():
-                table.add_row(f"{op} on {device}: {name}", "; ".join(reasons) or "available")
-    Console(soft_wrap=True).print(table)
+    return 1 if collected["problems"] else 0

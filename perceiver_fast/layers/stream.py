@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from perceiver_fast.cache import PLAIN, Cached
 from perceiver_fast.ops.layer_norm import run_layer_norm
 from perceiver_fast.ops.linear import product_dtype
+
+_STAND_INS = (*PLAIN, FakeTensor)  # a parameter without content stands for a plain one, where explain looks on
 
 
 def is_called(module: nn.Module) -> bool:
@@ -26,7 +29,7 @@ def is_plain(module: nn.Module, kind: type) -> bool:
         return False
     parameters = module._parameters  # nn.Module.__getattr__ is slow, and this is asked several times a layer
     bias = parameters.get("bias")
-    return type(parameters.get("weight")) in PLAIN and (bias is None or type(bias) in PLAIN)
+    return type(parameters.get("weight")) in _STAND_INS and (bias is None or type(bias) in _STAND_INS)
 
 
 def _fits(norm: nn.Module, x: Tensor) -> bool:

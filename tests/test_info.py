@@ -1,0 +1,142 @@
+"""What info collects and shows, also of an installation that is broken."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import needs_extension
+
+import perceiver_fast as pf
+from perceiver_fast import extension, roofs
+from perceiver_fast.__main__ import main
+from perceiver_fast.commands import info
+from perceiver_fast.roofs import Roofs
+
+PACKAGE = Path(pf.__file__).parent
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["perceiver_fast"] == pf.__version__ and found["torch"] == torch.__version__
+    assert found["problems"] == [] and found["extension"]["active_isa"] in found["extension"]["available_isas"]
+    assert (
+        found["backends"]["grid_attention"]["cpu"] | {"reference": [], "cpu": []}
+        == found["backends"]["grid_attention"]["cpu"]
+    )
+    assert found["cuda_kernels"]["loaded"] == (extension.cuda_error is None)
+    assert found["cuda_kernels"].get("reason") == extension.cuda_error
+    assert found["packages"]["perceiver-pytorch"] and "rich" in found["packages"]
+    assert found["linear"]["chosen"].keys() == found["linear"]["gflops"].keys()
+    assert "roofs" not in found
+    if torch.version.cuda is None:
+        assert "is not a CUDA build" in extension.cuda_error or "not built" in extension.cuda_error
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_as_tables(capsys, monkeypatch):
+    monkeypatch.setenv("PERCEIVER_FAST_SKIP_BUILD", "1")
+    monkeypatch.setenv("HOME_OF_SOMETHING", "else")
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "DOES NOT LOAD" not in shown
+    for title in ("Versions", "Machine", "C++ kernels", "CUDA kernels", "Environment variables"):
+        assert title in shown
+    assert "active isa" in shown and "PERCEIVER_FAST_SKIP_BUILD" in shown and "HOME_OF_SOMETHING" not in shown
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["grid_attention", "cpu", "triton"] in rows or ["grid_attention", "cpu", "reference"] in rows
+    for op in info.OPS:
+        assert f"{op} on cpu: cpu" in shown and f"{op} on cuda: " in shown
+    assert "not cpu: it runs on cpu tensors, not cuda" in shown
+    assert max(map(len, shown.splitlines())) > 100  # reasons are not broken into pieces
+
+
+def test_roofs_are_measured_when_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(roofs, "measure_roofs", lambda: Roofs(1e11, 2e9, 2**34, 2))
+    assert main(["info", "--roofs", "--json"]) == 0
+    stored = {"multiply_adds": 1e11, "exponentials": 2e9, "copied_bytes": 2**34, "threads": 2}
+    assert json.loads(capsys.readouterr().out)["roofs"] == stored
+    assert main(["info", "--roofs"]) == 0
+    shown = capsys.readouterr().out
+    assert "Roofs" in shown and "2, together" in shown and "100 G a second" in shown and "16.0 GiB a second" in shown
+    monkeypatch.setattr(roofs, "measure_roofs", lambda: None)
+    assert main(["info", "--roofs"]) == 0
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_what_was_never_built_is_no_problem(monkeypatch):
+    monkeypatch.setattr(info.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extension, "error", "the C++ extension was not built")
+    for record, found in (({}, []), ({"skipped": "no compiler"}, []), ({"compiler": "c++"}, [extension.error])):
+        monkeypatch.setattr(extension, "build_record", record.copy)
+        assert info.problems() == found
+
+
+def test_cuda_kernels_of_another_torch_are_no_problem(monkeypatch):
+    monkeypatch.setattr(extension, "error", None)
+    monkeypatch.setattr(extension, "cuda_error", "the CUDA kernels failed to load")
+    monkeypatch.setattr(extension, "build_record", lambda: {"cuda": {"nvcc": "13"}})
+    for version, found in ((None, []), ("13.0", [extension.cuda_error])):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert info.problems() == found
+    monkeypatch.setattr(extension, "build_record", lambda: {"cuda": {"skipped": "no nvcc"}})
+    monkeypatch.setattr(extension, "__file__", "/nowhere/extension.py")
+    assert info.problems() == []
+
+
+def run_info(*options, folder=None, **env):
+    """``info`` in a process of its own; of the package in ``folder``, which an editable install must not complete."""
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        if folder
+        else "import sys\n"
+    )
+    code += f"from perceiver_fast.__main__ import main; sys.exit(main(['info', *{options}]))"
+    env = os.environ | env | ({"PYTHONPATH": str(folder)} if folder else {})
+    return subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_it_runs_with_an_instruction_set_that_is_none():
+    done = run_info(PERCEIVER_FAST_CPU_ISA="none of them")
+    assert done.returncode == 1, done.stderr
+    assert "WHAT WAS BUILT DOES NOT LOAD" in done.stdout and "failed to load" in done.stdout
+    assert "expected one of" in done.stdout and "None" not in done.stdout
+    assert "cross_attention on cpu: sdpa" in done.stdout and "the C++ extension failed to load" in done.stderr
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The package's Python files alone, in a folder of their own."""
+    skipped = shutil.ignore_patterns("_C*", "_cuda*", "_build.json", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "perceiver_fast", ignore=skipped)
+    return tmp_path
+
+
+def test_it_runs_with_an_extension_that_cannot_be_imported(copied):
+    (copied / "perceiver_fast" / "_C.py").write_text("raise ImportError('undefined symbol: aoti_torch_something')\n")
+    done = run_info("--json", folder=copied)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    (problem,) = found["problems"]
+    assert problem.startswith("the C++ extension failed to load") and "aoti_torch_something" in problem
+    assert found["extension"] == {"built": False, "reason": problem}
+    assert found["backends"]["layer_norm"]["cpu"]["cpu"] and not found["backends"]["layer_norm"]["cpu"]["reference"]
+
+
+def test_it_runs_without_an_extension(copied):
+    done = run_info(folder=copied)
+    assert done.returncode == 0, done.stderr
+    assert "was not built" in done.stdout and "DOES NOT LOAD" not in done.stdout
+    assert "grid_attention on cpu: reference" in done.stdout
+
+
+def test_it_says_what_it_cannot_do(capsys):
+    assert main(["info", "--arch", "80"]) == 2
+    assert "add --kernels" in capsys.readouterr().err

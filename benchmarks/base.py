@@ -2,8 +2,8 @@
 
 The revision is checked out and built in a temporary folder. Each side is a living process (``base_worker.py``) with the
 same weights and input, and they are timed in turns, base and new, again and again: noise of the machine that lasts longer
-than a turn hits both, and the ratio of a round's two times is free of it. A difference counts when the rounds' ratios are
-on one side of 1 from the first to the third quartile, and their median is beyond the threshold.
+than a turn hits both, and the ratio of a round's two times is free of it. A difference counts when the 95 % confidence
+interval of the rounds' median ratio excludes 1 and the median is beyond the threshold.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.base_measure import Worker, WorkerError, measure
+from benchmarks.base_measure import LEAST_ROUNDS, Worker, WorkerError, measure
 from benchmarks.base_tree import CannotMeasure, build, commit_of, is_dirty, stale_source, worktree
 from benchmarks.compare_view import COLOURS, milliseconds
 from benchmarks.measure import DEFAULT_THREADS
@@ -33,7 +33,7 @@ from perceiver_fast.geometries import GEOMETRIES
 ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY_NAMES, QUICK = ("cross-only", "readme"), ("cross-only",)
 PASSES, DTYPES = ("forward", "step"), ("float32", "bfloat16")
-ROUNDS, QUICK_ROUNDS = 20, 8
+ROUNDS, QUICK_ROUNDS = 20, 10
 THRESHOLD = 0.05
 TABLE_WIDTH = 120
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, say: Report) -> dict:
     with ExitStack() as stack:
         say(f"checking out {args.revision}")
         folder = stack.enter_context(worktree(ROOT, result["base"]["commit"]))
-        say(f"building {args.revision}: minutes")
+        say(f"building {args.revision}", "minutes")
         build(folder / "tree", folder / "build", lambda line: say(f"building {args.revision}", line))
         sides = []
         for name, tree in (("base", folder / "tree"), ("new", ROOT)):
@@ -98,10 +98,10 @@ def show(console: Console, result: dict) -> None:
     changes = " with changes" if new["dirty"] else ""
     table = Table(
         title=escape(f"{base['revision']} ({base['commit'][:9]}) → {new['commit'][:9]}{changes}"),
-        caption="Medians of the rounds; ratio: median of the rounds' ratios; difference: of the results, relative",
+        caption="Medians of the rounds; ratio: median of the rounds' ratios, and its interval; difference: of the results, relative",
     )
     table.add_column("geometry, pass")
-    for header in ("base", "new", "ratio", "quartiles", "difference:\noutput", "\ngradient"):
+    for header in ("base", "new", "ratio", "95 % interval", "difference:\noutput", "\ngradient"):
         table.add_column(header, justify="right")
     table.add_column("verdict")
     for row in result["rows"]:
@@ -111,7 +111,7 @@ def show(console: Console, result: dict) -> None:
             described(row),
             *(milliseconds(row[side]["median"]) for side in ("base", "new")),
             f"{row['ratio']:.3f}x",
-            f"{row['ratio_q1']:.3f} to {row['ratio_q3']:.3f}",
+            f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
             *apart,
             ", ".join(word if word == "same" else f"[{COLOURS.get(word, 'red')}]{word}[/]" for word in words),
         )
@@ -141,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", action="append", choices=DTYPES, help="bfloat16: autocast; repeat for several (default: float32)")
     add("--batch", type=at_least(1), default=1, help="inputs at once (default: %(default)s)")
     add("--quick", action="store_true", help=f"{', '.join(QUICK)} alone, unless --geometry; {QUICK_ROUNDS} rounds")
-    add("--rounds", type=at_least(2), help=f"turns of each side (default: {ROUNDS})")
+    add("--rounds", type=at_least(LEAST_ROUNDS), help=f"turns of each side (default: {ROUNDS})")
     add("--threads", type=at_least(1), default=DEFAULT_THREADS, help="of either side (default: %(default)s)")
     help = "the smallest change that counts (default: %(default)s)"
     add("--threshold", type=float, default=THRESHOLD, metavar="SHARE", help=help)

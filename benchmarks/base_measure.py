@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -21,6 +22,7 @@ from perceiver_fast.geometries import Geometry
 WORKER = Path(__file__).with_name("base_worker.py")
 TURN_SECONDS, MOST_CALLS = 0.25, 30  # short calls are repeated within a turn
 DIFFERENT = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 2e-1)}  # outputs, gradients: more is no rounding
+CONFIDENCE, LEAST_ROUNDS = 0.95, 6  # of fewer rounds, nothing can be said with it
 ZERO = 1e-6  # of the largest: a tensor below is the rounding of what it was computed from
 STOP_SECONDS = 10.0
 
@@ -104,6 +106,23 @@ def statistic(seconds: list[float]) -> dict[str, float]:
     return {"median": median, "q1": q1, "q3": q3, "iqr": q3 - q1, "min": min(seconds)}
 
 
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Between which two of the values their distribution's median is, with at least 95 % confidence, by the sign test.
+
+    Example:
+        >>> median_interval([1.0, 1.1, 1.2, 1.3, 1.4, 5.0])
+        (1.0, 5.0)
+    """
+    values, tail, count = sorted(values), 0.0, len(values)
+    for cut in range(count):
+        tail += 2 * math.comb(count, cut) / 2**count
+        if tail > 1 - CONFIDENCE:
+            break
+    if not cut:
+        raise ValueError(f"expected at least {LEAST_ROUNDS} values, got {count}")
+    return values[cut - 1], values[-cut]
+
+
 def measure(
     sides: list[Worker], geometry: Geometry, case: dict, rounds: int, threshold: float, folder: Path, say: Report
 ) -> dict:
@@ -112,7 +131,7 @@ def measure(
     Args:
         sides: base and new.
         case: ``pass``, ``dtype`` and ``batch``.
-        rounds: turns of each side, at least 2.
+        rounds: turns of each side, at least LEAST_ROUNDS.
         threshold: see :func:`benchmarks.compare.judge`.
         folder: for weights, input and results.
         say: called with lines of progress.
@@ -134,11 +153,11 @@ def measure(
         say(what, f"round {turn + 1} of {rounds}, {calls} calls a turn")
         for side in sides:
             seconds[side.name].append(statistics.median(side.ask("time", calls)))
-    ratios = statistic([new / base for base, new in zip(seconds["base"], seconds["new"], strict=True)])
-    row |= {"rounds": rounds, "calls_a_round": calls, "ratio": ratios["median"]}
-    row |= {"ratio_q1": ratios["q1"], "ratio_q3": ratios["q3"]}
+    ratios = [new / base for base, new in zip(seconds["base"], seconds["new"], strict=True)]
+    ratio, (low, high) = statistics.median(ratios), median_interval(ratios)
+    row |= {"rounds": rounds, "calls_a_round": calls, "ratio": ratio, "ratio_low": low, "ratio_high": high}
     row |= {side: statistic(values) for side, values in seconds.items()}
     most, most_gradient = DIFFERENT[case["dtype"]]
     exact = row["output_difference"] <= most and (row["gradient_difference"] or 0.0) <= most_gradient
-    verdict = judge(ratios["median"], ratios["q1"], ratios["q3"], threshold)
+    verdict = judge(ratio, low, high, threshold)
     return row | {"verdict": verdict, "same_results": exact}  # a NaN is not the same

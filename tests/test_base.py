@@ -63,7 +63,7 @@ def test_two_revisions_of_all_families(repository, tmp_path, capfd):
         package.write("_forward = Perceiver.forward\nPerceiver.forward = lambda *a, **k: 2 * _forward(*a, **k)\n")
     stored = tmp_path / "new" / "result.json"
     names = ["--geometry", "cross-only", "--geometry", "points", "--geometry", "io-32"]
-    assert base.main(["HEAD", *names, "--rounds", "2", "--threads", "1", "--json", str(stored)]) == 1
+    assert base.main(["HEAD", *names, "--rounds", "6", "--threads", "1", "--json", str(stored)]) == 1
 
     result = json.loads(stored.read_text())
     assert [(row["geometry"], row["pass"]) for row in result["rows"]] == [
@@ -76,7 +76,7 @@ def test_two_revisions_of_all_families(repository, tmp_path, capfd):
         assert (row["gradient_difference"] is None) == (row["pass"] == "forward")
         for side in ("base", "new"):
             assert 0 < row[side]["min"] <= row[side]["q1"] <= row[side]["median"] <= row[side]["q3"]
-        assert row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"] and row["verdict"] in ("slower", "same", "faster")
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"] and row["verdict"] in ("slower", "same", "faster")
     captured = capfd.readouterr()
     for expected in ("base runs without the C++ kernels", "its changes are part of the new side", "other results"):
         assert expected in captured.out
@@ -93,7 +93,7 @@ def test_a_side_that_cannot_is_named(repository, capfd):
     commit(repository, "two")
     package.write_text(text)
     commit(repository, "three")
-    options = ["--geometry", "io-32", "--pass", "forward", "--rounds", "2", "--json", "-"]
+    options = ["--geometry", "io-32", "--pass", "forward", "--rounds", "6", "--json", "-"]
     assert base.main(["HEAD~1", *options]) == 2
     captured = capfd.readouterr()
     (missing,) = json.loads(captured.out)["missing"]
@@ -229,3 +229,18 @@ def test_differences_are_relative_and_keep_nan(tmp_path):
     torch.save({"output": one, "b": one}, tmp_path / "new.pt")
     with pytest.raises(base_measure.WorkerError, match="differs in \\['a', 'b'\\]"):
         base_measure.differences(tmp_path, "step")
+
+
+def test_the_interval_of_a_median_is_the_sign_tests():
+    with pytest.raises(ValueError, match="at least 6 values, got 5"):
+        base_measure.median_interval([1.0] * 5)
+    assert base_measure.median_interval([6.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == (1.0, 6.0)
+    assert base_measure.median_interval(list(range(1, 21))) == (6, 15)  # 2 P(Bin(20, 1/2) < 6) = 4.1 %
+
+
+def test_options_are_checked(capsys):
+    for options in (["--rounds", "5"], ["--geometry", "no-such"], ["--batch", "0"]):
+        with pytest.raises(SystemExit) as stopped:
+            base.main(["HEAD", *options])
+        assert stopped.value.code == 2
+    assert "expected at least 6, got 5" in capsys.readouterr().err

@@ -22,8 +22,9 @@ from benchmarks.compare_view import TABLE_WIDTH, markdown, show
 
 KEY = ("level", "geometry", "pass", "batch", "dtype", "peer")
 OURS = "fast"
-REFERENCE = "reference"  # this package in plain PyTorch: neither what ships nor a witness of the machine
-WATCHED = ("cpu", "isa", "cores", "threads", "python", "torch", "perceiver-pytorch", "forced_backend")
+NO_WITNESSES = ("reference", "smart-dense")  # peers that this package has a part in: they tell nothing of the machine
+VERSIONS = ("python", "torch", "perceiver-pytorch", "transformers", "perceiver-io")
+WATCHED = ("cpu", "isa", "cores", "threads", *VERSIONS, "forced_backend")
 BUSY = 0.5  # a load average above this is other work
 THRESHOLD = 0.1
 LEAST_MEMORY = 2**20  # what the resident set differs by between two equal calls
@@ -62,8 +63,9 @@ def load(path: Path) -> dict:
 
 
 def key_of(row: dict) -> tuple:
-    """What a row is matched by. The first results did not write a batch down, and had the dtype in the pass, too."""
-    row = {"batch": 1, **row, "pass": row["pass"].removesuffix("-bf16")}
+    """What a row is matched by. The first results did not write a batch down, and had the dtype in the pass."""
+    old = {"dtype": "bfloat16"} if row["pass"].endswith("-bf16") else {}
+    row = {"batch": 1, "dtype": "float32", **row, **old, "pass": row["pass"].removesuffix("-bf16")}
     return tuple(row[name] for name in KEY)
 
 
@@ -130,7 +132,7 @@ def machine_change(old: dict, new: dict) -> dict | None:
     ratios = [
         new["by_key"][key]["median"] / row["median"]
         for key, row in old["by_key"].items()
-        if key in new["by_key"] and not is_ours(row["peer"]) and row["peer"] != REFERENCE
+        if key in new["by_key"] and not is_ours(row["peer"]) and row["peer"] not in NO_WITNESSES
     ]
     if not ratios:
         return None
@@ -156,10 +158,9 @@ def warnings(old: dict, new: dict) -> list[str]:
 
 def why_missing(key: tuple, result: dict) -> dict | None:
     """The record of what was not measured that covers ``key``, which has no row in ``result``."""
-    wanted = dict(zip(KEY, key, strict=True))
     for row in result["missing"]:
-        names = [name for name in ("level", "geometry", "pass", "peer") if not str(row.get(name)).startswith("every ")]
-        if all(str(row.get(name)).removesuffix("-bf16") == wanted[name] for name in names):
+        lost = row["level"].startswith("every ")  # with all that was to be measured of a geometry
+        if row["geometry"] == key[KEY.index("geometry")] if lost else key_of(row) == key:
             return row
     return None
 

@@ -80,8 +80,8 @@ def test_peers_that_disagree_raise_the_threshold(verdicts):
     assert verdicts(old, new)["fast"] == ["same"]
 
 
-def test_the_reference_is_no_witness_of_the_machine(tmp_path):
-    rows = [row("reference", 1.0, level="op"), row("fast", 1.0)]
+def test_what_is_partly_ours_is_no_witness_of_the_machine(tmp_path):
+    rows = [row("reference", 1.0, level="op"), row("smart-dense", 1.0), row("fast", 1.0), row("fast-pinned", 1.0)]
     result = compare.load(stored(tmp_path / "a.json", *rows))
     assert compare.compare(result, result)["machine"] is None
 
@@ -125,10 +125,13 @@ def test_rows_of_one_file_say_why_the_other_has_none(tmp_path, capsys):
     assert rows["fast"]["verdict"] == ["only in old", "failed"] and rows["fast"]["regression"]
     assert rows["sdpa"]["verdict"] == ["only in old"] and rows["sdpa"]["note"] == "no memory"
     assert rows["compile"]["verdict"] == ["only in new"] and not rows["compile"]["regression"]
-    lost = failed | {"level": "every level", "pass": "every pass", "peer": "every peer"}
+    lost = failed | {"level": "every level", "pass": "every pass", "peer": "every peer", "batch": 1, "dtype": "float32"}
     new = stored(tmp_path / "new.json", row("eager", 1.0, geometry="readme"), missing=[lost])
-    keyed = compare.load(old)
-    assert compare.why_missing(next(iter(keyed["by_key"])), compare.load(new)) == lost
+    key = ("model", "cross-only", "forward", 4, "bfloat16", "fast")
+    assert compare.why_missing(key, compare.load(new)) == lost
+    other = stored(tmp_path / "new.json", missing=[failed | {"pass": "forward-bf16"}])
+    assert compare.why_missing(key, compare.load(other)) is None  # of a batch of 1
+    assert compare.why_missing((*key[:3], 1, *key[4:]), compare.load(other))["peer"] == "fast"
 
 
 def test_conditions_that_differ_are_said_first(tmp_path, capsys):

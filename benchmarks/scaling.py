@@ -38,6 +38,7 @@ QUICK = 5  # the sizes of an axis that --quick keeps
 LIMIT_SECONDS = 60.0
 SAME = {"float32": 1e-3, "bfloat16": 1e-1}  # what peers' results may differ by
 OURS = "fast"
+TABLE_WIDTH = 120
 VALUES = {"time": "median", "memory": "peak_memory_bytes"}  # what exponents are fitted to
 
 
@@ -217,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         print(text, end="")
     else:
         console = Console()
+        console.width = console.width if console.is_terminal else max(console.width, TABLE_WIDTH)
         show(console, conditions, points)
         for path in files:
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)

@@ -149,7 +149,8 @@ def measure(task: Task) -> dict:
     try:
         peak = peak_memory(limited_call_of, task)
     except RuntimeError as error:
-        raise Stopped("failed", f"measuring memory: {error}") from None
+        status = "out of memory" if f"exit code {-signal.SIGKILL}" in str(error) else "failed"
+        raise Stopped(status, f"measuring memory: {error}") from None
     return {
         "median": median,
         "q1": q1,
@@ -173,6 +174,7 @@ def _times(task: Task) -> tuple[list[list[float]], list[float]]:
         seconds: list[float] = []
         while (value := _receive(receiver, process, 2 * task.limit_seconds, task)) is not None:
             seconds.append(value)
+        process.join(START_SECONDS)  # by itself: torch.compile tidies up
         return found, seconds
     finally:
         process.kill()

@@ -132,8 +132,8 @@ def spread(lines: list[int], wished: list[float]) -> list[float]:
     """Heights near the wished ones, in their order, at which texts of so many lines fit between 0 and 1.
 
     Example:
-        >>> [round(height, 3) for height in spread([1, 1, 1], [0.2, 0.9, 0.98])]
-        [0.2, 0.918, 0.972]
+        >>> [round(height, 2) for height in spread([1, 1, 1], [0.2, 0.95, 0.98])]
+        [0.2, 0.92, 0.97]
     """
     heights = [LINE * count for count in lines]
     places: list[float] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import shutil
@@ -244,3 +245,9 @@ def test_options_are_checked(capsys):
             base.main(["HEAD", *options])
         assert stopped.value.code == 2
     assert "expected at least 6, got 5" in capsys.readouterr().err
+
+
+def test_examples_of_the_documentation():
+    for module in (base_measure,):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed

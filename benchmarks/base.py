@@ -1,0 +1,202 @@
+"""``python -m benchmarks.base REV``: this checkout beside another of its revisions, in turns, by identical code.
+
+The revision is checked out and built in a temporary folder. Each side is a living process (``base_worker.py``) with the
+same weights and input, and they are timed in turns, base and new, again and again: noise of the machine that lasts longer
+than a turn hits both, and the ratio of a round's two times is free of it. A difference counts when the 95 % confidence
+interval of the rounds' median ratio excludes 1 and the median is beyond the threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.base_measure import LEAST_ROUNDS, Worker, WorkerError, measure
+from benchmarks.base_tree import CannotMeasure, build, commit_of, is_dirty, stale_source, worktree
+from benchmarks.compare_view import COLOURS, milliseconds
+from benchmarks.measure import DEFAULT_THREADS
+from benchmarks.progress import Report, progress
+from perceiver_fast.geometries import GEOMETRIES
+
+ROOT = Path(__file__).resolve().parents[1]
+GEOMETRY_NAMES, QUICK = ("cross-only", "readme"), ("cross-only",)
+PASSES, DTYPES = ("forward", "step"), ("float32", "bfloat16")
+ROUNDS, QUICK_ROUNDS = 20, 10
+THRESHOLD = 0.05
+TABLE_WIDTH = 120
+
+
+def warnings(facts: dict[str, dict], dirty: bool) -> list[str]:
+    """What a reader has to know of the two sides.
+
+    Raises:
+        CannotMeasure: one lacks the C++ kernels, and nobody asked for that.
+    """
+    for side, found in facts.items():
+        if found["extension_error"] and os.environ.get("PERCEIVER_FAST_SKIP_BUILD", "") in ("", "0"):
+            advice = "build it, or set PERCEIVER_FAST_SKIP_BUILD=1 to compare without"
+            raise CannotMeasure(f"{side}: {found['extension_error']}; {advice}")
+    lines = [f"{side} runs without the C++ kernels" for side, found in facts.items() if found["isa"] is None]
+    if dirty:
+        lines.append("this checkout differs from its commit: its changes are part of the new side")
+    if source := stale_source(ROOT):
+        lines.append(f"new's extension is older than {source.relative_to(ROOT)}: build it again if that changed")
+    return lines
+
+
+def run(args: argparse.Namespace, say: Report) -> dict:
+    """Check out, build and measure; returns everything, as JSON holds it."""
+    result = {
+        "conditions": report.conditions(args.threads),
+        "base": {"revision": args.revision, "commit": commit_of(ROOT, args.revision)},
+        "new": {"commit": commit_of(ROOT, "HEAD"), "dirty": is_dirty(ROOT)},
+    }
+    with ExitStack() as stack:
+        say(f"checking out {args.revision}")
+        folder = stack.enter_context(worktree(ROOT, result["base"]["commit"]))
+        say(f"building {args.revision}", "minutes")
+        build(folder / "tree", folder / "build", lambda line: say(f"building {args.revision}", line))
+        sides = []
+        for name, tree in (("base", folder / "tree"), ("new", ROOT)):
+            sides.append(Worker(name, tree, folder / name, args.threads))
+            stack.callback(sides[-1].close)
+        try:
+            facts = {side.name: side.ask("facts") for side in sides}
+        except WorkerError as error:
+            raise CannotMeasure(f"{error}; `pip install -e .` makes this checkout importable") from error
+        result |= {"warnings": warnings(facts, result["new"]["dirty"]), "rows": [], "missing": []}
+        for side, found in facts.items():
+            result[side] |= found
+        names = args.geometry or (QUICK if args.quick else GEOMETRY_NAMES)
+        rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+        for name, pass_name, dtype in product(names, args.passes or PASSES, args.dtype or DTYPES[:1]):
+            case = {"pass": pass_name, "dtype": dtype, "batch": args.batch}
+            try:
+                result["rows"].append(measure(sides, GEOMETRIES[name], case, rounds, args.threshold, folder, say))
+            except WorkerError as error:
+                result["missing"].append({"geometry": name, **case, "reason": str(error)})
+    return result
+
+
+def show(console: Console, result: dict) -> None:
+    """Print for people: warnings first."""
+    for line in result["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {escape(line)}", highlight=False)
+    base, new = result["base"], result["new"]
+    changes = " with changes" if new["dirty"] else ""
+    table = Table(
+        title=escape(f"{base['revision']} ({base['commit'][:9]}) → {new['commit'][:9]}{changes}"),
+        caption="Medians of the rounds; ratio: median of the rounds' ratios, and its interval; difference: of the results, relative",
+    )
+    table.add_column("geometry, pass")
+    for header in ("base", "new", "ratio", "95 % interval", "difference:\noutput", "\ngradient"):
+        table.add_column(header, justify="right")
+    table.add_column("verdict")
+    for row in result["rows"]:
+        apart = ("-" if row[key] is None else f"{row[key]:.1e}" for key in ("output_difference", "gradient_difference"))
+        words = [row["verdict"], *([] if row["same_results"] else ["other results"])]
+        table.add_row(
+            described(row),
+            *(milliseconds(row[side]["median"]) for side in ("base", "new")),
+            f"{row['ratio']:.3f}x",
+            f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
+            *apart,
+            ", ".join(word if word == "same" else f"[{COLOURS.get(word, 'red')}]{word}[/]" for word in words),
+        )
+    console.print(table)
+    for row in result["missing"]:
+        console.print(f"not measured: {described(row)}: {row['reason']}", highlight=False, markup=False)
+    conditions = ", ".join(f"{key} {value}" for key, value in result["conditions"].items())
+    console.print(conditions, highlight=False, markup=False)
+
+
+def described(row: dict) -> str:
+    """What a row is of; batch and dtype where they are unusual."""
+    batch = f", batch {row['batch']}" if row["batch"] != 1 else ""
+    return f"{row['geometry']} {row['pass']}{batch}" + (f", {row['dtype']}" if row["dtype"] != "float32" else "")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.base",
+        description="This checkout beside another of its revisions, which is built in a temporary folder; in turns.",
+    )
+    add, unless = top.add_argument, f"(default: {', '.join(GEOMETRY_NAMES)})"
+    add("revision", metavar="REV", help="a commit, branch or tag: HEAD~3, main, v0.1")
+    add("--geometry", action="append", choices=list(GEOMETRIES), help=f"repeat for several {unless}")
+    add("--pass", dest="passes", action="append", choices=PASSES, help="repeat for several (default: both)")
+    add("--dtype", action="append", choices=DTYPES, help="bfloat16: autocast; repeat for several (default: float32)")
+    add("--batch", type=at_least(1), default=1, help="inputs at once (default: %(default)s)")
+    add("--quick", action="store_true", help=f"{', '.join(QUICK)} alone, unless --geometry; {QUICK_ROUNDS} rounds")
+    add("--rounds", type=at_least(LEAST_ROUNDS), help=f"turns of each side (default: {ROUNDS})")
+    add("--threads", type=at_least(1), default=DEFAULT_THREADS, help="of either side (default: %(default)s)")
+    help = "the smallest change that counts (default: %(default)s)"
+    add("--threshold", type=float, default=THRESHOLD, metavar="SHARE", help=help)
+    add("--json", type=Path, metavar="PATH", help="where to keep the numbers; -: standard output, instead of the table")
+    add("--fail", action="store_true", help="exit code 1 when the new side is slower")
+    return top
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument's type: whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return int(text)
+
+    return number
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0; 1 when results differ, something could not be measured, or with ``--fail`` is slower; 2 when nothing could.
+    """
+    args = parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no temporary folder behind either
+    try:
+        if args.json and str(args.json) != "-":
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+        with progress() as say:
+            result = run(args, say)
+    except (CannotMeasure, OSError) as error:
+        print(f"base: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("base: interrupted; its temporary folder is gone", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    text = json.dumps(result, indent=1) + "\n"
+    if str(args.json) == "-":
+        print(text, end="")
+    else:
+        console = Console()
+        console.width = console.width if console.is_terminal else max(console.width, TABLE_WIDTH)
+        show(console, result)
+        if args.json:
+            args.json.write_text(text)
+    if not result["rows"]:
+        print(f"base: nothing could be measured: {result['missing'][0]['reason']}", file=sys.stderr)
+        return 2
+    slower = args.fail and any(row["verdict"] == "slower" for row in result["rows"])
+    return int(bool(slower or result["missing"] or not all(row["same_results"] for row in result["rows"])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Two trees measured in turns: a process for each, the same weights and input, results compared, times paired."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.compare import judge
+from benchmarks.progress import Report
+from perceiver_fast.geometries import Geometry
+
+WORKER = Path(__file__).with_name("base_worker.py")
+TURN_SECONDS, MOST_CALLS = 0.25, 30  # short calls are repeated within a turn
+DIFFERENT = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 2e-1)}  # outputs, gradients: more is no rounding
+CONFIDENCE, LEAST_ROUNDS = 0.95, 6  # of fewer rounds, nothing can be said with it
+ZERO = 1e-6  # of the largest: a tensor below is the rounding of what it was computed from
+STOP_SECONDS = 10.0
+
+
+class WorkerError(Exception):
+    """One side could not do what it was asked for; the message says which, and why."""
+
+
+class Worker:
+    """The process of one side.
+
+    Args:
+        name: base or new.
+        tree: the checkout whose package it imports.
+        folder: an empty one, for the worker's code and what it prints.
+        threads: that it computes with.
+    """
+
+    def __init__(self, name: str, tree: Path, folder: Path, threads: int):
+        folder.mkdir()
+        script = shutil.copy(WORKER, folder)
+        paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+        self.name, self.errors = name, folder / "errors.txt"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, script, str(tree), str(threads)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder, env=environment,
+            )  # fmt: skip
+
+    def ask(self, command: str, argument: object = None) -> object:
+        """Have a command done; returns its answer.
+
+        Raises:
+            WorkerError: it failed, or the process ended.
+        """
+        try:
+            print(json.dumps({command: argument}), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            last = (self.errors.read_text().strip().splitlines() or ["it printed nothing"])[-1]
+            raise WorkerError(f"{self.name}: its process ended with exit code {self.process.wait()}: {last}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.name}: {answer['error']}")
+        return answer[command]
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait(STOP_SECONDS)
+        self.process.stdout.close()
+        with suppress(BrokenPipeError):  # what a dead process did not read
+            self.process.stdin.close()
+
+
+def relative_difference(base: list[Tensor], new: list[Tensor]) -> float:
+    """The largest ``|new - base| / |base|`` in the 2-norm over pairs of tensors; of a tensor near zero, over ZERO."""
+    pairs = [(b.double(), n.double()) for b, n in zip(base, new, strict=True)]
+    least = ZERO * max(b.norm() for b, _ in pairs)
+    return float(torch.stack([(n - b).norm() / b.norm().clamp_min(least) for b, n in pairs]).max())
+
+
+def differences(folder: Path, pass_name: str) -> dict[str, float | None]:
+    """How far the results that both sides saved in ``folder`` are apart."""
+    base, new = (torch.load(folder / f"{side}.pt", weights_only=True) for side in ("base", "new"))
+    if base.keys() != new.keys():
+        raise WorkerError(
+            f"new: expected gradients of the base's parameters, differs in {sorted(base.keys() ^ new.keys())}"
+        )
+    found = {"output_difference": relative_difference([base.pop("output")], [new.pop("output")])}
+    gradients = relative_difference(list(base.values()), list(new.values())) if pass_name == "step" else None
+    return found | {"gradient_difference": gradients}
+
+
+def statistic(seconds: list[float]) -> dict[str, float]:
+    """Median, quartiles and least of at least two values."""
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "iqr": q3 - q1, "min": min(seconds)}
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Between which two of the values their distribution's median is, with at least 95 % confidence, by the sign test.
+
+    Example:
+        >>> median_interval([1.0, 1.1, 1.2, 1.3, 1.4, 5.0])
+        (1.0, 5.0)
+    """
+    values, tail, count = sorted(values), 0.0, len(values)
+    for cut in range(count):
+        tail += 2 * math.comb(count, cut) / 2**count
+        if tail > 1 - CONFIDENCE:
+            break
+    if not cut:
+        raise ValueError(f"expected at least {LEAST_ROUNDS} values, got {count}")
+    return values[cut - 1], values[-cut]
+
+
+def measure(
+    sides: list[Worker], geometry: Geometry, case: dict, rounds: int, threshold: float, folder: Path, say: Report
+) -> dict:
+    """The row of one geometry.
+
+    Args:
+        sides: base and new.
+        case: ``pass``, ``dtype`` and ``batch``.
+        rounds: turns of each side, at least LEAST_ROUNDS.
+        threshold: see :func:`benchmarks.compare.judge`.
+        folder: for weights, input and results.
+        say: called with lines of progress.
+    """
+    torch.manual_seed(0)
+    torch.save(geometry.build().state_dict(), folder / "weights.pt")
+    torch.save(geometry.input(case["batch"]), folder / "input.pt")
+    task = {"family": geometry.family, "arguments": geometry.arguments, "pass": case["pass"], "dtype": case["dtype"]}
+    task |= {name: str(folder / f"{name}.pt") for name in ("weights", "input")}
+    what = f"{geometry.name} {case['pass']} {case['dtype']}"
+    slowest = 0.0
+    for side in sides:
+        say(what, f"loading {side.name}")
+        slowest = max(slowest, side.ask("load", task | {"results": str(folder / f"{side.name}.pt")}))
+    row = {"geometry": geometry.name, **case, **differences(folder, case["pass"])}
+    calls = max(1, min(MOST_CALLS, int(TURN_SECONDS / slowest)))
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    for turn in range(rounds):
+        say(what, f"round {turn + 1} of {rounds}, {calls} calls a turn")
+        for side in sides:
+            seconds[side.name].append(statistics.median(side.ask("time", calls)))
+    ratios = [new / base for base, new in zip(seconds["base"], seconds["new"], strict=True)]
+    ratio, (low, high) = statistics.median(ratios), median_interval(ratios)
+    row |= {"rounds": rounds, "calls_a_round": calls, "ratio": ratio, "ratio_low": low, "ratio_high": high}
+    row |= {side: statistic(values) for side, values in seconds.items()}
+    most, most_gradient = DIFFERENT[case["dtype"]]
+    exact = row["output_difference"] <= most and (row["gradient_difference"] or 0.0) <= most_gradient
+    verdict = judge(ratio, low, high, threshold)
+    return row | {"verdict": verdict, "same_results": exact}  # a NaN is not the same

@@ -1,0 +1,232 @@
+"""``python -m benchmarks.scaling``: time and peak memory of one cross-attention as its input, or its latents, grow.
+
+The model is cross-only: one cross-attention to a square grid, by perceiver-fast and by perceiver-pytorch in the forms its
+users run it in, each point in processes of its own. A peer stops where it would need more memory than there is, by its
+last point or by failing within its limit, and where a call takes too long. Points are stored one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.base import at_least
+from benchmarks.compare_view import mebibytes, milliseconds
+from benchmarks.measure import DEFAULT_THREADS
+from benchmarks.memory import memory_method
+from benchmarks.progress import progress
+from benchmarks.scaling_plot import draw
+from benchmarks.scaling_point import DTYPES, PASSES, PEERS, Stopped, Task, available_bytes, difference, measure
+from benchmarks.scaling_record import MEASURED, Point, curve, exponent, read, write
+from perceiver_fast import extension
+
+HERE = Path(__file__).resolve().parent
+SIDES = {"tokens": (32, 56, 100, 178, 316, 562, 1000, 1778, 3162), "latents": (224,)}  # squares: half decades of M
+LATENTS = {"tokens": (512,), "latents": (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)}
+QUICK = 5  # the sizes of an axis that --quick keeps
+LIMIT_SECONDS = 60.0
+SAME = {"float32": 1e-3, "bfloat16": 1e-1}  # what peers' results may differ by
+OURS = "fast"
+TABLE_WIDTH = 120
+VALUES = {"time": "median", "memory": "peak_memory_bytes"}  # what exponents are fitted to
+
+
+def sizes(axis: str, quick: bool) -> list[tuple[int, int]]:
+    """The grid's side and the latents of every point of an axis, from small to large."""
+    every = [(side, latents) for side in SIDES[axis] for latents in LATENTS[axis]]
+    return every[:QUICK] if quick else every
+
+
+def sweep(axis: str, args: argparse.Namespace, say: Callable[..., object]) -> Iterator[Point]:
+    """Measure the points of an axis, all peers at one size after the other; a peer's last one says why it stopped."""
+    going: dict[str, Point | None] = dict.fromkeys(args.peers)  # and the last point of each
+    for side, latents in sizes(axis, args.quick):
+        truth = None
+        for peer, last in list(going.items()):
+            allowed = args.limit_memory or available_bytes()
+            task = Task(peer, side, latents, args.pass_name, args.dtype, args.threads, allowed, args.limit_seconds)
+            what = {"axis": axis, "peer": peer, "tokens": side * side, "latents": latents, "threads": args.threads}
+            what |= {"pass_name": args.pass_name, "dtype": args.dtype}
+            what |= {"input_bytes": side * side * task.geometry.channels * torch.float32.itemsize}
+            say(f"{axis}: M = {side * side:,}, N = {latents:,}: {peer}")
+            point, found = _point(task, what, last)
+            if found is not None:
+                truth = found if truth is None else truth
+                point = Point(**asdict(point) | {"difference": difference(found, truth)})
+            going[peer] = point
+            if point.status != MEASURED:
+                del going[peer]
+            yield point
+
+
+def _point(task: Task, what: dict, last: Point | None) -> tuple[Point, list | None]:
+    """The point of a task, and the fingerprint of its results when it ran; ``last`` is the peer's point before."""
+    needed = None
+    if last is not None and last.peak_memory_bytes:
+        needed = round(last.peak_memory_bytes * (what["tokens"] * what["latents"]) / (last.tokens * last.latents))
+        if needed > task.limit_bytes:
+            detail = f"needs about {mebibytes(needed)}, {mebibytes(task.limit_bytes)} are allowed: not run"
+            return Point(**what, status="out of memory", needed_bytes=needed, detail=detail), None
+    try:
+        row = measure(task)
+    except Stopped as stop:
+        lacking = needed if stop.status == "out of memory" else None
+        return Point(**what, status=stop.status, needed_bytes=lacking, detail=str(stop)), None
+    found, status, detail = row.pop("fingerprint"), MEASURED, ""
+    if row["median"] > task.limit_seconds:
+        status, detail = "too slow", f"a call takes more than {task.limit_seconds:g} s"
+    return Point(**what, **row, status=status, detail=detail), found
+
+
+def exponents(points: list[Point]) -> dict[str, dict[str, float | None]]:
+    """By axis, the powers that our time and memory grow with over the last two decades."""
+    return {
+        axis: {name: exponent(curve(points, axis, OURS, value)) for name, value in VALUES.items()}
+        for axis in dict.fromkeys(point.axis for point in points)
+    }
+
+
+def show(console: Console, conditions: dict, points: list[Point]) -> None:
+    """Print points, where peers stopped, and the exponents."""
+    for axis in dict.fromkeys(point.axis for point in points):
+        here = [point for point in points if point.axis == axis]
+        peers = list(dict.fromkeys(point.peer for point in here))
+        table = Table(title=f"{axis}: {here[0].pass_name}, {here[0].dtype}", show_lines=True)
+        for header in ("M", "N", *peers):
+            table.add_column(header, justify="right")
+        for tokens, latents in dict.fromkeys((point.tokens, point.latents) for point in here):
+            row = {point.peer: _cell(point) for point in here if (point.tokens, point.latents) == (tokens, latents)}
+            table.add_row(f"{tokens:,}", f"{latents:,}", *(row.get(peer, "") for peer in peers))
+        console.print(table)
+    lines = [f"{point.peer} at M = {point.tokens:,}, N = {point.latents:,}: {point.status}: {point.detail}"
+             for point in points if point.status != MEASURED]  # fmt: skip
+    for axis, found in exponents(points).items():
+        powers = (f"{name} {'-' if power is None else f'{power:.2f}'}" for name, power in found.items())
+        lines.append(
+            f"ours grows with {axis} to the power of: {', '.join(powers)} (the last two decades; without the input)"
+        )
+    lines += [f"other results than the first peer's: {point.peer} at M = {point.tokens:,}, N = {point.latents:,}: "
+              f"{point.difference:.1e}" for point in points if is_different(point)]  # fmt: skip
+    lines.append(", ".join(f"{key} {value}" for key, value in conditions.items()))
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _cell(point: Point) -> str:
+    if point.median is None:
+        return point.status
+    return f"{milliseconds(point.median)}\n{mebibytes(point.peak_memory_bytes)}"
+
+
+def is_different(point: Point) -> bool:
+    """Whether its results are others than the first peer's, or no numbers."""
+    return point.difference is not None and not point.difference <= SAME[point.dtype]
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description="Time and peak memory of one cross-attention beside the peers' as tokens or latents grow: CSV and pictures.",
+    )
+    add = top.add_argument
+    add("--quick", action="store_true", help=f"only the {QUICK} smallest sizes of an axis")
+    add("--axis", choices=("tokens", "latents", "both"), default="both", help="what grows (default: %(default)s)")
+    add("--pass", dest="pass_name", choices=PASSES, default="forward", help="step: and backward (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="bfloat16: autocast (default: %(default)s)")
+    add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="(default: all)")
+    add("--threads", type=at_least(1), default=DEFAULT_THREADS, help="(default: %(default)s)")
+    add("--limit-seconds", type=float, default=LIMIT_SECONDS, metavar="S", help="for a call (default: %(default)s)")
+    add("--limit-memory", type=at_least(1), metavar="BYTES", help="for a peer (default: 90 %% of what is available)")
+    add(
+        "--out", type=Path, default=HERE / "results", metavar="DIR", help="where files go (default: benchmarks/results)"
+    )
+    add("--redraw", type=Path, metavar="CSV", help="draw this file's points again beside it; nothing is measured")
+    add("--json", type=Path, metavar="PATH", help="also points and exponents; -: standard output, instead of the table")
+    return top
+
+
+def stem_of(args: argparse.Namespace) -> Path:
+    """The path of what is written, without an ending: what is not the usual run says so in its name."""
+    parts = ["scaling", report.slug(report.cpu_name()), datetime.date.today().isoformat()]
+    parts += [args.pass_name] * (args.pass_name != "forward") + [args.dtype] * (args.dtype != "float32")
+    parts += [args.axis] * (args.axis != "both") + ["quick"] * args.quick
+    return args.out / "-".join(parts)
+
+
+def reasons(args: argparse.Namespace) -> list[str]:
+    """Why this cannot run."""
+    found = []
+    if importlib.util.find_spec("matplotlib") is None:
+        found.append("the pictures need matplotlib: pip install matplotlib")
+    if args.redraw is None and not Path("/proc/self/statm").exists():
+        found.append("this system has no /proc, by which memory is limited and measured: run it on Linux")
+    if args.redraw is None and OURS in args.peers and extension.error:
+        found.append(f"{extension.error}; or leave {OURS} out of --peers")
+    if not args.limit_seconds > 0:
+        found.append(f"--limit-seconds: expected more than 0, got {args.limit_seconds:g}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns 0, or 1 when a peer failed or results differ, or 2 when it could not run to its end."""
+    args = parser().parse_args(argv)
+    interrupted, points = False, []
+    try:
+        if why := reasons(args):
+            raise ValueError("; ".join(why))
+        if args.redraw:
+            stem = args.redraw.with_suffix("")
+            conditions, points = read(args.redraw)
+            if not points:
+                raise ValueError(f"{args.redraw}: expected points, got none")
+        else:
+            args.out.mkdir(parents=True, exist_ok=True)
+            stem = stem_of(args)
+            conditions = report.conditions(args.threads) | {"peak_memory_method": memory_method()}
+    except (OSError, ValueError) as error:
+        print(f"scaling: {error}", file=sys.stderr)
+        return 2
+    stored = stem.with_name(stem.name + ".csv")
+    if not args.redraw:
+        try:
+            with progress() as say:
+                for axis in ("tokens", "latents") if args.axis == "both" else (args.axis,):
+                    for point in sweep(axis, args, say):
+                        points.append(point)
+                        write(stored, conditions, points)
+        except KeyboardInterrupt:
+            print(f"scaling: interrupted; {len(points)} points are in {stored}", file=sys.stderr)
+            interrupted = True
+    if not points:
+        return 2
+    files = [stored, *draw(conditions, points, stem)]
+    result = {"conditions": conditions, "exponents": exponents(points), "points": [asdict(point) for point in points]}
+    text = json.dumps(result | {"files": [str(path) for path in files]}, indent=1) + "\n"
+    if str(args.json) == "-":
+        print(text, end="")
+    else:
+        console = Console()
+        console.width = console.width if console.is_terminal else max(console.width, TABLE_WIDTH)
+        show(console, conditions, points)
+        for path in files:
+            console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+        if args.json:
+            args.json.write_text(text)
+    bad = any(point.status == "failed" or is_different(point) for point in points)
+    return 2 if interrupted else int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The bench command finds the benchmarks and hands its options on; nothing is measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import perceiver_fast
+from perceiver_fast.__main__ import main
+from perceiver_fast.commands import bench
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What would have run: modules and their arguments; each returns 1."""
+    found = []
+
+    def load(name):
+        return SimpleNamespace(main=lambda arguments: found.append((name, arguments)) or 1)
+
+    monkeypatch.setattr(bench, "importlib", SimpleNamespace(import_module=load))
+    monkeypatch.setattr(bench, "find_root", lambda: ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "handed"),
+    [
+        ([], "benchmarks.__main__", []),
+        (["--quick", "--threads", "1"], "benchmarks.__main__", ["--quick", "--threads", "1"]),
+        (
+            ["--geometry", "readme", "--only", "not (sdpa or compile)", "--json", "a.json"],
+            "benchmarks.__main__",
+            ["--geometry", "readme", "--only", "not (sdpa or compile)", "--json", "a.json"],
+        ),
+        (["--base", "HEAD~3", "--quick"], "benchmarks.base", ["HEAD~3", "--quick"]),
+        (["--quick", "--base=main", "--pass", "step"], "benchmarks.base", ["main", "--quick", "--pass", "step"]),
+        (["--compare", "a.json", "b.json", "--fail"], "benchmarks.compare", ["a.json", "b.json", "--fail"]),
+        (["--threshold", "0.2", "--compare", "a", "b"], "benchmarks.compare", ["a", "b", "--threshold", "0.2"]),
+        (["--scaling", "--axis", "tokens"], "benchmarks.scaling", ["--axis", "tokens"]),
+        (["--scaling", "--help"], "benchmarks.scaling", ["--help"]),
+        (["--base", "HEAD", "-h"], "benchmarks.base", ["HEAD", "--help"]),
+    ],
+)
+def test_options_are_handed_on(calls, arguments, module, handed):
+    assert main(["bench", *arguments]) == 1
+    assert calls == [(module, handed)]
+
+
+def test_one_thing_at_a_time(calls, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "--base", "HEAD", "--scaling"])
+    assert stopped.value.code == 2 and "not allowed with argument" in capsys.readouterr().err and not calls
+
+
+def test_help_shows_all_options():
+    command = [sys.executable, "-m", "perceiver_fast", "bench", "--help"]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    pytest.importorskip("perceiver_pytorch")
+    assert done.returncode == 0, done.stderr
+    for option in (
+        "--base REV",
+        "--compare OLD NEW",
+        "--scaling",
+        "--quick",
+        "--geometry",
+        "--all",
+        "--only",
+        "--json",
+    ):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [(["--base", "HEAD"], "--rounds"), (["--compare", "a", "b"], "--markdown"), (["--scaling"], "--redraw")],
+)
+def test_help_of_a_mode(monkeypatch, capsys, mode, expected):
+    pytest.importorskip("perceiver_pytorch")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *mode, "--help"])
+    assert stopped.value.code == 0 and expected in capsys.readouterr().out
+
+
+def test_without_the_repository(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(perceiver_fast, "__file__", str(tmp_path / "site-packages/perceiver_fast/__init__.py"))
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/__main__.py").touch()  # somebody else's
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--quick"]) == 2
+    captured = capsys.readouterr()
+    assert "clone the repository and run `make bench`" in captured.err and not captured.out
+    assert main(["bench", "--help"]) == 0
+    captured = capsys.readouterr()
+    assert "--scaling" in captured.out and "clone the repository" in captured.err
+
+
+def test_the_current_directory_may_hold_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(perceiver_fast, "__file__", str(tmp_path / "site-packages/perceiver_fast/__init__.py"))
+    monkeypatch.chdir(ROOT)
+    assert bench.find_root() == ROOT
+
+
+def test_what_is_not_installed_is_named(calls, monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'psutil'", name="psutil")
+
+    monkeypatch.setattr(bench.importlib, "import_module", missing)
+    assert main(["bench"]) == 2
+    assert "needs psutil, which is not installed: pip install 'perceiver-fast[bench]'" in capsys.readouterr().err
+
+
+def test_a_broken_benchmark_is_no_missing_package(calls, monkeypatch):
+    def broken(name):
+        raise ModuleNotFoundError("No module named 'benchmarks.gone'", name="benchmarks.gone")
+
+    monkeypatch.setattr(bench.importlib, "import_module", broken)
+    with pytest.raises(ModuleNotFoundError, match=r"benchmarks\.gone"):
+        main(["bench"])

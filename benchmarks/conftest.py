@@ -16,10 +16,9 @@ from benchmarks.geometries import PLANS, QUICK, select  # noqa: E402
 from benchmarks.measure import DEFAULT_THREADS  # noqa: E402
 from perceiver_fast.roofs import measure_roofs  # noqa: E402
 
-collect_ignore_glob = ["nsight/*", "gpu/*"]  # no benchmarks: pytest would look for doctests there
 MISSING = pytest.StashKey[list]()
 SLOW_PEER = "compile-eager"  # compiles for as long as "compile" and is seldom the faster of the two
-QUICK_LEVELS = ("model", "layer", "grid_attention")
+QUICK_PASSES = {"model": ("forward", "step"), "layer": ("forward", "step"), "grid_attention": ("forward",)}
 QUICK_SECONDS = 0.5  # for the rounds of one side
 LEVELS = tuple(dict.fromkeys(level for plan in PLANS.values() for level in plan.levels))
 # Of a parametrized benchmark: option, parameter, what it may be, and what is measured when nothing is asked for.
@@ -67,7 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = [item for item in items if not hasattr(item, "callspec") or _wanted(config, item)]
+    kept = [item for item in items if hasattr(item, "callspec") and _wanted(config, item)]  # not examples in docstrings
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
@@ -77,7 +76,7 @@ def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     params, option = item.callspec.params, config.getoption
     if params["geometry"] not in PLANS or option("--level") and item.module.LEVEL not in option("--level"):
         return False
-    if option("--quick") and not _is_quick(item.module.LEVEL, params["peer"]):
+    if option("--quick") and not _is_quick(item.module.LEVEL, params["pass_name"], params["peer"]):
         return False
     for name, parameter, known, default in CHOICES:
         wanted = option(name) or (known if option("--all") else default)
@@ -86,9 +85,11 @@ def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     return option("--all") or bool(option("--geometry")) or params["peer"] != SLOW_PEER
 
 
-def _is_quick(level: str, peer: str) -> bool:
-    """Whether a peer is among the quick ones: compiling takes half a minute, and is worth it for whole models."""
-    return level in QUICK_LEVELS and (peer != "compile" or level == "model")
+def _is_quick(level: str, pass_name: str, peer: str) -> bool:
+    """Whether a benchmark is among the quick ones: compiling takes half a minute, and is worth it once."""
+    return pass_name in QUICK_PASSES.get(level, ()) and (
+        peer != "compile" or (level, pass_name) == ("model", "forward")
+    )
 
 
 @pytest.fixture(autouse=True)

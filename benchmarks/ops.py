@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.geometries import PLANS
-from benchmarks.measure import Call, Case, measure
+from benchmarks.measure import Call, Case, cotangent, measure
 from benchmarks.peers import OURS, compile_reasons, fast_reasons
 from benchmarks.throughput import Work, scaled
 from perceiver_fast.geometries import GEOMETRIES, Geometry
@@ -55,7 +55,7 @@ def runner(side: Callable, inputs: tuple[Tensor, ...], pass_name: str, wanted: i
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not wanted:
             return outputs[:1]
-        cotangents = [torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view(out.shape) for out in outputs]
+        cotangents = [cotangent(out) for out in outputs]
         return outputs[0], *torch.autograd.grad(outputs, inputs[:wanted], cotangents)
 
     return call

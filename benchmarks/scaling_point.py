@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import cotangent
 from benchmarks.memory import peak_memory
 from benchmarks.peers import with_sdpa
 from perceiver_fast.geometries import GEOMETRIES, Geometry
@@ -109,7 +110,7 @@ def call_of(task: Task) -> Callable[[], list[Tensor]]:
             output = model(data)
         if task.pass_name == "forward":
             return [output]
-        return [output, *torch.autograd.grad(output, wanted, torch.linspace(-1.0, 1.0, output.numel()).view_as(output))]
+        return [output, *torch.autograd.grad(output, wanted, cotangent(output))]
 
     return call
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.geometries import PLANS, eager_bytes
 from benchmarks.layers import NOT_A_PEER, PEERS, latents, named, truth
-from benchmarks.measure import Call, Case, measure, need_memory
+from benchmarks.measure import Call, Case, cotangent, measure, need_memory
 from benchmarks.peers import OURS
 from benchmarks.throughput import Work, module_work
 from perceiver_fast.geometries import GEOMETRIES, Geometry
@@ -33,8 +33,7 @@ def run(
     with autocast:
         out = module(x, data)
     own = {name.removeprefix("_orig_mod."): parameter for name, parameter in module.named_parameters()}
-    cotangent = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view(out.shape)
-    grads = torch.autograd.grad(out, (x, *own.values()), cotangent)
+    grads = torch.autograd.grad(out, (x, *own.values()), cotangent(out))
     by_name = dict(zip(own, grads[1:], strict=True))
     return out, grads[0], *(parameter(by_name.__getitem__) for parameter in named(module, geometry).values())
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.families import eager
 from benchmarks.geometries import PLANS, eager_bytes
-from benchmarks.measure import Call, Case, measure, need_memory
+from benchmarks.measure import Call, Case, cotangent, measure, need_memory
 from benchmarks.peers import OURS, PEERS, parameters, truth
 from benchmarks.throughput import Work, module_work
 from perceiver_fast.geometries import GEOMETRIES, Geometry
@@ -28,8 +28,7 @@ def run(model: nn.Module, data: Tensor, pass_name: str, dtype: str) -> tuple[Ten
             return (model(data),)
     with autocast:
         out = model(data)
-    cotangent = torch.linspace(-1.0, 1.0, out.numel(), dtype=out.dtype).view(out.shape)
-    grads = torch.autograd.grad(out, tuple(parameters(model).values()), cotangent, allow_unused=True)
+    grads = torch.autograd.grad(out, tuple(parameters(model).values()), cotangent(out), allow_unused=True)
     return out, *(grad for grad in grads if grad is not None)  # PerceiverIO without queries has an idle decoder
 
 

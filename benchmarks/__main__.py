@@ -9,17 +9,20 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks import report
+from benchmarks.base import at_least
 from benchmarks.conftest import CHOICES, LEVELS, SLOW_PEER
 from benchmarks.geometries import PLANS, QUICK
 from benchmarks.measure import DEFAULT_THREADS
 
 HERE = Path(__file__).resolve().parent
 TABLE_WIDTH = 145  # the least that the tables need
+NOTHING_COLLECTED = 5  # pytest's exit code
 BUSY = 0.5  # a load average above this is other work
 
 
@@ -38,12 +41,16 @@ def parser() -> argparse.ArgumentParser:
     )
     which.add_argument("--all", action="store_true", help=f"every geometry and dtype, also {slow}, and {SLOW_PEER}")
     top.add_argument("--level", action="append", default=[], choices=LEVELS, help="repeat (default: all)")
-    top.add_argument("--batch", action="append", default=[], type=int, help="inputs at once; repeat (default: 1)")
+    top.add_argument(
+        "--batch", action="append", default=[], type=at_least(1), help="inputs at once; repeat (default: 1)"
+    )
     for option, _, known, default in CHOICES:
         top.add_argument(option, action="append", default=[], choices=known, help=f"(default: {', '.join(default)})")
     top.add_argument("--only", default="", metavar="EXPRESSION", help='as pytest -k takes it: "not (sdpa or compile)"')
-    top.add_argument("--threads", type=int, default=DEFAULT_THREADS, help="threads (default: %(default)s)")
-    top.add_argument("--json", type=Path, help="where the numbers go (default: benchmarks/results/<cpu>-<date>.json)")
+    top.add_argument("--threads", type=at_least(1), default=DEFAULT_THREADS, help="threads (default: %(default)s)")
+    top.add_argument(
+        "--json", type=Path, help="where the numbers go (default: benchmarks/results/<cpu>-<date>.json, numbered)"
+    )
     return top
 
 
@@ -76,14 +83,16 @@ def geometries(args: argparse.Namespace) -> list[str]:
 def collect(args: argparse.Namespace, path: Path) -> tuple[int, dict]:
     """Measure every geometry in a process of its own, keeping what there is in ``path`` after each.
 
-    Returns the first exit code that is not 0, and all results.
+    Returns 0, or 1 when something failed, and all results.
     """
     result = {"conditions": report.conditions(args.threads), "roofs": {}, "rows": [], "missing": []}
     codes = []
     for geometry in geometries(args):
         code, record = run_pytest(geometry, args)
-        codes.append(code)
-        if record is None:
+        codes.append(0 if code == NOTHING_COLLECTED else code)
+        if code == NOTHING_COLLECTED:
+            result["missing"].append(report.lost(geometry, "it has nothing of what was asked for", "not run"))
+        elif record is None:
             result["missing"].append(report.lost(geometry, f"pytest ended with exit code {code} and no record"))
         else:
             result["rows"] += report.rows(record)
@@ -92,7 +101,14 @@ def collect(args: argparse.Namespace, path: Path) -> tuple[int, dict]:
         if result["rows"]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1) + "\n")
-    return next((code for code in codes if code), 0), result
+    return max(map(bool, codes)), result
+
+
+def free_path(quick: bool) -> Path:
+    """Where today's numbers go; no earlier ones are there."""
+    stem = f"{report.slug(report.cpu_name())}-{datetime.date.today().isoformat()}" + "-quick" * quick
+    names = (stem + (f"-{number}" if number > 1 else "") for number in count(1))
+    return next(path for path in (HERE / "results" / f"{name}.json" for name in names) if not path.exists())
 
 
 def show(console: Console, result: dict) -> None:
@@ -108,10 +124,9 @@ def show(console: Console, result: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns pytest's exit code."""
+    """Run the command; returns 0, or 1 when a result is wrong or failed, or 2 when nothing could be measured."""
     args = parser().parse_args(argv)
-    today = datetime.date.today().isoformat()
-    path = args.json or HERE / "results" / f"{report.slug(report.cpu_name())}-{today}.json"
+    path = args.json or free_path(args.quick)
     if not geometries(args):
         print(f"expected geometries that have --level {' or '.join(args.level)}, got none: see --help", file=sys.stderr)
         return 2
@@ -119,10 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     show(console, result)
-    if not (args.all or args.geometry):
+    if not (args.all or args.geometry or args.only):
         console.print(f"not run: {SLOW_PEER}; --geometry and --all measure it")
     if not result["rows"]:
-        return code or 1
+        return code or 2
     console.print(f"Numbers: {path}", highlight=False, soft_wrap=True)
     return code
 

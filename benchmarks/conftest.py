@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ from benchmarks.geometries import PLANS, QUICK, select  # noqa: E402
 from benchmarks.measure import DEFAULT_THREADS  # noqa: E402
 from perceiver_fast.roofs import measure_roofs  # noqa: E402
 
+HERE = Path(__file__).resolve().parent
+collect_ignore_glob = ["base*.py", "gpu*", "nsight/*", "*.md"]  # no benchmarks: pytest would look for doctests there
 MISSING = pytest.StashKey[list]()
 SLOW_PEER = "compile-eager"  # compiles for as long as "compile" and is seldom the faster of the two
 QUICK_PASSES = {"model": ("forward", "step"), "layer": ("forward", "step"), "grid_attention": ("forward",)}
@@ -45,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise ValueError(f"expected at least 1, got {number}")
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")  # argparse hides a ValueError's text
     return number
 
 
@@ -66,13 +69,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = [item for item in items if hasattr(item, "callspec") and _wanted(config, item)]  # not examples in docstrings
+    kept = [item for item in items if HERE not in item.path.parents or _wanted(config, item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
 
 def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     """Whether a benchmark was asked for; pytest makes placeholders when no chosen geometry has a level."""
+    if not hasattr(item, "callspec"):  # an example in a docstring
+        return False
     params, option = item.callspec.params, config.getoption
     if params["geometry"] not in PLANS or option("--level") and item.module.LEVEL not in option("--level"):
         return False
@@ -103,7 +108,7 @@ def forget_compiled_code():
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     outcome = yield
     report = outcome.get_result()
-    if report.outcome != "passed":
+    if report.outcome != "passed" and HERE in item.path.parents:
         params = item.callspec.params
         item.config.stash[MISSING].append(
             {

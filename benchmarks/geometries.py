@@ -8,6 +8,7 @@ from perceiver_fast.geometries import GEOMETRIES, Geometry
 
 FLOAT32_BYTES = 4
 QUICK = "cross-only"
+LEAN = ("sdpa", "compile", "smart-dense")  # peers that build no N x M matrix: they fit where the check does
 GRID = ("model", "layer", "grid_attention", "grid_scale")
 DENSE = ("model", "layer", "cross_attention")
 POINTS = (*DENSE, "fourier_projection")
@@ -70,6 +71,11 @@ def token_channels(geometry: Geometry) -> int:
         return geometry.channels
     codes = 2 * geometry.model["num_freq_bands"] + 1
     return geometry.channels * codes if geometry.family == "points" else geometry.channels + len(geometry.sizes) * codes
+
+
+def truth_bytes(geometry: Geometry, batch: int) -> int:
+    """About what perceiver-pytorch's step in float64 holds at once, its attention through torch's."""
+    return 2 * (geometry.cross_attentions + 3) * FLOAT32_BYTES * batch * geometry.tokens * token_channels(geometry)
 
 
 def eager_bytes(geometry: Geometry, batch: int, layers: int | None = None) -> int:

@@ -265,7 +265,9 @@ def absent(*modules: str, install: str) -> list[str]:
         try:
             importlib.import_module(module)
         except Exception as error:  # a broken installation raises whatever it likes
-            return [f"{module} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0]}): {install}"]
+            return [
+                f"{module} cannot be imported ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}): {install}"
+            ]
     return []
 
 
@@ -294,7 +296,7 @@ PEERS = {
     "compile": LayerPeer(lambda geometry: compiled(_sdpa(geometry)), compile_reasons),
     "transformers": LayerPeer(
         lambda geometry: load(Transformers(geometry), geometry),
-        partial(absent, "transformers", install="pip install 'perceiver-fast[bench]'"),
+        partial(absent, "transformers", install="pip install -e '.[bench]'"),
     ),
     "perceiver-io": LayerPeer(
         lambda geometry: load(PerceiverIO(geometry), geometry),

@@ -107,11 +107,13 @@ def measure(
     """
     call = build(*args)
     info = case.record() | {"threads": torch.get_num_threads()} | errors(common(call()), truths, case.dtype)
-    info |= {"peak_memory_bytes": peak_memory(build, *args), "peak_memory_method": memory_method()}
+    memory = peak_memory(build, *args)
+    info |= {"peak_memory_bytes": memory and memory.peak, "kept_memory_bytes": memory and memory.kept}
+    info |= {"peak_memory_method": memory_method()}
     benchmark.extra_info.update(info)
     start = time.perf_counter()
     call()
     rounds = max(rounds, min(MOST_ROUNDS, int(SECONDS_PER_SIDE / (time.perf_counter() - start))))
-    benchmark.pedantic(call, rounds=rounds, warmup_rounds=0, iterations=1)  # two calls warmed up
+    benchmark.pedantic(call, rounds=rounds, warmup_rounds=0, iterations=1)  # WARM_CALLS came before
     if benchmark.stats is not None:  # none under --benchmark-disable
         benchmark.extra_info.update(throughput(work, benchmark.stats.stats.median, torch.get_num_threads()))

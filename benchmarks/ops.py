@@ -7,7 +7,7 @@ on float64 inputs; a step returns the gradients of the first inputs too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pytest
@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.geometries import PLANS
 from benchmarks.measure import Call, Case, cotangent, measure
 from benchmarks.peers import OURS, compile_reasons, fast_reasons
-from benchmarks.throughput import Work, scaled
+from benchmarks.throughput import Work, counted, scaled
 from perceiver_fast.geometries import GEOMETRIES, Geometry
 
 PASSES = ("forward", "step")
@@ -31,7 +31,7 @@ class Problem:
     Args:
         inputs: tensors that every side takes.
         sides: peer to function of the inputs; the first is plain PyTorch and what the others are checked against.
-        work: of the forward.
+        work: of the forward, without counts.
         wanted: of how many of the inputs, the first ones, a step returns the gradients.
     """
 
@@ -86,15 +86,21 @@ def op_benchmark(op: str, make: Make, peers: tuple[str, ...]) -> Callable:
         if reasons:
             pytest.skip("; ".join(reasons))
         shape = GEOMETRIES[geometry]
-        work = scaled(make(shape, batch).work, pass_name)
-        if peer not in (EAGER, OURS):
-            work = Work(work.inputs, work.tokens, work.pairs, work.bytes)  # it may do it another way
+        work = scaled(counted_work(make(shape, batch), peer), pass_name)
         case = Case(op, geometry, pass_name, peer, batch)
         args = make, peer, pass_name, shape, batch
         measure(benchmark, case, build, args, truths(make, pass_name, shape, batch), work, PLANS[geometry].rounds)
 
     test_op.__name__ = f"test_{op}"
     return test_op
+
+
+def counted_work(problem: Problem, peer: str) -> Work:
+    """The problem's work with what ``peer`` does for a forward, by the operators it calls; compiled, none are seen."""
+    if peer == COMPILE:
+        return problem.work
+    counts = counted(problem.sides[peer], *problem.inputs)
+    return replace(problem.work, multiply_adds=counts.multiply_adds, exponentials=counts.exponentials)
 
 
 def random(*size: int, seed: int = 4) -> Tensor:

@@ -26,14 +26,16 @@ TITLES = {
     "grid_attention": "grid_attention: in plain PyTorch, dense SDPA given its keys and values, and perceiver-fast",
 }
 CAPTION = (
-    "Median time of a call; below it the rise of resident memory at its peak, and the peer's time over fast's (under 1, in "
+    "Median time of a call; below it the rise of resident memory at its peak (and what fast keeps between calls, packed weights), and the peer's time over fast's (under 1, in "
     "red, fast is the slower one). error: the largest relative to float64, of the output, then of a step's gradients. of "
     "roof: what fast counts, done at the measured roofs, over its time."
 )
+SHOWN_KEPT = 2**24  # bytes; less is what starting threads and libraries leaves
 ROW_KEYS = ("level", "geometry", "pass", "batch", "dtype", "peer", "threads")
 STATS = ("median", "min", "q1", "q3", "iqr", "rounds")
 MEASURED_KEYS = (
-    "relative_error", "gradient_error", "peak_memory_bytes", "peak_memory_method", "tokens", "inputs_per_second",
+    "relative_error", "gradient_error", "peak_memory_bytes", "kept_memory_bytes",
+    "peak_memory_method", "tokens", "inputs_per_second",
     "tokens_per_second", "pairs_per_second", "multiply_adds", "exponentials", "bytes_at_least", "percent_of_exp_roof",
     "percent_of_copy_roof", "percent_of_fma_roof", "percent_of_roof",
 )  # fmt: skip
@@ -147,6 +149,8 @@ def cell(sides: dict[str, dict], peer: str) -> str:
     lines = [f"{significant(row['median'] * 1e3)} ms", "-" if peak is None else f"{significant(peak / 2**20)} MiB"]
     if peer != OURS and OURS in sides:
         lines.append(ratio(row, sides[OURS]))
+    elif (kept := row["kept_memory_bytes"]) and kept > SHOWN_KEPT:
+        lines.append(f"+{significant(kept / 2**20)} kept")
     return "\n".join(lines)
 
 
@@ -176,10 +180,10 @@ def _errors(rows: list[dict]) -> str:
     return ", ".join(f"{max(values):.0e}" for values in found if values) or "-"
 
 
-def lost(geometry: str, reason: str) -> dict:
+def lost(geometry: str, reason: str, outcome: str = "failed") -> dict:
     """What is missing when the process that measured ``geometry`` left no record."""
     every = {"level": "every level", "pass": "every pass", "peer": "every peer", "batch": 1, "dtype": "float32"}
-    return {**every, "geometry": geometry, "outcome": "failed", "reason": reason}
+    return {**every, "geometry": geometry, "outcome": outcome, "reason": reason}
 
 
 def missing_lines(missing: list[dict]) -> list[str]:

@@ -25,6 +25,7 @@ from benchmarks.base import at_least
 from benchmarks.compare_view import mebibytes, milliseconds
 from benchmarks.measure import DEFAULT_THREADS
 from benchmarks.memory import memory_method
+from benchmarks.peers import compile_reasons
 from benchmarks.progress import progress
 from benchmarks.scaling_plot import draw
 from benchmarks.scaling_point import DTYPES, PASSES, PEERS, Stopped, Task, available_bytes, difference, measure
@@ -36,6 +37,7 @@ SIDES = {"tokens": (32, 56, 100, 178, 316, 562, 1000, 1778, 3162), "latents": (2
 LATENTS = {"tokens": (512,), "latents": (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)}
 QUICK = 5  # the sizes of an axis that --quick keeps
 LIMIT_SECONDS = 60.0
+HOPELESS = 4  # times the allowed memory: a peer expected to need more is not even tried
 SAME = {"float32": 1e-3, "bfloat16": 1e-1}  # what peers' results may differ by
 OURS = "fast"
 TABLE_WIDTH = 120
@@ -62,8 +64,10 @@ def sweep(axis: str, args: argparse.Namespace, say: Callable[..., object]) -> It
             say(f"{axis}: M = {side * side:,}, N = {latents:,}: {peer}")
             point, found = _point(task, what, last)
             if found is not None:
-                truth = found if truth is None else truth
-                point = Point(**asdict(point) | {"difference": difference(found, truth)})
+                if truth is None:
+                    truth = found  # of the first one nothing is known
+                else:
+                    point = Point(**asdict(point) | {"difference": difference(found, truth)})
             going[peer] = point
             if point.status != MEASURED:
                 del going[peer]
@@ -75,9 +79,9 @@ def _point(task: Task, what: dict, last: Point | None) -> tuple[Point, list | No
     needed = None
     if last is not None and last.peak_memory_bytes:
         needed = round(last.peak_memory_bytes * (what["tokens"] * what["latents"]) / (last.tokens * last.latents))
-        if needed > task.limit_bytes:
-            detail = f"needs about {mebibytes(needed)}, {mebibytes(task.limit_bytes)} are allowed: not run"
-            return Point(**what, status="out of memory", needed_bytes=needed, detail=detail), None
+        if needed > HOPELESS * task.limit_bytes:
+            detail = f"would need about {mebibytes(needed)}, {mebibytes(task.limit_bytes)} are allowed: not run"
+            return Point(**what, status="would not fit", needed_bytes=needed, detail=detail), None
     try:
         row = measure(task)
     except Stopped as stop:
@@ -174,6 +178,8 @@ def reasons(args: argparse.Namespace) -> list[str]:
         found.append("this system has no /proc, by which memory is limited and measured: run it on Linux")
     if args.redraw is None and OURS in args.peers and extension.error:
         found.append(f"{extension.error}; or leave {OURS} out of --peers")
+    if args.redraw is None and "compile" in args.peers and (why := compile_reasons()):
+        found.append(f"{'; '.join(why)}; or leave compile out of --peers")
     if not args.limit_seconds > 0:
         found.append(f"--limit-seconds: expected more than 0, got {args.limit_seconds:g}")
     return found

@@ -98,7 +98,7 @@ def _panel(panel, points: list[Point], axis: str, value: str) -> None:
 
 def _stop_text(stop: Point) -> str:
     symbol = "M" if stop.axis == "tokens" else "N"
-    needed = f" (needs {stop.needed_bytes / 2**30:.3g} GiB)" if stop.needed_bytes else ""
+    needed = f" (would need {stop.needed_bytes / 2**30:.3g} GiB)" if stop.needed_bytes else ""
     return f"{stop.status}\nat {symbol} = {stop.size:,}{needed}"
 
 

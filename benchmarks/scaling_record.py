@@ -25,13 +25,14 @@ class Point:
         pass_name: forward or step.
         dtype: float32 or bfloat16.
         threads: that computed.
-        status: measured, or why the peer stops here: out of memory, too slow, failed.
+        status: measured, or why the peer stops here: out of memory, would not fit (so much
+            more than is allowed that it was not tried), too slow, failed.
         median: seconds of a call; q1, q3 and min likewise, of ``rounds`` calls.
         peak_memory_bytes: by which the resident set grew at its peak in a call. The input was there before, and is not in
             it.
         input_bytes: size of the input.
         needed_bytes: about what the peer would have needed, where it stopped for that.
-        difference: of the output, and of gradients' norms, from the first peer's; relative.
+        difference: of the output, and of gradients' norms, from the first peer's; relative; None of the first itself.
         detail: how the peer stopped.
     """
 

@@ -39,9 +39,8 @@ def problem(geometry: Geometry, batch: int) -> Problem:
     k = random(batch, heads, geometry.tokens, keys, seed=5)
     v = random(batch, heads, geometry.tokens, channels, seed=6)
     pairs = batch * heads * geometry.queries * geometry.tokens
-    multiply_adds = pairs * (keys + channels)
     least = nbytes(q, k, v) + 4 * batch * heads * geometry.queries * channels
-    work = Work(batch, batch * geometry.tokens, pairs, least, multiply_adds, pairs)
+    work = Work(batch, batch * geometry.tokens, pairs, least)
     return Problem((q, k, v), {"eager": eager, "sdpa": sdpa, "fast": fast}, work, wanted=3)
 
 

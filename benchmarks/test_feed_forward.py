@@ -29,7 +29,7 @@ def problem(geometry: Geometry, batch: int) -> Problem:
     weight2 = random(width, wide, seed=6) * wide**-0.5
     inputs = z, weight1, random(2 * wide, seed=7), weight2
     rows = batch * geometry.queries
-    work = Work(batch, rows, 0, nbytes(*inputs) + z.nbytes, 3.0 * rows * width * wide)
+    work = Work(batch, rows, 0, nbytes(*inputs) + z.nbytes)
     return Problem(inputs, {"eager": eager, "fast": ops.feed_forward}, work, wanted=4)
 
 

@@ -39,7 +39,7 @@ def problem(geometry: Geometry, batch: int) -> Problem:
 
     tokens = batch * geometry.tokens
     least = nbytes(weight, data) + 4 * tokens * width
-    work = Work(batch, tokens, 0, least, tokens * channels * width)
+    work = Work(batch, tokens, 0, least)
     return Problem((weight, data), {"eager": eager, "fast": fast}, work, wanted=1)
 
 

@@ -31,7 +31,7 @@ def problem(geometry: Geometry, batch: int) -> Problem:
         return ops.grid_scale(data, mean, square, widths, EPS)
 
     count = batch * geometry.tokens
-    work = Work(batch, count, 0, nbytes(data, mean, square) + 4 * count, count * (2 * geometry.channels + len(widths)))
+    work = Work(batch, count, 0, nbytes(data, mean, square) + 4 * count)
     assert tokens.channels == token_channels(geometry)
     return Problem((data, codes, mean, square), {"eager": eager, "fast": fast}, work, wanted=1)
 

@@ -30,7 +30,7 @@ def problem(geometry: Geometry, batch: int) -> Problem:
     x, branch = (random(batch, geometry.queries, width, seed=seed) for seed in (4, 5))
     vectors = [random(width, seed=seed) for seed in (6, 7, 8)]
     rows = batch * geometry.queries
-    work = Work(batch, rows, 0, 2 * nbytes(x, branch), 6.0 * rows * width)
+    work = Work(batch, rows, 0, 2 * nbytes(x, branch))
     return Problem((x, branch, *vectors), {"eager": eager, "fast": fast}, work, wanted=5)
 
 

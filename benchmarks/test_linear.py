@@ -26,7 +26,7 @@ def problem(geometry: Geometry, batch: int) -> Problem:
         return linear(x, weight, cache=cache)
 
     rows = batch * geometry.queries
-    work = Work(batch, rows, 0, nbytes(x, weight) + 4 * rows * len(weight), float(rows * weight.numel()))
+    work = Work(batch, rows, 0, nbytes(x, weight) + 4 * rows * len(weight))
     return Problem((x, weight), {"eager": F.linear, "fast": fast}, work, wanted=2)
 
 

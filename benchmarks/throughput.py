@@ -6,6 +6,7 @@ second. Exponentials and multiply-adds are vector instructions that take turns, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,7 @@ def throughput(work: Work, seconds: float, threads: int) -> dict:
     return found
 
 
-def counted(module: nn.Module, *inputs: torch.Tensor) -> Counts:
+def counted(module: Callable, *inputs: torch.Tensor) -> Counts:
     """What a forward's operators do, counted on tensors without content."""
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, WorkCounter() as counter:
         module(*(mode.from_tensor(x) for x in inputs))

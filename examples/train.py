@@ -95,6 +95,7 @@ class Training:
         ours.load_state_dict(theirs.state_dict())
         self.learners = {OURS: Learner(ours, steps)} | ({THEIRS: Learner(theirs, steps)} if compare else {})
         self.step = 0
+        self.saved: int | None = None  # the step that the checkpoint is of
 
     def advance(self) -> None:
         """One step of every model that still learns."""
@@ -114,6 +115,7 @@ class Training:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        self.saved = self.step
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint; raises ValueError if that is of other settings."""
@@ -123,7 +125,7 @@ class Training:
             raise ValueError(f"{path} was written with {', '.join(other)}; give the same, or leave --resume out")
         for name, learner in self.learners.items():
             learner.restore(state["learners"][name])
-        self.step = state["step"]
+        self.step = self.saved = state["step"]
         torch.set_rng_state(state["rng"])
 
 
@@ -218,8 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             console.print("interrupted")
     if training.step < steps:
-        last = training.step // args.every * args.every
-        console.print(f"stopped after step {training.step}; --resume goes on from the checkpoint, of step {last}")
+        saved = f"--resume goes on from the checkpoint, of step {training.saved}"
+        console.print(
+            f"stopped after step {training.step}; {saved if training.saved else 'no checkpoint was written yet'}"
+        )
         return 0 if training.step == args.stop_at else 1
     ours, theirs = training.learners[OURS], training.learners.get(THEIRS)
     if done < steps:

@@ -170,6 +170,8 @@ def observe(who: str, model: nn.Module, layer: int | str, last: int | None, data
     if not layers:
         raise TypeError(f"{who}: expected a perceiver_fast model, got {type(model).__name__}")
     crosses = [name for name, module in layers.items() if isinstance(module, CrossAttention)]
+    if isinstance(layer, str) and layer not in layers and f"{layer}.fn" in layers:
+        layer = f"{layer}.fn"  # explain's name is that of the layer with its norm
     if isinstance(layer, str) and layer not in layers:
         raise ValueError(
             f"{who}: expected layer to be one of {', '.join(crosses or layers)}, got {layer!r}; "

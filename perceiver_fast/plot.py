@@ -68,7 +68,7 @@ def plot_attention_map(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"{WHO} needs matplotlib: pip install 'perceiver-fast[demo]' ({error})") from error
+        raise ImportError(f"{WHO} needs matplotlib: pip install -e '.[demo]' ({error})") from error
 
     parts = _parts(maps, data, coords)
     counts = {len(values) for values, *_ in parts.values()}

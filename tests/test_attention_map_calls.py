@@ -124,3 +124,21 @@ def test_no_attention_matrix_exists():
         maps = pf.attention_map(model, data, latents=[5])
     largest = max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
     assert maps.shape == (1, 1, 1, 1000, 1000) and largest <= 3 * 4 * 10**6  # of the input's size
+
+
+@pytest.mark.parametrize("module", ["", "gated", "mixed_latents", "experimental"])
+def test_every_name_that_explain_prints(module):
+    model = getattr(pf, module).Perceiver(**GRID) if module else pf.Perceiver(**GRID)
+    data = torch.randn(1, *IMAGE)
+    paths = pf.explain(model, data).layers
+    names = [path.layer for path in paths if path.path or path.choice.op == "self_attention"]
+    assert len(names) >= 3
+    for name in names:
+        assert pf.attention_map(model, data, name, latents=[0]).shape[:1] == (1,)
+
+
+def test_latents_that_are_as_many_as_pixels_are_no_picture():
+    model = pf.Perceiver(**GRID | dict(num_latents=30))
+    data = torch.randn(1, *IMAGE)
+    assert pf.attention_map(model, data, "layers.0.self_attns.0.0").shape == (1, 2, 8, 30)
+    assert pf.attention_map(model, data, "layers.0.cross_attn").shape == (1, 2, 8, 5, 6)

@@ -44,6 +44,7 @@ def calls(monkeypatch):
         (["--quick", "--base=main", "--pass", "step"], "benchmarks.base", ["main", "--quick", "--pass", "step"]),
         (["--compare", "a.json", "b.json", "--fail"], "benchmarks.compare", ["a.json", "b.json", "--fail"]),
         (["--threshold", "0.2", "--compare", "a", "b"], "benchmarks.compare", ["a", "b", "--threshold", "0.2"]),
+        (["--base", ""], "benchmarks.base", [""]),  # as an empty variable of a script is handed on
         (["--scaling", "--axis", "tokens"], "benchmarks.scaling", ["--axis", "tokens"]),
         (["--scaling", "--help"], "benchmarks.scaling", ["--help"]),
         (["--base", "HEAD", "-h"], "benchmarks.base", ["HEAD", "--help"]),
@@ -115,7 +116,7 @@ def test_what_is_not_installed_is_named(calls, monkeypatch, capsys):
 
     monkeypatch.setattr(bench.importlib, "import_module", missing)
     assert main(["bench"]) == 2
-    assert "needs psutil, which is not installed: pip install 'perceiver-fast[bench]'" in capsys.readouterr().err
+    assert "needs psutil, which is not installed: pip install -e '.[bench]'" in capsys.readouterr().err
 
 
 def test_a_broken_benchmark_is_no_missing_package(calls, monkeypatch):

@@ -167,14 +167,14 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find_spec(name))
     assert main(["demo"]) == 2
-    assert capsys.readouterr().out == f"The demo needs scikit-learn: {demo.INSTALL}\n"
+    assert capsys.readouterr().err == f"demo: needs scikit-learn: {demo.INSTALL}\n"
 
 
 def test_unreadable_photograph(tmp_path, capsys):
     (tmp_path / "photo.png").write_text("no picture")
     assert main(["demo", "--image", str(tmp_path / "photo.png")]) == 2
     assert main(["demo", "--image", str(tmp_path / "missing.png")]) == 2
-    assert capsys.readouterr().out.count("Cannot start: ") == 2
+    assert capsys.readouterr().err.count("demo: ") == 2
 
 
 def test_other_photographs(tmp_path):

@@ -121,6 +121,7 @@ def variables_read():
         text = source.read_text()
         found |= {name: source.name for pattern in MENTIONS for name in re.findall(pattern, text)}
     made = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    found.pop("PYTHONPATH", None)  # Python's own
     return found | dict.fromkeys(made, "Makefile")
 
 

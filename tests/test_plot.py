@@ -196,7 +196,7 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'perceiver-fast[demo]'" in done.stdout, done.stderr
+    assert "pip install -e '.[demo]'" in done.stdout, done.stderr
 
 
 def test_importing_the_package_does_not_import_matplotlib():

@@ -3,7 +3,7 @@
 #
 #   benchmarks/nsight/cpu.sh [OPTIONS]
 #
-# OPTIONS are those of `perceiver-fast profile`, but --tool, --pass and --device.
+# OPTIONS are those of `perceiver-fast profile`, but --tool, --pass, --device, --dry-run and --kernel; paths are relative to the root.
 # PYTHON (default: python3) runs it. Exit code: 0, or 2 when perf is not there; torch's tables come first.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import perceiver_fast
 
-EXTRA = "pip install 'perceiver-fast[bench]'"
+EXTRA = "pip install -e '.[bench]'"
 MODES = {"base": "benchmarks.base", "compare": "benchmarks.compare", "scaling": "benchmarks.scaling"}
 SUITE = "benchmarks.__main__"
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code of what was run, or 2 where the benchmarks or their needs are missing."""
     own = own_parser()
     chosen, rest = own.parse_known_args(args.arguments)
-    mode = next((name for name in MODES if getattr(chosen, name)), None)
+    mode = next((name for name in MODES if getattr(chosen, name) not in (None, False)), None)
     if chosen.help:
         rest.append("--help")
         if mode is None:

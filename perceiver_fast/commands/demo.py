@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from perceiver_fast.commands.options import positive
 
 SEED = 0
 TOLERANCE = 1e-3  # of the largest output: rounding in float32 stays far below
-INSTALL = "pip install 'perceiver-fast[demo]'"
+INSTALL = "pip install -e '.[demo]'"
 REQUIRED = {"matplotlib": "matplotlib", "PIL": "pillow", "psutil": "psutil", "sklearn": "scikit-learn"}
 PICTURED = "imagenet-lucid-1"
 
@@ -63,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file or a pipe has no width of its own
     if missing := [package for module, package in REQUIRED.items() if not _installed(module)]:
-        console.print(f"The demo needs {', '.join(missing)}: {INSTALL}", markup=False)
+        print(f"demo: needs {', '.join(missing)}: {INSTALL}", file=sys.stderr)
         return 2
     try:
         photo = load_photo(args.image, args.max_side)
         for folder in (args.out, *([args.json.parent] if args.json else [])):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        console.print(f"Cannot start: {error}", markup=False)
+        print(f"demo: {error}", file=sys.stderr)
         return 2
     if extension.error:
         console.rule("[bold red]THE C++ KERNELS DO NOT RUN", style="red")

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         if not args.dry_run:
             args.out.mkdir(parents=True, exist_ok=True)
         return _run_torch(args) if args.tool == "torch" else _run_tool(args)
+    except BrokenPipeError:
+        raise  # whoever read has seen enough
     except (CannotRun, OSError) as reason:
         print(f"profile: {reason}", file=sys.stderr)
         return 2

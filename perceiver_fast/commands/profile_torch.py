@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
+from perceiver_fast.commands.console import wide_console
 from perceiver_fast.commands.profile_workload import BACKWARD, FORWARD, PROFILED, Prepared, Workload, iterate, warm_up
 from perceiver_fast.ranges import OPS, ranges
 
@@ -78,7 +79,7 @@ def range_times(events: Iterable, iterations: int, cuda: bool) -> list[RangeTime
         cuda: whether kernels' times are there.
     """
     events = [e for e in events if e.is_user_annotation and e.device_type == DeviceType.CPU]
-    events.sort(key=lambda event: event.time_range.start)
+    events.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
     parents, times = _parents(events), {}
     whole = sum(event.time_range.elapsed_us() for event in events if event.name == PROFILED)
     for event in events:
@@ -132,7 +133,6 @@ def profile(prepared: Prepared, workload: Workload, folder: Path) -> dict:
 
 def show(result: dict, title: str) -> None:
     """Print :func:`profile`'s result for people."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -149,8 +149,7 @@ def show(result: dict, title: str) -> None:
         numbers = [f"{time['calls']:g}", _ms(time["total_us"]), _ms(time["self_us"]), f"{time['share']:.1%}"]
         numbers += [_ms(time["cuda_total_us"]), _ms(time["cuda_self_us"])] if cuda else []
         table.add_row(escape(time["name"]), *numbers)
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    wide_console().print(table)
 
 
 def _ms(microseconds: float) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from perceiver_fast.commands.options import positive
 from perceiver_fast.geometries import GEOMETRIES
 from perceiver_fast.ranges import open_range, ranges
 
@@ -69,14 +70,6 @@ class Workload:
         command += ["--iterations", str(self.iterations)]
         command += [] if self.threads is None else ["--threads", str(self.threads)]
         return command + ["--tiny"] * self.tiny
-
-
-def positive(text: str) -> int:
-    """For argparse: an int of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

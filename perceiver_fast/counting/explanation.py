@@ -115,7 +115,7 @@ class Explanation:
         whole = sum(parts)
         return [part / whole if whole else 0.0 for part in parts]
 
-    def folded(self) -> list[Folded[LayerPath]]:
+    def folded(self) -> list[Folded]:
         """The rows, repeated blocks together. They may differ in bytes: what comes between is counted with one."""
 
         def same(path: LayerPath) -> tuple:

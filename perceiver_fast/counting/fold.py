@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import groupby
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 
-class Folded(NamedTuple, Generic[T]):
+class Folded(NamedTuple):
     """A name that stands for several, and the items that it stands for."""
 
     name: str
-    items: list[T]
+    items: list
 
 
-def fold(items: Sequence[T], name: Callable[[T], str], key: Callable[[T], Hashable]) -> list[Folded[T]]:
+def fold(items: Sequence[T], name: Callable[[T], str], key: Callable[[T], Hashable]) -> list[Folded]:
     """Fold items whose dotted names differ in an index alone.
 
     Neighbours in an enumeration are folded when they consist of the same: the same names further down, and equal keys.
@@ -37,8 +37,8 @@ def fold(items: Sequence[T], name: Callable[[T], str], key: Callable[[T], Hashab
     return _fold([Folded(name(item), [item]) for item in items], key)
 
 
-def _fold(lines: list[Folded[T]], key: Callable[[T], Hashable]) -> list[Folded[T]]:
-    children: dict[str, list[Folded[T]]] = {}
+def _fold(lines: list[Folded], key: Callable[[T], Hashable]) -> list[Folded]:
+    children: dict[str, list[Folded]] = {}
     for line in lines:
         head, _, rest = line.name.partition(".")
         children.setdefault(head, []).append(Folded(rest, line.items))

@@ -172,6 +172,7 @@ def test_links_out_of_the_pages_are_mended():
 
 
 def test_pictures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
     done = subprocess.run(
         [sys.executable, str(DOCS / "make_pictures.py"), "--out", str(tmp_path)], capture_output=True, text=True
     )
@@ -194,7 +195,7 @@ def test_counts_are_the_planners():
 
 
 def test_accuracy_table(capsys):
-    """A row is measured again: its form is the page's, and ours is no worse than the page says it is."""
+    """A row is measured again: its form is the page's, and ours is within twice perceiver-pytorch's error."""
     script = load("make_accuracy")
     assert script.main(["--model", "imagenet-lucid", "--seeds", "1", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)

@@ -120,12 +120,12 @@ def op_range(name: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def run(*args, **keywords):
-            if _open is None or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or _open is None:  # in this order: a compiler guards on what it looks at
                 return function(*args, **keywords)
             with _open(name):
                 return function(*args, **keywords)
 
-        return _unseen(run, function)
+        return run
 
     return decorate
 
@@ -135,17 +135,11 @@ def layer_range(forward: F) -> F:
 
     @functools.wraps(forward)
     def run(self, *args, **keywords):
-        if _open is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _open is None:
             return forward(self, *args, **keywords)
         with _open(_names.get(self) or type(self).__name__):
             return forward(self, *args, **keywords)
 
-    return _unseen(run, forward)
-
-
-def _unseen(run: F, function: F) -> F:
-    """``run``, in whose place torch.compile traces ``function``: no guard, so no recompilation when ranges change."""
-    run._torchdynamo_inline = function
     return run
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.base import at_least
 from benchmarks.conftest import CHOICES, LEVELS, SLOW_PEER
 from benchmarks.geometries import PLANS, QUICK
 from benchmarks.measure import DEFAULT_THREADS
+from perceiver_fast.commands.options import positive
 
 HERE = Path(__file__).resolve().parent
 TABLE_WIDTH = 145  # the least that the tables need
@@ -41,13 +41,11 @@ def parser() -> argparse.ArgumentParser:
     )
     which.add_argument("--all", action="store_true", help=f"every geometry and dtype, also {slow}, and {SLOW_PEER}")
     top.add_argument("--level", action="append", default=[], choices=LEVELS, help="repeat (default: all)")
-    top.add_argument(
-        "--batch", action="append", default=[], type=at_least(1), help="inputs at once; repeat (default: 1)"
-    )
+    top.add_argument("--batch", action="append", default=[], type=positive, help="inputs at once; repeat (default: 1)")
     for option, _, known, default in CHOICES:
         top.add_argument(option, action="append", default=[], choices=known, help=f"(default: {', '.join(default)})")
     top.add_argument("--only", default="", metavar="EXPRESSION", help='as pytest -k takes it: "not (sdpa or compile)"')
-    top.add_argument("--threads", type=at_least(1), default=DEFAULT_THREADS, help="threads (default: %(default)s)")
+    top.add_argument("--threads", type=positive, default=DEFAULT_THREADS, help="threads (default: %(default)s)")
     top.add_argument(
         "--json", type=Path, help="where the numbers go (default: benchmarks/results/<cpu>-<date>.json, numbered)"
     )

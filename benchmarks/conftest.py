@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `from benchmarks
 from benchmarks import measure  # noqa: E402
 from benchmarks.geometries import PLANS, QUICK, select  # noqa: E402
 from benchmarks.measure import DEFAULT_THREADS  # noqa: E402
+from perceiver_fast.commands.options import positive  # noqa: E402
 from perceiver_fast.roofs import measure_roofs  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -35,21 +35,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("perceiver-fast benchmarks")
     group.addoption("--geometry", action="append", default=[], choices=list(PLANS), help="one to measure; repeat")
     group.addoption("--level", action="append", default=[], choices=LEVELS, help="model, layer, or an op; repeat")
-    group.addoption("--batch", action="append", default=[], type=_positive, help="inputs at once; repeat (default: 1)")
+    group.addoption("--batch", action="append", default=[], type=positive, help="inputs at once; repeat (default: 1)")
     for option, _, known, default in CHOICES:
         group.addoption(
             option, action="append", default=[], choices=known, help=f"repeat (default: {', '.join(default)})"
         )
     group.addoption("--all", action="store_true", help=f"every geometry and dtype, also the slow ones, and {SLOW_PEER}")
     group.addoption("--quick", action="store_true", help=f"only {QUICK}, one thing each: done in three minutes")
-    group.addoption("--threads", type=_positive, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")  # argparse hides a ValueError's text
-    return number
+    group.addoption("--threads", type=positive, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,6 +74,8 @@ def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     params, option = item.callspec.params, config.getoption
     if params["geometry"] not in PLANS or option("--level") and item.module.LEVEL not in option("--level"):
         return False
+    if not getattr(item.module, "fits", lambda *_: True)(params["geometry"], params["peer"]):
+        return False  # it would be another peer under another name
     if option("--quick") and not _is_quick(item.module.LEVEL, params["pass_name"], params["peer"]):
         return False
     for name, parameter, known, default in CHOICES:

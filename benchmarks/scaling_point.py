@@ -13,14 +13,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import quantiles
 
-import perceiver_pytorch
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.measure import cotangent
 from benchmarks.memory import WARM_CALLS, peak_memory
-from benchmarks.peers import with_sdpa
+from benchmarks.peers import PEERS as BUILDERS
 from perceiver_fast.geometries import GEOMETRIES, Geometry
 
 PEERS = ("eager", "sdpa", "compile", "fast")
@@ -83,22 +82,9 @@ def available_bytes() -> int:
     return int(AVAILABLE_SHARE * free)
 
 
-def model_of(task: Task) -> nn.Module:
-    """The model of the task's peer, all with the same weights."""
-    torch.manual_seed(0)
-    theirs = perceiver_pytorch.Perceiver(**task.geometry.arguments)
-    if task.peer == "fast":
-        model = task.geometry.build()
-        model.load_state_dict(theirs.state_dict())
-        return model
-    if task.peer == "eager":
-        return theirs
-    return torch.compile(with_sdpa(theirs), dynamic=False) if task.peer == "compile" else with_sdpa(theirs)
-
-
 def call_of(task: Task) -> Callable[[], list[Tensor]]:
     """What is measured: a call that returns the output, and after a step every gradient, in the order of their names."""
-    model, data = model_of(task).train(task.pass_name == "step"), task.geometry.input()
+    model, data = BUILDERS[task.peer].build(task.geometry).train(task.pass_name == "step"), task.geometry.input()
     names = {name.removeprefix("_orig_mod."): parameter for name, parameter in model.named_parameters()}
     wanted = [names[name] for name in sorted(names)]
 
@@ -150,8 +136,7 @@ def measure(task: Task) -> dict:
     try:
         memory = peak_memory(limited_call_of, task)
     except RuntimeError as error:
-        killed = f"exit code {-signal.SIGKILL}" in str(error) or "exit code 1" in str(error)  # or an allocation failed
-        status = "out of memory" if killed else "failed"
+        status = "out of memory" if f"exit code {-signal.SIGKILL}" in str(error) else "failed"
         raise Stopped(status, f"measuring memory: {error}") from None
     return {
         "median": median,

@@ -19,6 +19,7 @@ sys.path.insert(0, str(HERE.parent))  # this checkout's package
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.commands.peer_model import peer_model
 from perceiver_fast.geometries import GEOMETRIES, Geometry
 
 PAGE = HERE / "accuracy.md"
@@ -30,35 +31,6 @@ SHARPER = 10
 SEEDS = 5
 MEASURED = ("output, float32", "gradients, float32", "output, autocast to bfloat16", "output, bfloat16")
 MODELS = ("perceiver-pytorch", "perceiver-fast")
-
-
-class EncodedPoints(nn.Module):
-    """Points through perceiver-pytorch: positions are encoded here, and the model is told that its input is."""
-
-    def __init__(self, **arguments):
-        super().__init__()
-        import perceiver_pytorch
-
-        self.max_freq, self.bands = arguments["max_freq"], arguments["num_freq_bands"]
-        channels = arguments["input_channels"] * (2 * self.bands + 1)
-        encoded = {"fourier_encode_data": False, "input_channels": channels, "input_axis": 1}
-        self.model = perceiver_pytorch.Perceiver(**arguments | encoded)
-
-    def forward(self, coords: Tensor) -> Tensor:
-        from perceiver_pytorch.perceiver_pytorch import fourier_encode
-
-        return self.model(fourier_encode(coords, self.max_freq, self.bands).flatten(-2))
-
-
-def original(geometry: Geometry) -> nn.Module:
-    """perceiver-pytorch's model."""
-    import perceiver_pytorch
-
-    arguments = dict(geometry.arguments)
-    if geometry.family == "io":
-        del arguments["input_axis"]
-        return perceiver_pytorch.PerceiverIO(dim=arguments.pop("input_channels"), **arguments)
-    return (EncodedPoints if geometry.family == "points" else perceiver_pytorch.Perceiver)(**arguments)
 
 
 def smaller(name: str, sizes: tuple[int, ...]) -> Geometry:
@@ -88,7 +60,7 @@ def relative(value: Tensor, truth: Tensor) -> float:
 def errors(geometry: Geometry, seed: int) -> list[tuple[float, float]]:
     """Errors of perceiver-pytorch and of perceiver-fast, MEASURED; the truth is perceiver-pytorch in float64."""
     torch.manual_seed(seed)
-    theirs, ours = original(geometry), geometry.build()
+    theirs, ours = peer_model(geometry), geometry.build()
     weights = {k: v * SHARPER if "cross_attn.fn.to_q" in k else v for k, v in theirs.state_dict().items()}
     for model in (theirs, ours):
         model.load_state_dict(weights)

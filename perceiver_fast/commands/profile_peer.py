@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from perceiver_fast.commands.peer_model import peer_model
 from perceiver_fast.commands.profile_workload import CannotRun
 from perceiver_fast.geometries import Geometry
 from perceiver_fast.ranges import open_range
-
-
-class EncodedPoints(nn.Module):
-    """A point cloud through perceiver-pytorch: positions are encoded, and the model is told that its input is."""
-
-    def __init__(self, **arguments: Any):
-        super().__init__()
-        import perceiver_pytorch
-
-        self.max_freq, self.bands = arguments["max_freq"], arguments["num_freq_bands"]
-        channels = arguments["input_channels"] * (2 * self.bands + 1)
-        encoded = arguments | {"fourier_encode_data": False, "input_channels": channels, "input_axis": 1}
-        self.model = perceiver_pytorch.Perceiver(**encoded)
-
-    def forward(self, coords: Tensor) -> Tensor:
-        from perceiver_pytorch.perceiver_pytorch import fourier_encode
-
-        return self.model(fourier_encode(coords, self.max_freq, self.bands).flatten(-2))
 
 
 def build(geometry: Geometry) -> nn.Module:
@@ -37,19 +19,11 @@ def build(geometry: Geometry) -> nn.Module:
         CannotRun: it is not installed.
     """
     try:
-        import perceiver_pytorch
+        model = peer_model(geometry)
     except ImportError as error:
         raise CannotRun(
             f"expected perceiver-pytorch to be installed ({error}); pip install perceiver-pytorch"
         ) from None
-    arguments = dict(geometry.arguments)
-    if geometry.family == "points":
-        model = EncodedPoints(**arguments)
-    elif geometry.family == "io":
-        del arguments["input_axis"]
-        model = perceiver_pytorch.PerceiverIO(dim=arguments.pop("input_channels"), **arguments)
-    else:
-        model = perceiver_pytorch.Perceiver(**arguments)
     for name, module in model.named_modules():
         if name and type(module).__module__.startswith("perceiver_pytorch"):
             _mark(module, name)

@@ -30,7 +30,7 @@ CAPTION = (
     "red, fast is the slower one). error: the largest relative to float64, of the output, then of a step's gradients. of "
     "roof: what fast counts, done at the measured roofs, over its time."
 )
-SHOWN_KEPT = 2**26  # bytes; less is what starting threads and libraries leaves, of any peer
+SHOWN_KEPT = 2**27  # bytes; less is what starting threads and libraries leaves, of any peer
 ROW_KEYS = ("level", "geometry", "pass", "batch", "dtype", "peer", "threads")
 STATS = ("median", "min", "q1", "q3", "iqr", "rounds")
 MEASURED_KEYS = (

@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.layers.pre_norm import is_cross_attention
 from perceiver_fast.models import MultimodalPerceiver
-from perceiver_fast.layers import CrossAttention
 from perceiver_fast.observe import Attended, observe
 
 WEIGHTS = 2**24  # that exist at once where many latents are looked at
@@ -76,7 +76,7 @@ def attention_map(
     maps = seen.weights(chosen)
     maps = maps.mean(1) if heads == "mean" else maps
     if not seen.grouped:
-        return _unflatten(maps, data) if isinstance(seen.layer, CrossAttention) else maps
+        return _unflatten(maps, data) if is_cross_attention(seen.layer) else maps
     names = _modalities(model, data) or range(len(seen.groups))
     parts = maps.split([group.count for group in seen.groups], -1)
     given = [data[name] if isinstance(data, Mapping) else None for name in names]

@@ -132,9 +132,13 @@ def _counted(tensor: Tensor) -> bool:
 class Cached(nn.Module):
     """A module with a :class:`ParameterCache`, emptied when the module's parameters move or change their dtype."""
 
-    def __init__(self):
-        super().__init__()
-        self.cache = ParameterCache()
+    @property
+    def cache(self) -> ParameterCache:
+        """Made when it is first asked for: modules that perceiver-pytorch pickled come without."""
+        cache = self.__dict__.get("_parameter_cache")
+        if cache is None:
+            cache = self.__dict__["_parameter_cache"] = ParameterCache()
+        return cache
 
     def _apply(self, fn, recurse=True):
         self.cache.clear()

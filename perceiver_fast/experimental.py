@@ -1,5 +1,17 @@
-"""``perceiver_pytorch.experimental``'s import path."""
+"""``perceiver_pytorch.experimental``'s import path: the Perceiver and what it is built of."""
 
+from perceiver_fast.layers import Attention, FeedForward, LinearAttention, PreNorm
+from perceiver_fast.models.helpers import cache_by_key as cache_fn, default, exists, fourier_encode
 from perceiver_fast.models.experimental import Perceiver
 
-__all__ = ["Perceiver"]
+__all__ = [
+    "Attention",
+    "FeedForward",
+    "LinearAttention",
+    "Perceiver",
+    "PreNorm",
+    "cache_fn",
+    "default",
+    "exists",
+    "fourier_encode",
+]

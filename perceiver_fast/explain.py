@@ -15,7 +15,8 @@ from perceiver_fast.counting.original import wide_channels
 from perceiver_fast.counting.recording import Recorder, Row, layers_of
 from perceiver_fast.counting.shapes import shapes_mode
 from perceiver_fast.counting.work import Counts, WorkCounter, total
-from perceiver_fast.layers import Attention, CrossAttention, FeedForward, PreNorm
+from perceiver_fast.layers import Attention, FeedForward, PreNorm
+from perceiver_fast.layers.pre_norm import is_cross_attention, why_modules
 from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu
 from perceiver_fast.ops.grid_scale import choose_grid_scale
 from perceiver_fast.ops.layer_norm import choose_layer_norm
@@ -52,7 +53,7 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
         >>> found.multiply_adds < found.original.multiply_adds
         True
     """
-    if not any(isinstance(module, CrossAttention) for _, module in layers_of(model)):
+    if not any(is_cross_attention(module) for _, module in layers_of(model)):
         raise TypeError(f"explain: expected a perceiver_fast model, got {type(model).__name__}")
     like = next(model.parameters())
     mode = shapes_mode(list(model.parameters()), data, args, kwargs)
@@ -95,11 +96,20 @@ def _choice(row: Row, like: Tensor) -> Choice:
     if row.attended:
         return row.attended[0].plan.choice
     inner = _inner(row)
+    why = why_modules(row.module) if isinstance(row.module, PreNorm) else None
+    if why is not None:
+        return Choice(_op(inner), "torch", {"fused": [why]})
     if isinstance(inner, Attention):
         return Choice("self_attention", "sdpa")
     if isinstance(inner, FeedForward) and wide_channels(inner):
         return Choice("feed_forward", _linear(inner, row.calls[0].shape, like).backend.split(" ")[0])
     return Choice(type(inner).__name__, "torch")
+
+
+def _op(inner: nn.Module) -> str:
+    if isinstance(inner, Attention):
+        return "self_attention"
+    return "feed_forward" if isinstance(inner, FeedForward) else type(inner).__name__
 
 
 def _linear(feed_forward: FeedForward, shape: Sequence[int], like: Tensor) -> Choice:

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.layers import Attention, CrossAttention, ResidualStream
-from perceiver_fast.layers.stream import normalize
+from perceiver_fast.layers import Attention
+from perceiver_fast.layers.cross_attention import FusedCrossAttention, why_cross_attention_modules
+from perceiver_fast.layers.observer import Observer, observing
+from perceiver_fast.layers.pre_norm import is_cross_attention
 from perceiver_fast.ops.library import compute_dtype, unless_autocast
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, TokenGroups, Tokens
 
@@ -37,7 +39,7 @@ class Attended:
     """What one attention layer was called with.
 
     Args:
-        layer: the layer, a :class:`CrossAttention` or the latents' :class:`Attention`.
+        layer: the layer, a PreNorm with a context or the latents' :class:`Attention`.
         z: what attends, normalised, ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares it.
         groups: what is attended to; of self-attention ``z`` itself.
         masks: ``[B, M_g]`` or None for each of them.
@@ -55,7 +57,8 @@ class Attended:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Batch size, heads, and the number of tokens that weights are over."""
-        own = self.z.shape[1] if getattr(self.layer, "queries_contribute_kv", False) else 0
+        joined = is_cross_attention(self.layer) and self._projections.queries_contribute_kv
+        own = self.z.shape[1] if joined else 0
         return self.groups[0].batch, self._projections.heads, own + sum(group.count for group in self.groups)
 
     def weights(self, rows: Sequence[int]) -> Tensor:
@@ -84,17 +87,20 @@ class Attended:
 
     @property
     def _projections(self) -> Attention:
-        return self.layer.fn if isinstance(self.layer, CrossAttention) else self.layer
+        return self.layer.fn if is_cross_attention(self.layer) else self.layer
 
     def _sources(self, z: Tensor) -> list[_Source]:
         if isinstance(self.layer, Attention):
             return [_Source(self._dense_logits(z, self._own_keys), self.z.shape[1])]
         sources = []
-        if self.layer.queries_contribute_kv:  # the queries come first, and are never masked
+        plain = why_cross_attention_modules(self.layer) is None
+        if self.layer.fn.queries_contribute_kv:  # the queries come first, and are never masked
             sources.append(_Source(self._dense_logits(z, self._own_keys), self.z.shape[1]))
         for group, mask in zip(self.groups, self.masks):
-            grid = isinstance(group, GridTokens)
-            logits = self._grid_logits(z, group) if grid else self._dense_logits(z, partial(self._keys, group))
+            if plain and isinstance(group, GridTokens):
+                logits = self._grid_logits(z, group)
+            else:
+                logits = self._dense_logits(z, partial(self._keys if plain else self._called_keys, group))
             sources.append(_Source(logits, group.count, mask))
         return sources
 
@@ -112,9 +118,13 @@ class Attended:
         to_k = SimpleNamespace(weight=weight[: weight.shape[0] // 2])  # values are not needed
         return tokens.keys_values(to_k, self.layer.norm_context)
 
+    def _called_keys(self, tokens: Tokens, start: int, stop: int) -> Tensor:
+        """The same where layers are more than their parameters, and have to be called."""
+        return self.layer.fn.to_kv(self.layer.norm_context(tokens.tensor()[:, start:stop])).chunk(2, -1)[0]
+
     def _dense_logits(self, z: Tensor, keys: Callable[[int, int], Tensor]) -> Logits:
         fn, dtype = self._projections, compute_dtype(z.dtype)
-        q = fn.split_heads(fn.project("to_q", z)).to(dtype) * fn.dim_head**-0.5
+        q = fn.split_heads(fn.project("to_q", z)).to(dtype) * fn.scale
 
         def logits(start: int, stop: int) -> Tensor:
             k = fn.split_heads(keys(start, stop)).to(dtype)
@@ -124,7 +134,7 @@ class Attended:
         return logits
 
     def _grid_logits(self, z: Tensor, tokens: GridTokens) -> Logits:
-        q, constant, *_ = self.layer.grid_tables(z, tokens)
+        q, constant, *_ = FusedCrossAttention(self.layer).grid_tables(z, tokens)
         q_feat, *q_axes = q.split([tokens.features, *tokens.sizes], -1)
         feat = tokens.feat.flatten(1, -2).unsqueeze(1)
         scale = tokens.scale(self.layer.norm_context.eps).flatten(1)[:, None, None]
@@ -144,13 +154,48 @@ class _Stop(Exception):
     """Everything needed was seen."""
 
 
+class _Look(Observer):
+    """Keeps what one layer attends with, and stops the forward after it.
+
+    Args:
+        names: by a layer's id, its names in the model.
+        wanted: index among the cross-attentions in the order they run, or a name.
+        last: the last row of ``z`` that is needed. Default: all.
+    """
+
+    def __init__(self, names: dict[int, list[str]], wanted: int | str, last: int | None):
+        self.names, self.wanted, self.last = names, wanted, last
+        self.calls: Counter[int] = Counter()
+        self.ran: list[str] = []
+        self.seen: list[Attended] = []
+
+    def attends(self, layer, z, tokens=None, mask=None, inverted=False, fused=True) -> None:
+        own = self.names.get(id(layer))
+        if own is None:  # of a model within that is not looked at
+            return
+        # A shared layer runs under its names in turn; called again, it goes on under the last.
+        turn = self.calls[id(layer)]
+        self.calls[id(layer)] += 1
+        name = own[min(turn, len(own) - 1)]
+        if is_cross_attention(layer) and turn < len(own):
+            self.ran.append(name)
+        wanted, ran = self.wanted, self.ran
+        if not isinstance(wanted, str):
+            wanted = ran[wanted] if 0 <= wanted < len(ran) else None
+        if name == wanted:
+            self.seen.append(_attended(layer, z, tokens, mask, inverted))
+        rows = sum(part.z.shape[1] for part in self.seen)
+        if self.seen and (name != wanted or (self.last is not None and rows > self.last)):
+            raise _Stop
+
+
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All attention layers of a model by name, as :func:`perceiver_fast.explain` prints them; shared ones have several."""
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (CrossAttention, Attention)):
+        if isinstance(module, Attention) or is_cross_attention(module):
             found[name] = module
-    inner = {id(module.fn) for module in found.values() if isinstance(module, CrossAttention)}  # their projections
+    inner = {id(module.fn) for module in found.values() if is_cross_attention(module)}  # their projections
     return {name: module for name, module in found.items() if id(module) not in inner}
 
 
@@ -169,7 +214,7 @@ def observe(who: str, model: nn.Module, layer: int | str, last: int | None, data
     layers = attention_layers(model)
     if not layers:
         raise TypeError(f"{who}: expected a perceiver_fast model, got {type(model).__name__}")
-    crosses = [name for name, module in layers.items() if isinstance(module, CrossAttention)]
+    crosses = [name for name, module in layers.items() if is_cross_attention(module)]
     if isinstance(layer, str) and layer not in layers and f"{layer}.fn" in layers:
         layer = f"{layer}.fn"  # explain's name is that of the layer with its norm
     if isinstance(layer, str) and layer not in layers:
@@ -180,38 +225,18 @@ def observe(who: str, model: nn.Module, layer: int | str, last: int | None, data
     names: dict[int, list[str]] = {}
     for name, module in layers.items():
         names.setdefault(id(module), []).append(name)
-    calls: Counter[int] = Counter()
-    ran: list[str] = []
-    seen: list[Attended] = []
-
-    def look(module, args, kwargs):
-        # A shared layer runs under its names in turn; called again, it goes on under the last.
-        turn, own = calls[id(module)], names[id(module)]
-        calls[id(module)] += 1
-        name = own[min(turn, len(own) - 1)]
-        if isinstance(module, CrossAttention) and turn < len(own):
-            ran.append(name)
-        wanted = layer if isinstance(layer, str) else ran[layer] if 0 <= layer < len(ran) else None
-        if name == wanted:
-            seen.append(_attended(module, *args, **kwargs))
-        if seen and (name != wanted or (last is not None and sum(part.z.shape[1] for part in seen) > last)):
-            raise _Stop
-
+    look = _Look(names, layer, last)
     modes = {module: module.training for module in model.modules()}
-    handles = [
-        m.register_forward_pre_hook(look, with_kwargs=True) for m in {id(m): m for m in layers.values()}.values()
-    ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), observing(look):
             model.eval()
             model(data, **inputs)
     except _Stop:
         pass
     finally:
-        for handle in handles:
-            handle.remove()
         for module, mode in modes.items():
             module.training = mode
+    seen, ran = look.seen, look.ran
     if not seen:
         if isinstance(layer, str):
             raise ValueError(f"{who}: layer {layer!r} did not run on this input; ran: {', '.join(ran) or 'none'}")
@@ -224,18 +249,12 @@ def observe(who: str, model: nn.Module, layer: int | str, last: int | None, data
 
 
 def _attended(
-    module: nn.Module,
-    x: Tensor | ResidualStream,
-    tokens: Tokens | TokenGroups | None = None,
-    mask: Tensor | None = None,
-    inverted: bool = False,
-    **_,
+    layer: nn.Module, z: Tensor, tokens: Tokens | TokenGroups | None, mask: Tensor | None, inverted: bool
 ) -> Attended:
-    if isinstance(module, Attention):
-        return Attended(module, x, [DenseTokens(x)])
-    z = normalize(module.norm, x.value() if isinstance(x, ResidualStream) else x)
+    if tokens is None:
+        return Attended(layer, z, [DenseTokens(z)], inverted=inverted)
     if isinstance(tokens, TokenGroups):
-        if inverted or module.queries_contribute_kv:
-            raise ValueError("CrossAttention: expected plain attention to groups of tokens")  # as its forward does
-        return Attended(module, z, tokens.groups, tokens.masks, inverted, grouped=True)
-    return Attended(module, z, [tokens], [mask], inverted)
+        if inverted or layer.fn.queries_contribute_kv:
+            raise ValueError("PreNorm: expected plain attention to groups of tokens")  # as its forward does
+        return Attended(layer, z, tokens.groups, tokens.masks, inverted, grouped=True)
+    return Attended(layer, z, [tokens], [None if mask is None else mask.flatten(1)], inverted)

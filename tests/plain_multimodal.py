@@ -27,7 +27,7 @@ def build_tokens(model, data):
 
 
 def cross_attention(module, x, groups, mask):
-    """``module``, a CrossAttention, of latents ``x [B, N, D]`` to the tokens of all groups joined."""
+    """``module``, a PreNorm with a context, of latents ``x [B, N, D]`` to the tokens of all groups joined."""
     fn, tokens = module.fn, torch.cat(groups, 1)
     split = (fn.heads, fn.dim_head)
     q = fn.to_q(module.norm(x)).unflatten(-1, split)

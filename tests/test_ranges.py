@@ -51,7 +51,7 @@ def test_layers_and_ops_are_named_in_forward_and_backward_and_only_when_asked_fo
     assert seen(step) == set()
     with pf.ranges():
         names = seen(step)
-    assert {"PerceiverBlock", "CrossAttention", "Attention", "FeedForward", "Head"} | forward - {"to_logits"} <= names
+    assert {"PerceiverBlock", "PreNorm", "Attention", "FeedForward", "Head"} | forward - {"to_logits"} <= names
     assert not any(name.startswith("layers.") for name in names)
 
 

@@ -144,7 +144,7 @@ def _count_cross_attention(row: Row, attended: Attended, like: Tensor) -> None:
     context = like.new_empty(tokens.batch, tokens.count, tokens.channels)
     mask = x.new_empty(context.shape[:2], dtype=torch.bool) if attended.masked else None
     fn = layer.fn
-    how = Heads(fn.heads, fn.dim_head, fn.active_dropout, attended.inverted, layer.queries_contribute_kv, row.last)
+    how = Heads(fn.heads, fn.dim_head, fn.active_dropout, attended.inverted, fn.queries_contribute_kv, row.last)
     _join(x, cross_attention(x, context, mask, how), row.calls[0].residual and row.last)
 
 

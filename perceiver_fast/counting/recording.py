@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,10 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.backends import Choice
 from perceiver_fast.counting.work import Operator, WorkCounter
-from perceiver_fast.layers import CrossAttention, PreNorm, ResidualStream, fourier
+from perceiver_fast.layers import PreNorm, fourier
+from perceiver_fast.layers.observer import Observer, observing
 from perceiver_fast.layers.plan import Plan
-from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+from perceiver_fast.layers.pre_norm import why_modules
+from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens
 
 
 @dataclass
@@ -67,11 +70,11 @@ def layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modul
 
     A module that is shared comes once for every name.
     """
+    if isinstance(module, nn.ParameterDict):
+        return
     inner = (m for m in module.modules() if m is not module)
     container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-    if isinstance(module, (CrossAttention, PreNorm)) or not (
-        container or any(isinstance(m, (CrossAttention, PreNorm)) for m in inner)
-    ):
+    if isinstance(module, PreNorm) or not (container or any(isinstance(m, PreNorm) for m in inner)):
         yield name, module
         return
     for key, child in module._modules.items():
@@ -79,7 +82,7 @@ def layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modul
             yield from layers_of(child, f"{name}.{key}" if name else key)
 
 
-class Recorder:
+class Recorder(Observer):
     """Rows of a model's layers, filled while it runs in :meth:`attached`.
 
     What runs between two layers is counted with the one before, as a residual connection is, and before the first one
@@ -112,49 +115,67 @@ class Recorder:
     @contextmanager
     def attached(self) -> Iterator[Recorder]:
         """Calls of the model inside are recorded."""
-        crosses = [module for module in self._modules if isinstance(module, CrossAttention)]
-        handles = [module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in self._modules]
+        # What is no PreNorm is called in any case; a hook on a PreNorm would keep fused ops from standing in for it.
+        called = [module for module in self._modules if not isinstance(module, PreNorm)]
+        handles = [module.register_forward_pre_hook(self._called, with_kwargs=True) for module in called]
         codes, fourier._cache = fourier._cache, {}  # kept for the process: here they count
         self.counter.operators = self.tokens.operators
-        for module in crosses:
-            module._attend = self._attend(module)
         try:
-            yield self
+            with observing(self):
+                yield self
         finally:
             fourier._cache = codes
-            for module in crosses:
-                del module._attend
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: nn.Module, inputs: tuple, keywords: dict) -> None:
+    def _called(self, module: nn.Module, inputs: tuple, keywords: dict) -> None:
         x = next(iter((*inputs, *keywords.values())), None)
-        name = next(self._names[id(module)], None)
+        self.begins(module, getattr(x, "shape", None), residual=False)
+
+    def begins(self, layer: nn.Module, shape: torch.Size | None, residual: bool) -> None:
+        if id(layer) not in self._names:  # within a layer that counts as a whole
+            return
+        name = next(self._names[id(layer)], None)
         if name is not None:  # else it is called again under its last name, as a decoder is for parts of its queries
-            self._groups[id(module)] = [Row(name, module)]
-            self.rows += self._groups[id(module)]
-        row = self._groups[id(module)][0]
-        row.calls.append(Call(getattr(x, "shape", None), isinstance(x, ResidualStream)))
+            self._groups[id(layer)] = [Row(name, layer)]
+            self.rows += self._groups[id(layer)]
+        row = self._groups[id(layer)][0]
+        row.calls.append(Call(shape, residual))
         self._group = 0
         self.counter.operators = row.operators
 
-    def _attend(self, module: CrossAttention) -> Callable:
-        attend = module._attend
+    def attends(self, layer, z, tokens=None, mask=None, inverted=False, fused=True) -> None:
+        if fused or tokens is None or id(layer) not in self._names:
+            return
+        why = why_modules(layer) or "what it is called with is more than a plain tensor"
+        plan = Plan("modules", Choice("cross_attention", "torch", {"fused": [why]}))
+        groups = tokens.groups if isinstance(tokens, TokenGroups) else [tokens]
+        for group in groups:
+            self._attend(layer, z, group, mask is not None, inverted, len(groups) > 1, plan, self._groups[id(layer)][0])
 
-        def recorded(x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool = False, lse: bool = False):
-            plan = module.plan(tokens, x.shape[1], inverted, lse, mask is not None)
-            row = self._next_group(module, grouped=lse)  # a log-sum-exp is for merging groups alone
-            known = next((attended for attended in row.attended if attended.tokens is tokens), None)
-            if known is None:
-                row.attended.append(Attended(tokens, plan, x.shape, mask is not None, inverted))
-                self._describe(module, tokens, plan, grouped=lse)
-            else:  # more queries to the same
-                known.shape = torch.Size([known.shape[0], known.shape[1] + x.shape[1], known.shape[2]])
-            return attend(x, tokens, mask, inverted, lse)
+    def plans(self, layer, z, tokens, mask, inverted, grouped, plan) -> None:
+        if id(layer) in self._names:
+            self._attend(layer, z, tokens, mask is not None, inverted, grouped, plan, self._next_group(layer, grouped))
 
-        return recorded
+    def _attend(
+        self,
+        layer: PreNorm,
+        z: Tensor,
+        tokens: Tokens,
+        masked: bool,
+        inverted: bool,
+        grouped: bool,
+        plan: Plan,
+        row: Row,
+    ) -> None:
+        known = next((attended for attended in row.attended if attended.tokens is tokens), None)
+        if known is None:
+            row.attended.append(Attended(tokens, plan, z.shape, masked, inverted))
+            self._describe(layer, tokens, plan, grouped)
+        else:  # more queries to the same
+            known.shape = torch.Size([known.shape[0], known.shape[1] + z.shape[1], known.shape[2]])
 
-    def _next_group(self, module: CrossAttention, grouped: bool) -> Row:
+    def _next_group(self, module: PreNorm, grouped: bool) -> Row:
         groups = self._groups[id(module)]
         if self._group == len(groups):
             groups[-1].last = False
@@ -166,14 +187,16 @@ class Recorder:
         self.counter.operators = row.operators
         return row
 
-    def _describe(self, module: CrossAttention, tokens: Tokens, plan: Plan, grouped: bool) -> None:
+    def _describe(self, module: PreNorm, tokens: Tokens, plan: Plan, grouped: bool) -> None:
         """Let the input's tokens compute what all layers share outside of the layer that asks first."""
         self._input_groups = self._input_groups or self._groups[id(module)]
         if self._input_groups is not self._groups[id(module)]:
             return
         self.described.append((tokens, grouped))
         with self.counter.into(self.shared):
-            if isinstance(tokens, GridTokens):
+            if plan.path == "modules":
+                tokens.tensor()
+            elif isinstance(tokens, GridTokens):
                 tokens.scale(module.norm_context.eps)
             elif isinstance(tokens, DenseTokens) and not tokens.uses(plan.path):
                 tokens.normalized(module.norm_context.eps)

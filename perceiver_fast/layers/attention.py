@@ -1,68 +1,209 @@
-"""Multi-head attention's projections, and self-attention of the latents with them."""
+"""Multi-head attention of perceiver-pytorch: its projections, and attention over what they make."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.layers.stream import Branch, is_plain
+from perceiver_fast.cache import Cached
+from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, watcher, why_not
+from perceiver_fast.layers.observer import observer
+from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.library import unless_autocast
 from perceiver_fast.ops.linear import linear, product_dtype
 from perceiver_fast.ranges import layer_range
 
 
-class Attention(Branch):
-    """Projections to_q, to_kv and to_out; called on its own, self-attention of ``[B, N, D]``.
+@fusable
+class Attention(Cached):
+    """Attention of ``x [B, N, D]`` to a context ``[B, M, C]``, or among ``x`` where there is none.
 
     Args:
-        query_dim: channels of queries and of the output.
-        context_dim: channels of what is attended to. Default: query_dim.
-        heads: number of heads.
-        dim_head: channels of a head.
-        dropout: dropout of attention weights in training.
+        query_dim: channels of queries and of the output, D.
+        context_dim: channels of what is attended to, C. Default: query_dim.
+        heads: number of heads. Default: 8.
+        dim_head: channels of a head. Default: 64.
+        dropout: dropout of attention weights in training. Default: 0.
+        queries_contribute_kv: the queries join what is attended to; needs context_dim == query_dim. Default: False.
+
+    Raises:
+        ValueError: queries_contribute_kv with another context_dim.
+
+    Source:
+        perceiver-pytorch 0.11.0.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.layers import Attention
+        >>> Attention(8, 12, heads=2, dim_head=4)(torch.randn(2, 5, 8), context=torch.randn(2, 30, 12)).shape
+        torch.Size([2, 5, 8])
     """
 
+    queries_contribute_kv = False
+
     def __init__(
-        self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        queries_contribute_kv: bool = False,
     ):
         super().__init__()
         inner_dim = dim_head * heads
+        context_dim = query_dim if context_dim is None else context_dim
+        if queries_contribute_kv and context_dim != query_dim:
+            raise ValueError(
+                f"queries_contribute_kv: expected context_dim == dim, got {context_dim} and {query_dim}; the queries are "
+                "projected to keys and values by the weights of the tokens"
+            )
+        self.scale = dim_head**-0.5
         self.heads = heads
         self.dim_head = dim_head
+        self.queries_contribute_kv = queries_contribute_kv
         self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
-        self.to_kv = nn.Linear(query_dim if context_dim is None else context_dim, inner_dim * 2, bias=False)
+        self.to_kv = nn.Linear(context_dim, inner_dim * 2, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.to_out = nn.Linear(inner_dim, query_dim)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("dim_head", round(self.scale**-2))  # pickled by perceiver-pytorch
+
     @property
     def active_dropout(self) -> float:
-        """Probability of dropping an attention weight in the current mode."""
-        return self.dropout.p if self.dropout.training else 0.0
+        """Probability of dropping an attention weight in the current mode, of a plain dropout layer."""
+        dropout = self._modules.get("dropout")
+        return dropout.p if dropout is not None and dropout.training else 0.0
 
     def split_heads(self, x: Tensor) -> Tensor:
         """``[B, N, H d]`` to ``[B, H, N, d]``."""
-        return x.unflatten(-1, (self.heads, self.dim_head)).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, x.shape[-1] // self.heads)).transpose(1, 2)
 
     def project(self, name: str, x: Tensor) -> Tensor:
-        """``to_q`` or ``to_kv`` of ``x [.., D]``."""
-        layer = getattr(self, name)
-        return linear(x, layer.weight, layer.bias, self.cache, name) if is_plain(layer, nn.Linear) else layer(x)
-
-    def project_out(self, x: Tensor, bias_apart: bool) -> Tensor | tuple[Tensor, Tensor | None]:
-        """``to_out`` of ``x [.., H d]``; with bias_apart, what it is before the bias, and the bias."""
-        layer = self.to_out
+        """``to_q`` or ``to_kv`` of ``x [.., D]``; called where it is more than its weight."""
+        layer = self._modules[name]
         if not is_plain(layer, nn.Linear):
-            return (layer(x), None) if bias_apart else layer(x)
-        out = linear(x, layer.weight, None if bias_apart else layer.bias, self.cache, "to_out")
-        return (out, layer.bias) if bias_apart else out
+            return layer(x)
+        return linear(x.to(product_dtype(x)), layer.weight, layer.bias, self.cache, name)
+
+    def project_out(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``to_out`` of ``x [.., H d]`` before its bias, and the bias; or what it returns where it has to be called."""
+        layer = self._modules["to_out"]
+        if not is_plain(layer, nn.Linear):
+            return layer(x), None
+        return linear(x, layer.weight, None, self.cache, "to_out"), layer.bias
+
+    def why_modules(self) -> str | None:
+        """What makes the layers within more than their parameters, or None where :meth:`branch` can stand in for a call."""
+        layers = self._modules
+        return (
+            self.why_weights()
+            or why_not("to_q", layers["to_q"], nn.Linear)
+            or why_not("to_kv", layers["to_kv"], nn.Linear)
+            or why_not("to_out", layers["to_out"], nn.Linear)
+        )
+
+    def why_weights(self) -> str | None:
+        """Why attention weights have to exist and be handed to ``dropout``, or None where they need not."""
+        return why_not("dropout", self._modules["dropout"], nn.Dropout) if "dropout" in self._modules else None
 
     @layer_range
-    def forward(self, x: Tensor, bias_apart: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        x = x.to(product_dtype(x))
-        q = self.split_heads(self.project("to_q", x))
-        k, v = (self.split_heads(t) for t in self.project("to_kv", x).chunk(2, dim=-1))
-        if x.shape[1] == 1:  # softmax over one latent is constant: its gradient is exactly zero, SDPA's only nearly
+    def branch(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of normalised ``z [B, N, D]`` before the bias of ``to_out``, and that; only where nobody can tell."""
+        if (looks := observer()) is not None:
+            looks.attends(self, z)
+        q = self.project("to_q", z)
+        k, v = self.project("to_kv", z).chunk(2, dim=-1)
+        return self.project_out(self._fused(q, k, v))
+
+    @layer_range
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        inverted_attention: bool = False,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``[B, N, query_dim]``.
+            context: ``[B, M, context_dim]``. Default: x.
+            mask: bool ``[B, M]`` or ``[B, ..]`` of M elements, True where a token may be attended to. Default: all.
+            inverted_attention: softmax over ``x``, then normalised over the context. Default: False.
+
+        Returns:
+            ``[B, N, query_dim]``.
+        """
+        fused = watcher() is None and are_plain(x, context, mask)
+        if context is None and mask is None and (looks := observer()) is not None:
+            looks.attends(self, x, inverted=inverted_attention)
+        project = self.project if fused else (lambda name, x: self._modules[name](x))
+        q = project("to_q", x)
+        tokens = x if context is None else context
+        if self.queries_contribute_kv and context is not None:
+            tokens = torch.cat([x, context], dim=1)
+            if mask is not None:
+                mask = torch.cat([mask.new_ones(mask.shape[0], x.shape[1]), mask.flatten(1)], dim=-1)
+        k, v = project("to_kv", tokens).chunk(2, dim=-1)
+        mask = None if mask is None else mask.flatten(1)
+        if not fused or self.why_weights() is not None or not are_plain(q, k, v):
+            return self._modules["to_out"](self._attend(q, k, v, mask, inverted_attention))
+        out = self._fused(q, k, v, mask, inverted_attention, among=context is None)
+        out, bias = self.project_out(out)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def _fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        inverted: bool = False,
+        among: bool = True,
+    ) -> Tensor:
+        """Attention of projected ``q [B, N, H d]`` to k and v ``[B, M, H d]``, ``[B, N, H d]``; no weights are kept."""
+        q, k, v = (self.split_heads(t) for t in (q, k, v))
+        if not among or mask is not None or inverted:
+            out = cross_attention(q, k, v, mask, self.active_dropout, inverted, scale=self.scale)
+            return out.transpose(1, 2).flatten(2)
+        if q.shape[2] == 1:  # softmax over one latent is constant: its gradient is exactly zero, SDPA's only nearly
             q = q * 0
-        with unless_autocast(x.device):
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.active_dropout)
-        return self.project_out(out.transpose(1, 2).flatten(2), bias_apart)
+        with unless_autocast(q.device):
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.active_dropout, scale=self.scale)
+        return out.transpose(1, 2).flatten(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, inverted: bool) -> Tensor:
+        """The same as perceiver-pytorch writes it, on torch's operators: weights ``[B H, N, M]`` pass through ``dropout``."""
+        heads = self.heads
+        q, k, v = (self.split_heads(t).flatten(0, 1) for t in (q, k, v))
+        weight = torch.einsum("bid,bjd->bij", q, k) * self.scale
+        if mask is not None:
+            mask = mask.unsqueeze(1).expand(-1, heads, -1).flatten(0, 1).unsqueeze(1)
+            weight = weight.masked_fill(~mask, -torch.finfo(weight.dtype).max)
+        if inverted:
+            weight = weight.softmax(dim=-2)
+            weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
+            weight = F.normalize(weight, p=1, dim=-1, eps=1e-8)
+        else:
+            weight = weight.softmax(dim=-1)
+        dropout = self._modules.get("dropout")
+        weight = weight if dropout is None else dropout(weight)
+        out = torch.einsum("bij,bjd->bid", weight, v)
+        return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+
+
+@fusable
+class AttentionWithoutDropout(Attention):
+    """The ``Attention`` of ``perceiver_pytorch.perceiver_io``, which has no dropout.
+
+    Args:
+        query_dim, context_dim, heads, dim_head: see :class:`Attention`.
+    """
+
+    def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64):
+        super().__init__(query_dim, context_dim, heads, dim_head)
+        del self.dropout

@@ -29,5 +29,5 @@ class EnformerAttentionResidual(nn.Module):
 
     @layer_range
     def forward(self, block_outputs: Sequence[Tensor]) -> Tensor:
-        past = torch.stack(list(block_outputs))  # [layers, B, N, D]
-        return (past * self.to_attn_logits(past).softmax(dim=0)).sum(0)
+        past = torch.stack(list(block_outputs), dim=2)  # [B, N, layers, D]
+        return (past * self.to_attn_logits(past).softmax(dim=-2)).sum(-2)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
-from perceiver_fast.layers.checks import check_data, check_mask
-from perceiver_fast.layers.cross_attention import CrossAttention
 from perceiver_fast.layers.feed_forward import FeedForward
-from perceiver_fast.layers.stream import PreNorm, ResidualStream
+from perceiver_fast.layers.fusing import are_plain, fusable, watcher
+from perceiver_fast.layers.pre_norm import PreNorm, attend, join
+from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ranges import layer_range
-from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens
+from perceiver_fast.tokens import TokenGroups, Tokens
 
 
+@fusable
 class PerceiverBlock(nn.Module):
     """Cross-attention and feed-forward, then ``self_per_cross_attn`` times self-attention and feed-forward.
 
@@ -54,13 +55,11 @@ class PerceiverBlock(nn.Module):
     ):
         super().__init__()
         self.has_cross_attn = has_cross_attn
-        self.dim = dim
-        self.context_dim = dim if context_dim is None else context_dim
         self.cross_attn = self.cross_ff = None
         if has_cross_attn:
-            self.cross_attn = CrossAttention(
-                dim, self.context_dim, cross_heads, cross_dim_head, attn_dropout, queries_contribute_kv
-            )
+            context_dim = dim if context_dim is None else context_dim
+            cross_attn = Attention(dim, context_dim, cross_heads, cross_dim_head, attn_dropout, queries_contribute_kv)
+            self.cross_attn = PreNorm(dim, cross_attn, context_dim=context_dim)
             self.cross_ff = PreNorm(dim, FeedForward(dim, dropout=ff_dropout))
         self.self_attns = nn.ModuleList(
             nn.ModuleList(
@@ -84,8 +83,9 @@ class PerceiverBlock(nn.Module):
 
         Args:
             x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them.
-            context: what is attended to, ``[B, M, C]`` or a description of it. Without cross-attention: ignored.
-            mask: bool ``[B, M]``, True where a token may be attended to. Default: all.
+            context: what is attended to, ``[B, M, C]``. Without cross-attention: ignored. (The models of this package give
+                a description of it where nobody else sees that.)
+            mask: bool ``[B, M]`` or ``[B, ..]`` of M elements, True where a token may be attended to. Default: all.
             inverted_attention: softmax over the latents, then normalised over the tokens. Default: False.
 
         Returns:
@@ -95,29 +95,18 @@ class PerceiverBlock(nn.Module):
             TypeError, ValueError: a context tensor, or x or mask beside one, of wrong dtype, rank, size or device;
                 the message says expected, got and what to do.
         """
-        if self.has_cross_attn and not isinstance(context, (Tokens, TokenGroups)):
-            context, mask = self._describe(x, context, mask)  # descriptions come from models, which check their input
         stream = ResidualStream(x)
+        watched = watcher() is not None or not are_plain(x)
         if self.has_cross_attn:
-            self.cross_attn(stream, context, mask=mask, inverted=inverted_attention)
-            self.cross_ff(stream)
+            if context is None:
+                raise ValueError(
+                    f"{type(self).__name__}: expected context [batch, n_1, channels] to attend to, got None; "
+                    "give it, or build the block with has_cross_attn=False"
+                )
+            keywords = dict(context=context, mask=mask, inverted_attention=inverted_attention)
+            attend(stream, self.cross_attn, watched, type(self).__name__, **keywords)
+            join(stream, self.cross_ff, watched)
         for self_attn, self_ff in self.self_attns:
-            self_attn(stream)
-            self_ff(stream)
+            join(stream, self_attn, watched)
+            join(stream, self_ff, watched)
         return stream.value()
-
-    def _describe(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> tuple[Tokens, Tensor | None]:
-        who, like = type(self).__name__, self.cross_attn.norm.weight
-        if context is None:
-            raise ValueError(
-                f"{who}: expected context [batch, n_1, {self.context_dim}] to attend to, got None; "
-                "give it, or build the block with has_cross_attn=False"
-            )
-        check_data(who, "x", x, like, axes=1, channels=self.dim, channels_argument="dim")
-        check_data(who, "context", context, like, axes=1, channels=self.context_dim, channels_argument="context_dim")
-        if x.shape[0] != 1 and x.shape[0] != context.shape[0]:
-            raise ValueError(
-                f"{who}: expected x for a batch of {context.shape[0]}, like context, got {tuple(x.shape)}; "
-                "give both the same batch"
-            )
-        return DenseTokens(context), check_mask(who, mask, "context", context, context.shape[1:-1])

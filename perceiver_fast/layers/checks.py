@@ -90,7 +90,7 @@ def check_data(
 
 
 def check_mask(who: str, mask: Tensor | None, what: str, data: Tensor, sizes: torch.Size) -> Tensor | None:
-    """Check ``mask [B, M]`` or ``[B, *sizes]`` against ``data``, called ``what``; return it as ``[B, M]``.
+    """Check ``mask [B, M]`` or ``[B, *sizes]`` against ``data``, called ``what``; return it, for the whole batch.
 
     Raises:
         TypeError, ValueError: the message says expected, got and what to do.
@@ -115,4 +115,4 @@ def check_mask(who: str, mask: Tensor | None, what: str, data: Tensor, sizes: to
             f"{who}: expected mask on {data.device}, like {what}, got {mask.device}; move it, "
             f"e.g. mask.to('{data.device}')"
         )
-    return mask.flatten(1).expand(batch, -1)
+    return mask if mask.shape[0] == batch else mask.expand(batch, *mask.shape[1:])

@@ -1,4 +1,4 @@
-"""Cross-attention of the latents to tokens, with PreNorm of both sides: where the package's kernels are used.
+"""Cross-attention of the latents to described tokens, with PreNorm of both sides: where the package's kernels are used.
 
 LayerNorm's affine part moves into the projection after it, ``W = to_kv gamma`` and ``b = to_kv beta``. Then there are
 three ways (layers/plan.py says which is taken):
@@ -20,9 +20,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers.attention import Attention
+from perceiver_fast.layers.attention import Attention, AttentionWithoutDropout
+from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.layers.fusing import is_plain, why_not
+from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
-from perceiver_fast.layers.stream import ResidualStream, is_plain, normalize
+from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.grid_attention import grid_attention_joined
 from perceiver_fast.ops.library import half_dtype, unless_autocast
@@ -33,35 +36,85 @@ from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens, 
 T = TypeVar("T")
 
 
-class CrossAttention(nn.Module):
-    """Attention of ``x [B, N, D]`` to tokens; parameters as in perceiver-pytorch's PreNorm(Attention).
+def why_cross_attention_modules(layer: nn.Module) -> str | None:
+    """What keeps a fused cross-attention from standing in for the layers of a PreNorm with a context, or None.
+
+    The latents' side (``norm``, ``to_q``, ``to_out``) is called where it is more than its parameters; the tokens' side has to
+    be plain.
+    """
+    fn = layer._modules["fn"]
+    found = (
+        why_not("fn", fn, Attention, AttentionWithoutDropout)
+        or why_not("norm_context", layer._modules.get("norm_context"), nn.LayerNorm)
+        or why_not("fn.to_kv", fn._modules["to_kv"], nn.Linear)
+        or fn.why_weights()
+    )
+    if found is None and layer.norm_context.bias is None:
+        return "norm_context has no bias"
+    if found is None and fn.to_kv.bias is not None:
+        return "fn.to_kv has a bias"
+    return found
+
+
+def describe_context(
+    who: str, layer: nn.Module, x: Tensor, context: Tensor | Tokens | TokenGroups, mask: Tensor | None
+) -> tuple[Tokens | TokenGroups, Tensor | None]:
+    """The description of a context, and its mask; a tensor is checked, descriptions come from models that did so.
 
     Args:
-        dim: channels of the latents, D.
-        context_dim: channels of the tokens as perceiver-pytorch builds them, C.
-        heads, dim_head, dropout: see :class:`Attention`.
-        queries_contribute_kv: the queries join the tokens, as in perceiver-pytorch; needs context_dim == dim.
+        who: whom a caller knows, for messages.
+        layer: the PreNorm that is to attend to it.
+        x: latents.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, rank, size or device; the message says expected, got and what to do.
+    """
+    if isinstance(context, (Tokens, TokenGroups)):
+        return context, mask
+    norm, norm_context = layer.norm, layer.norm_context
+    width, channels = (
+        getattr(n, "normalized_shape", (t.shape[-1],))[-1] for n, t in ((norm, x), (norm_context, context))
+    )
+    check_data(who, "x", x, norm_context.weight, axes=1, channels=width, channels_argument="dim")
+    check_data(who, "context", context, norm_context.weight, axes=1, channels=channels, channels_argument="context_dim")
+    if x.shape[0] != 1 and x.shape[0] != context.shape[0]:
+        raise ValueError(
+            f"{who}: expected x for a batch of {context.shape[0]}, like context, got {tuple(x.shape)}; "
+            "give both the same batch"
+        )
+    return DenseTokens(context), check_mask(who, mask, "context", context, context.shape[1:-1])
+
+
+@layer_range
+def cross_attention_branch(
+    layer: nn.Module, stream: ResidualStream, tokens: Tokens | TokenGroups, mask: Tensor | None, inverted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attend, in the place of ``layer`` and its layers; only where nobody can tell.
+
+    Args:
+        layer: a PreNorm with a context.
+        stream: the latents.
+        tokens: what is attended to.
+        mask: bool ``[B, M]`` or ``[B, *sizes]``, True where a token may be attended to. Groups of tokens bring their own.
+        inverted: softmax over the latents, then normalised over the tokens.
+
+    Returns:
+        ``[B, N, D]`` before the bias of ``to_out``, and the bias; where ``to_out`` has to be called, what it returns and None.
+    """
+    return FusedCrossAttention(layer).attend(stream, tokens, mask, inverted)
+
+
+class FusedCrossAttention:
+    """The parameters of a PreNorm with a context, and attention computed from them.
+
+    Args:
+        layer: the PreNorm; ``layer.fn`` is the attention.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        context_dim: int,
-        heads: int,
-        dim_head: int,
-        dropout: float = 0.0,
-        queries_contribute_kv: bool = False,
-    ):
-        super().__init__()
-        if queries_contribute_kv and context_dim != dim:
-            raise ValueError(
-                f"queries_contribute_kv: expected context_dim == dim, got {context_dim} and {dim}; the queries are "
-                "projected to keys and values by the weights of the tokens"
-            )
-        self.queries_contribute_kv = queries_contribute_kv
-        self.fn = Attention(dim, context_dim, heads=heads, dim_head=dim_head, dropout=dropout)
-        self.norm = nn.LayerNorm(dim)
-        self.norm_context = nn.LayerNorm(context_dim)
+    def __init__(self, layer: nn.Module):
+        modules = layer._modules
+        self.layer, self.fn = layer, modules["fn"]
+        self.norm, self.norm_context = modules["norm"], modules.get("norm_context")
 
     def plan(
         self, tokens: Tokens, queries: int, inverted: bool = False, lse: bool = False, masked: bool = False
@@ -76,42 +129,26 @@ class CrossAttention(nn.Module):
         fn = self.fn
         return plan_cross_attention(
             tokens,
-            Layer(queries, fn.heads, fn.dim_head, fn.active_dropout, inverted, lse, self.queries_contribute_kv, masked),
+            Layer(queries, fn.heads, fn.dim_head, fn.active_dropout, inverted, lse, fn.queries_contribute_kv, masked),
         )
 
-    @layer_range
-    def forward(
-        self,
-        x: Tensor | ResidualStream,
-        tokens: Tokens | TokenGroups,
-        mask: Tensor | None = None,
-        inverted: bool = False,
-    ) -> Tensor | ResidualStream:
-        """Attend.
-
-        Args:
-            x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them; or a stream of them.
-            tokens: what is attended to.
-            mask: bool ``[B, M]``, True where a token may be attended to. Groups of tokens bring their own.
-            inverted: softmax over the latents, then normalised over the tokens.
-
-        Returns:
-            ``[B, N, D]``; or the stream, which the result has joined.
-        """
-        stream = x if isinstance(x, ResidualStream) else None
-        z = normalize(self.norm, x) if stream is None else self._normalized(stream)
+    def attend(
+        self, stream: ResidualStream, tokens: Tokens | TokenGroups, mask: Tensor | None, inverted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :func:`cross_attention_branch`."""
+        z = self._normalized(stream)
+        if (looks := observer()) is not None:
+            looks.attends(self.layer, z, tokens, mask, inverted)
         if isinstance(tokens, TokenGroups):
             out = self._attend_groups(z, tokens, inverted)
         else:
             out, _ = self._attend(z, tokens, mask, inverted)
-        out = out.flatten(2).to(product_dtype(z))
-        if stream is None:
-            return self.fn.project_out(out, bias_apart=False)
-        stream.add(*self.fn.project_out(out, bias_apart=True))
-        return stream
+        return self.fn.project_out(out.flatten(2).to(product_dtype(z)))
 
     def _normalized(self, stream: ResidualStream) -> Tensor:
         """The stream's LayerNorm; of learned latents it is kept in inference, and with it their queries."""
+        if not is_plain(self.fn.to_q, nn.Linear):  # it is called, on all there is
+            return self.norm(stream.value())
         learned, norm = stream.learned, self.norm
         if learned is None or not is_plain(norm, nn.LayerNorm):
             return stream.normalized(norm)
@@ -122,13 +159,16 @@ class CrossAttention(nn.Module):
         self, x: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool = False, lse: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """``[B, N, H, d]``, and the log-sum-exp of the logits ``[B, N, H]`` if asked for."""
-        path = self.plan(tokens, x.shape[1], inverted, lse, mask is not None).path
-        return getattr(self, f"_attend_{path}")(x, tokens, mask, inverted, lse)
+        plan = self.plan(tokens, x.shape[1], inverted, lse, mask is not None)
+        if (looks := observer()) is not None:
+            looks.plans(self.layer, x, tokens, mask, inverted, lse, plan)  # a log-sum-exp is for merging groups alone
+        mask = None if mask is None else mask.flatten(1)
+        return getattr(self, f"_attend_{plan.path}")(x, tokens, mask, inverted, lse)
 
     def _attend_groups(self, x: Tensor, tokens: TokenGroups, inverted: bool) -> Tensor:
-        if inverted or self.queries_contribute_kv:
+        if inverted or self.fn.queries_contribute_kv:
             raise ValueError(
-                "CrossAttention: expected plain attention to groups of tokens, got "
+                "PreNorm: expected plain attention to groups of tokens, got "
                 f"{'inverted_attention' if inverted else 'queries_contribute_kv'}; join the groups into one tensor"
             )
         results = [self._attend(x, group, mask, lse=True) for group, mask in zip(tokens.groups, tokens.masks)]
@@ -154,15 +194,16 @@ class CrossAttention(nn.Module):
 
     def _kept(self, name: str, build: Callable[[], T], sources: Sequence[Tensor] = (), key: object = None) -> T:
         """``build()``, a product of the keys' and values' parameters and ``sources``; kept in inference."""
-        with unless_autocast(self.norm.weight.device):
-            parameters = self.fn.to_kv.weight, self.norm_context.weight, self.norm_context.bias
-            return self.fn.cache.get(name, (*parameters, *sources), build, key)
+        fn = self.fn
+        parameters = fn.to_kv.weight, self.norm_context.weight, self.norm_context.bias
+        with unless_autocast(parameters[0].device):
+            return fn.cache.get(name, (*parameters, *sources), build, (key, fn.heads, fn.scale))
 
     def _split(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys ``[H, d, L]`` times 1 / sqrt(d), and their bias ``[H, d]``; values and their bias, the same."""
+        """Keys ``[H, d, L]`` times the scale of the logits, and their bias ``[H, d]``; values and their bias, the same."""
         heads = (2, self.fn.heads, self.fn.dim_head)
         (keys, values), (key_bias, value_bias) = weight.unflatten(0, heads), bias.unflatten(0, heads)
-        scale = self.fn.dim_head**-0.5
+        scale = self.fn.scale
         return keys * scale, key_bias * scale, values, value_bias
 
     def _queries(self, x: Tensor, keys: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +232,7 @@ class CrossAttention(nn.Module):
                 feat = torch.cat([feat, 1 / scale.unsqueeze(-1)], -1)
                 q = torch.cat([q[..., :features], constant.unsqueeze(-1), q[..., features:]], -1)
             q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
-            mask = None if mask is None else mask.view(feat.shape[:-1])
+            mask = None if mask is None else mask.reshape(feat.shape[:-1])
             o, sums, kept = grid_attention_joined(q, feat, scale, mask, self.fn.active_dropout, inverted, heads, half)
             o = o.unflatten(1, (heads, -1))
             if inverted:
@@ -205,7 +246,7 @@ class CrossAttention(nn.Module):
         """``[H, d]``, or times the sum of every query's weights ``[B, H N]``."""
         if kept is None:
             return beta
-        return torch.einsum("bhn,hd->bnhd", kept.view(kept.shape[0], self.fn.heads, -1), beta)
+        return torch.einsum("bhn,hd->bnhd", kept.unflatten(1, (self.fn.heads, -1)), beta)
 
     def _attend_absorbed(
         self, x: Tensor, tokens: DenseTokens, mask: Tensor | None, inverted: bool, lse: bool
@@ -252,12 +293,12 @@ class CrossAttention(nn.Module):
         fn = self.fn
         kv = tokens.keys_values(fn.to_kv, self.norm_context)
         x = x.expand(kv.shape[0], -1, -1)
-        if self.queries_contribute_kv:
+        if self.fn.queries_contribute_kv:
             kv = torch.cat([fn.project("to_kv", x).to(kv.dtype), kv], 1)
             if mask is not None:
                 mask = torch.cat([mask.new_ones(mask.shape[0], x.shape[1]), mask], -1)
         k, v = (fn.split_heads(t) for t in kv.chunk(2, dim=-1))
         q = fn.split_heads(fn.project("to_q", x)).to(kv.dtype)
-        out = cross_attention(q, k, v, mask, fn.active_dropout, inverted, return_lse=lse)
+        out = cross_attention(q, k, v, mask, fn.active_dropout, inverted, scale=fn.scale, return_lse=lse)
         out, sums = out if lse else (out, None)
         return out.transpose(1, 2), sums.transpose(1, 2) if lse else None

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.layers.stream import Branch, is_called, is_plain
+from perceiver_fast.cache import Cached
+from perceiver_fast.layers.fusing import are_plain, fusable, watcher, why_not
 from perceiver_fast.ops.feed_forward import feed_forward
 from perceiver_fast.ops.geglu import geglu
 from perceiver_fast.ops.linear import product_dtype
 from perceiver_fast.ranges import layer_range
 
 
+@fusable
 class GEGLU(nn.Module):
     """``x * gelu(gate)`` of ``[x, gate]`` in the last dimension (Shazeer, "GLU variants improve transformer", 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return geglu(x)
+        if watcher() is None and are_plain(x):
+            return geglu(x)
+        x, gate = x.chunk(2, dim=-1)
+        return x * F.gelu(gate)
 
 
-class FeedForward(Branch):
-    """``dim -> GEGLU(2 * mult * dim) -> dim``, then dropout."""
+@fusable
+class FeedForward(Cached):
+    """``dim -> GEGLU(2 * mult * dim) -> dim``, then dropout.
+
+    Args:
+        dim: channels of what comes in and goes out, D.
+        mult: width of the layer between over D. Default: 4.
+        dropout: dropout of the result in training. Default: 0.
+
+    Source:
+        perceiver-pytorch 0.11.0.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.layers import FeedForward
+        >>> FeedForward(8)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
 
     def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
         super().__init__()
@@ -28,22 +50,53 @@ class FeedForward(Branch):
         )
 
     @layer_range
-    def forward(self, x: Tensor, bias_apart: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        if self._is_plain():
-            wide, _, narrow, dropout = self.net
-            x = x.to(product_dtype(x))
-            out, bias = feed_forward(x, wide.weight, wide.bias, narrow.weight, self.cache), narrow.bias
-            if not bias_apart or (dropout.training and dropout.p > 0):
-                out, bias = dropout(out + bias.to(out.dtype)), None
-        else:
-            out, bias = self.net(x), None
-        return (out, bias) if bias_apart else out
+    def forward(self, x: Tensor) -> Tensor:
+        if watcher() is not None or not are_plain(x) or self.why_modules() is not None:
+            return self.net(x)
+        out, bias = self._fused(x)
+        return out if bias is None else out + bias.to(out.dtype)
 
-    def _is_plain(self) -> bool:
-        """Whether one op on the parameters can stand in for calls of the layers within."""
-        wide, gate, narrow, dropout = self.net
-        if type(gate) is not GEGLU or is_called(self.net) or is_called(gate) or is_called(dropout):
-            return False
-        if not (is_plain(wide, nn.Linear) and is_plain(narrow, nn.Linear)):
-            return False
-        return wide.bias is not None and narrow.bias is not None
+    def why_modules(self) -> str | None:
+        """What makes the layers within more than their parameters, or None where one op can stand in for them."""
+        net = self._modules["net"]
+        found = why_not("net", net, nn.Sequential)
+        if found is not None:
+            return found
+        layers = list(net._modules.values())
+        if len(layers) not in (3, 4):
+            return f"net has {len(layers)} layers"
+        found = (
+            why_not("net.0", layers[0], nn.Linear)
+            or why_not("net.1", layers[1], GEGLU)
+            or why_not("net.2", layers[2], nn.Linear)
+            or (why_not("net.3", layers[3], nn.Dropout) if len(layers) == 4 else None)
+        )
+        if found is None and (layers[0].bias is None or layers[2].bias is None):
+            return "net has a linear layer without bias"
+        return found
+
+    @layer_range
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`forward` computes, before a bias that is left to the stream; only where nobody can tell."""
+        return self._fused(x)
+
+    def _fused(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        wide, _, narrow, *dropout = self._modules["net"]._modules.values()
+        x = x.to(product_dtype(x))
+        out, bias = feed_forward(x, wide.weight, wide.bias, narrow.weight, self.cache), narrow.bias
+        if dropout and dropout[0].training and dropout[0].p > 0:
+            return F.dropout(out + bias.to(out.dtype), dropout[0].p), None
+        return out, bias
+
+
+@fusable
+class FeedForwardWithoutDropout(FeedForward):
+    """The ``FeedForward`` of ``perceiver_pytorch.perceiver_io``, which has no dropout.
+
+    Args:
+        dim, mult: see :class:`FeedForward`.
+    """
+
+    def __init__(self, dim: int, mult: int = 4):
+        super().__init__(dim, mult)
+        del self.net[3]

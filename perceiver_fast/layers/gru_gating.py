@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from perceiver_fast.layers.fusing import fusable
+from perceiver_fast.layers.pre_norm import PreNorm, keywords_for
 from perceiver_fast.ranges import layer_range
 
 
+@fusable
 class GRUGating(nn.Module):
     """``GRU(fn(x, ..), x)``: how much of a layer's output enters the latents is learned.
 
@@ -20,11 +23,11 @@ class GRUGating(nn.Module):
 
     def __init__(self, dim: int, fn: nn.Module):
         super().__init__()
+        self.dim = dim
         self.fn = fn
         self.gru = nn.GRUCell(dim, dim)
 
     @layer_range
-    def forward(self, x: Tensor, *args, **keywords) -> Tensor:
-        y = self.fn(x, *args, **keywords)
-        x = x.expand_as(y)  # latents that the whole batch shares meet what each element made of them
-        return self.gru(y.flatten(0, 1), x.flatten(0, 1)).view_as(y)
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        y = self.fn(x, **keywords_for(self.fn, PreNorm, kwargs))
+        return self.gru(y.flatten(0, -2), x.flatten(0, -2)).view_as(y)

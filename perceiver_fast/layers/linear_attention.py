@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver_fast.layers.fusing import are_plain, is_plain, watcher
 from perceiver_fast.ranges import layer_range
 
 
@@ -36,24 +37,27 @@ class LinearAttention(nn.Module):
 
         Args:
             x: tokens ``[B, M, C]``.
-            mask: bool ``[B, M]``, True where a token counts; a row that is all False counts all tokens alike.
+            mask: bool ``[B, M]`` or ``[B, ..]`` of M elements, True where a token counts; a row that is all False counts all tokens alike.
 
         Returns:
             ``[B, M, C]``.
         """
-        to_q, to_k, to_v = self.to_qkv.weight.chunk(3)  # one after the other: less memory, in inference
-        q = (self._heads(x, to_q) * self.scale).softmax(dim=-1)
-        k = self._heads(x, to_k)
+        if watcher() is None and are_plain(x) and is_plain(self.to_qkv, nn.Linear) and self.to_qkv.bias is None:
+            weights, whole = self.to_qkv.weight.chunk(3), None  # one after the other: less memory, in inference
+        else:
+            weights, whole = None, self.to_qkv(x).chunk(3, dim=-1)
+
+        def part(index: int) -> Tensor:  # [B, H, M, d]
+            projected = F.linear(x, weights[index]) if whole is None else whole[index]
+            return projected.unflatten(-1, (self.heads, projected.shape[-1] // self.heads)).transpose(1, 2)
+
+        q, k = (part(0) * self.scale).softmax(dim=-1), part(1)
         if mask is not None:
             # Before the softmax, so that a masked token has weight zero and the others' weights sum to one. (After it,
             # and with the mask's meaning reversed, is where perceiver-pytorch 0.11.0 masks; for nearly all shapes that
             # raises an error.)
-            k = k.masked_fill(~mask[:, None, :, None], -torch.finfo(k.dtype).max)
+            k = k.masked_fill(~mask.flatten(1)[:, None, :, None], -torch.finfo(k.dtype).max)
         summary = q.transpose(-1, -2) @ k.softmax(dim=-2)  # [B, H, d, d]
         del q, k
-        out = self._heads(x, to_v) @ summary
+        out = part(2) @ summary
         return self.to_out(out.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Projected by ``weight``, ``[B, H, M, d]``."""
-        return F.linear(x, weight).unflatten(-1, (self.heads, -1)).transpose(1, 2)

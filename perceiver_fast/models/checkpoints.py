@@ -6,6 +6,8 @@ import re
 import warnings
 from collections.abc import MutableMapping
 
+from torch import nn
+
 # A block was a list until 0.9: [cross_attn, cross_ff, self_attns].
 _RENAMES = (
     (re.compile(r"^(layers\.\d+)\.0\."), r"\1.cross_attn."),
@@ -23,31 +25,42 @@ _IO_RENAMES = (
 )
 
 
-def _rename(state_dict: MutableMapping, prefix: str, starts: tuple[str, ...], renames: tuple) -> None:
+def _own_keys(model: nn.Module) -> set[str]:
+    """Keys of the model's state_dict. Not asked of ``state_dict()``: hooks on that may talk to other processes."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name for name, _ in named}
+
+
+def _rename(model: nn.Module, state_dict: MutableMapping, prefix: str, starts: tuple[str, ...], renames: tuple) -> None:
     starts = tuple(prefix + start for start in starts)
+    own = _own_keys(model)
     for key in [k for k in state_dict if k.startswith(starts)]:
-        name = key[len(prefix) :]
+        old = key[len(prefix) :]
+        name = old
         for pattern, replacement in renames:
             name = pattern.sub(replacement, name)
-        if prefix + name != key:
+        if name != old and old not in own and name in own:
             state_dict[prefix + name] = state_dict.pop(key)
 
 
-def upgrade_io_state_dict(state_dict: MutableMapping, prefix: str = "") -> None:
+def upgrade_io_state_dict(model: nn.Module, state_dict: MutableMapping, prefix: str = "") -> None:
     """Rename, in place, the keys of a PerceiverIO of perceiver-pytorch 0.8 to those of 0.10 and later.
 
     Args:
-        state_dict: the checkpoint; keys that are already new are left alone.
+        model: what loads; a key is renamed only where the model has the new one and not the old one.
+        state_dict: the checkpoint.
         prefix: what the model's keys start with, when it is part of a larger one.
     """
-    _rename(state_dict, prefix, ("layers.", "cross_attend_blocks."), _IO_RENAMES)
+    _rename(model, state_dict, prefix, ("layers.", "cross_attend_blocks."), _IO_RENAMES)
 
 
-def upgrade_state_dict(state_dict: MutableMapping, prefix: str = "") -> None:
+def upgrade_state_dict(model: nn.Module, state_dict: MutableMapping, prefix: str = "") -> None:
     """Rename, in place, the keys of a perceiver-pytorch 0.3 to 0.9 checkpoint to those of 0.10 and later.
 
     Args:
-        state_dict: the checkpoint; keys that are already new are left alone.
+        model: what loads; a key is renamed only where the model has the new one and not the old one, so that a model with
+            layers of one's own loads what it saved.
+        state_dict: the checkpoint.
         prefix: what the model's keys start with, when it is part of a larger one.
 
     Warns:
@@ -55,7 +68,9 @@ def upgrade_state_dict(state_dict: MutableMapping, prefix: str = "") -> None:
             fit, the position codes they were trained with do not. (0.7.1 to 0.7.3 did so too, but their checkpoints
             look like later ones.)
     """
-    if prefix + "to_logits.0.weight" in state_dict:  # until 0.7.0 the pooling was not part of the head
+    own = _own_keys(model)
+    head_moved = "to_logits.0.weight" not in own and {"to_logits.1.weight", "to_logits.2.weight"} <= own
+    if head_moved and prefix + "to_logits.0.weight" in state_dict:  # until 0.7.0 the pooling was not part of the head
         warnings.warn(
             "this checkpoint is from perceiver-pytorch 0.7.0 or earlier, which spaced its Fourier frequencies "
             "logarithmically; it loads, but outputs will differ, because frequencies are spaced linearly since 0.7.4",
@@ -66,4 +81,4 @@ def upgrade_state_dict(state_dict: MutableMapping, prefix: str = "") -> None:
                 old = f"{prefix}to_logits.{int(new) - 1}.{name}"
                 if old in state_dict:
                     state_dict[f"{prefix}to_logits.{new}.{name}"] = state_dict.pop(old)
-    _rename(state_dict, prefix, ("layers.",), _RENAMES)
+    _rename(model, state_dict, prefix, ("layers.",), _RENAMES)

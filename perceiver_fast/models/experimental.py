@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers import Attention, CrossAttention, FeedForward, LinearAttention, PreNorm, ResidualStream
+from perceiver_fast.layers import Attention, FeedForward, LinearAttention, PreNorm
+from perceiver_fast.layers.fusing import are_plain, is_plain, watcher
+from perceiver_fast.layers.pre_norm import attend, join
+from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.models.grid import PooledPerceiver, pooled_head
 from perceiver_fast.models.stack import build_layers
 from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
@@ -91,12 +94,16 @@ class Perceiver(PooledPerceiver):
 
         self.checkpoint = checkpoint
 
+        def cross_attention(dim: int, context_dim: int) -> PreNorm:
+            attention = Attention(dim, context_dim, cross_heads, cross_dim_head, attn_dropout)
+            return PreNorm(dim, attention, context_dim=context_dim)
+
         def layer() -> nn.ModuleList:
             return nn.ModuleList(
                 [
-                    CrossAttention(latent_dim, width, cross_heads, cross_dim_head, attn_dropout),
+                    cross_attention(latent_dim, width),
                     PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)),
-                    CrossAttention(width, latent_dim, cross_heads, cross_dim_head, attn_dropout),
+                    cross_attention(width, latent_dim),
                     PreNorm(width, FeedForward(width, dropout=ff_dropout)),
                     PreNorm(width, LinearAttention(width, dropout=attn_dropout)),
                     PreNorm(
@@ -114,23 +121,22 @@ class Perceiver(PooledPerceiver):
     def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
         """The tokens that the first layer attends to: projected, so built."""
         tokens = super().describe(data, coords)
-        if isinstance(tokens, GridTokens):
-            return DenseTokens(project_grid(tokens, self.data_proj))
-        if isinstance(tokens, PointTokens):
-            return DenseTokens(project_points(tokens, self.data_proj))
-        return DenseTokens(self.data_proj(tokens.context))
+        if isinstance(tokens, DenseTokens) or watcher() is not None or not is_plain(self.data_proj, nn.Linear):
+            return DenseTokens(self.data_proj(tokens.tensor()))
+        project = project_grid if isinstance(tokens, GridTokens) else project_points
+        return DenseTokens(project(tokens, self.data_proj))
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff = self.layers[index]
-        stream = ResidualStream(x)
-        cross_attn(stream, tokens, mask=mask)
-        cross_ff(stream)
+        stream, watched, who = ResidualStream(x), watcher() is not None or not are_plain(x), type(self).__name__
+        attend(stream, cross_attn, watched, who, context=tokens, mask=mask)
+        join(stream, cross_ff, watched)
         if index < len(self.layers) - 1:  # nothing would read the tokens that the last layer rewrote
             data = ResidualStream(tokens.context)
-            input_attn(data, mask=mask)
-            rev_cross_attn(data, DenseTokens(stream.value()))
-            rev_cross_ff(data)
+            join(data, input_attn, watched, mask=mask)
+            attend(data, rev_cross_attn, watched, who, context=stream.value())
+            join(data, rev_cross_ff, watched)
             tokens = DenseTokens(data.value())
-        latent_attn(stream)
-        latent_ff(stream)
+        join(stream, latent_attn, watched)
+        join(stream, latent_ff, watched)
         return stream.value(), tokens

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from perceiver_fast.layers import Attention, CrossAttention, FeedForward, GRUGating, PreNorm, Residual
+from perceiver_fast.layers import Attention, FeedForward, GRUGating, PreNorm, Residual
+from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.grid import PooledPerceiver, pooled_head
 from perceiver_fast.models.stack import build_layers
 from perceiver_fast.tokens import Tokens
@@ -64,8 +65,8 @@ class Perceiver(PooledPerceiver):
         self.checkpoint = checkpoint
 
         def layer() -> nn.ModuleList:
-            cross_attn = CrossAttention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
-            cross_attn = GRUGating(latent_dim, cross_attn)
+            cross_attn = Attention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
+            cross_attn = GRUGating(latent_dim, PreNorm(latent_dim, cross_attn, context_dim=self.input_dim))
             cross_ff = Residual(PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)))
             latent_attn = Attention(latent_dim, heads=latent_heads, dim_head=latent_dim_head, dropout=attn_dropout)
             latent_attn = GRUGating(latent_dim, PreNorm(latent_dim, latent_attn))
@@ -77,7 +78,7 @@ class Perceiver(PooledPerceiver):
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]
-        x = cross_attn(x, tokens, mask=mask)
+        x = cross_attn(x, **keywords_for(cross_attn, GRUGating, dict(context=tokens, mask=mask)))
         x = cross_ff(x)
         x = latent_attn(x)
         x = latent_ff(x)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers import AxisCodes, axis_codes
 from perceiver_fast.layers.checks import check_data, check_mask
-from perceiver_fast.models.inputs import check_coords
+from perceiver_fast.models.inputs import check_coords, context_channels, own, trainable
 from perceiver_fast.models.stack import Head, run_checkpointed
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.ranges import op_range
@@ -26,6 +26,7 @@ def describe_grid(
         num_freq_bands, max_freq: of the codes.
         embedding: ``[E]``, channels that all tokens share, between their own and the codes. Default: none.
     """
+    data = own(data)
     if data.dim() == 3 and data.shape[1] > ONE_AXIS_LIMIT:
         positions = grid_positions(data.shape[1], data.device)
         return describe_points(data, positions, num_freq_bands, max_freq, embedding)
@@ -58,7 +59,7 @@ def describe_points(
         num_freq_bands, max_freq: of the codes.
         embedding: ``[E]``, channels that all tokens share, between their own and the codes. Default: none.
     """
-    coords = coords if coords.dim() == 3 else coords.unsqueeze(0)
+    data, coords = own(data), own(coords if coords.dim() == 3 else coords.unsqueeze(0))
     frequency = torch.linspace(1.0, max_freq / 2, num_freq_bands, dtype=torch.float64, device="cpu").to(data.device)
     if embedding is not None:
         data = torch.cat([data, embedding.expand(*data.shape[:-1], -1)], -1)
@@ -93,8 +94,16 @@ class GridPerceiver(nn.Module):
         self.input_dim = input_channels + (input_axis * (2 * num_freq_bands + 1) if fourier_encode_data else 0)
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "input_dim" not in self.__dict__:  # pickled by perceiver-pytorch
+            self.__dict__.setdefault("fourier_encode_data", True)
+            self.input_dim = context_channels(self)
+            encoding = self.input_axis * (2 * self.num_freq_bands + 1) if self.fourier_encode_data else 0
+            self.input_channels = self.input_dim - encoding
+
     def check_inputs(self, data: Tensor, mask: Tensor | None, coords: Tensor | None = None) -> Tensor | None:
-        """Check ``data``, ``mask`` and ``coords``; return the mask flattened to ``[B, M]``.
+        """Check ``data``, ``mask`` and ``coords``; return the mask, one that backwards may keep.
 
         Raises:
             TypeError, ValueError: the message says expected, got and what to do.
@@ -111,7 +120,8 @@ class GridPerceiver(nn.Module):
         )
         if coords is not None:
             check_coords(who, "coords", coords, data, self.input_axis)
-        return check_mask(who, mask, "data", data, data.shape[1:-1])
+        mask = check_mask(who, mask, "data", data, data.shape[1:-1])
+        return None if mask is None else own(mask)
 
     @op_range("describe")
     def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
@@ -122,7 +132,7 @@ class GridPerceiver(nn.Module):
             coords: positions ``[B, M, A]`` or ``[M, A]``. Default: a grid.
         """
         if not self.fourier_encode_data:
-            return DenseTokens(data.flatten(1, -2))
+            return DenseTokens(trainable(data).flatten(1, -2))
         if coords is not None:
             return describe_points(data, coords, self.num_freq_bands, self.max_freq)
         return describe_grid(data, self.num_freq_bands, self.max_freq)
@@ -136,7 +146,7 @@ class PooledPerceiver(GridPerceiver):
 
     layers: nn.ModuleList
     to_logits: Head
-    checkpoint: bool
+    checkpoint: bool = False
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         """Latents and tokens through layer ``index``."""
@@ -163,10 +173,10 @@ class PooledPerceiver(GridPerceiver):
         """
         mask = self.check_inputs(data, mask, coords)
         tokens = self.describe(data, coords)
-        x = self.latents.unsqueeze(0)  # [1, N, D]: the first layer's queries are the same for the whole batch
+        x = self.latents.unsqueeze(0).expand(data.shape[0], -1, -1)
         for index in range(len(self.layers)):
             x, tokens = run_checkpointed(self.run_layer, self.checkpoint, index, x, tokens, mask)
-        return self.to_logits(x.mean(dim=-2).expand(data.shape[0], -1))  # without a layer x is still shared
+        return self.to_logits(x.mean(dim=-2))
 
 
 def pooled_head(latent_dim: int, num_classes: int) -> Head:

@@ -9,13 +9,28 @@ from torch._subclasses.fake_tensor import FakeTensor
 from perceiver_fast.layers.checks import check_channels, check_device, check_real, check_tensor
 
 
-def check_inputs(model: nn.Module, data: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Check ``data`` and ``mask`` as the forward of ``model`` does; return the mask flattened to ``[B, M]``.
+def own(tensor: Tensor) -> Tensor:
+    """A copy where gradients are recorded: it is kept for the backward, and the caller may refill its own meanwhile.
 
-    Raises:
-        TypeError, ValueError: the message says expected, got and what to do.
+    perceiver-pytorch copies its input too, as it joins the encoding to it. Inference tensors become ones to train on.
     """
-    return model.check_inputs(data, mask)
+    return tensor.clone() if torch.is_grad_enabled() else tensor
+
+
+def trainable(tensor: Tensor) -> Tensor:
+    """A copy of an inference tensor where gradients are recorded, which cannot keep it for the backward; else ``tensor``."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def context_channels(model: nn.Module) -> int:
+    """Channels of the tokens that the first cross-attention of ``model`` was built for."""
+    for module in model.modules():
+        norm = getattr(module, "norm_context", None)
+        if norm is not None:
+            return norm.normalized_shape[0]
+    raise ValueError(f"{type(model).__name__}: expected a layer with a norm_context, got none; build the model anew")
 
 
 def check_coords(who: str, what: str, coords: Tensor, data: Tensor, axes: int) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from perceiver_fast.layers import CrossAttention, FeedForward, PreNorm, ResidualStream, mixer
+from perceiver_fast.layers import Attention, FeedForward, PreNorm, mixer
+from perceiver_fast.layers.fusing import are_plain, watcher
+from perceiver_fast.layers.pre_norm import attend, join
+from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.models.grid import PooledPerceiver, pooled_head
 from perceiver_fast.models.stack import build_layers
 from perceiver_fast.tokens import Tokens
@@ -67,7 +70,8 @@ class Perceiver(PooledPerceiver):
         self.checkpoint = checkpoint
 
         def layer() -> nn.ModuleList:
-            cross_attn = CrossAttention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
+            cross_attn = Attention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
+            cross_attn = PreNorm(latent_dim, cross_attn, context_dim=self.input_dim)
             cross_ff = PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout))
             latent_attn = PreNorm(latent_dim, mixer(num_latents, dropout=ff_dropout))
             latent_ff = PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout))
@@ -78,9 +82,9 @@ class Perceiver(PooledPerceiver):
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]
-        stream = ResidualStream(x)
-        cross_attn(stream, tokens, mask=mask)
-        cross_ff(stream)
-        latent_attn(stream)
-        latent_ff(stream)
+        stream, watched = ResidualStream(x), watcher() is not None or not are_plain(x)
+        attend(stream, cross_attn, watched, type(self).__name__, context=tokens, mask=mask)
+        join(stream, cross_ff, watched)
+        join(stream, latent_attn, watched)
+        join(stream, latent_ff, watched)
         return stream.value(), tokens

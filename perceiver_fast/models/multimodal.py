@@ -9,11 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers import PerceiverBlock
+from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.grid import describe_grid, describe_points
 from perceiver_fast.models.modality import Modality, ModalityInput, check_modalities, check_modality_inputs
 from perceiver_fast.models.stack import build_layers, classifier_head, run_blocks
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import TokenGroups
+
+
+class ModalityEmbeddings(nn.ParameterDict):
+    """The modalities' embeddings by name; called, so that whoever brings parameters from elsewhere first can do so."""
+
+    __call__ = nn.Module.__call__  # nn.ParameterDict forbids calls
+
+    def forward(self, name: str) -> Tensor:
+        """That of modality ``name``, ``[E]``."""
+        return self[name]
 
 
 class MultimodalPerceiver(nn.Module):
@@ -83,7 +94,7 @@ class MultimodalPerceiver(nn.Module):
         check_modalities(type(self).__name__, self.modalities, modality_channels)
         self.input_dim = max(modality.own_channels for modality in self.modalities) + modality_channels
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
-        self.embeddings = nn.ParameterDict()
+        self.embeddings = ModalityEmbeddings()
         for modality in self.modalities:
             embedding = torch.empty(self.input_dim - modality.own_channels)
             self.embeddings[modality.name] = nn.Parameter(nn.init.trunc_normal_(embedding, std=0.02, a=-0.04, b=0.04))
@@ -128,7 +139,7 @@ class MultimodalPerceiver(nn.Module):
         groups = []
         for modality in present:
             given, codes = data[modality.name], (modality.num_freq_bands, modality.max_freq)
-            embedding = self.embeddings[modality.name]
+            embedding = self.embeddings(modality.name)
             if isinstance(given, Tensor):
                 groups.append(describe_grid(given, *codes, embedding))
             else:
@@ -161,7 +172,7 @@ class MultimodalPerceiver(nn.Module):
         masks = self.check_inputs(data, mask)
         tokens = self.describe(data, masks)
         batch = tokens.groups[0].feat.shape[0]
-        x = self.latents.unsqueeze(0)  # [1, N, D]: the first block's queries are the same for the whole batch
-        arguments = repeat({"context": tokens})
-        x = run_blocks(x, self.layers, repeat(None), None, arguments, self.checkpoint).expand(batch, -1, -1)
+        x = self.latents.unsqueeze(0).expand(batch, -1, -1)
+        arguments = (keywords_for(block, PerceiverBlock, dict(context=tokens)) for block in self.layers)
+        x = run_blocks(x, self.layers, repeat(None), None, arguments, self.checkpoint)
         return x if return_embeddings else self.to_logits(x)

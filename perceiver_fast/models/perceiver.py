@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock
+from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.checkpoints import upgrade_state_dict
 from perceiver_fast.models.grid import GridPerceiver
 from perceiver_fast.models.stack import build_layers, classifier_head, first_hiddens, run_blocks
@@ -16,9 +17,8 @@ class Perceiver(GridPerceiver):
     """N latents that attend to M raw inputs in every block, then to each other.
 
     The arguments, the state_dict, the outputs and the gradients are perceiver-pytorch 0.11.0's; the same seed gives
-    the same initial weights. Checkpoints of perceiver-pytorch 0.3 to 0.9 are renamed as they load. The kernels give first
-    derivatives and take no torch.func transforms; ``use_backend("reference")`` has both, where torch's attention is its
-    plain form: ``with sdpa_kernel(SDPBackend.MATH)``.
+    the same initial weights. Checkpoints of perceiver-pytorch 0.3 to 0.9 are renamed as they load. Derivatives of
+    every order and torch.func transforms are right; those beyond the first run in plain PyTorch.
 
     What perceiver-pytorch does not have: ``model(data [B, M, F], coords=[B, M, A])`` takes tokens at arbitrary
     positions, point clouds for example. A grid's are evenly spaced in [-1, 1] along every axis; the codes have the
@@ -62,6 +62,8 @@ class Perceiver(GridPerceiver):
         >>> model(torch.randn(2, 77, 3), coords=torch.rand(2, 77, 2) * 2 - 1).shape
         torch.Size([2, 5])
     """
+
+    checkpoint = False
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class Perceiver(GridPerceiver):
         self.to_logits = classifier_head(latent_dim, num_classes) if final_classifier_head else nn.Identity()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        upgrade_state_dict(state_dict, prefix)  # before the submodules take their shares
+        upgrade_state_dict(self, state_dict, prefix)  # before the submodules take their shares
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
@@ -166,11 +168,12 @@ class Perceiver(GridPerceiver):
         """
         mask = self.check_inputs(data, mask, coords)
         tokens, batch = self.describe(data, coords), data.shape[0]
-        x = self.latents.unsqueeze(0)  # [1, N, D]: the first block's queries are the same for the whole batch
-        hiddens = first_hiddens(x.expand(batch, -1, -1), block_outputs, return_hiddens or self.has_attn_residual)
+        x = self.latents.unsqueeze(0).expand(batch, -1, -1)
+        hiddens = first_hiddens(x, block_outputs, return_hiddens or self.has_attn_residual)
         arguments = (
-            dict(context=tokens, mask=mask, inverted_attention=inverted) for inverted in self.inverted_cross_attn
+            keywords_for(block, PerceiverBlock, dict(context=tokens, mask=mask, inverted_attention=inverted))
+            for block, inverted in zip(self.layers, self.inverted_cross_attn)
         )
-        x = run_blocks(x, self.layers, self.attn_residuals, hiddens, arguments, self.checkpoint).expand(batch, -1, -1)
+        x = run_blocks(x, self.layers, self.attn_residuals, hiddens, arguments, self.checkpoint)
         out = x if return_embeddings else self.to_logits(x)
         return (out, hiddens) if return_hiddens else out

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers import (
-    CrossAttention,
+    AttentionWithoutDropout,
     EnformerAttentionResidual,
-    FeedForward,
+    FeedForwardWithoutDropout,
     PerceiverBlock,
     PreNorm,
-    ResidualStream,
 )
 from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.layers.fusing import are_plain, is_plain, watcher
+from perceiver_fast.layers.pre_norm import join, keywords_for, why_modules
+from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
-from perceiver_fast.models.inputs import check_ids, check_queries
+from perceiver_fast.models.inputs import check_ids, check_queries, context_channels, own, trainable
 from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks, run_checkpointed
 from perceiver_fast.tokens import DenseTokens, Tokens
 
@@ -62,6 +64,8 @@ class PerceiverIO(nn.Module):
         >>> model(torch.randn(2, 30, 9), queries=torch.randn(100, 6)).shape
         torch.Size([2, 100, 5])
     """
+
+    checkpoint = False
 
     def __init__(
         self,
@@ -109,27 +113,36 @@ class PerceiverIO(nn.Module):
         layers = build_layers(layer, depth, shared=0 if weight_tie_layers else None)
         self.layers = nn.ModuleList(block for block, _ in layers)
         self.attn_residuals = nn.ModuleList(attn_residual for _, attn_residual in layers)
-        self.decoder_cross_attn = CrossAttention(queries_dim, latent_dim, cross_heads, cross_dim_head, 0.0)
-        self.decoder_ff = PreNorm(queries_dim, FeedForward(queries_dim)) if decoder_ff else None
+        decoder = AttentionWithoutDropout(queries_dim, latent_dim, heads=cross_heads, dim_head=cross_dim_head)
+        self.decoder_cross_attn = PreNorm(queries_dim, decoder, context_dim=latent_dim)
+        self.decoder_ff = PreNorm(queries_dim, FeedForwardWithoutDropout(queries_dim)) if decoder_ff else None
         self.to_logits = nn.Identity() if logits_dim is None else nn.Linear(queries_dim, logits_dim)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "input_dim" not in self.__dict__:  # pickled by perceiver-pytorch
+            self.input_axis = 1
+            self.input_channels = self.input_dim = context_channels(self)
+            self.queries_dim = self.decoder_cross_attn.norm.normalized_shape[0]
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        upgrade_io_state_dict(state_dict, prefix)  # before the submodules take their shares
+        upgrade_io_state_dict(self, state_dict, prefix)  # before the submodules take their shares
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_inputs(self, data: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Check ``data`` and ``mask``; return the mask as ``[B, M]``.
+        """Check ``data`` and ``mask``; return the mask, one that backwards may keep.
 
         Raises:
             TypeError, ValueError: the message says expected, got and what to do.
         """
         who = type(self).__name__
         check_data(who, "data", data, self.latents, axes=1, channels=self.input_channels, channels_argument="dim")
-        return check_mask(who, mask, "data", data, data.shape[1:-1])
+        mask = check_mask(who, mask, "data", data, data.shape[1:-1])
+        return None if mask is None else own(mask)
 
     def describe(self, data: Tensor) -> Tokens:
         """The tokens of ``data``."""
-        return DenseTokens(data)
+        return DenseTokens(trainable(data))
 
     def forward(
         self,
@@ -161,21 +174,23 @@ class PerceiverIO(nn.Module):
             perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
         """
         mask = self.check_inputs(data, mask)
+        batch = data.shape[0]
         if queries is not None:
             queries = check_queries(type(self).__name__, queries, data.shape[0], self.queries_dim, self.latents)
         if self.training and self.seq_dropout_prob > 0.0:
             data, mask = drop_tokens(data, mask, self.seq_dropout_prob)
-        x = self.latents.unsqueeze(0)  # [1, N, D]: the queries of the cross-attention are the same for the whole batch
-        keywords = {"mask": mask, "inverted_attention": self.inverted_cross_attn}
-        x = run_checkpointed(self.cross_attend_block, self.checkpoint, x, self.describe(data), **keywords)
+        x = self.latents.unsqueeze(0).expand(batch, -1, -1)
+        keywords = dict(context=self.describe(data), mask=mask, inverted_attention=self.inverted_cross_attn)
+        keywords = keywords_for(self.cross_attend_block, PerceiverBlock, keywords)
+        x = run_checkpointed(self.cross_attend_block, self.checkpoint, x, **keywords)
         hiddens = first_hiddens(x, block_outputs, return_hiddens or self.has_attn_residual)
         x = run_blocks(x, self.layers, self.attn_residuals, hiddens, repeat({}), self.checkpoint)
-        out = x if queries is None else self._decode(queries, DenseTokens(x))
+        out = x if queries is None else self._decode(trainable(queries).expand(batch, -1, -1), DenseTokens(x))
         return (out, hiddens) if return_hiddens else out
 
     def _decode(self, queries: Tensor, latents: Tokens) -> Tensor:
         # Training keeps every part's intermediates anyway, and a compiled graph would hold one copy a part.
-        if queries.shape[1] <= DECODER_ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._decodes_in_parts(queries):
             return self._decode_part(queries, latents)
         out = None
         for start in range(0, queries.shape[1], DECODER_ROWS):
@@ -185,10 +200,20 @@ class PerceiverIO(nn.Module):
             out[:, start : start + DECODER_ROWS] = part
         return out
 
+    def _decodes_in_parts(self, queries: Tensor) -> bool:
+        """Whether it is worth it, and nobody can tell: a layer that is more than it looks may mix the queries."""
+        if queries.shape[1] <= DECODER_ROWS or why_modules(self.decoder_cross_attn) is not None:
+            return False
+        if self.decoder_ff is not None and why_modules(self.decoder_ff) is not None:
+            return False
+        return is_plain(self.to_logits, nn.Linear, nn.Identity)
+
     def _decode_part(self, queries: Tensor, latents: Tokens) -> Tensor:
-        x = self.decoder_cross_attn(queries, latents)
+        x = self.decoder_cross_attn(queries, **keywords_for(self.decoder_cross_attn, PreNorm, dict(context=latents)))
         if self.decoder_ff is not None:
-            x = self.decoder_ff(ResidualStream(x)).value()
+            stream = ResidualStream(x)
+            join(stream, self.decoder_ff, watcher() is not None or not are_plain(x))
+            x = stream.value()
         return self.to_logits(x)
 
 

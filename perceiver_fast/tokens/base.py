@@ -28,9 +28,23 @@ class Tokens:
     stored_channels: int
     device: torch.device
     compute: torch.dtype
+    _tensor: Tensor | None = None
 
     def materialize(self) -> Tensor:
-        """The ``[B, M, C]`` tensor this object stands for. Only tests call it."""
+        """The ``[B, M, C]`` tensor this object stands for."""
+        raise NotImplementedError
+
+    def tensor(self) -> Tensor:
+        """:meth:`materialize`, once for all who ask: for modules that have to be called, on what perceiver-pytorch builds."""
+        tensor = self._tensor
+        if tensor is None or (torch.is_grad_enabled() and self.learns()):
+            tensor = self.materialize()
+            if not tensor.requires_grad:  # what carries a gradient belongs to the layer that asked (checkpointing)
+                self._tensor = tensor
+        return tensor
+
+    def learns(self) -> bool:
+        """Whether a gradient flows to what the tokens are made of."""
         raise NotImplementedError
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:

@@ -56,11 +56,14 @@ class DenseTokens(Tokens):
     def materialize(self) -> Tensor:
         return self.context
 
+    def learns(self) -> bool:
+        return self.context.requires_grad
+
     def normalized(self, eps: float) -> Tensor:
         """LayerNorm of the tokens without its affine part, which is the layers' own: computed once for all of them,
         unless a gradient flows through it."""
         normalized = self._normalized.get(eps)
-        if normalized is None or (torch.is_grad_enabled() and self.context.requires_grad):
+        if normalized is None or (torch.is_grad_enabled() and self.learns()):
             normalized = F.layer_norm(self.context, self.context.shape[-1:], eps=eps)
             if not normalized.requires_grad:  # what carries a gradient belongs to the layer that asked (checkpointing)
                 self._normalized[eps] = normalized

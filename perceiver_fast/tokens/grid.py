@@ -77,8 +77,7 @@ class GridTokens(Tokens):
     def scale(self, eps: float) -> Tensor:
         """LayerNorm's ``1 / sqrt(var + eps)`` of every token, ``[B, *sizes]``."""
         scale = self._scale.get(eps)
-        sources = (self.feat, *(code.code for code in self.codes))
-        if scale is None or (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
+        if scale is None or (torch.is_grad_enabled() and self.learns()):
             mean = torch.cat([code.mean for code in self.codes])
             square = torch.cat([code.square for code in self.codes])
             widths = [code.code.shape[-1] for code in self.codes]
@@ -108,6 +107,9 @@ class GridTokens(Tokens):
                 kv = kv + part.view(*(-1 if a == axis else 1 for a in range(len(axes))), kv.shape[-1])
             kv = kv * self.scale(norm.eps).unsqueeze(-1) + bias
         return kv.flatten(1, -2).to(autocast_dtype(kv.device) or to_kv.weight.dtype)
+
+    def learns(self) -> bool:
+        return self.feat.requires_grad or any(axis.code.requires_grad for axis in self.codes)
 
     def materialize(self) -> Tensor:
         batch, sizes = self.feat.shape[0], self.sizes

@@ -48,8 +48,22 @@ class TokenGroups:
         return sum(group.count for group in self.groups)
 
     def materialize(self) -> Tensor:
-        """All tokens joined, ``[B, M, C]``. Only tests call it."""
+        """All tokens joined, ``[B, M, C]``."""
         return torch.cat([group.materialize() for group in self.groups], 1)
+
+    def tensor(self) -> Tensor:
+        """:meth:`materialize`, of what the groups built already: for modules that have to be called."""
+        return torch.cat([group.tensor() for group in self.groups], 1)
+
+    def mask(self) -> Tensor | None:
+        """The masks joined, bool ``[B, M]``, or None where there is none."""
+        if all(mask is None for mask in self.masks):
+            return None
+        parts = []
+        for group, mask in zip(self.groups, self.masks):
+            full = torch.ones(group.batch, group.count, dtype=torch.bool, device=group.device)
+            parts.append(full if mask is None else mask)
+        return torch.cat(parts, 1)
 
 
 def merge_groups(outs: Sequence[Tensor], lses: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

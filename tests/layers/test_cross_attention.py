@@ -6,9 +6,13 @@ import torch
 from support import needs_extension, relative_error
 
 import perceiver_fast as pf
-from perceiver_fast.layers import CrossAttention, axis_codes
+from perceiver_fast.layers import Attention, PreNorm, axis_codes
 from perceiver_fast.layers.plan import Layer, count_work, plan_cross_attention
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, TokenGroups
+
+
+def cross_attention(dim, context_dim, heads, dim_head, dropout=0.0):
+    return PreNorm(dim, Attention(dim, context_dim, heads, dim_head, dropout), context_dim=context_dim)
 
 
 def grid(sizes, features, bands=6):
@@ -63,7 +67,7 @@ def outputs(layer, x, tokens, mask, path, inverted, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "plan_cross_attention", lambda t, call: type(plan(t, call))(path, plan(t, call).choice))
         torch.manual_seed(7)  # of dropout
-        out = layer(x, tokens, mask=mask, inverted=inverted)
+        out = layer(x, context=tokens, mask=mask, inverted_attention=inverted)
     return [out, *torch.autograd.grad(out.square().sum(), list(layer.parameters()))]
 
 
@@ -72,7 +76,7 @@ def outputs(layer, x, tokens, mask, path, inverted, monkeypatch):
 @pytest.mark.parametrize("heads", [1, 3])
 def test_all_ways_are_one(monkeypatch, heads, inverted, dropout):
     """Grid, absorbed and projected give the same numbers, whatever the biases of LayerNorm; the same weights fall."""
-    layer = CrossAttention(16, 29, heads, 5, dropout).double()
+    layer = cross_attention(16, 29, heads, 5, dropout).double()
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.5)
     codes = tuple(axis_codes(n, 6, 10.0, torch.float64, torch.device("cpu")) for n in (7, 6))
@@ -105,7 +109,7 @@ def test_queries_contribute_keys_and_values(masked):
     with pytest.raises(ValueError, match="context_dim == dim"):
         pf.PerceiverBlock(dim=16, context_dim=9, queries_contribute_kv=True)
     with pytest.raises(ValueError, match="plain attention to groups"):
-        ours.cross_attn(x, TokenGroups([DenseTokens(context)]))
+        ours.cross_attn(x, context=TokenGroups([DenseTokens(context)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -113,7 +117,7 @@ def test_queries_contribute_keys_and_values(masked):
 def test_narrow_models_on_every_way(way, dtype):
     """Weights and input in 16 bits: errors no greater than perceiver-pytorch's arithmetic in 16 bits has."""
     torch.manual_seed(1)
-    layer = CrossAttention(32, 29 if way in ("grid", "points") else {"absorbed": 8, "projected": 96}[way], 1, 16)
+    layer = cross_attention(32, 29 if way in ("grid", "points") else {"absorbed": 8, "projected": 96}[way], 1, 16)
     if way == "grid":
         codes = tuple(axis_codes(n, 6, 10.0, torch.float32, torch.device("cpu")) for n in (7, 6))
         tokens = [GridTokens(torch.randn(2, 7, 6, 3), codes)]
@@ -129,8 +133,8 @@ def test_narrow_models_on_every_way(way, dtype):
         context = torch.randn(2, 42, layer.norm_context.normalized_shape[0])
         tokens = [DenseTokens(context), DenseTokens(context.to(dtype))]
     x = torch.randn(2, 9, 32)
-    exact = layer(x, tokens[0])
-    narrow = layer.to(dtype)(x.to(dtype), tokens[1])
+    exact = layer(x, context=tokens[0])
+    narrow = layer.to(dtype)(x.to(dtype), context=tokens[1])
     assert narrow.dtype == dtype and relative_error(narrow.float(), exact) < (
         0.03 if dtype == torch.bfloat16 else 0.005
     )

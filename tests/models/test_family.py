@@ -15,7 +15,8 @@ from support import check_float32, compare_models, random_config, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import experimental, gated, mixed_latents, perceiver_io
-from perceiver_fast.layers import CrossAttention
+from perceiver_fast.layers.observer import Observer, observing
+from perceiver_fast.layers.pre_norm import is_cross_attention
 
 MODELS = {
     "io": (perceiver_pytorch.PerceiverIO, pf.PerceiverIO),
@@ -264,11 +265,18 @@ def test_describe_is_what_the_first_cross_attention_sees(name):
     paths = {"gated": "layers.0.0.fn", "io": "cross_attend_block.cross_attn"}
     paths["lm"] = "perceiver_io." + paths["io"]
     module, seen = ours.get_submodule(paths.get(name, "layers.0.0")), []
-    assert isinstance(module, CrossAttention)
-    module.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    assert is_cross_attention(module)
+
+    class Look(Observer):
+        def attends(self, layer, z, tokens=None, mask=None, inverted=False, fused=True):
+            seen.append((layer, tokens, fused))
+
     data = small_input(name)
-    ours(data)
-    assert torch.equal(seen[0].materialize(), ours.describe(data).materialize())
+    with observing(Look()):
+        ours(data)
+    layer, tokens, fused = seen[0]
+    assert layer is module and fused
+    assert torch.equal(tokens.materialize(), ours.describe(data).materialize())
 
 
 @pytest.mark.parametrize("name", WHOLE_MODELS)

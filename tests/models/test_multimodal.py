@@ -10,7 +10,7 @@ from support import check_float32, compare_models, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import Modality, MultimodalPerceiver
-from perceiver_fast.layers import CrossAttention
+from perceiver_fast.layers.cross_attention import FusedCrossAttention
 from perceiver_fast.models import grid
 from perceiver_fast.tokens import GridTokens, PointTokens
 
@@ -111,7 +111,7 @@ def test_all_masked_is_uniform_over_all_tokens():
     attention = block.cross_attn
     values = attention.fn.to_kv(attention.norm_context(torch.cat(groups, 1))).chunk(2, -1)[1]
     expected = attention.fn.to_out(values.mean(1, keepdim=True)).expand(-1, 6, -1)
-    actual = attention(model.latents[None], model.describe(data, nothing))
+    actual = attention(model.latents[None], context=model.describe(data, nothing))
     assert relative_error(actual, expected) < 1e-12
     one = nothing | {"audio": torch.ones(1, 23) > 0}
     assert relative_error(model(data, one), model({"audio": data["audio"]})) < 1e-12
@@ -125,7 +125,7 @@ def way(request, monkeypatch):
         def plan(self, tokens, queries, inverted=False, lse=False, masked=False):
             return type("Plan", (), dict(path="projected"))
 
-        monkeypatch.setattr(CrossAttention, "plan", plan)
+        monkeypatch.setattr(FusedCrossAttention, "plan", plan)
     if request.param == "long axis":
         monkeypatch.setattr(grid, "ONE_AXIS_LIMIT", 22)
     with pf.use_backend("reference" if request.param == "reference" else "auto"):

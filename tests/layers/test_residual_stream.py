@@ -6,8 +6,10 @@ from support import relative_error
 from torch import nn
 
 import perceiver_fast as pf
-from perceiver_fast.layers import Attention, FeedForward, PerceiverBlock, PreNorm, ResidualStream
-from perceiver_fast.layers.stream import is_plain
+from perceiver_fast.layers import Attention, FeedForward, PerceiverBlock, PreNorm
+from perceiver_fast.layers.fusing import is_plain
+from perceiver_fast.layers.pre_norm import join
+from perceiver_fast.layers.residual_stream import ResidualStream
 
 
 def layers(dim=16):
@@ -26,7 +28,7 @@ def test_is_plain_addition(batch, backend):
             plain = plain + layer(plain)
         stream = ResidualStream(x)
         for layer in some:
-            assert layer(stream) is stream
+            join(stream, layer, watched=False)
         assert stream.shape == x.shape
         value = stream.value()
         assert value is stream.value()
@@ -39,7 +41,8 @@ def test_is_plain_addition(batch, backend):
 
 def test_shared_latents_meet_a_batch():
     x, branch, bias = torch.randn(1, 4, 8), torch.randn(3, 4, 8), torch.randn(8)
-    stream = ResidualStream(x)
+    stream = ResidualStream(x.expand(3, -1, -1))
+    assert stream.shape == x.shape and stream.value().shape == branch.shape
     stream.add(branch, bias)
     norm = nn.LayerNorm(8)
     assert relative_error(stream.normalized(norm), norm(x + branch + bias)) < 1e-6
@@ -51,7 +54,7 @@ def test_the_stream_keeps_float32_under_autocast():
     stream = ResidualStream(torch.randn(2, 4, 16))
     with torch.autocast("cpu", torch.bfloat16):
         for layer in layers():
-            layer(stream)
+            join(stream, layer, watched=False)
         assert stream.normalized(nn.LayerNorm(16)).dtype == torch.bfloat16
         assert stream.value().dtype == torch.float32
 

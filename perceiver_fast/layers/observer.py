@@ -1,0 +1,75 @@
+"""What layers tell whoever looks on while they run: explain, and attention_map.
+
+A hook would change the way that layers take (fusing.py). So a layer says by itself what it begins with, whether it is
+called as a module or a fused op stands in for it. Without an observer that costs a comparison.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.layers.plan import Plan
+from perceiver_fast.tokens import TokenGroups, Tokens
+
+
+class Observer:
+    """Base class: look on at the forward of this thread, in :func:`observing`; a subclass says what at.
+
+    A subclass may put hooks of its own (bound methods) on modules: they change nothing, so layers stay fused.
+    """
+
+    only_looks = True
+
+    def begins(self, layer: nn.Module, shape: torch.Size, residual: bool) -> None:
+        """A pre-normalised layer begins, on latents of ``shape``; residual: its result is added to them."""
+
+    def attends(
+        self,
+        layer: nn.Module,
+        z: Tensor,
+        tokens: Tokens | TokenGroups | None = None,
+        mask: Tensor | None = None,
+        inverted: bool = False,
+        fused: bool = True,
+    ) -> None:
+        """Normalised ``z [B, N, D]`` (or ``[1, N, D]``) of an attention layer is about to attend.
+
+        Args:
+            layer: a PreNorm with a context, or an Attention among ``z``.
+            z: what attends.
+            tokens: a description of what is attended to, Tokens or TokenGroups. Default: ``z`` itself.
+            mask: ``[B, M]`` or ``[B, *sizes]``, True where a token may be attended to. Default: all.
+            inverted: softmax over ``z``, then normalised over the tokens.
+            fused: a fused op stands in for the layer's; else they are about to be called.
+        """
+
+    def plans(
+        self, layer: nn.Module, z: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool, grouped: bool, plan: Plan
+    ) -> None:
+        """A fused cross-attention is about to take the way of ``plan``; grouped: tokens are one of several groups."""
+
+
+_current: tuple[Observer, int] | None = None
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[Observer]:
+    """``observer`` is told what layers do inside, in this thread."""
+    global _current
+    previous, _current = _current, (observer, threading.get_ident())
+    try:
+        yield observer
+    finally:
+        _current = previous
+
+
+def observer() -> Observer | None:
+    """Who looks on at this thread, if anybody; nobody does where a graph is traced."""
+    if torch.compiler.is_compiling() or _current is None:
+        return None
+    return _current[0] if _current[1] == threading.get_ident() else None

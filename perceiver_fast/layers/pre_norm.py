@@ -1,0 +1,181 @@
+"""LayerNorm before a layer, as perceiver-pytorch has it, and layers that join a residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from perceiver_fast.layers.attention import Attention, AttentionWithoutDropout
+from perceiver_fast.layers.cross_attention import cross_attention_branch, describe_context, why_cross_attention_modules
+from perceiver_fast.layers.feed_forward import FeedForward, FeedForwardWithoutDropout
+from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, watcher, why_not
+from perceiver_fast.layers.observer import observer
+from perceiver_fast.layers.residual_stream import ResidualStream, normalize
+from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens
+
+ATTENTION = (Attention, AttentionWithoutDropout)
+BRANCHES = (*ATTENTION, FeedForward, FeedForwardWithoutDropout)
+CONTEXT = frozenset(("context", "mask", "inverted_attention"))
+
+
+@fusable
+class PreNorm(nn.Module):
+    """``fn(LayerNorm(x), ..)``; with a context_dim, ``fn(LayerNorm(x), context=LayerNorm(context), ..)``.
+
+    Args:
+        dim: channels of x.
+        fn: the layer.
+        context_dim: channels of the context. Default: None, fn takes no context.
+
+    Source:
+        perceiver-pytorch 0.11.0.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.layers import Attention, PreNorm
+        >>> layer = PreNorm(8, Attention(8, 12), context_dim=12)
+        >>> layer(torch.randn(2, 5, 8), context=torch.randn(2, 30, 12)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, dim: int, fn: nn.Module, context_dim: int | None = None):
+        super().__init__()
+        self.fn = fn
+        self.norm = nn.LayerNorm(dim)
+        self.norm_context = None if context_dim is None else nn.LayerNorm(context_dim)
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        watched = watcher() is not None or not are_plain(x)
+        if not watched and CONTEXT.issuperset(kwargs):
+            branch = _cross_branch(self, ResidualStream(x), **kwargs, who=type(self).__name__)
+            if branch is not None:
+                out, bias = branch
+                return out if bias is None else out + bias.to(out.dtype)
+        looks = observer()
+        if looks is not None:
+            looks.begins(self, x.shape, residual=False)
+        z = self.norm(x) if watched else normalize(self.norm, x)
+        if self.norm_context is not None:
+            if looks is not None:
+                context = kwargs["context"]
+                tokens = DenseTokens(context) if isinstance(context, Tensor) else context
+                looks.attends(self, z, tokens, kwargs.get("mask"), kwargs.get("inverted_attention", False), fused=False)
+            kwargs = as_tensors(kwargs)
+            kwargs.update(context=self.norm_context(kwargs["context"]))
+        return self.fn(z, **kwargs)
+
+
+def _cross_branch(
+    layer: PreNorm,
+    stream: ResidualStream,
+    context: Tensor | Tokens | TokenGroups | None = None,
+    mask: Tensor | None = None,
+    inverted_attention: bool = False,
+    *,
+    who: str,
+    residual: bool = False,
+) -> tuple[Tensor, Tensor | None] | None:
+    """What the layers of a PreNorm with a context return, before a bias, and that; None where they have to be called."""
+    if context is None or layer._modules.get("norm_context") is None:
+        return None
+    if not (isinstance(context, (Tokens, TokenGroups)) or are_plain(context, mask)):
+        return None
+    if why_cross_attention_modules(layer) is not None:
+        return None
+    tokens, mask = describe_context(who, layer, stream.value(), context, mask)
+    if (looks := observer()) is not None:
+        looks.begins(layer, stream.shape, residual)
+    return cross_attention_branch(layer, stream, tokens, mask, inverted_attention)
+
+
+def as_tensors(keywords: dict) -> dict:
+    """``keywords`` with the tensors that perceiver-pytorch has in the place of a description of tokens."""
+    context = keywords.get("context")
+    if isinstance(context, TokenGroups):
+        return keywords | {"context": context.tensor(), "mask": context.mask()}
+    return keywords | {"context": context.tensor()} if isinstance(context, Tokens) else keywords
+
+
+def keywords_for(module: nn.Module, kind: type[nn.Module], keywords: dict) -> dict:
+    """``keywords`` to call ``module`` with: a description of tokens stays one only where nobody else sees it.
+
+    Args:
+        module: what is called.
+        kind: the class whose forward takes descriptions.
+        keywords: ``context``, a tensor ``[B, M, C]`` or a description of one, and others.
+    """
+    return keywords if watcher() is None and hides_keywords(module, kind.forward) else as_tensors(keywords)
+
+
+def attend(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **keywords) -> None:
+    """``x + layer(x, context=context, ..)`` of a stream: fused where ``layer`` is plain, else it is called.
+
+    Args:
+        stream: which the result joins.
+        layer: a PreNorm with a context, or whatever was put in its place.
+        watched: whether somebody sees it when modules are not called.
+        who: whom a caller knows, for messages.
+        **keywords: ``context``, a tensor ``[B, M, C]`` or a description of one, and what else perceiver-pytorch gives.
+    """
+    if not watched and why_not("layer", layer, PreNorm) is None:
+        branch = _cross_branch(layer, stream, **keywords, who=who, residual=True)
+        if branch is not None:
+            stream.add(*branch)
+            return
+    stream.add_output(layer(stream.value(), **keywords_for(layer, PreNorm, keywords)))
+
+
+def join(stream: ResidualStream, layer: nn.Module, watched: bool, **keywords) -> None:
+    """``x + layer(x, ..)`` of a stream: fused where ``layer`` is a plain :class:`PreNorm`, else the layer is called.
+
+    Args:
+        stream: which the result joins.
+        layer: a PreNorm without context, or whatever was put in its place.
+        watched: whether somebody sees it when modules are not called.
+        **keywords: of the layer.
+    """
+    if watched or why_not("layer", layer, PreNorm) is not None or layer._modules.get("norm_context") is not None:
+        stream.add_output(layer(stream.value(), **keywords))
+        return
+    if (looks := observer()) is not None:
+        looks.begins(layer, stream.shape, residual=True)
+    fn, norm = layer._modules["fn"], layer._modules["norm"]
+    if not keywords and why_not("fn", fn, *BRANCHES) is None and fn.why_modules() is None:
+        stream.add(*fn.branch(stream.normalized(norm)))
+    else:
+        stream.add_output(fn(norm(stream.value()), **keywords))
+
+
+def is_cross_attention(module: nn.Module) -> bool:
+    """Whether ``module`` is a PreNorm that attends to a context."""
+    return isinstance(module, PreNorm) and module.norm_context is not None
+
+
+class Residual(nn.Module):
+    """``x + fn(x, ..)``.
+
+    Args:
+        fn: the layer.
+
+    Source:
+        perceiver-pytorch 0.11.0.
+    """
+
+    def __init__(self, fn: nn.Module):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        stream = ResidualStream(x)
+        join(stream, self.fn, watcher() is not None or not are_plain(x), **kwargs)
+        return stream.value()
+
+
+def why_modules(layer: nn.Module) -> str | None:
+    """Why the layers of a PreNorm are called one by one, or None where a fused op stands in for them."""
+    found = watcher() or why_not("it", layer, PreNorm)
+    if found is not None:
+        return found
+    if layer.norm_context is not None:
+        return why_cross_attention_modules(layer)
+    found = why_not("fn", layer.fn, *BRANCHES)
+    return layer.fn.why_modules() if found is None else found

@@ -10,9 +10,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-NAMES = ("auto", "cpu", "triton", "cuda", "reference")
+from perceiver_fast.settings import Setting
 
-_forced = "auto"
+NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 
 
 class BackendError(RuntimeError):
@@ -45,16 +45,17 @@ class Choice:
 def choose(op: str, backends: tuple[Backend, ...], call: object) -> Choice:
     """The first of ``backends`` that can run ``call``, or the forced one; ``backend`` is None when there is none."""
     rejected: dict[str, list[str]] = {}
+    forced = forced_backend()
     for backend in backends:
-        if _forced not in ("auto", backend.name):
-            rejected[backend.name] = [f"backend {_forced!r} is forced"]
+        if forced not in ("auto", backend.name):
+            rejected[backend.name] = [f"backend {forced!r} is forced"]
             continue
         reasons = backend.reasons(call)
         if not reasons:
             return Choice(op, backend.name, rejected)
         rejected[backend.name] = reasons
-    if _forced != "auto":
-        rejected.setdefault(_forced, [f"{op} has no backend of that name"])
+    if forced != "auto":
+        rejected.setdefault(forced, [f"{op} has no backend of that name"])
     return Choice(op, None, rejected)
 
 
@@ -67,23 +68,24 @@ def require(*choices: Choice) -> Choice:
     for choice in choices:
         if choice.backend is not None:
             return choice
+    forced = forced_backend()
     reasons = [
         f"{choice.op}[{name}]: {', '.join(why)}"
         for choice in choices
         for name, why in choice.rejected.items()
-        if _forced in ("auto", name)
+        if forced in ("auto", name)
     ]
-    if _forced == "auto":
+    if forced == "auto":
         raise BackendError(f"no backend can run this call: {'; '.join(reasons)}")
     raise BackendError(
-        f"backend {_forced!r} was forced but cannot run this call: {'; '.join(reasons)}. "
+        f"backend {forced!r} was forced but cannot run this call: {'; '.join(reasons)}. "
         "Use perceiver_fast.use_backend('auto') to let one be chosen."
     )
 
 
 def forced_backend() -> str:
-    """Name of the forced backend, or ``"auto"``."""
-    return _forced
+    """Name of the backend that is forced in this thread or asyncio task, or ``"auto"``."""
+    return _backend.value()
 
 
 def _check(name: str, where: str) -> str:
@@ -95,13 +97,13 @@ def _check(name: str, where: str) -> str:
 class use_backend:
     """Force a backend for every op, at once and, used as a context manager, until the end of the block.
 
-    It holds for the whole process, all threads included.
+    It holds for the thread or asyncio task that it is called in; others have the process's own.
 
     Args:
         name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels),
             ``"triton"`` (the Triton kernels of all ops but ``fourier_projection`` and ``grid_scale``, on GPUs),
             ``"cuda"`` (the CUDA kernels; ``fourier_projection`` alone has them) or ``"reference"`` (plain PyTorch). The
-            environment variable PERCEIVER_FAST_BACKEND sets the initial value.
+            environment variable PERCEIVER_FAST_BACKEND sets the process's own value.
 
     Raises:
         ValueError: the name is unknown. A forced backend that cannot run a call raises :class:`BackendError` there.
@@ -116,16 +118,13 @@ class use_backend:
     """
 
     def __init__(self, name: str):
-        global _forced
-        self._previous = _forced
-        _forced = _check(name, "use_backend")
+        self._forced = _backend.force(_check(name, "use_backend"))
 
     def __enter__(self) -> use_backend:
         return self
 
     def __exit__(self, *exc) -> None:
-        global _forced
-        _forced = self._previous
+        _backend.release(self._forced)
 
 
-_forced = _check(os.environ.get("PERCEIVER_FAST_BACKEND") or "auto", "PERCEIVER_FAST_BACKEND")
+_backend = Setting("backend", _check(os.environ.get("PERCEIVER_FAST_BACKEND") or "auto", "PERCEIVER_FAST_BACKEND"))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from perceiver_fast.layers.fusing import exports_onnx
+
 _CACHE_SIZE = 64
 _cache: dict[tuple, AxisCodes] = {}
 
@@ -87,5 +89,7 @@ def axis_codes(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, d
         torch.Size([5, 5])
     """
     if torch.compiler.is_compiling():
+        if exports_onnx():
+            return _compute(size, num_bands, float(max_freq), dtype, device)
         return AxisCodes(*torch.ops.perceiver_fast.axis_codes(size, num_bands, max_freq, dtype, device))
     return _cached(size, num_bands, float(max_freq), dtype, device)

@@ -74,8 +74,13 @@ def watcher() -> str | None:
     return None
 
 
+def exports_onnx() -> bool:
+    """Whether a graph is traced for ONNX, which knows torch's operators alone."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
 def _tracing_watcher() -> str | None:
-    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+    if exports_onnx():
         return "ONNX knows torch's operators alone"
     for kind, forward in _forwards.items():
         if kind.forward is not forward:
@@ -83,7 +88,8 @@ def _tracing_watcher() -> str | None:
     return None
 
 
-_tracing_watcher._dynamo_marked_constant = True  # asked while a graph is traced; torch._dynamo takes seconds to import
+# Asked while a graph is traced. What torch.compiler.assume_constant_result sets; that imports torch._dynamo: seconds.
+exports_onnx._dynamo_marked_constant = _tracing_watcher._dynamo_marked_constant = True
 
 
 def _global_hook() -> str | None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from perceiver_fast.backends import Choice, forced_backend, require
 from perceiver_fast.ops.cross_attention import CrossAttentionCall, choose_cross_attention
 from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention
@@ -24,6 +26,7 @@ from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
 PAIR = 12  # multiply-adds in whose time a query-token pair's exponential and sums are done: 11 to 14 instructions
 BYTE = 4  # multiply-adds in whose time a byte passes through memory: 4 to 10 on two to sixteen cores
 FLOAT = 4  # bytes
+ANY_SIZE = 4096  # in the place of a size that is not known
 SMALL = 2e7  # multiply-adds, a fraction of a millisecond: below it the grid's way is taken, whose error is the least
 
 
@@ -45,15 +48,36 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """The way taken, the op and backend that run it, and the work counted for every way that was open."""
+    """The way taken, the op and backend that run it, and the work counted for every way that was open.
+
+    Args:
+        path: the way.
+        taken: the op and backend on that way, and why other backends were passed over.
+        work: of every way that was open.
+        uses: ops beside attention.
+        grid: what would run the grid's way, and why nothing can.
+    """
 
     path: str
-    choice: Choice
+    taken: Choice
     work: dict[str, Work] = field(default_factory=dict)
-    uses: tuple[Choice, ...] = ()  # ops beside attention
+    uses: tuple[Choice, ...] = ()
+    grid: Choice | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """The op and backend, and why other ways and backends were passed over: put into words when somebody asks."""
+        rejected = {}
+        if self.grid is not None and self.path != "grid":
+            rejected |= {f"grid_attention[{name}]": why for name, why in self.grid.rejected.items()}
+        for path, work in self.work.items():
+            if path != self.path:
+                more = work.cost > self.work[self.path].cost
+                rejected[path] = [f"{'more work' if more else 'small: the grid has the least error'}: {work}"]
+        return Choice(self.taken.op, self.taken.backend, rejected | self.taken.rejected)
 
     def __str__(self) -> str:
-        text = f"{self.path}: {self.choice.op} on {self.choice.backend}"
+        text = f"{self.path}: {self.taken.op} on {self.taken.backend}"
         return f"{text}, {self.work[self.path]}" if self.path in self.work else text
 
 
@@ -71,22 +95,29 @@ class Layer:
     masked: bool = False
 
 
+def known(size: int) -> int:
+    """``size``, or a number in its place where a graph for any size is traced: comparing would tie the graph to some."""
+    if torch.compiler.is_exporting() and (torch.compiler.is_dynamo_compiling() or type(size) is not int):
+        return ANY_SIZE
+    return size
+
+
 def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
     """The forward's work on one way; raises KeyError for a way that the tokens do not offer."""
-    rows, width = layer.queries * layer.heads, 2 * layer.heads * layer.dim_head
-    pairs = rows * tokens.count
+    rows, width, count = known(layer.queries) * layer.heads, 2 * layer.heads * layer.dim_head, known(tokens.count)
+    pairs = rows * count
     if path == "grid":
-        length = tokens.features + sum(tokens.sizes)
+        length = tokens.features + sum(map(known, tokens.sizes))
         operations = pairs * (2 * tokens.features + len(tokens.sizes) + PAIR) + 2 * rows * layer.dim_head * length
         # The tables of queries and of results, written and read; and the tokens.
-        return Work(operations, FLOAT * (4 * rows * length + tokens.count * (tokens.features + 2)))
+        return Work(operations, FLOAT * (4 * rows * length + count * (tokens.features + 2)))
     if path == "absorbed":
         channels = tokens.channels
         operations = pairs * (2 * channels + PAIR) + 2 * rows * layer.dim_head * channels
-        return Work(operations, FLOAT * 3 * tokens.count * channels)
+        return Work(operations, FLOAT * 3 * count * channels)
     if path == "projected":
-        operations = tokens.projection_operations(width) + pairs * (2 * layer.dim_head + PAIR)
-        return Work(operations, FLOAT * tokens.count * (tokens.stored_channels + 2 * width))
+        operations = tokens.projection_operations(width, known) + pairs * (2 * layer.dim_head + PAIR)
+        return Work(operations, FLOAT * count * (tokens.stored_channels + 2 * width))
     raise KeyError(path)
 
 
@@ -112,13 +143,7 @@ def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
         path = next(iter(work))
         for other in work:  # min() with a key does not trace
             path = other if work[other].cost < work[path].cost else path
-    rejected = {f"grid_attention[{name}]": why for name, why in grid.rejected.items()} if path != "grid" else {}
-    for other, counted in work.items():
-        if other != path:
-            why = "more work" if counted.cost > work[path].cost else "small: the grid's error is the least"
-            rejected[other] = [f"{why}: {counted}"]
-    choice = ways[path]
-    return Plan(path, Choice(choice.op, choice.backend, rejected | choice.rejected), work, tokens.uses(path))
+    return Plan(path, ways[path], work, tokens.uses(path), grid)
 
 
 def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:

@@ -12,7 +12,7 @@ from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.models.grid import PooledPerceiver, pooled_head
 from perceiver_fast.models.stack import build_layers
 from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
-from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
 
@@ -25,7 +25,7 @@ def project_points(tokens: PointTokens, linear: nn.Linear) -> Tensor:
 def project_grid(tokens: GridTokens, linear: nn.Linear) -> Tensor:
     """``linear`` of the tokens a grid stands for, ``[B, M, C']``, without building their position codes."""
     feat, codes = tokens.feat, [axis.code for axis in tokens.codes]
-    with torch.autocast(feat.device.type, enabled=False):
+    with unless_autocast(feat.device):
         weight = linear.weight.to(feat.dtype).split([tokens.features, *(code.shape[-1] for code in codes)], dim=1)
         out = feat @ weight[0].T + linear.bias.to(feat.dtype)
         for axis, (code, columns) in enumerate(zip(codes, weight[1:])):

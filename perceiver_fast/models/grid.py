@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers import AxisCodes, axis_codes
 from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.layers.plan import known
 from perceiver_fast.models.inputs import check_coords, context_channels, own, trainable
 from perceiver_fast.models.stack import Head, run_checkpointed
 from perceiver_fast.ops.library import compute_dtype
@@ -27,7 +28,7 @@ def describe_grid(
         embedding: ``[E]``, channels that all tokens share, between their own and the codes. Default: none.
     """
     data = own(data)
-    if data.dim() == 3 and data.shape[1] > ONE_AXIS_LIMIT:
+    if data.dim() == 3 and known(data.shape[1]) > ONE_AXIS_LIMIT:
         positions = grid_positions(data.shape[1], data.device)
         return describe_points(data, positions, num_freq_bands, max_freq, embedding)
     dtype = compute_dtype(data.dtype)

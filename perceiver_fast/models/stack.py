@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from perceiver_fast.backends import forced_backend, use_backend
 from perceiver_fast.ranges import layer_range
 
 T = TypeVar("T")
@@ -40,9 +42,12 @@ def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args, **keyword
 
     Random numbers are drawn the same the second time, as in torch.utils.checkpoint without reentry, which it is.
     """
-    if checkpoint and torch.is_grad_enabled():
-        return torch_checkpoint(layer, *args, use_reentrant=False, **keywords)
-    return layer(*args, **keywords)
+    if not checkpoint or not torch.is_grad_enabled():
+        return layer(*args, **keywords)
+    forced = forced_backend()
+    if forced != "auto" and not torch.compiler.is_compiling():  # backwards may run in another thread
+        keywords["context_fn"] = lambda: (nullcontext(), use_backend(forced))
+    return torch_checkpoint(layer, *args, use_reentrant=False, **keywords)
 
 
 def run_blocks(

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from perceiver_fast.settings import Setting
+
 NAMES = ("auto", "torch", "mkl", "onednn")
 ROWS, INNER, OUTER = 256, 512, 2048  # the problem that is timed: a feed-forward of perceiver-pytorch's README
 ROUNDS = 5
@@ -164,16 +166,15 @@ def _float32_is_faster() -> bool:
     return statistics.geometric_mean(s["float32"] / s[choose(k, torch.bfloat16)] for k, s in found.items()) > GAIN
 
 
-_forced = "auto"
-
-
 class use_linear:
     """Say which library runs large matrix products on the CPU, at once and, as a context manager, until a block ends.
+
+    It holds for the thread or asyncio task that it is called in.
 
     Args:
         name: "auto" (measured once a process; the default), "torch" (always torch's own: results are then the same to
             the last bit from run to run on one machine), "onednn", or "mkl" (packed weights in inference, torch's own
-            in training). The environment variable PERCEIVER_FAST_LINEAR sets the initial value.
+            in training). The environment variable PERCEIVER_FAST_LINEAR sets the process's own value.
 
     Raises:
         ValueError: the name is unknown, or this torch lacks the library.
@@ -186,16 +187,13 @@ class use_linear:
     """
 
     def __init__(self, name: str):
-        global _forced
-        self._previous = _forced
-        _forced = _check(name, "use_linear")
+        self._forced = _library.force(_check(name, "use_linear"))
 
     def __enter__(self) -> use_linear:
         return self
 
     def __exit__(self, *exc) -> None:
-        global _forced
-        _forced = self._previous
+        _library.release(self._forced)
 
 
 def _check(name: str, where: str) -> str:
@@ -210,21 +208,22 @@ def library_of(kind: str, dtype: torch.dtype = torch.float32) -> str:
     """The library that runs one kind of product, as forced or measured."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch._C._get_mkldnn_enabled():
         return "torch"
-    if _forced == "auto":
+    forced = _library.value()
+    if forced == "auto":
         return choose(kind, dtype)
-    library = LIBRARIES[_forced]
+    library = LIBRARIES[forced]
     has = library.pack if kind == "packed" else getattr(library, kind)
-    return _forced if has is not None and dtype in library.takes else "torch"
+    return forced if has is not None and dtype in library.takes else "torch"
 
 
 def linear_settings() -> tuple:
     """What :func:`library_of` depends on beside what was measured."""
-    return _forced, torch._C._get_mkldnn_enabled()
+    return _library.value(), torch._C._get_mkldnn_enabled()
 
 
 def wide_bfloat16() -> bool:
     """Whether bfloat16 operands are multiplied in float32, exactly, since this CPU does so faster."""
-    return _forced != "torch" and _float32_is_faster()
+    return _library.value() != "torch" and _float32_is_faster()
 
 
-_forced = _check(os.environ.get("PERCEIVER_FAST_LINEAR") or "auto", "PERCEIVER_FAST_LINEAR")
+_library = Setting("linear", _check(os.environ.get("PERCEIVER_FAST_LINEAR") or "auto", "PERCEIVER_FAST_LINEAR"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -55,9 +57,12 @@ class Tokens:
         """Ops beside attention that a layer needs of these tokens on its way, with the backends that run them."""
         return ()
 
-    def projection_operations(self, width: int) -> float:
-        """Multiply-adds of :meth:`keys_values` for one batch element and ``width`` output channels."""
-        return self.count * self.channels * width
+    def projection_operations(self, width: int, known: Callable[[int], int] = int) -> float:
+        """Multiply-adds of :meth:`keys_values` for one batch element and ``width`` output channels.
+
+        ``known`` gives a number for a size that is none yet, where a graph for any size is traced.
+        """
+        return known(self.count) * self.channels * width
 
 
 def absorb_norm(to_kv: nn.Linear, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

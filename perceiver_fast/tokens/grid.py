@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from perceiver_fast import ops
 from perceiver_fast.backends import Choice
 from perceiver_fast.ops.grid_scale import choose_grid_scale
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, unless_autocast
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 
 
@@ -70,9 +71,9 @@ class GridTokens(Tokens):
     def uses(self, path: str) -> tuple[Choice, ...]:
         return (choose_grid_scale(self.feat),)
 
-    def projection_operations(self, width: int) -> float:
-        tables = sum(code.code.shape[0] * code.code.shape[1] for code in self.codes)
-        return width * (tables + self.count * (self.features + len(self.codes) + 1))
+    def projection_operations(self, width: int, known: Callable[[int], int] = int) -> float:
+        tables = sum(known(code.code.shape[0]) * code.code.shape[1] for code in self.codes)
+        return width * (tables + known(self.count) * (self.features + len(self.codes) + 1))
 
     def scale(self, eps: float) -> Tensor:
         """LayerNorm's ``1 / sqrt(var + eps)`` of every token, ``[B, *sizes]``."""
@@ -99,7 +100,7 @@ class GridTokens(Tokens):
         return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1), bias
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        with torch.autocast(self.feat.device.type, enabled=False):
+        with unless_autocast(self.device):
             weight, bias = self.project(to_kv, norm)
             feat, *axes = weight.T.split([self.features, *self.sizes])  # [F, D], [n_a, D]
             kv = self.feat @ feat

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from perceiver_fast.ops.fourier_projection import (
     choose_fourier_projection,
     fourier_projection_tokens,
 )
-from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.ops.library import compute_dtype, unless_autocast
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 
 ENCODING = 12  # multiply-adds in whose time a sine or a cosine is computed
@@ -60,11 +62,11 @@ class PointTokens(Tokens):
     def uses(self, path: str) -> tuple[Choice, ...]:
         return (choose_fourier_projection(FourierProjectionCall(self.feat.dtype, self.device)),)
 
-    def projection_operations(self, width: int) -> float:
-        return self.count * (self.channels * width + 2 * self.frequencies.numel() * ENCODING)
+    def projection_operations(self, width: int, known: Callable[[int], int] = int) -> float:
+        return known(self.count) * (self.channels * width + 2 * self.frequencies.numel() * ENCODING)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):
+        with unless_autocast(self.device):
             weight, bias = absorb_norm(to_kv, norm, compute_dtype(to_kv.weight.dtype))
         kv = fourier_projection_tokens(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
         return kv.to(to_kv.weight.dtype) if kv.dtype == weight.dtype else kv

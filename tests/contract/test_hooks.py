@@ -1,0 +1,134 @@
+"""Hooks fire where perceiver-pytorch's do, see what they see there, and may change it: for every module of every model."""
+
+import pytest
+import torch
+from contract_cases import MODELS, agree, inputs, modules_of, pair, step
+from torch import nn
+
+
+def seen(value):
+    """Types, shapes and dtypes of what a hook gets."""
+    if torch.is_tensor(value):
+        return type(value).__name__, tuple(value.shape), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(map(seen, value))
+    if isinstance(value, dict):
+        return {key: seen(part) for key, part in value.items()}
+    return value
+
+
+def record(model, register):
+    """What hooks on all modules but the model itself get, in order."""
+    calls = []
+    for name, module in model.named_modules():
+        if name:
+            register(module, name, calls)
+    return calls
+
+
+def with_forward_hooks(module, name, calls):
+    module.register_forward_hook(
+        lambda module, args, kwargs, out: calls.append((name, seen(args), seen(kwargs), seen(out))), with_kwargs=True
+    )
+
+
+def with_pre_hooks(module, name, calls):
+    module.register_forward_pre_hook(lambda module, args: calls.append((name, seen(args))))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("register", [with_forward_hooks, with_pre_hooks])
+@pytest.mark.parametrize("name", MODELS)
+def test_all_hooks_at_once(name, register, training):
+    results, calls = [], []
+    for model in pair(name):
+        calls.append(record(model.train(training), register))
+        results.append(model(**inputs(name)).detach())
+    agree(results)
+    assert calls[0] == calls[1] and len(calls[0]) > 10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hook_on_one_module_sees_and_changes_what_it_does_there(name):
+    """One module after the other: what is fused around it must not differ, nor what it is given."""
+    theirs, ours = pair(name)
+    call = inputs(name)
+    for where in modules_of(name):
+        results, calls = [], []
+        for model in (theirs, ours):
+            got = []
+
+            def hook(module, args, kwargs, out, got=got):
+                got.append((seen(args), seen(kwargs), seen(out)))
+                return out * 0.5
+
+            handle = model.get_submodule(where).register_forward_hook(hook, with_kwargs=True)
+            results.append(model(**call).detach())
+            calls.append(got)
+            handle.remove()
+        assert calls[0] == calls[1], where
+        agree(results, where=where)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pre_hooks_change_what_goes_in(name):
+    theirs, ours = pair(name)
+    call = inputs(name)
+    for where in modules_of(name, (nn.Linear, nn.LayerNorm)):
+        results = []
+        for model in (theirs, ours):
+            handle = model.get_submodule(where).register_forward_pre_hook(lambda module, args: (args[0] * 0.5 + 0.1,))
+            results.append(step(model, **call))
+            handle.remove()
+        agree(results, where=where)
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_backward_hooks(name, full):
+    theirs, ours = pair(name)
+    call = inputs(name)
+    for where in modules_of(name):
+        counts, gradients = [], []
+        for model in (theirs, ours):
+            got = []
+
+            def hook(module, *gradients, got=got):
+                got.append([seen(g) for g in gradients])
+
+            module = model.get_submodule(where)
+            handle = (module.register_full_backward_hook if full else module.register_full_backward_pre_hook)(hook)
+            gradients.append(step(model, **call))
+            counts.append(got)
+            handle.remove()
+        assert counts[0] == counts[1], where
+        agree(gradients, where=where)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_global_hooks(name):
+    calls = []
+    for model in pair(name):
+        names, got = {id(m): n for n, m in model.named_modules()}, []
+
+        def hook(module, args, out, names=names, got=got):
+            got.append((names[id(module)], seen(args), seen(out)))
+
+        handle = torch.nn.modules.module.register_module_forward_hook(hook)
+        try:
+            model(**inputs(name))
+        finally:
+            handle.remove()
+        calls.append(got)
+    assert calls[0] == calls[1] and len(calls[0]) > 10
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_removed_hook_leaves_nothing_behind(name):
+    _, ours = pair(name)
+    before = ours(**inputs(name))
+    handles = [m.register_forward_hook(lambda *a: None) for m in ours.modules()]
+    agree([ours(**inputs(name)), before])
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(ours(**inputs(name)), before)

@@ -108,7 +108,10 @@ class Attention(Cached):
 
     def why_weights(self) -> str | None:
         """Why attention weights have to exist and be handed to ``dropout``, or None where they need not."""
-        return why_not("dropout", self._modules["dropout"], nn.Dropout) if "dropout" in self._modules else None
+        if "dropout" not in self._modules:
+            return None
+        found = why_not("dropout", self._modules["dropout"], nn.Dropout)
+        return "dropout drops all weights" if found is None and self.active_dropout >= 1 else found
 
     @layer_range
     def branch(self, z: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.feed_forward import FeedForward
+from perceiver_fast.layers.checks import trainable
 from perceiver_fast.layers.fusing import are_plain, fusable, watcher
 from perceiver_fast.layers.pre_norm import PreNorm, attend, join
 from perceiver_fast.layers.residual_stream import ResidualStream
@@ -95,7 +96,7 @@ class PerceiverBlock(nn.Module):
             TypeError, ValueError: a context tensor, or x or mask beside one, of wrong dtype, rank, size or device;
                 the message says expected, got and what to do.
         """
-        stream = ResidualStream(x)
+        stream = ResidualStream(trainable(x))
         watched = watcher() is not None or not are_plain(x)
         if self.has_cross_attn:
             if context is None:

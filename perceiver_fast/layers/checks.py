@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def check_channels(who: str, what: str, tensor: Tensor, layout: str, channels: i
 
 def check_device(who: str, what: str, tensor: Tensor, like: Tensor) -> None:
     """Raise ValueError unless ``tensor`` is where ``like``, a parameter of the model, is."""
-    if tensor.device != like.device:
+    if tensor.device != like.device and like.device.type != "meta":  # of offloaded weights, which come when called
         raise ValueError(
             f"{who}: expected {what} on {like.device}, where the model is, got {tensor.device}; "
             f"move one of them, e.g. {what}.to('{like.device}')"
@@ -103,8 +105,8 @@ def check_mask(who: str, mask: Tensor | None, what: str, data: Tensor, sizes: to
             f"{who}: expected a bool mask (True where a token may be attended to), got {mask.dtype}; "
             "convert it with mask.bool()"
         )
-    batch, tokens = data.shape[0], sizes.numel()
-    if mask.dim() < 2 or (mask.shape[0] != 1 and mask.shape[0] != batch) or mask.shape[1:].numel() != tokens:
+    batch, tokens = data.shape[0], math.prod(sizes)
+    if mask.dim() < 2 or (mask.shape[0] != 1 and mask.shape[0] != batch) or math.prod(mask.shape[1:]) != tokens:
         shapes = " or ".join(map(str, dict.fromkeys([(batch, tokens), (batch, *sizes)])))
         raise ValueError(
             f"{who}: expected mask of shape {shapes}, got {tuple(mask.shape)}; "
@@ -116,3 +118,18 @@ def check_mask(who: str, mask: Tensor | None, what: str, data: Tensor, sizes: to
             f"e.g. mask.to('{data.device}')"
         )
     return mask if mask.shape[0] == batch else mask.expand(batch, *mask.shape[1:])
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A copy where gradients are recorded: it is kept for the backward, and the caller may refill its own meanwhile.
+
+    perceiver-pytorch copies its input too, as it joins the encoding to it. Inference tensors become ones to train on.
+    """
+    return tensor.clone() if torch.is_grad_enabled() else tensor
+
+
+def trainable(tensor: Tensor) -> Tensor:
+    """A copy of an inference tensor where gradients are recorded, which cannot keep it for the backward; else ``tensor``."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor

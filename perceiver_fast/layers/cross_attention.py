@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention, AttentionWithoutDropout
-from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.layers.checks import check_data, check_mask, trainable
 from perceiver_fast.layers.fusing import is_plain, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
@@ -82,7 +82,7 @@ def describe_context(
             f"{who}: expected x for a batch of {context.shape[0]}, like context, got {tuple(x.shape)}; "
             "give both the same batch"
         )
-    return DenseTokens(context), check_mask(who, mask, "context", context, context.shape[1:-1])
+    return DenseTokens(trainable(context)), check_mask(who, mask, "context", context, context.shape[1:-1])
 
 
 @layer_range

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers import AxisCodes, axis_codes
-from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.layers.checks import check_data, check_mask, own, trainable
 from perceiver_fast.layers.plan import known
-from perceiver_fast.models.inputs import check_coords, context_channels, own, trainable
+from perceiver_fast.models.inputs import check_coords, context_channels
 from perceiver_fast.models.stack import Head, run_checkpointed
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.ranges import op_range

@@ -4,24 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from perceiver_fast.layers.checks import check_channels, check_device, check_real, check_tensor
-
-
-def own(tensor: Tensor) -> Tensor:
-    """A copy where gradients are recorded: it is kept for the backward, and the caller may refill its own meanwhile.
-
-    perceiver-pytorch copies its input too, as it joins the encoding to it. Inference tensors become ones to train on.
-    """
-    return tensor.clone() if torch.is_grad_enabled() else tensor
-
-
-def trainable(tensor: Tensor) -> Tensor:
-    """A copy of an inference tensor where gradients are recorded, which cannot keep it for the backward; else ``tensor``."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return tensor
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def context_channels(model: nn.Module) -> int:
@@ -43,15 +27,18 @@ def check_coords(who: str, what: str, coords: Tensor, data: Tensor, axes: int) -
     if not coords.is_floating_point():
         raise TypeError(f"{who}: expected floating-point {what}, got {coords.dtype}; convert, e.g. {what}.double()")
     batch, tokens = data.shape[:2]
-    layout = f"[{tokens}, {axes}] or [{batch}, {tokens}, {axes}]"
+
+    def layout() -> str:  # in words only where it is wrong: a graph for any batch must not look at the batch
+        return f"[{tokens}, {axes}] or [{batch}, {tokens}, {axes}]"
+
     if coords.dim() not in (2, 3) or coords.shape[-1] != axes:
         raise ValueError(
-            f"{who}: expected {what} {layout}, {axes} a token (input_axis={axes}), got {tuple(coords.shape)}; "
+            f"{who}: expected {what} {layout()}, {axes} a token (input_axis={axes}), got {tuple(coords.shape)}; "
             "put a token's coordinates last, or build the model with another input_axis"
         )
     if coords.shape[-2] != tokens or (coords.dim() == 3 and coords.shape[0] != 1 and coords.shape[0] != batch):
         raise ValueError(
-            f"{who}: expected {what} {layout}, a position for every token of data {tuple(data.shape)}, "
+            f"{who}: expected {what} {layout()}, a position for every token of data {tuple(data.shape)}, "
             f"got {tuple(coords.shape)}; pad both alike and mask the padding, or leave out the batch if it is shared"
         )
     check_device(who, what, coords, data)
@@ -64,7 +51,7 @@ def check_queries(who: str, queries: Tensor, batch: int, channels: int, like: Te
         TypeError, ValueError: the message says expected, got and what to do.
     """
     check_tensor(who, "queries", queries)
-    layout = f"[Q, {channels}] or [{batch}, Q, {channels}]"
+    layout = f"[Q, {channels}] or [batch, Q, {channels}]"
     if queries.dim() not in (2, 3):
         raise ValueError(
             f"{who}: expected queries of 2 or 3 dimensions {layout}, got {queries.dim()}: {tuple(queries.shape)}; "
@@ -101,7 +88,8 @@ def check_ids(who: str, ids: Tensor, num_tokens: int, max_length: int, like: Ten
         )
     check_device(who, "x", ids, like)
     # Elsewhere, and where a graph is traced, looking at values would stall it; there the embedding's own check acts.
-    has_values = not (torch.compiler.is_compiling() or isinstance(ids, FakeTensor))
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    has_values = not (traced or type(ids) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(ids))
     if has_values and ids.device.type == "cpu" and ids.numel() > 0:
         low, high = (bound.item() for bound in ids.aminmax())
         if low < 0 or high >= num_tokens:

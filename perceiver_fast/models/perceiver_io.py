@@ -15,13 +15,13 @@ from perceiver_fast.layers import (
     PerceiverBlock,
     PreNorm,
 )
-from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.layers.checks import check_data, check_mask, own, trainable
 from perceiver_fast.layers.fusing import are_plain, is_plain, watcher
 from perceiver_fast.layers.pre_norm import join, keywords_for, why_modules
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
-from perceiver_fast.models.inputs import check_ids, check_queries, context_channels, own, trainable
+from perceiver_fast.models.inputs import check_ids, check_queries, context_channels
 from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks, run_checkpointed
 from perceiver_fast.tokens import DenseTokens, Tokens
 
@@ -276,5 +276,5 @@ class PerceiverLM(nn.Module):
                 got and what to do.
         """
         mask = self.check_inputs(x, mask)
-        x = self.embed(x)
+        x = self.embed(trainable(x))
         return self.perceiver_io(x, mask=mask, queries=x)

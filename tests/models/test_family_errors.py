@@ -42,7 +42,7 @@ def test_grids(model, data, mask, error, words):
         (dict(data=DATA, mask=torch.ones(2, 12) > 0), ValueError, r"mask of shape \(2, 11\), got \(2, 12\)"),
         (dict(data=DATA, mask=torch.ones(2, 11)), TypeError, "bool mask"),
         (dict(data=DATA, queries=[1.0]), TypeError, "queries to be a torch.Tensor, got list"),
-        (dict(data=DATA, queries=torch.randn(7)), ValueError, r"2 or 3 dimensions \[Q, 7\] or \[2, Q, 7\], got 1"),
+        (dict(data=DATA, queries=torch.randn(7)), ValueError, r"2 or 3 dimensions \[Q, 7\] or \[batch, Q, 7\], got 1"),
         (dict(data=DATA, queries=torch.randn(2, 3, 4, 7)), ValueError, "got 4.*flatten"),
         (dict(data=DATA, queries=torch.randn(3, 8)), ValueError, "queries with 7 channels last.*queries_dim=8"),
         (dict(data=DATA, queries=torch.randn(3, 5, 7)), ValueError, r"batch of 2.*got \(3, 5, 7\).*2-dimensional"),

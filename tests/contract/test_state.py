@@ -1,0 +1,186 @@
+"""Weights, pickles, caches, and what models are called with: nothing is left behind and nothing is taken for granted."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from contract_cases import MODELS, agree, inputs, pair, step
+from torch import nn
+
+import perceiver_fast as pf
+from perceiver_fast import experimental, gated, mixed_latents, perceiver_io, perceiver_pytorch
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_models_pickled_by_perceiver_pytorch_load(name, monkeypatch):
+    """With perceiver-fast in its place in sys.modules, as projects carry it over."""
+    theirs, ours = pair(name)
+    file = pickle.dumps(theirs)
+    expected = step(theirs, **inputs(name))
+    modules = {"": pf, ".perceiver_pytorch": perceiver_pytorch, ".perceiver_io": perceiver_io, ".gated": gated}
+    modules |= {".mixed_latents": mixed_latents, ".experimental": experimental}
+    for path, module in modules.items():
+        monkeypatch.setitem(sys.modules, f"perceiver_pytorch{path}", module)
+    loaded = pickle.loads(file)
+    assert type(loaded) is type(ours)
+    agree([step(loaded, **inputs(name)), expected])
+    if not isinstance(loaded, (pf.PerceiverBlock, pf.PerceiverLM)):
+        assert loaded.checkpoint is False and loaded.input_dim == ours.input_dim
+    agree([copy.deepcopy(loaded)(**inputs(name)), expected[0]])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_saved_whole(name):
+    _, ours = pair(name)
+    with torch.no_grad():
+        ours(**inputs(name))  # what is kept in inference stays behind
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(**inputs(name)), ours(**inputs(name)))
+
+
+def own_head(width=16):
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3))
+
+
+HEADS = [
+    own_head,
+    lambda: nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 3)),
+    lambda: nn.Linear(16, 3),
+    nn.Identity,
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["perceiver", "gated", "mixed latents", "experimental"])
+def test_a_model_with_a_head_of_its_own_loads_what_it_saved(name, head):
+    saved, loaded = (pair(name, change=lambda m: setattr(m, "to_logits", head()))[1] for _ in range(2))
+    with torch.no_grad():
+        for p in saved.parameters():
+            p.add_(1)
+    assert str(loaded.load_state_dict(saved.state_dict())) == "<All keys matched successfully>"
+    for a, b in zip(saved.parameters(), loaded.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_layers_that_have_the_names_of_older_releases_load_what_they_saved():
+    def change(model):
+        model.layers[0] = nn.ModuleList([model.layers[0].cross_attn, model.layers[0].cross_ff])
+        model.layers[1].cross_attn.fn.to_out = nn.Sequential(model.layers[1].cross_attn.fn.to_out, nn.Dropout(0.1))
+
+    saved, loaded = (pair("perceiver", change=change, depth=2)[1] for _ in range(2))
+    state = saved.state_dict()
+    assert {"layers.0.0.norm.weight", "layers.1.cross_attn.fn.to_out.0.weight"} <= state.keys()
+    assert str(loaded.load_state_dict(state)) == "<All keys matched successfully>"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_empty_batches(name):
+    _, ours = pair(name)
+    empty = {key: value[:0] for key, value in inputs(name).items()}
+    shape = ours(**inputs(name)).shape
+    for training in (True, False):
+        out = ours.train(training)(**empty)
+        assert out.shape == (0, *shape[1:])
+        out.sum().backward()
+        with torch.no_grad():
+            assert ours(**empty).shape == (0, *shape[1:])
+
+
+@pytest.mark.parametrize("extra", [dict(attn_dropout=0.3, ff_dropout=0.2), dict(checkpoint=True)])
+def test_empty_batches_in_training(extra):
+    ours = pair("perceiver", **({} if "checkpoint" in extra else extra))[1]
+    ours.checkpoint = extra.get("checkpoint", False)
+    ours(torch.randn(0, 6, 5, 3), mask=torch.ones(0, 6, 5, dtype=torch.bool)).sum().backward()
+    points = ours(torch.randn(0, 7, 3), coords=torch.rand(0, 7, 2))
+    assert points.shape == (0, 5)
+
+
+# What perceiver-pytorch keeps for the backward itself, and so must not be refilled there either.
+KEPT = {"perceiver dense": ["data"], "io": ["data", "queries"], "lm": ["x"], "block": ["x", "context"]}
+KEPT |= {"block joined": ["x", "context"], "experimental": ["data"]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_inputs_may_be_refilled_before_the_backward(name):
+    for model in pair(name):
+        expected = step(model, **inputs(name))
+        model.zero_grad()
+        call = {key: value.clone() for key, value in inputs(name).items()}
+        loss = model(**call).square().mean()
+        for key, value in call.items():
+            if key not in KEPT.get(name, ()):
+                value.zero_()
+        loss.backward()
+        agree([[p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None], expected[1:]])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_inference_tensors_can_be_trained_on(name):
+    _, ours = pair(name)
+    expected = step(ours, **inputs(name))
+    with torch.inference_mode():
+        call = {key: value.clone() for key, value in inputs(name).items()}
+    agree([step(ours, **call), expected])
+
+
+CODE = """
+import sys, torch
+import perceiver_fast as pf
+data = torch.randn(1, 6, 5, 3)
+arguments = dict(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)
+first = pf.Perceiver(**arguments)
+for name in [n for n in sys.modules if n.split(".")[0] == "perceiver_fast"]:
+    del sys.modules[name]
+import perceiver_fast as again
+second = again.Perceiver(**arguments)
+second.load_state_dict(first.state_dict())
+assert again is not pf
+for model in (first, second):
+    out = model(data)
+    out.sum().backward()
+    assert torch.equal(out, first(data))
+    assert torch.allclose(torch.compile(model, backend="eager")(data), out, atol=1e-5)
+import importlib, gc
+del pf, first, model
+gc.collect()
+importlib.reload(again)
+assert torch.equal(second(data), out)
+"""
+
+
+def test_it_can_be_imported_again():
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+IMPORTS = """
+from perceiver_fast.perceiver_pytorch import (
+    Perceiver, PerceiverBlock, PreNorm, Attention, FeedForward, GEGLU, EnformerAttentionResidual, fourier_encode, cache_fn,
+    exists, default, l1norm, LinearNoBias)
+from perceiver_fast.perceiver_io import (
+    PerceiverIO, PerceiverLM, PreNorm, Attention, FeedForward, GEGLU, EnformerAttentionResidual, cache_fn, exists, default,
+    l1norm, dropout_seq, LinearNoBias)
+from perceiver_fast.gated import Perceiver, Residual, GRUGating
+from perceiver_fast.mixed_latents import Perceiver, Mixer
+from perceiver_fast.experimental import Perceiver, LinearAttention
+import sys, perceiver_fast
+sys.modules["perceiver_pytorch"] = perceiver_fast
+from perceiver_pytorch import Perceiver, PerceiverBlock, PerceiverIO, PerceiverLM
+from perceiver_pytorch.perceiver_pytorch import Attention, PreNorm, FeedForward, fourier_encode
+from perceiver_pytorch.perceiver_io import PerceiverIO, Attention
+from perceiver_pytorch.gated import Perceiver
+from perceiver_pytorch.mixed_latents import Perceiver
+from perceiver_pytorch.experimental import LinearAttention
+"""
+
+
+def test_import_paths():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,15 +1,22 @@
 """``perceiver_pytorch.perceiver_io``'s import path: PerceiverIO, its language model, and what they are built of."""
 
 from perceiver_fast.layers import (
-    AttentionWithoutDropout as Attention,
-    EnformerAttentionResidual,
-    FeedForwardWithoutDropout as FeedForward,
     GEGLU,
+    EnformerAttentionResidual,
     PerceiverBlock,
     PreNorm,
+)
+from perceiver_fast.layers import (
+    AttentionWithoutDropout as Attention,
+)
+from perceiver_fast.layers import (
+    FeedForwardWithoutDropout as FeedForward,
+)
+from perceiver_fast.layers import (
     drop_tokens as dropout_seq,
 )
-from perceiver_fast.models.helpers import LinearNoBias, cache_once as cache_fn, default, exists, l1norm
+from perceiver_fast.models.helpers import LinearNoBias, default, exists, l1norm
+from perceiver_fast.models.helpers import cache_once as cache_fn
 from perceiver_fast.models.perceiver_io import PerceiverIO, PerceiverLM
 
 __all__ = [

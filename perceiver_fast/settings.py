@@ -37,7 +37,9 @@ class Setting:
         def constant() -> str:
             return self._value()
 
-        constant._dynamo_marked_constant = True  # asked while a graph is traced: compilers cannot look into a ContextVar
+        constant._dynamo_marked_constant = (
+            True  # asked while a graph is traced: compilers cannot look into a ContextVar
+        )
         self._constant = constant
 
     def value(self) -> str:

@@ -50,7 +50,12 @@ MODELS = {
         GRID | dict(inverted_cross_attn=True, attn_residual=True, attn_residual_rank=4),
         masked_image,
     ),
-    "perceiver dense": (perceiver_pytorch.Perceiver, pf.Perceiver, GRID | DENSE, lambda s: dict(data=draw(s, 2, 6, 5, 9))),
+    "perceiver dense": (
+        perceiver_pytorch.Perceiver,
+        pf.Perceiver,
+        GRID | DENSE,
+        lambda s: dict(data=draw(s, 2, 6, 5, 9)),
+    ),
     "io": (perceiver_pytorch.PerceiverIO, pf.PerceiverIO, IO | dict(decoder_ff=True), sequence),
     "lm": (perceiver_pytorch.PerceiverLM, pf.PerceiverLM, LM, ids),
     "block": (perceiver_pytorch.PerceiverBlock, pf.PerceiverBlock, BLOCK, latents),

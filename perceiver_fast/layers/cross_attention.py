@@ -105,7 +105,7 @@ def cross_attention_branch(
 
 
 class FusedCrossAttention:
-    """The parameters of a PreNorm with a context, and attention computed from them.
+    """The parameters of a PreNorm with a context, and attention computed from them, for one call.
 
     Args:
         layer: the PreNorm; ``layer.fn`` is the attention.
@@ -115,6 +115,7 @@ class FusedCrossAttention:
         modules = layer._modules
         self.layer, self.fn = layer, modules["fn"]
         self.norm, self.norm_context = modules["norm"], modules.get("norm_context")
+        self._q: Tensor | None = None
 
     def plan(
         self, tokens: Tokens, queries: int, inverted: bool = False, lse: bool = False, masked: bool = False
@@ -206,12 +207,18 @@ class FusedCrossAttention:
         scale = self.fn.scale
         return keys * scale, key_bias * scale, values, value_bias
 
+    def _to_q(self, z: Tensor) -> Tensor:
+        """``to_q(z)``, once for all groups of tokens."""
+        if self._q is None:
+            self._q = self.fn.project("to_q", z)
+        return self._q
+
     def _queries(self, x: Tensor, keys: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
         """``to_q(x)`` times keys ``[B, H, N, L]``, and times their bias ``[B, H, N]``."""
         to_q, cache = self.fn.to_q, self.fn.cache
 
         def queries():
-            q = self.fn.project("to_q", x)
+            q = self._to_q(x)
             with unless_autocast(x.device):
                 q = q.to(keys.dtype).unflatten(-1, (self.fn.heads, self.fn.dim_head))
                 return torch.einsum("bnhd,hdl->bhnl", q, keys), torch.einsum("bnhd,hd->bhn", q, key_bias)
@@ -292,13 +299,13 @@ class FusedCrossAttention:
     ) -> tuple[Tensor, Tensor | None]:
         fn = self.fn
         kv = tokens.keys_values(fn.to_kv, self.norm_context)
+        q = self._to_q(x).to(kv.dtype).expand(kv.shape[0], -1, -1)
         x = x.expand(kv.shape[0], -1, -1)
         if self.fn.queries_contribute_kv:
             kv = torch.cat([fn.project("to_kv", x).to(kv.dtype), kv], 1)
             if mask is not None:
                 mask = torch.cat([mask.new_ones(mask.shape[0], x.shape[1]), mask], -1)
-        k, v = (fn.split_heads(t) for t in kv.chunk(2, dim=-1))
-        q = fn.split_heads(fn.project("to_q", x)).to(kv.dtype)
+        q, k, v = (fn.split_heads(t) for t in (q, *kv.chunk(2, dim=-1)))
         out = cross_attention(q, k, v, mask, fn.active_dropout, inverted, scale=fn.scale, return_lse=lse)
         out, sums = out if lse else (out, None)
         return out.transpose(1, 2), sums.transpose(1, 2) if lse else None

@@ -49,7 +49,14 @@ class Observer:
         """
 
     def plans(
-        self, layer: nn.Module, z: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool, grouped: bool, plan: Plan
+        self,
+        layer: nn.Module,
+        z: Tensor,
+        tokens: Tokens,
+        mask: Tensor | None,
+        inverted: bool,
+        grouped: bool,
+        plan: Plan,
     ) -> None:
         """A fused cross-attention is about to take the way of ``plan``; grouped: tokens are one of several groups."""
 

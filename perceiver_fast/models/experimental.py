@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, LinearAttention, PreNorm

@@ -45,7 +45,13 @@ def dynamic(name, call):
     batch, tokens, rows = Dim("batch", max=64), Dim("tokens", min=2, max=5000), Dim("rows", min=2, max=5000)
     height, width = Dim("height", min=2, max=500), Dim("width", min=2, max=500)
     if name in ("io", "block", "block joined"):
-        lengths = {"data": {1: tokens}, "context": {1: tokens}, "mask": {1: tokens}, "queries": {1: rows}, "x": {1: rows}}
+        lengths = {
+            "data": {1: tokens},
+            "context": {1: tokens},
+            "mask": {1: tokens},
+            "queries": {1: rows},
+            "x": {1: rows},
+        }
     elif name == "lm":
         lengths = {"x": {1: Dim("tokens", min=2, max=16)}}
     else:

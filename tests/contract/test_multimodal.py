@@ -26,7 +26,9 @@ def call(masked=True):
         "audio": torch.randn(2, 30, 1),
         "cloud": (torch.randn(2, 20, 0), torch.rand(2, 20, 3) * 2 - 1),
     }
-    return dict(data=data, mask={"audio": torch.rand(2, 30) > 0.4, "video": torch.rand(2, 3, 4, 5) > 0.4} if masked else None)
+    return dict(
+        data=data, mask={"audio": torch.rand(2, 30) > 0.4, "video": torch.rand(2, 3, 4, 5) > 0.4} if masked else None
+    )
 
 
 def step(model, **call):

@@ -341,7 +341,10 @@ def test_what_is_not_finite_shows(name, value):
 
 
 def test_explain_names_what_is_not_fused_and_why():
-    model, data = pf.Perceiver(num_freq_bands=2, depth=2, max_freq=4.0, num_latents=4, latent_dim=8), torch.randn(1, 6, 5, 3)
+    model, data = (
+        pf.Perceiver(num_freq_bands=2, depth=2, max_freq=4.0, num_latents=4, latent_dim=8),
+        torch.randn(1, 6, 5, 3),
+    )
     model.layers[0].cross_attn.fn.to_kv.register_forward_hook(lambda *a: None)
     model.layers[1].self_attns[0][1].fn.net[0] = Adapted(model.layers[1].self_attns[0][1].fn.net[0])
     text = str(pf.explain(model, data))
@@ -350,5 +353,7 @@ def test_explain_names_what_is_not_fused_and_why():
     found = {path.layer: path for path in pf.explain(model, data).layers}
     assert found["layers.0.cross_attn"].path == "modules" and found["layers.1.cross_attn"].path == "grid"
     maps = pf.attention_map(model, data)
-    del model.layers[0].cross_attn.fn.to_kv._forward_hooks[next(iter(model.layers[0].cross_attn.fn.to_kv._forward_hooks))]
+    del model.layers[0].cross_attn.fn.to_kv._forward_hooks[
+        next(iter(model.layers[0].cross_attn.fn.to_kv._forward_hooks))
+    ]
     agree([maps, pf.attention_map(model, data)])

@@ -17,7 +17,10 @@ def test_any_module_may_be_a_unit(kind, ranks, tmp_path):
     command = [str(ranks), str(tmp_path / "meeting"), kind, *units]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, str(WORKER), str(rank), *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(ranks)
     ]

@@ -10,8 +10,8 @@ from torch import nn
 import perceiver_fast as pf
 
 HEADS = dict(cross_heads=2, cross_dim_head=8, latent_heads=2, latent_dim_head=8)
-GRID = dict(num_freq_bands=4, depth=2, max_freq=8.0, num_latents=6, latent_dim=16, num_classes=5, **HEADS)
-IO = dict(depth=2, dim=12, queries_dim=10, logits_dim=7, num_latents=6, latent_dim=16, **HEADS)
+GRID = dict(num_freq_bands=4, depth=1, max_freq=8.0, num_latents=6, latent_dim=16, num_classes=5, **HEADS)
+IO = dict(depth=1, dim=12, queries_dim=10, logits_dim=7, num_latents=6, latent_dim=16, **HEADS)
 LM = dict(dim=12, num_tokens=20, max_seq_len=16, depth=1, num_latents=6, latent_dim=16, **HEADS)
 BLOCK = dict(dim=16, context_dim=12, **HEADS)
 DENSE = dict(fourier_encode_data=False, input_channels=9)
@@ -47,7 +47,7 @@ MODELS = {
     "perceiver masked, inverted, residual": (
         perceiver_pytorch.Perceiver,
         pf.Perceiver,
-        GRID | dict(inverted_cross_attn=True, attn_residual=True, attn_residual_rank=4),
+        GRID | dict(depth=2, inverted_cross_attn=True, attn_residual=True, attn_residual_rank=4),
         masked_image,
     ),
     "perceiver dense": (
@@ -70,7 +70,7 @@ MODELS = {
     "experimental": (
         their_experimental.Perceiver,
         pf.experimental.Perceiver,
-        GRID | DENSE,
+        GRID | DENSE | dict(depth=2),
         lambda seed: dict(data=draw(seed, 2, 6, 5, 9)),
     ),
 }

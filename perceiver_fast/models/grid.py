@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers import AxisCodes, axis_codes
 from perceiver_fast.layers.checks import check_data, check_mask, own, trainable
 from perceiver_fast.layers.plan import known
-from perceiver_fast.models.inputs import check_coords, context_channels
+from perceiver_fast.models.inputs import check_coords, context_channels, like
 from perceiver_fast.models.stack import Head, run_checkpointed
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.ranges import op_range
@@ -117,7 +117,7 @@ class GridPerceiver(nn.Module):
             )
         grid = dict(axes=self.input_axis, axes_argument="input_axis") if coords is None else dict(axes=1)
         check_data(
-            who, "data", data, self.latents, channels=self.input_channels, channels_argument="input_channels", **grid
+            who, "data", data, like(self), channels=self.input_channels, channels_argument="input_channels", **grid
         )
         if coords is not None:
             check_coords(who, "coords", coords, data, self.input_axis)

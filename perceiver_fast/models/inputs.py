@@ -8,6 +8,15 @@ from torch import Tensor, nn
 from perceiver_fast.layers.checks import check_channels, check_device, check_real, check_tensor
 
 
+def like(model: nn.Module) -> Tensor:
+    """A parameter of ``model``, whose dtype and device its inputs have to have.
+
+    The latents, but never by asking for them where a parametrization computes them: each time may count (spectral norm).
+    """
+    latents = model._parameters.get("latents")
+    return next(model.parameters()) if latents is None else latents
+
+
 def context_channels(model: nn.Module) -> int:
     """Channels of the tokens that the first cross-attention of ``model`` was built for."""
     for module in model.modules():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.grid import describe_grid, describe_points
+from perceiver_fast.models.inputs import like
 from perceiver_fast.models.modality import Modality, ModalityInput, check_modalities, check_modality_inputs
 from perceiver_fast.models.stack import build_layers, classifier_head, run_blocks
 from perceiver_fast.ranges import op_range
@@ -123,7 +124,7 @@ class MultimodalPerceiver(nn.Module):
         Raises:
             TypeError, ValueError: the message says expected, got and what to do.
         """
-        return check_modality_inputs(type(self).__name__, self.modalities, data, mask, self.latents)
+        return check_modality_inputs(type(self).__name__, self.modalities, data, mask, like(self))
 
     @op_range("describe")
     def describe(

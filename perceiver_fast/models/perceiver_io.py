@@ -21,7 +21,7 @@ from perceiver_fast.layers.pre_norm import join, keywords_for, why_modules
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
-from perceiver_fast.models.inputs import check_ids, check_queries, context_channels
+from perceiver_fast.models.inputs import check_ids, check_queries, context_channels, like
 from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks, run_checkpointed
 from perceiver_fast.tokens import DenseTokens, Tokens
 
@@ -136,7 +136,7 @@ class PerceiverIO(nn.Module):
             TypeError, ValueError: the message says expected, got and what to do.
         """
         who = type(self).__name__
-        check_data(who, "data", data, self.latents, axes=1, channels=self.input_channels, channels_argument="dim")
+        check_data(who, "data", data, like(self), axes=1, channels=self.input_channels, channels_argument="dim")
         mask = check_mask(who, mask, "data", data, data.shape[1:-1])
         return None if mask is None else own(mask)
 
@@ -176,7 +176,7 @@ class PerceiverIO(nn.Module):
         mask = self.check_inputs(data, mask)
         batch = data.shape[0]
         if queries is not None:
-            queries = check_queries(type(self).__name__, queries, data.shape[0], self.queries_dim, self.latents)
+            queries = check_queries(type(self).__name__, queries, data.shape[0], self.queries_dim, like(self))
         if self.training and self.seq_dropout_prob > 0.0:
             data, mask = drop_tokens(data, mask, self.seq_dropout_prob)
         x = self.latents.unsqueeze(0).expand(batch, -1, -1)

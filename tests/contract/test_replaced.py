@@ -181,7 +181,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("name", ["perceiver", "perceiver dense", "io"])
 def test_blocks_replaced(name):
     for where in ("layers.0", "layers.1"):
-        models = pair(name, change=lambda m: replace(m, where, lambda old: Block()))
+        models = pair(name, change=lambda m: replace(m, where, lambda old: Block()), depth=2)
         agree([step(m, **inputs(name)) for m in models])
         given = [m.get_submodule(where).given for m in models]
         assert given[0] == given[1]
@@ -357,3 +357,14 @@ def test_explain_names_what_is_not_fused_and_why():
         next(iter(model.layers[0].cross_attn.fn.to_kv._forward_hooks))
     ]
     agree([maps, pf.attention_map(model, data)])
+
+
+@pytest.mark.parametrize("name", ["perceiver", "io", "gated", "experimental"])
+def test_parametrized_latents_are_computed_once(name):
+    """Spectral norm takes a step of its power iteration each time that the latents are asked for."""
+    results = []
+    for model in pair(name, change=lambda m: parametrizations.spectral_norm(m, "latents")):
+        model.train()
+        for _ in range(3):
+            results.append(model(**inputs(name)).detach())
+    agree([results[:3], results[3:]])

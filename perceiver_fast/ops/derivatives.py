@@ -1,19 +1,23 @@
 """Derivatives of every order: what stands in for kernels where one derivative is not all that is asked for.
 
-Kernels compute an op and its gradient. Where the gradient is differentiated again (``create_graph=True``), and under
-torch.func's transforms and forward-mode derivatives, the op's differentiable form runs instead: plain PyTorch, in blocks
-of tokens that are each computed again in the backward (:class:`Recomputed`), so that memory stays bounded there too.
+Kernels compute an op and its gradient. The gradient's own derivatives (``create_graph=True``), torch.func's transforms
+and forward-mode derivatives take the op's differentiable form instead: plain PyTorch, in blocks of tokens that are each
+computed again in the backward (:class:`Recomputed`), so that memory stays bounded there too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from perceiver_fast.ops.library import unless_autocast
+
+SMALL = 2**16  # elements: what is smaller is kept rather than computed again
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 
@@ -39,16 +43,16 @@ def differentiated_again() -> bool:
 
 
 def gradients(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    function: Callable[..., Tensor | tuple[Tensor | None, ...]],
     inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Gradients by ``inputs`` of ``function(*inputs)``, for a backward; differentiable again if gradients are recorded.
 
     Args:
         function: a function of tensors made of differentiable operators. Its tensors beside the inputs are constants.
-        inputs: its arguments, floating-point tensors or None.
+        inputs: its arguments, tensors or None.
         grads: one per output; None where no gradient came in.
         needed: whether an input's gradient is asked for.
 
@@ -59,26 +63,80 @@ def gradients(
         >>> import torch
         >>> from perceiver_fast.ops.derivatives import gradients
         >>> gradients(torch.mul, (torch.tensor(2.0), torch.tensor(3.0)), [torch.tensor(1.0)], (True, False))
-        [tensor(3.), None]
+        (tensor(3.), None)
     """
-    recorded, found = torch.is_grad_enabled(), [None] * len(inputs)
-    with torch.enable_grad():
-        # Views, so that no input is another's history: gradients are by each alone.
-        views = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needed)]
-        wanted = [i for i, (t, need) in enumerate(zip(inputs, needed)) if t is not None and need]
-        for i in wanted:
-            if not views[i].requires_grad:
-                views[i].requires_grad_()
-        outputs = function(*views)
+    recorded = torch.is_grad_enabled()
+    found: list[Tensor | None] = [None] * len(inputs)
+    wanted = [i for i, t in enumerate(inputs) if t is not None and needed[i]]
+    with torch.enable_grad(), _unless_autocast(inputs):
+        arguments = list(inputs)
+        for i in wanted:  # views, so that no input is in another's history: gradients are by each alone
+            view = inputs[i].view_as(inputs[i])
+            arguments[i] = view if view.requires_grad else view.requires_grad_()
+        outputs = function(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o is not None and o.requires_grad]
         if pairs and wanted:
+            by = [arguments[i] for i in wanted]
             outs, weights = zip(*pairs)
-            by = [views[i] for i in wanted]
             result = torch.autograd.grad(outs, by, weights, create_graph=recorded, allow_unused=True)
             for i, grad in zip(wanted, result):
                 found[i] = grad
-    return found
+    return tuple(found)
+
+
+def differentiable(
+    kernel: Callable[[], tuple[Tensor | None, ...]],
+    function: Callable[..., Tensor | tuple[Tensor | None, ...]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """What a kernel's backward returns where its result is differentiated again: see :func:`differentiated_again`.
+
+    The gradients are the kernel's, their derivatives those of the differentiable form; batched by a transform, both are.
+
+    Args:
+        kernel: computes the gradients, one per input.
+        function, inputs, grads, needed: see :func:`gradients`.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops.derivatives import differentiable
+        >>> x, one = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0)
+        >>> (first,) = differentiable(lambda: (3 * x.detach() ** 2,), lambda x: x**3, (x,), (one,), (True,))
+        >>> first.item(), torch.autograd.grad(first, x)
+        (12.0, (tensor(12.),))
+    """
+    if transformed():
+        return gradients(function, inputs, grads, needed)
+    return _KernelGradients.apply(kernel, function, tuple(needed), len(grads), *grads, *inputs)
+
+
+class _KernelGradients(torch.autograd.Function):
+    """A kernel's gradients as a function of the op's inputs and of the gradients that came in; keeps only these."""
+
+    @staticmethod
+    def forward(ctx, kernel, function, needed, count, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.options = function, needed, count
+        found = kernel()
+        return tuple(grad if need else None for grad, need in zip(found, needed))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        function, needed, count = ctx.options
+
+        def first(*tensors):
+            return gradients(function, tensors[count:], tensors[:count], needed)
+
+        return None, None, None, None, *gradients(first, ctx.saved_tensors, grads, ctx.needs_input_grad[4:])
+
+
+def recomputed(function: Callable, size: int, *inputs: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """``function(*inputs)``; as :class:`Recomputed` where the largest tensor in it has more than a few elements."""
+    return Recomputed.apply(function, *inputs) if size > SMALL else function(*inputs)
 
 
 class Recomputed(torch.autograd.Function):
@@ -104,7 +162,8 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(function, *inputs):
-        return function(*inputs)
+        with _unless_autocast(inputs):  # a backward may run inside autocast, where the forward did not
+            return function(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -144,6 +203,10 @@ class Recomputed(torch.autograd.Function):
             return _jvp(_of(function, tensors, moving), primals, tangents)
 
         return Recomputed.apply(pushforward, *(tangents[i] for i in moving), *inputs)
+
+
+def _unless_autocast(tensors: Sequence[Tensor | None]) -> AbstractContextManager:
+    return next((unless_autocast(t.device) for t in tensors if t is not None), nullcontext())
 
 
 def _jvp(function: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]):

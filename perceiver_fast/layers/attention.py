@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.layers.stream import Branch, is_plain
-from perceiver_fast.ops.library import unless_autocast
 from perceiver_fast.ops.linear import linear, product_dtype
+from perceiver_fast.ops.sdpa import sdpa
 from perceiver_fast.ranges import layer_range
 
 
@@ -63,6 +62,5 @@ class Attention(Branch):
         k, v = (self.split_heads(t) for t in self.project("to_kv", x).chunk(2, dim=-1))
         if x.shape[1] == 1:  # softmax over one latent is constant: its gradient is exactly zero, SDPA's only nearly
             q = q * 0
-        with unless_autocast(x.device):
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.active_dropout)
+        out = sdpa(q, k, v, dropout=self.active_dropout)
         return self.project_out(out.transpose(1, 2).flatten(2), bias_apart)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
@@ -31,6 +30,7 @@ from perceiver_fast.ops.library import (
     register_triton,
     triton_reasons,
 )
+from perceiver_fast.ops.sdpa import sdpa
 from perceiver_fast.ranges import op_range
 
 OP = "cross_attention"
@@ -244,11 +244,7 @@ def cross_attention(
     elif q.shape[2] == 1:  # a softmax over one query is constant: no gradient, exactly
         q = q * 0
     if backend == "sdpa":
-        bias = None
-        if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-            bias = bias.masked_fill(~mask, torch.finfo(q.dtype).min)[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+        return sdpa(q, k, v, mask, dropout, scale)
     compute = compute_dtype(q.dtype)
     if backend == "triton":  # tensor cores take half precision as it is, and sum in float32
         compute = q.dtype
@@ -295,8 +291,9 @@ def _without_constants(
         return (q * 0 if k.shape[2] == 1 and not keep_lse else q), None, None
     visible = mask.sum(-1)
     empty = visible == 0
-    constant = empty if keep_lse else visible <= 1
-    return q.masked_fill(constant[:, None, None, None], 0.0), mask | empty[:, None], empty
+    if not keep_lse:
+        q = q * (visible > 1)[:, None, None, None]  # NaN stays NaN
+    return q.masked_fill(empty[:, None, None, None], 0.0), mask | empty[:, None], empty
 
 
 def _check(q, k, v, mask, dropout, inverted, return_lse) -> None:

@@ -19,8 +19,8 @@ from perceiver_fast.reference.dropout import apply_dropout
 from perceiver_fast.reference.grid_attention import grid_logits, grid_values
 from perceiver_fast.reference.softmax import EPS, block_weights
 
-ELEMENTS = 2**22  # of the largest tensor of a block
-LEAST = 512  # tokens of a block: shorter ones would leave more partial results than logits
+ELEMENTS = 2**20  # of the largest tensor of a block
+LEAST = 256  # tokens of a block: shorter ones would leave more partial results than logits
 
 
 def block_size(rows: int) -> int:
@@ -28,14 +28,12 @@ def block_size(rows: int) -> int:
     return max(LEAST, ELEMENTS // max(rows, 1))
 
 
-def _blocks(tokens: int, size: int) -> Iterator[tuple[int, int]]:
-    """Start and length of every block."""
-    for start in range(0, tokens, size):
-        yield start, min(size, tokens - start)
-
-
-def _narrow(mask: Tensor | None, axis: int, start: int, length: int) -> Tensor | None:
-    return None if mask is None else mask.narrow(axis, start, length)
+def _blocks(size: int, axis: int, *tensors: Tensor | None) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
+    """Start of every block along an axis, and its part of every tensor; their gradients come together in one piece."""
+    count = -(-next(t for t in tensors if t is not None).shape[axis] // size)
+    parts = [(None,) * count if t is None else t.split(size, axis) for t in tensors]
+    for i, part in enumerate(zip(*parts)):
+        yield i * size, part
 
 
 def _shares(
@@ -87,7 +85,8 @@ def cross_attention(
 
         return recomputed(whole, rows * tokens, q, k, v, mask, seed)
     outs, statistics, counts = [], [], []
-    for start, length in _blocks(tokens, size):
+    masks = (None,) * -(-tokens // size) if mask is None else mask.split(size, 1)
+    for (start, (k_part, v_part)), mask_part in zip(_blocks(size, 2, k, v), masks):
 
         def block(q, k, v, mask, seed, start=start):
             logits = torch.einsum("bhnd,bhmd->bhnm", q, k) * scale
@@ -96,11 +95,10 @@ def cross_attention(
                 weight = apply_dropout(weight, seed, dropout, torch.arange(start, start + k.shape[2], device=k.device))
             return torch.einsum("bhnm,bhmd->bhnd", weight, v), statistic
 
-        inputs = q, k.narrow(2, start, length), v.narrow(2, start, length), _narrow(mask, 1, start, length), seed
-        out, statistic = recomputed(block, rows * length, *inputs)
+        counts.append(k_part.shape[2])
+        out, statistic = recomputed(block, rows * counts[-1], q, k_part, v_part, mask_part, seed)
         outs.append(out)
         statistics.append(statistic)
-        counts.append(length)
     empty = None if mask is None or inverted else ~mask.any(-1)[:, None, None]
     shares, lse = _shares(statistics, counts, empty, inverted)
     return _weighted(outs, shares), lse.double()
@@ -130,7 +128,8 @@ def grid_attention(
     begin = features + sum(sizes[:axis])  # of the axis' part of q
     end = begin + sizes[axis]
     others, alongs, statistics, keeps, counts = [], [], [], [], []
-    for start, length in _blocks(sizes[axis], slices):
+    for start, parts in _blocks(slices, 1 + axis, feat, scale, mask):
+        length = parts[0].shape[1 + axis]
 
         def block(q, feat, scale, mask, seed, start=start, length=length):
             if heads > 1:
@@ -146,13 +145,12 @@ def grid_attention(
             along = parts.pop(1 + axis)
             return torch.cat(parts, -1), along, statistic, weight.sum(-1)
 
-        narrowed = (_narrow(t, 1 + axis, start, length) for t in (feat, scale, mask))
-        other, along, statistic, kept = recomputed(block, rows * length * tokens // sizes[axis], q, *narrowed, seed)
+        counts.append(length * (tokens // sizes[axis]))
+        other, along, statistic, kept = recomputed(block, rows * counts[-1], q, *parts, seed)
         others.append(other)
         alongs.append(along)
         statistics.append(statistic)
         keeps.append(kept)
-        counts.append(length * (tokens // sizes[axis]))
     empty = None
     if mask is not None and not inverted:
         empty = ~mask.flatten(1).any(-1, keepdim=True)
@@ -187,10 +185,7 @@ def fourier_projection(
         return reference.fourier_projection(feat, coords, frequencies, weight, bias, eps)
 
     outs = [
-        recomputed(
-            block, per_token * length, _narrow(feat, 1, start, length), coords.narrow(1, start, length), frequencies,
-            weight, bias,
-        )
-        for start, length in _blocks(tokens, size)
-    ]  # fmt: skip
+        recomputed(block, per_token * at.shape[1], part, at, frequencies, weight, bias)
+        for _, (part, at) in _blocks(size, 1, feat, coords)
+    ]
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)

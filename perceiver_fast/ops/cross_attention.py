@@ -29,6 +29,7 @@ from perceiver_fast.ops.library import (
     multiprocessors,
     register_triton,
     triton_reasons,
+    unless_autocast,
 )
 from perceiver_fast.ops.sdpa import sdpa
 from perceiver_fast.ranges import op_range
@@ -251,7 +252,7 @@ def cross_attention(
         if scale <= 0:
             q, scale = q * scale, 1.0
     seed = dropout_seed(dropout, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with unless_autocast(q.device):
         o, lse = CrossAttentionFunction.apply(
             q.to(compute), k.to(compute), v.to(compute), mask, scale, dropout, seed, inverted
         )
@@ -268,7 +269,7 @@ def _transformed(q, k, v, mask, scale, dropout, inverted, return_lse) -> Tensor 
         by, *_ = _without_constants(q, k, mask, keep_lse=return_lse)
     else:
         by = q * 0 if q.shape[2] == 1 else q
-    with torch.autocast(q.device.type, enabled=False):
+    with unless_autocast(q.device):
         seed = dropout_seed(dropout, q.device)
         o, lse = blocks.cross_attention(
             by.to(compute), k.to(compute), v.to(compute), mask, scale, dropout, seed, inverted

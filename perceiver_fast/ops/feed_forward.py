@@ -17,7 +17,7 @@ from perceiver_fast import reference
 from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.geglu import choose_geglu, geglu, runs_kernel
-from perceiver_fast.ops.library import compute_dtype, learns
+from perceiver_fast.ops.library import compute_dtype, learns, unless_autocast
 from perceiver_fast.ops.linear import forward_product, grad_input_product, grad_weight_product, linear
 from perceiver_fast.ranges import op_range
 
@@ -96,7 +96,7 @@ def feed_forward(
     if learns(z, weight1, bias1, weight2) and runs_kernel(choose_geglu, z.dtype, z.device):
         if cache is not None:
             cache.clear_in_training()
-        with torch.autocast(z.device.type, enabled=False):
+        with unless_autocast(z.device):
             flat = z.reshape(-1, z.shape[-1])
             out = FeedForwardFunction.apply(flat, weight1.to(z.dtype), bias1, weight2.to(z.dtype))
             return out.view(*z.shape[:-1], weight2.shape[0])

@@ -27,7 +27,7 @@ from perceiver_fast.ops import blocks
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.fourier_projection_checks import check
 from perceiver_fast.ops.grid_scale import grid_scale
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, kernel_reasons, library
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, kernel_reasons, library, unless_autocast
 from perceiver_fast.ranges import op_range
 
 OP = "fourier_projection"
@@ -149,7 +149,7 @@ def fourier_projection_tokens(
     result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
     call = FourierProjectionCall(weight.dtype, device)
     backend = "blocks" if transformed() else backends.require(choose_fourier_projection(call)).backend
-    with torch.autocast(device.type, enabled=False):
+    with unless_autocast(device):
         feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
         if backend == "blocks":
             out = blocks.fourier_projection(feat, coords, frequencies, weight, bias, eps)
@@ -275,6 +275,6 @@ def fourier_projection(
         return fourier_projection_tokens(feat, positions[0].view(1, -1, 1), frequencies, weight, bias, norm_eps)
     compute = compute_dtype(weight.dtype)
     result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
-    with torch.autocast(device.type, enabled=False):
+    with unless_autocast(device):
         feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
         return _on_grid(feat, positions, frequencies, weight, bias, norm_eps).to(result)

@@ -39,6 +39,7 @@ from perceiver_fast.ops.library import (
     library,
     register_triton,
     triton_reasons,
+    unless_autocast,
 )
 from perceiver_fast.ranges import op_range
 
@@ -211,7 +212,7 @@ def grid_attention_joined(
             0, 1
         )  # a softmax over one query is constant: no gradient, exactly
     values = (half or half_dtype(q.device, q.dtype) or compute) if backend == "triton" else compute
-    with torch.autocast(q.device.type, enabled=False):
+    with unless_autocast(q.device):
         seed = dropout_seed(dropout, q.device)
         o, lse, kept = run(q.to(compute), feat.to(values), scale.to(compute), mask, dropout, seed, inverted)
     o = o.view(shape)

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perceiver_fast.layers.plan import BYTE, PAIR
+from perceiver_fast.ops import flops
 from perceiver_fast.roofs import Roofs
 
 
@@ -101,23 +102,8 @@ def _product(a: Tensor, b: Tensor) -> tuple[int, int]:
     return a.numel() * b.shape[-1], 0
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, inverted: bool = False) -> tuple[int, int]:
-    """q ``[.., N, d]``, k ``[.., M, d]``, v ``[.., M, dv]``; inverted attention computes its logits twice."""
-    pairs, passes = prod(q.shape[:-1]) * k.shape[-2], 1 + inverted
-    return pairs * (passes * q.shape[-1] + v.shape[-1]), passes * pairs
-
-
-def _grid_attention(q: Tensor, feat: Tensor, inverted: bool) -> tuple[int, int]:
-    """q ``[B, N, L]``, feat ``[B, *sizes, F]``: a logit is F + A multiply-adds, a value F."""
-    sizes, features = feat.shape[1:-1], feat.shape[-1]
-    pairs, passes = q.shape[0] * q.shape[1] * prod(sizes), 1 + inverted
-    return pairs * (passes * (features + len(sizes)) + features), passes * pairs
-
-
-def _fourier_projection(feat: Tensor | None, coords: Tensor, frequencies: Tensor, weight: Tensor) -> tuple[int, int]:
-    """feat ``[B, M, F]``, coords ``[B or 1, M, A]``, frequencies ``[A, K]``, weight ``[C, D]``."""
-    tokens = prod((coords if feat is None else feat).shape[:2])
-    return tokens * weight.numel(), 2 * prod(coords.shape[:2]) * frequencies.numel()
+def _shapes(args: tuple) -> tuple:
+    return tuple(arg.shape if isinstance(arg, Tensor) else arg for arg in args)
 
 
 Formula = Callable[[tuple, Any], tuple[int, int]]
@@ -136,13 +122,12 @@ FORMULAS: dict[str, Formula] = {
     "aten::baddbmm": lambda args, out: _product(args[1], args[2]),
     "aten::convolution": lambda args, out: (out.numel() * prod(args[1].shape[1:]), 0),
     "aten::_thnn_fused_gru_cell": lambda args, out: (0, 3 * out[0].numel()),
-    "perceiver_fast::cross_attention_forward": lambda args, out: _attention(*args[:3], inverted=args[7]),
-    "perceiver_fast::grid_attention_forward": lambda args, out: _grid_attention(args[0], args[1], inverted=args[6]),
-    "perceiver_fast::fourier_projection_forward": lambda args, out: _fourier_projection(*args[:4]),
     "perceiver_fast::geglu_forward": _elementwise,
 }
+for _name in ("cross_attention_forward", "grid_attention_forward", "fourier_projection_forward"):
+    FORMULAS[f"perceiver_fast::{_name}"] = lambda args, out, count=flops.FORMULAS[_name]: count(*_shapes(args))
 for _name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
-    FORMULAS[f"aten::_scaled_dot_product_{_name}"] = lambda args, out: _attention(*args[:3])
+    FORMULAS[f"aten::_scaled_dot_product_{_name}"] = lambda args, out: flops.attention(*_shapes(args[:3]))
 for _name in ("exp", "log", "sin", "cos", "sigmoid", "tanh", "erf", "gelu", "silu"):
     FORMULAS[f"aten::{_name}"] = _elementwise
 for _name in ("_softmax", "_safe_softmax", "_log_softmax"):

@@ -10,8 +10,8 @@ from perceiver_fast.cache import Cached
 from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, watcher, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.ops.cross_attention import cross_attention
-from perceiver_fast.ops.library import unless_autocast
 from perceiver_fast.ops.linear import linear, product_dtype
+from perceiver_fast.ops.sdpa import sdpa
 from perceiver_fast.ranges import layer_range
 
 
@@ -175,8 +175,7 @@ class Attention(Cached):
             return out.transpose(1, 2).flatten(2)
         if q.shape[2] == 1:  # softmax over one latent is constant: its gradient is exactly zero, SDPA's only nearly
             q = q * 0
-        with unless_autocast(q.device):
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.active_dropout, scale=self.scale)
+        out = sdpa(q, k, v, dropout=self.active_dropout, scale=self.scale)
         return out.transpose(1, 2).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, inverted: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """The ops: functions of tensors with autograd, fake kernels for torch.compile, and a choice of backends."""
 
+from perceiver_fast.ops import flops
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.feed_forward import feed_forward
 from perceiver_fast.ops.fourier_projection import fourier_projection
@@ -20,3 +21,5 @@ __all__ = [
     "layer_norm",
     "linear",
 ]
+
+flops.register_when_imported()

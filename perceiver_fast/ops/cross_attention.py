@@ -13,11 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops import blocks
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.library import (
     INTERPRETED,
     compute_dtype,
@@ -28,7 +29,9 @@ from perceiver_fast.ops.library import (
     multiprocessors,
     register_triton,
     triton_reasons,
+    unless_autocast,
 )
+from perceiver_fast.ops.sdpa import sdpa
 from perceiver_fast.ranges import op_range
 
 OP = "cross_attention"
@@ -75,16 +78,27 @@ class CrossAttentionFunction(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @op_range(OP + ".backward")
     def backward(ctx, d_o, d_lse):
         q, k, v, mask, seed, o, lse, token_lse = ctx.saved_tensors
         scale, dropout, inverted = ctx.options
-        if d_o is None:
-            d_o = torch.zeros_like(o)
-        grads = torch.ops.perceiver_fast.cross_attention_backward(
-            d_o, None if inverted else d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse
-        )
+        if inverted:
+            d_lse = None
+
+        def kernel():
+            d_out = torch.zeros_like(o) if d_o is None else d_o
+            return torch.ops.perceiver_fast.cross_attention_backward(
+                d_out, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse
+            )
+
+        if differentiated_again():
+
+            def form(q, k, v):
+                return blocks.cross_attention(q, k, v, mask, scale, dropout, seed, inverted)
+
+            grads = differentiable(kernel, form, (q, k, v), (d_o, d_lse), ctx.needs_input_grad[:3])
+        else:
+            grads = kernel()
         return *grads, None, None, None, None, None
 
 
@@ -199,7 +213,7 @@ def cross_attention(
     Returns:
         ``[B, H, N, dv]``, the dtype of q; with return_lse also lse ``[B, H, N]`` float64, -finfo.max for a batch element
         that is all masked. float64 is computed in float64, all others in float32 (on GPUs the weights of half
-        precision are rounded to it, as everywhere). Differentiable once.
+        precision are rounded to it, as everywhere). Differentiable any number of times.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, size or device; the message says expected, got and what to do.
@@ -217,6 +231,8 @@ def cross_attention(
     """
     _check(q, k, v, mask, dropout, inverted, return_lse)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if transformed():
+        return _transformed(q, k, v, mask, scale, dropout, inverted, return_lse)
     call = CrossAttentionCall(q.dtype, q.device, dropout, inverted, return_lse, mask is not None, *q.shape, v.shape[3])
     backend = backends.require(choose_cross_attention(call)).backend
     if backend == "reference":
@@ -229,18 +245,14 @@ def cross_attention(
     elif q.shape[2] == 1:  # a softmax over one query is constant: no gradient, exactly
         q = q * 0
     if backend == "sdpa":
-        bias = None
-        if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-            bias = bias.masked_fill(~mask, torch.finfo(q.dtype).min)[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+        return sdpa(q, k, v, mask, dropout, scale)
     compute = compute_dtype(q.dtype)
     if backend == "triton":  # tensor cores take half precision as it is, and sum in float32
         compute = q.dtype
         if scale <= 0:
             q, scale = q * scale, 1.0
     seed = dropout_seed(dropout, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with unless_autocast(q.device):
         o, lse = CrossAttentionFunction.apply(
             q.to(compute), k.to(compute), v.to(compute), mask, scale, dropout, seed, inverted
         )
@@ -248,6 +260,21 @@ def cross_attention(
     if not return_lse:
         return o
     return o, lse if empty is None else lse.masked_fill(empty[:, None, None], -torch.finfo(compute_dtype(q.dtype)).max)
+
+
+def _transformed(q, k, v, mask, scale, dropout, inverted, return_lse) -> Tensor | tuple[Tensor, Tensor]:
+    """The differentiable form, which torch.func's transforms see through."""
+    compute = compute_dtype(q.dtype)
+    if not inverted:
+        by, *_ = _without_constants(q, k, mask, keep_lse=return_lse)
+    else:
+        by = q * 0 if q.shape[2] == 1 else q
+    with unless_autocast(q.device):
+        seed = dropout_seed(dropout, q.device)
+        o, lse = blocks.cross_attention(
+            by.to(compute), k.to(compute), v.to(compute), mask, scale, dropout, seed, inverted
+        )
+    return (o.to(q.dtype), lse) if return_lse else o.to(q.dtype)
 
 
 def _without_constants(
@@ -265,8 +292,9 @@ def _without_constants(
         return (q * 0 if k.shape[2] == 1 and not keep_lse else q), None, None
     visible = mask.sum(-1)
     empty = visible == 0
-    constant = empty if keep_lse else visible <= 1
-    return q.masked_fill(constant[:, None, None, None], 0.0), mask | empty[:, None], empty
+    if not keep_lse:
+        q = q * (visible > 1)[:, None, None, None]  # NaN stays NaN
+    return q.masked_fill(empty[:, None, None, None], 0.0), mask | empty[:, None], empty
 
 
 def _check(q, k, v, mask, dropout, inverted, return_lse) -> None:

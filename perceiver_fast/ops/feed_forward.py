@@ -10,11 +10,14 @@ PyTorch keeps 17 (perceiver-pytorch 0.11.0, counted by saved_tensors_hooks).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_fast import reference
 from perceiver_fast.cache import ParameterCache
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.geglu import choose_geglu, geglu, runs_kernel
-from perceiver_fast.ops.library import compute_dtype, learns
+from perceiver_fast.ops.library import compute_dtype, learns, unless_autocast
 from perceiver_fast.ops.linear import forward_product, grad_input_product, grad_weight_product, linear
 from perceiver_fast.ranges import op_range
 
@@ -29,20 +32,33 @@ class FeedForwardFunction(torch.autograd.Function):
         return forward_product(torch.ops.perceiver_fast.geglu_forward(h, bias1), weight2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @op_range("feed_forward.backward")
     def backward(ctx, d_out):
         z, h, weight1, bias1, weight2 = ctx.saved_tensors
-        needs_z, needs_weight1, needs_bias1, needs_weight2 = ctx.needs_input_grad
-        d_out = d_out.contiguous()
-        d_u = grad_input_product(d_out, weight2)
-        u, d_h, d_bias1 = torch.ops.perceiver_fast.geglu_backward(d_u, h, bias1)
-        del d_u, h
-        d_weight2 = grad_weight_product(d_out, u) if needs_weight2 else None
-        del u
-        d_weight1 = grad_weight_product(d_h, z) if needs_weight1 else None
-        d_z = grad_input_product(d_h, weight1) if needs_z else None
-        return d_z, d_weight1, d_bias1 if needs_bias1 else None, d_weight2
+        needed = ctx.needs_input_grad
+        if differentiated_again():
+            inputs = z, weight1, bias1, weight2
+            return differentiable(
+                lambda: _gradients(d_out, z, h, weight1, bias1, weight2, needed), _plain, inputs, (d_out,), needed
+            )
+        return _gradients(d_out, z, h, weight1, bias1, weight2, needed)
+
+
+def _plain(z, weight1, bias1, weight2):
+    return F.linear(reference.geglu(F.linear(z, weight1), bias1), weight2)
+
+
+def _gradients(d_out, z, h, weight1, bias1, weight2, needed):
+    needs_z, needs_weight1, needs_bias1, needs_weight2 = needed
+    d_out = d_out.contiguous()
+    d_u = grad_input_product(d_out, weight2)
+    u, d_h, d_bias1 = torch.ops.perceiver_fast.geglu_backward(d_u, h, bias1)
+    del d_u, h
+    d_weight2 = grad_weight_product(d_out, u) if needs_weight2 else None
+    del u
+    d_weight1 = grad_weight_product(d_h, z) if needs_weight1 else None
+    d_z = grad_input_product(d_h, weight1) if needs_z else None
+    return d_z, d_weight1, d_bias1 if needs_bias1 else None, d_weight2
 
 
 @op_range("feed_forward")
@@ -59,7 +75,7 @@ def feed_forward(
         cache: where packed weights are kept in inference. Default: they are not.
 
     Returns:
-        ``[.., D']``, the dtype of z. Differentiable, once where a kernel runs it.
+        ``[.., D']``, the dtype of z. Differentiable any number of times.
 
     Raises:
         ValueError: sizes do not fit.
@@ -80,7 +96,7 @@ def feed_forward(
     if learns(z, weight1, bias1, weight2) and runs_kernel(choose_geglu, z.dtype, z.device):
         if cache is not None:
             cache.clear_in_training()
-        with torch.autocast(z.device.type, enabled=False):
+        with unless_autocast(z.device):
             flat = z.reshape(-1, z.shape[-1])
             out = FeedForwardFunction.apply(flat, weight1.to(z.dtype), bias1, weight2.to(z.dtype))
             return out.view(*z.shape[:-1], weight2.shape[0])

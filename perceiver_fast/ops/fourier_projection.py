@@ -23,9 +23,11 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops import blocks
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.fourier_projection_checks import check
 from perceiver_fast.ops.grid_scale import grid_scale
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, kernel_reasons, library
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, kernel_reasons, library, unless_autocast
 from perceiver_fast.ranges import op_range
 
 OP = "fourier_projection"
@@ -63,24 +65,29 @@ class FourierProjectionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @op_range(OP + ".backward")
     def backward(ctx, d_out):
         feat, coords, frequencies, weight, scale = ctx.saved_tensors
-        to_feat, to_coords, _, to_weight, to_bias, _ = ctx.needs_input_grad
-        dweight = dfeat = dcoords = None
-        if to_feat or to_coords or to_weight:
+        eps, (to_feat, to_coords, _, to_weight, to_bias, _) = ctx.eps, ctx.needs_input_grad
+
+        def kernel():
             dweight, dfeat, dcoords = torch.ops.perceiver_fast.fourier_projection_backward(
-                d_out, feat, coords, frequencies, weight, scale, ctx.eps, to_feat or to_coords
+                d_out, feat, coords, frequencies, weight, scale, eps, to_feat or to_coords
             )
-        return (
-            dfeat if to_feat else None,
-            dcoords if to_coords else None,
-            None,
-            dweight if to_weight else None,
-            d_out.sum((0, 1)) if to_bias else None,
-            None,
-        )
+            return dfeat if to_feat else None, dcoords if to_coords else None, dweight
+
+        dfeat = dcoords = dweight = None
+        if to_feat or to_coords or to_weight:
+            if differentiated_again():
+
+                def form(feat, coords, weight):
+                    return blocks.fourier_projection(feat, coords, frequencies, weight, None, eps)
+
+                needed = to_feat, to_coords, to_weight
+                dfeat, dcoords, dweight = differentiable(kernel, form, (feat, coords, weight), (d_out,), needed)
+            else:
+                dfeat, dcoords, dweight = kernel()
+        return dfeat, dcoords, None, dweight if to_weight else None, d_out.sum((0, 1)) if to_bias else None, None
 
 
 @dataclass(frozen=True)
@@ -140,10 +147,13 @@ def fourier_projection_tokens(
     """
     device, compute = weight.device, compute_dtype(weight.dtype)
     result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
-    choice = backends.require(choose_fourier_projection(FourierProjectionCall(weight.dtype, device)))
-    with torch.autocast(device.type, enabled=False):
+    call = FourierProjectionCall(weight.dtype, device)
+    backend = "blocks" if transformed() else backends.require(choose_fourier_projection(call)).backend
+    with unless_autocast(device):
         feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
-        if choice.backend == "reference":
+        if backend == "blocks":
+            out = blocks.fourier_projection(feat, coords, frequencies, weight, bias, eps)
+        elif backend == "reference":
             out = reference.fourier_projection(feat, coords, frequencies, weight, bias, eps)
         else:
             weight = weight if eps is None else _centred(weight)
@@ -169,7 +179,11 @@ def _on_grid(
         table = fourier_projection_tokens(None, position.view(1, -1, 1), frequencies[axis : axis + 1], w)[0]
         total = total.unsqueeze(-2) + table  # [n_1, .., n_axis, D]
     # In place: [B, M, D] is large here, and a fresh one costs more than the arithmetic on it.
-    out = total.unsqueeze(0) if feat is None else (feat.unflatten(1, sizes) @ feat_weight).add_(total)
+    fresh = not transformed()  # which may batch one operand and not the other
+    out = total.unsqueeze(0)
+    if feat is not None:
+        out = feat.unflatten(1, sizes) @ feat_weight
+        out = out.add_(total) if fresh else out + total
     if eps is not None:
         codes = [reference.fourier_encode(p.unsqueeze(1), f) for p, f in zip(positions, frequencies.split(1))]
         mean = torch.cat([code.mean(1) for code in codes])
@@ -177,9 +191,10 @@ def _on_grid(
         raw = weight.new_zeros(1, *sizes, 0) if feat is None else feat.unflatten(1, sizes)
         widths = [axis_channels] * len(sizes)
         scale = grid_scale(raw, mean.to(weight.dtype), square.to(weight.dtype), widths, eps).unsqueeze(-1)
-        out = out * scale if scale.requires_grad else out.mul_(scale)  # the gradient of scale needs what is multiplied
+        # The gradient of scale needs what is multiplied.
+        out = out.mul_(scale) if fresh and not scale.requires_grad else out * scale
         if bias is not None:
-            out.add_(bias)
+            out = out.add_(bias) if fresh else out + bias
     return out.flatten(1, -2)
 
 
@@ -223,7 +238,7 @@ def fourier_projection(
     Returns:
         ``[B, M, D]``, the dtype of weight, or autocast's when it is on; B = 1 when neither coords nor feat has a batch.
         float64 weights are computed in float64, all others in float32; sines and cosines are those of phases in
-        float64 either way. Differentiable once in coords, feat, weight and bias.
+        float64 either way. Differentiable any number of times in coords, feat, weight and bias.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, rank, size or device; the message says expected, got and what to do.
@@ -260,6 +275,6 @@ def fourier_projection(
         return fourier_projection_tokens(feat, positions[0].view(1, -1, 1), frequencies, weight, bias, norm_eps)
     compute = compute_dtype(weight.dtype)
     result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
-    with torch.autocast(device.type, enabled=False):
+    with unless_autocast(device):
         feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
         return _on_grid(feat, positions, frequencies, weight, bias, norm_eps).to(result)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.library import (
     compute_dtype,
     cpu_error,
@@ -55,12 +56,17 @@ class GEGLUFunction(torch.autograd.Function):
         return torch.ops.perceiver_fast.geglu_forward(h, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @op_range(OP + ".backward")
     def backward(ctx, d_u):
         h, bias = ctx.saved_tensors
-        _, d_h, d_bias = torch.ops.perceiver_fast.geglu_backward(d_u, h, bias)
-        return d_h, None if bias is None else d_bias
+
+        def kernel():
+            _, d_h, d_bias = torch.ops.perceiver_fast.geglu_backward(d_u, h, bias)
+            return d_h, None if bias is None else d_bias
+
+        if differentiated_again():
+            return differentiable(kernel, reference.geglu, (h, bias), (d_u,), ctx.needs_input_grad)
+        return kernel()
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,15 @@ _runs_kernel: dict[tuple, bool] = {}
 def runs_kernel(choose: Callable[[PointwiseCall], Choice], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a kernel runs a pass over activations, rather than plain PyTorch.
 
-    Under torch.compile it is plain PyTorch. Answers are kept: finding one anew takes as long as a small kernel.
+    Under torch.compile it is plain PyTorch, and under torch.func's transforms. Answers are kept: finding one anew takes as long as a small kernel.
 
     Raises:
         perceiver_fast.backends.BackendError: a forced backend cannot run the call.
     """
     if torch.compiler.is_compiling():
         backends.require(choose(PointwiseCall(dtype, device)))
+        return False
+    if transformed():
         return False
     key = choose, dtype, device, backends.forced_backend()
     if key not in _runs_kernel:
@@ -120,7 +128,7 @@ def geglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: ``[2 F]``, the dtype of h, or float32 beside half precision. Default: None.
 
     Returns:
-        ``[.., F]``, the dtype of h. Differentiable once in h and bias.
+        ``[.., F]``, the dtype of h. Differentiable any number of times in h and bias.
 
     Raises:
         TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.

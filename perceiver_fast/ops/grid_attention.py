@@ -27,6 +27,8 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops import blocks
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.library import (
     autocast_dtype,
     compute_dtype,
@@ -37,6 +39,7 @@ from perceiver_fast.ops.library import (
     library,
     register_triton,
     triton_reasons,
+    unless_autocast,
 )
 from perceiver_fast.ranges import op_range
 
@@ -94,24 +97,37 @@ class GridAttentionFunction(torch.autograd.Function):
         return o, lse, kept
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @op_range(OP + ".backward")
     def backward(ctx, d_o, d_lse, d_kept):
         q, feat, scale, mask, seed, o, lse, kept, token_lse = ctx.saved_tensors
         dropout, inverted = ctx.options
-        counts = dropout > 0 or inverted
-        if d_o is None:
-            d_o = torch.zeros_like(o)
+        if inverted:
+            d_lse = None
+        elif dropout == 0:
+            d_kept = None
         token_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dq, dfeat, dscale = torch.ops.perceiver_fast.grid_attention_backward(
-            d_o, None if inverted else d_lse, d_kept if counts else None, q, feat, scale, mask, dropout, seed, inverted,
-            o, lse, kept, token_lse, token_grads,
-        )  # fmt: skip
-        if not token_grads:
-            return dq, None, None, None, None, None, None
-        if feat.shape[0] != q.shape[0]:  # heads apart
-            dfeat, dscale = (d.unflatten(0, (feat.shape[0], -1)).sum(1) for d in (dfeat, dscale))
-        return dq, dfeat, dscale, None, None, None, None
+
+        def kernel():
+            d_out = torch.zeros_like(o) if d_o is None else d_o
+            dq, dfeat, dscale = torch.ops.perceiver_fast.grid_attention_backward(
+                d_out, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse,
+                token_grads,
+            )  # fmt: skip
+            if not token_grads:
+                return dq, None, None
+            if feat.shape[0] != q.shape[0]:  # heads apart
+                dfeat, dscale = (d.unflatten(0, (feat.shape[0], -1)).sum(1) for d in (dfeat, dscale))
+            return dq, dfeat, dscale
+
+        if differentiated_again():
+
+            def form(q, feat, scale):
+                return blocks.grid_attention(q, feat.to(q.dtype), scale, mask, dropout, seed, inverted)
+
+            grads = differentiable(kernel, form, (q, feat, scale), (d_o, d_lse, d_kept), ctx.needs_input_grad[:3])
+        else:
+            grads = kernel()
+        return *grads, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -183,17 +199,20 @@ def grid_attention_joined(
     result = autocast_dtype(q.device) or q.dtype
     compute = compute_dtype(q.dtype)
     sizes = tuple(feat.shape[1:-1])
-    call = GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted)
-    backend = backends.require(choose_grid_attention(call)).backend
+    if transformed():
+        backend, run = "reference", blocks.grid_attention
+    else:
+        call = GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted)
+        backend = backends.require(choose_grid_attention(call)).backend
+        run = reference.grid_attention if backend == "reference" else GridAttentionFunction.apply
     shape = q.shape
     if inverted:
         q = q.unflatten(1, (heads, -1))
         q = (q * 0 if q.shape[2] == 1 else q).flatten(
             0, 1
         )  # a softmax over one query is constant: no gradient, exactly
-    run = reference.grid_attention if backend == "reference" else GridAttentionFunction.apply
     values = (half or half_dtype(q.device, q.dtype) or compute) if backend == "triton" else compute
-    with torch.autocast(q.device.type, enabled=False):
+    with unless_autocast(q.device):
         seed = dropout_seed(dropout, q.device)
         o, lse, kept = run(q.to(compute), feat.to(values), scale.to(compute), mask, dropout, seed, inverted)
     o = o.view(shape)
@@ -230,8 +249,8 @@ def grid_attention(
     Returns:
         o_feat ``[B, N, F]``, o_axes (one ``[B, N, n_a]`` per axis), and lse ``[B, N]``, the natural log-sum-exp of S,
         always float64. float64 inputs are computed in float64, all others in float32, but that GPUs round weights and
-        values to a half-precision dtype of the inputs, or of autocast; the result has that dtype. Differentiable once in q_feat, q_axes, feat and scale, through
-        outputs and lse.
+        values to a half-precision dtype of the inputs, or of autocast; the result has that dtype. Differentiable any
+        number of times in q_feat, q_axes, feat and scale, through outputs and lse.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, size or device; the message says expected, got and what to do.

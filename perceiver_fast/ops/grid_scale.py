@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.library import kernel_reasons, library
 from perceiver_fast.ranges import op_range
 from perceiver_fast.reference.grid_scale import along_axes, grid_mean
@@ -39,7 +40,8 @@ BACKENDS = (Backend("cpu", _cpu_reasons), Backend("reference", lambda feat: []))
 
 
 class GridScaleFunction(torch.autograd.Function):
-    """The kernel forward, with its gradients in plain PyTorch: inputs and codes seldom need them.
+    """The kernel forward, with its gradients in plain PyTorch, which has all further ones: inputs and codes seldom need
+    them.
 
     Deviations from the mean sum to zero, so the mean counts as a constant: ``d var / d x_f = 2 (x_f - mu) / C``.
     """
@@ -53,7 +55,6 @@ class GridScaleFunction(torch.autograd.Function):
         return scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @op_range(OP + ".backward")
     def backward(ctx, d_scale):
         feat, axis_mean, scale = ctx.saved_tensors
@@ -92,7 +93,7 @@ def grid_scale(
         eps: LayerNorm's epsilon. Default: 1e-5, torch's.
 
     Returns:
-        ``[B, *sizes]``, the dtype of feat. Differentiable once in feat, axis_mean and axis_square.
+        ``[B, *sizes]``, the dtype of feat. Differentiable any number of times in feat, axis_mean and axis_square.
 
     Raises:
         perceiver_fast.backends.BackendError: a forced backend cannot run the call.
@@ -103,6 +104,6 @@ def grid_scale(
         >>> grid_scale(torch.ones(1, 2, 2, 1), torch.zeros(4), torch.full((4,), 2.0), [2, 2]).shape
         torch.Size([1, 2, 2])
     """
-    if backends.require(choose_grid_scale(feat)).backend == "cpu":
+    if not transformed() and backends.require(choose_grid_scale(feat)).backend == "cpu":
         return GridScaleFunction.apply(feat, axis_mean, axis_square, axis_channels, eps)
     return reference.grid_scale(feat, axis_mean, axis_square, axis_channels, eps)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, reference
 from perceiver_fast.backends import Choice
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.geglu import PointwiseCall, pointwise_backends, runs_kernel
 from perceiver_fast.ops.library import compute_dtype, learns, library, register_triton
 from perceiver_fast.ranges import op_range
@@ -70,22 +71,45 @@ class AddLayerNormFunction(torch.autograd.Function):
         ctx.has = branch is not None, branch_bias is not None
         ctx.save_for_backward(x if branch is None else y, mean, rstd, weight)
         ctx.set_materialize_grads(False)
-        ctx.out_dtype = out_dtype
+        ctx.options = out_dtype, eps
         return (None, z) if branch is None else (y, z)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @op_range(OP + ".backward")
     def backward(ctx, d_y, d_z):
         y, mean, rstd, weight = ctx.saved_tensors
         branch, branch_bias = ctx.has
-        if d_z is None:
-            d_z = torch.zeros_like(y, dtype=ctx.out_dtype)
-        d_x, d_branch, d_weight, d_bias, d_branch_bias = torch.ops.perceiver_fast.layer_norm_backward(
-            d_y, d_z, y, mean, rstd, weight, branch_bias
-        )
-        if ctx.out_dtype == y.dtype:
-            d_branch = d_x
+        out_dtype, eps = ctx.options
+
+        def kernel(d_y, d_z):
+            if d_z is None:
+                d_z = torch.zeros_like(y, dtype=out_dtype)
+            return torch.ops.perceiver_fast.layer_norm_backward(d_y, d_z, y, mean, rstd, weight, branch_bias)
+
+        if differentiated_again():
+            # The bias has no say in any gradient. All that joins the stream has the stream's gradient, d_x.
+            def form(y, weight, bias):
+                return reference.add_layer_norm(y, None, None, weight, bias, eps, out_dtype)[1]
+
+            def gradients():
+                d_x, _, d_weight, d_bias, _ = kernel(None, d_z)
+                return d_x, d_weight, d_bias
+
+            d_x = d_weight = d_bias = None
+            if d_z is not None:
+                inputs = y, weight, torch.zeros_like(weight)
+                d_x, d_weight, d_bias = differentiable(gradients, form, inputs, (d_z,), (True, True, True))
+            if d_x is None or d_y is None:
+                d_x = d_y if d_x is None else d_x
+            else:
+                d_x = d_x + d_y
+            d_branch = d_branch_bias = None
+            if d_x is not None:
+                d_branch, d_branch_bias = d_x.to(out_dtype), d_x.flatten(0, -2).sum(0)
+        else:
+            d_x, d_branch, d_weight, d_bias, d_branch_bias = kernel(d_y, d_z)
+            if out_dtype == y.dtype:
+                d_branch = d_x
         return d_x, d_branch if branch else None, d_branch_bias if branch_bias else None, d_weight, d_bias, None, None
 
 
@@ -109,7 +133,7 @@ def layer_norm(
         out_dtype: dtype of the result. Default: that of x.
 
     Returns:
-        ``[.., D]``. Differentiable once in x, weight and bias.
+        ``[.., D]``. Differentiable any number of times in x, weight and bias.
 
     Raises:
         TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.
@@ -146,8 +170,8 @@ def add_layer_norm(
         out_dtype: dtype of z, and of the branch. Default: that of x.
 
     Returns:
-        y in the dtype of x (x itself without a branch) and z in out_dtype, both ``[.., D]``. Differentiable once in
-        all tensors.
+        y in the dtype of x (x itself without a branch) and z in out_dtype, both ``[.., D]``. Differentiable any number
+        of times in all tensors.
 
     Raises:
         TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.

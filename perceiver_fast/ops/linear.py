@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perceiver_fast.backends import Choice, forced_backend
 from perceiver_fast.cache import ParameterCache
+from perceiver_fast.ops.derivatives import differentiated_again, transformed
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, linear_settings, measure, wide_bfloat16
 from perceiver_fast.ranges import op_range
@@ -24,7 +25,7 @@ LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every l
 
 def is_large(rows: int, channels: int, out_channels: int, device: torch.device) -> bool:
     """Whether it matters which library runs a product; only then is one chosen."""
-    if device.type != "cpu" or forced_backend() == "reference" or torch.compiler.is_compiling():
+    if device.type != "cpu" or forced_backend() == "reference" or torch.compiler.is_compiling() or transformed():
         return False
     if (
         torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
@@ -95,10 +96,12 @@ class LinearFunction(torch.autograd.Function):
         return forward_product(x, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @op_range(OP + ".backward")
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
+        if differentiated_again():  # torch's own products have all further derivatives
+            d_x = d_out @ weight if ctx.needs_input_grad[0] else None
+            return d_x, d_out.transpose(-1, -2) @ x if ctx.needs_input_grad[1] else None
         d_out = d_out.contiguous()
         d_x = grad_input_product(d_out, weight) if ctx.needs_input_grad[0] else None
         return d_x, grad_weight_product(d_out, x) if ctx.needs_input_grad[1] else None
@@ -174,7 +177,7 @@ def linear(
         cache: where packed weights are kept in inference, under ``name``. Default: they are not.
 
     Returns:
-        ``[.., m]``, the dtype of x. Differentiable; on another library than torch's once.
+        ``[.., m]``, the dtype of x. Differentiable any number of times.
 
     Raises:
         ValueError: sizes do not fit.
@@ -190,7 +193,7 @@ def linear(
             f"linear: expected x [.., {weight.shape[-1]}] for weight {tuple(weight.shape)}, got {tuple(x.shape)}; "
             "the last dimension of x is multiplied with the last of weight"
         )
-    if cache is not None and not torch.compiler.is_compiling():
+    if cache is not None and not torch.compiler.is_compiling() and not transformed():
         out = _quick_product(cache, name, x, weight)
         if out is not None:
             return out if bias is None else out + bias.to(x.dtype)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast.reference.dropout import apply_dropout
+from perceiver_fast.reference.softmax import attention_weights
 
 
 def cross_attention(
@@ -36,18 +36,7 @@ def cross_attention(
         o ``[B, H, N, dv]`` and lse ``[B, H, N]`` float64 (inverted: the logarithm of the normaliser over the tokens).
     """
     logits = torch.einsum("bhnd,bhmd->bhnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        mask = mask[:, None, None, :]
-        logits = logits.masked_fill(~mask, -torch.finfo(logits.dtype).max)
-    if inverted:
-        weight = logits.softmax(dim=-2)
-        if mask is not None:
-            weight = weight.masked_fill(~mask, 0.0)
-        lse = weight.sum(-1).clamp_min(1e-8).log()
-        weight = F.normalize(weight, p=1, dim=-1, eps=1e-8)
-    else:
-        lse = logits.logsumexp(-1)
-        weight = logits.softmax(dim=-1)
+    weight, lse = attention_weights(logits, None if mask is None else mask[:, None, None, :], inverted)
     if dropout > 0:
         weight = apply_dropout(weight, seed, dropout)
     return torch.einsum("bhnm,bhmd->bhnd", weight, v), lse.double()

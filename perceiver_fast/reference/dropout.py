@@ -45,24 +45,29 @@ def dropout_scale(probability: float) -> float:
     return 2**32 / (2**32 - dropout_threshold(probability))
 
 
-def dropout_keep(seed: Tensor, rows: int, tokens: int, probability: float) -> Tensor:
+def dropout_keep(seed: Tensor, rows: int, tokens: int | Tensor, probability: float) -> Tensor:
     """Bool ``[rows, tokens]``, True where a weight is kept.
 
     Args:
         seed: int64, one element.
         rows: number of query rows: batch, heads and queries in row-major order.
-        tokens: number of tokens.
+        tokens: number of tokens, or the indices of some, int64.
         probability: of a weight being dropped.
     """
     mixed = _splitmix64(seed.reshape(()))
     row = torch.arange(rows, dtype=torch.int64, device=seed.device)
-    token = torch.arange(tokens, dtype=torch.int64, device=seed.device)
+    token = tokens if isinstance(tokens, Tensor) else torch.arange(tokens, dtype=torch.int64, device=seed.device)
     row_key = _shift(_splitmix64(mixed ^ _splitmix64(2 * row)), 32)
     token_key = _shift(_splitmix64(mixed ^ _splitmix64(2 * token + 1)), 32)
     return _lowbias32(row_key[:, None] ^ token_key) >= dropout_threshold(probability)
 
 
-def apply_dropout(weight: Tensor, seed: Tensor, probability: float) -> Tensor:
-    """Attention weights ``[.., N, M]`` with some dropped and the others scaled up; leading dimensions are rows."""
-    keep = dropout_keep(seed, weight.shape[:-1].numel(), weight.shape[-1], probability)
+def apply_dropout(weight: Tensor, seed: Tensor, probability: float, tokens: Tensor | None = None) -> Tensor:
+    """Attention weights ``[.., N, M]`` with some dropped and the others scaled up; leading dimensions are rows.
+
+    Args:
+        weight, seed, probability: see :func:`dropout_keep`.
+        tokens: indices ``[M]`` of the tokens, int64. Default: 0 to M - 1.
+    """
+    keep = dropout_keep(seed, weight.shape[:-1].numel(), weight.shape[-1] if tokens is None else tokens, probability)
     return weight * keep.view(weight.shape) * dropout_scale(probability)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast.reference.dropout import apply_dropout
+from perceiver_fast.reference.softmax import attention_weights
 
 
 def grid_logits(q: Tensor, feat: Tensor, scale: Tensor) -> Tensor:
@@ -53,29 +53,31 @@ def grid_attention(
         (-finfo.max of the dtype for a row that is all masked; inverted: the logarithm of the normaliser), and kept
         ``[B, N]``, the sum of P.
     """
-    heads, sizes = q.shape[0] // max(1, feat.shape[0]), feat.shape[1:-1]
+    heads = q.shape[0] // max(1, feat.shape[0])
     if heads > 1:
         feat, scale = (t.repeat_interleave(heads, 0) for t in (feat, scale))
         mask = None if mask is None else mask.repeat_interleave(heads, 0)
     logits = grid_logits(q, feat, scale)
-    if mask is not None:
-        logits = logits.masked_fill(~mask.unsqueeze(1), -torch.finfo(logits.dtype).max)
-    flat = logits.flatten(2)
-    if inverted:
-        weight = flat.softmax(1)
-        if mask is not None:
-            weight = weight.masked_fill(~mask.flatten(1).unsqueeze(1), 0.0)
-        lse = weight.sum(-1).clamp_min(1e-8).log()
-        weight = F.normalize(weight, p=1, dim=-1, eps=1e-8)
-    else:
-        lse = flat.logsumexp(-1)
-        weight = flat.softmax(-1)
+    weight, lse = attention_weights(logits.flatten(2), None if mask is None else mask.flatten(1).unsqueeze(1), inverted)
     if dropout > 0:
         weight = apply_dropout(weight, seed, dropout)
-    kept = weight.sum(-1)
-    weight = weight.view(logits.shape) * scale.unsqueeze(1)  # P r
+    return torch.cat(grid_values(weight, feat, scale), -1), lse.double(), weight.sum(-1)
+
+
+def grid_values(weight: Tensor, feat: Tensor, scale: Tensor) -> list[Tensor]:
+    """``sum_m weight[b, n, m] scale_m [feat_m, onehot(i_1(m)), .., onehot(i_A(m))]``, part by part.
+
+    Args:
+        weight: ``[B, N, M]``.
+        feat, scale: see :func:`grid_logits`.
+
+    Returns:
+        ``[B, N, F]``, then ``[B, N, n_a]`` of every axis.
+    """
+    axes = range(scale.dim() - 1)
+    weight = weight.unflatten(2, scale.shape[1:]) * scale.unsqueeze(1)  # P r
     parts = [torch.einsum("bn...,b...f->bnf", weight, feat)]
-    for axis in range(len(sizes)):
-        others = [2 + a for a in range(len(sizes)) if a != axis]
+    for axis in axes:
+        others = [2 + a for a in axes if a != axis]
         parts.append(weight.sum(others) if others else weight)
-    return torch.cat(parts, -1), lse.double(), kept
+    return parts

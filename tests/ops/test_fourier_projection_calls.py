@@ -111,11 +111,3 @@ def test_forced_backends():
         moved = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in call.items()}
         with pytest.raises(pf.BackendError, match="cpu.*forced.*not meta"):
             fourier_projection(**moved)
-
-
-def test_second_derivative_says_it_is_not_there():
-    weight = torch.randn(5, 2).requires_grad_()
-    out = fourier_projection(torch.rand(1, 4, 1), weight, num_freq_bands=2, max_freq=4.0, norm_eps=1e-5)
-    (dweight,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dweight.sum().backward()

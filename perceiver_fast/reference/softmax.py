@@ -1,0 +1,40 @@
+"""Attention's weights from its logits, for all tokens or for a block of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-8  # of inverted attention's normaliser, perceiver-pytorch's
+
+
+def block_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tuple[Tensor, Tensor]:
+    """Weights of a block of tokens by themselves, and what it takes to put blocks together.
+
+    Args:
+        logits: ``[.., N, M]``.
+        mask: bool, broadcast over logits, True where a token may be attended to; a row that is all False attends
+            uniformly.
+        inverted: softmax over the queries.
+
+    Returns:
+        Weights ``[.., N, M]`` and ``[.., N]``: the softmax over the tokens and its log-sum-exp, or (inverted) the softmax
+        over the queries and its sum over the tokens.
+    """
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.finfo(logits.dtype).max)
+    if not inverted:
+        return logits.softmax(-1), logits.logsumexp(-1)
+    weight = logits.softmax(-2)
+    if mask is not None:
+        weight = weight.masked_fill(~mask, 0.0)
+    return weight, weight.sum(-1)
+
+
+def attention_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tuple[Tensor, Tensor]:
+    """Weights ``[.., N, M]`` over all tokens, and lse ``[.., N]``; inverted, the logarithm of the normaliser."""
+    weight, statistic = block_weights(logits, mask, inverted)
+    if not inverted:
+        return weight, statistic
+    return F.normalize(weight, p=1, dim=-1, eps=EPS), statistic.clamp_min(EPS).log()

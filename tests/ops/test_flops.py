@@ -1,0 +1,60 @@
+"""torch's FlopCounterMode knows every op of this package."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import grid_inputs, needs_extension
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from perceiver_fast.ops import cross_attention, feed_forward, flops
+from perceiver_fast.ops.grid_attention import grid_attention_joined
+
+
+def counted(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_every_registered_op_has_a_formula():
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "perceiver_fast::" in name}
+    names.discard("axis_codes")  # the layers': sines and cosines
+    assert names == set(flops.FORMULAS) | set(flops.ELEMENTWISE)
+    assert all(getattr(torch.ops.perceiver_fast, name) in flop_registry for name in names)
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_attention_counts_as_torchs():
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 9, 9))
+    forward = 2 * 2 * 3 * 5 * 9 * (8 + 8)
+    assert counted(lambda: cross_attention(q, k, v)) == forward
+    assert counted(lambda: cross_attention(q, k, v).sum().backward()) == forward + 2 * 2 * 3 * 5 * 9 * 5 * 8
+    q, feat, scale, _ = grid_inputs(2, 4, 3, (5, 6))
+    assert counted(lambda: grid_attention_joined(q, feat, scale)) == 2 * 2 * 4 * 30 * (3 + 2 + 3)
+    q.requires_grad_()
+    both = 2 * 2 * 4 * 30 * (3 + 2 + 3 + 2 * (3 + 2) + 3)
+    assert counted(lambda: grid_attention_joined(q, feat, scale)[0].sum().backward()) == both
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_feed_forward_counts_its_products():
+    z, w1, w2 = torch.randn(7, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True), torch.randn(8, 32)
+    products = 2 * 7 * (8 * 64 + 32 * 8)
+    assert counted(lambda: feed_forward(z, w1, torch.zeros(64), w2)) == products
+    assert counted(lambda: feed_forward(z, w1, torch.zeros(64), w2).sum().backward()) == 2 * products + 2 * 7 * 8 * 64
+
+
+def test_the_counter_is_not_imported_before_it_is_asked_for():
+    code = (
+        "import sys, perceiver_fast; assert 'torch.utils.flop_counter' not in sys.modules; import torch\n"
+        "from torch.utils.flop_counter import flop_registry\n"
+        "assert torch.ops.perceiver_fast.geglu_forward in flop_registry\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = "import torch.utils.flop_counter, perceiver_fast; " + code
+    code = code.replace("assert 'torch.utils.flop_counter' not in sys.modules; ", "")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

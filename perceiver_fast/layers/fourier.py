@@ -52,7 +52,6 @@ def _cached(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, devi
 
 
 # Under torch.compile the cache hides behind an op; it returns copies, since a compiled graph owns its outputs.
-@torch.library.custom_op("perceiver_fast::axis_codes", mutates_args=())
 def _axis_codes_op(
     size: int, num_bands: int, max_freq: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,10 +59,13 @@ def _axis_codes_op(
     return code.clone(), mean.clone(), square.clone()
 
 
-@_axis_codes_op.register_fake
-def _(size, num_bands, max_freq, dtype, device):
+def _fake_axis_codes(size, num_bands, max_freq, dtype, device):
     code = torch.empty(size, 2 * num_bands + 1, dtype=dtype, device=device)
     return code, code.new_empty(size), code.new_empty(size)
+
+
+if not hasattr(torch.ops.perceiver_fast, "axis_codes"):  # it is where this package is imported again
+    torch.library.custom_op("perceiver_fast::axis_codes", _axis_codes_op, mutates_args=()).register_fake(_fake_axis_codes)
 
 
 def axis_codes(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, device: torch.device) -> AxisCodes:

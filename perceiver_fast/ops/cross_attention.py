@@ -51,13 +51,13 @@ register_triton("cross_attention_forward", "cross_attention", "forward")
 register_triton("cross_attention_backward", "cross_attention_backward", "backward")
 
 
-@torch.library.register_fake("perceiver_fast::cross_attention_forward")
+@library.fake("cross_attention_forward")
 def _(q, k, v, mask, scale, dropout, seed, inverted):
     lse = q.new_empty(q.shape[:3], dtype=torch.float64)
     return q.new_empty((*q.shape[:3], v.shape[3])), lse, lse.new_empty(k.shape[:3] if inverted else (0,))
 
 
-@torch.library.register_fake("perceiver_fast::cross_attention_backward")
+@library.fake("cross_attention_backward")
 def _(d_o, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

@@ -79,10 +79,12 @@ def register(counter: ModuleType) -> None:
     def formula(count: Callable[..., tuple[int, int]]) -> Callable[..., int]:
         return lambda *args, out_shape=None, **keywords: 2 * count(*args)[0]
 
-    for name, count in FORMULAS.items():
-        counter.register_flop_formula(getattr(torch.ops.perceiver_fast, name))(formula(count))
-    for name in ELEMENTWISE:
-        counter.register_flop_formula(getattr(torch.ops.perceiver_fast, name))(lambda *args, **keywords: 0)
+    formulas = {name: formula(count) for name, count in FORMULAS.items()}
+    formulas |= {name: lambda *args, **keywords: 0 for name in ELEMENTWISE}
+    for name, flops in formulas.items():
+        op = getattr(torch.ops.perceiver_fast, name)
+        if op not in counter.flop_registry:  # as it is where this package is imported again
+            counter.register_flop_formula(op)(flops)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):

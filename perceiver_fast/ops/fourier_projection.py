@@ -42,13 +42,13 @@ library.define(
 )
 
 
-@torch.library.register_fake("perceiver_fast::fourier_projection_forward")
+@library.fake("fourier_projection_forward")
 def _(feat, coords, frequencies, weight, bias, eps):
     tokens = (coords if feat is None else feat).shape[:2]
     return weight.new_empty((*tokens, weight.shape[1])), weight.new_empty((0,) if eps is None else tokens)
 
 
-@torch.library.register_fake("perceiver_fast::fourier_projection_backward")
+@library.fake("fourier_projection_backward")
 def _(d_out, feat, coords, frequencies, weight, scale, eps, token_grads):
     dfeat = weight.new_empty(feat.shape if token_grads and feat is not None else (0,))
     return weight.new_empty(weight.shape), dfeat, coords.new_empty(coords.shape if token_grads else (0,))

@@ -59,7 +59,7 @@ register_triton("grid_attention_backward", "grid_attention_backward", "backward"
 MOST_FEATURES = 64  # that the Triton kernels are compiled for
 
 
-@torch.library.register_fake("perceiver_fast::grid_attention_forward")
+@library.fake("grid_attention_forward")
 def _(q, feat, scale, mask, dropout, seed, inverted):
     lse = q.new_empty(q.shape[:2], dtype=torch.float64)
     kept = q.new_empty(q.shape[:2] if dropout > 0 or inverted else (0,))
@@ -71,7 +71,7 @@ def _(q, feat, scale, mask, dropout, seed, inverted):
     )
 
 
-@torch.library.register_fake("perceiver_fast::grid_attention_backward")
+@library.fake("grid_attention_backward")
 def _(d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads):
     dfeat = feat.new_empty((q.shape[0], *feat.shape[1:]) if token_grads else (0,))
     dscale = scale.new_empty((q.shape[0], *scale.shape[1:]) if token_grads else (0,))

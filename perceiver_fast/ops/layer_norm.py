@@ -33,7 +33,7 @@ register_triton("layer_norm_forward", "layer_norm", "forward")
 register_triton("layer_norm_backward", "layer_norm", "backward")
 
 
-@torch.library.register_fake("perceiver_fast::layer_norm_forward")
+@library.fake("layer_norm_forward")
 def _(x, branch, branch_bias, weight, bias, eps, out_dtype):
     statistics = compute_dtype(x.dtype)
     y = x.new_empty((0,) if branch is None else x.shape)
@@ -46,7 +46,7 @@ def _(x, branch, branch_bias, weight, bias, eps, out_dtype):
     )
 
 
-@torch.library.register_fake("perceiver_fast::layer_norm_backward")
+@library.fake("layer_norm_backward")
 def _(d_y, d_z, y, mean, rstd, weight, branch_bias):
     return (
         y.new_empty(y.shape),

@@ -6,12 +6,47 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-library = torch.library.Library("perceiver_fast", "DEF")
+
+class Definitions:
+    """The namespace's schemas, fake kernels and Python kernels: once a process.
+
+    What is defined is torch's and outlives the modules of this package: those that are imported again find it there.
+    """
+
+    def __init__(self):
+        namespace = vars(torch.ops.perceiver_fast)
+        self._library = None
+        if "defined_by" not in namespace:
+            self._library = namespace["defined_by"] = torch.library.Library("perceiver_fast", "DEF")
+
+    def define(self, schema: str) -> None:
+        """Define an op by its schema, without the namespace."""
+        if self._library is not None:
+            self._library.define(schema)
+
+    def impl(self, op: str, kernel: Callable, key: str, allow_override: bool = False) -> None:
+        """Let ``kernel`` run an op on tensors of a dispatch key."""
+        if self._library is not None:
+            self._library.impl(op, kernel, key, allow_override=allow_override)
+
+    def fake(self, op: str) -> Callable[[Callable], Callable]:
+        """Decorate what gives an op's outputs without content."""
+
+        def register(kernel: Callable) -> Callable:
+            if self._library is not None:
+                torch.library.register_fake(f"perceiver_fast::{op}", kernel, lib=self._library)
+            return kernel
+
+        return register
+
+
+library = Definitions()
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -116,7 +116,7 @@ class Fast(nn.Module):
         self.layer, self.describe = one_layer(geometry)
 
     def forward(self, x: Tensor, data: Tensor) -> Tensor:
-        return self.layer(x, self.describe(data))
+        return self.layer(x, context=self.describe(data))
 
 
 class Transformers(nn.Module):

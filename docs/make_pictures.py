@@ -14,6 +14,7 @@ import torch
 
 from perceiver_fast import Perceiver
 from perceiver_fast.layers import axis_codes
+from perceiver_fast.layers.cross_attention import FusedCrossAttention
 
 DENSE, FAST = "#c1553b", "#2b6c8f"  # apart for the colour-blind, too
 
@@ -76,7 +77,7 @@ def picture_of_logits(plt):
     layer, tokens = model.layers[0].cross_attn, model.describe(image)
     with torch.no_grad():
         x = layer.norm(model.latents.unsqueeze(0)) * 6  # sharper than a model is before training: the picture needs it
-        q = layer.grid_tables(x, tokens)[0][0, 0, 1]
+        q = FusedCrossAttention(layer).grid_tables(x, tokens)[0][0, 0, 1]
         colour, rows, columns = q.split([3, *tokens.sizes])
         scale = tokens.scale(layer.norm_context.eps)[0]
         colours = image[0] @ colour

@@ -71,7 +71,7 @@ def _ours(problem: Problem) -> Side:
     model, layer = problem.model, problem.layer
     if problem.case.level == "model":
         return Side(model, dict(model.named_parameters()))
-    return Side(lambda x, image: layer(x, model.describe(image)), dict(layer.named_parameters()))
+    return Side(lambda x, image: layer(x, context=model.describe(image)), dict(layer.named_parameters()))
 
 
 def _ours_graphed(problem: Problem) -> Side:

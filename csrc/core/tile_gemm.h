@@ -7,8 +7,9 @@
 // registers: sixteen independent sums, more than two multiply-add units of latency four need, and ten loads for
 // sixteen multiply-adds.
 //
-// An element's sum runs over k in order from zero, whatever the block it falls into: two calls that compute the same
-// product agree to the last bit.
+// An element's sum runs over k in order, whatever the block it falls into: two calls that compute the same product agree
+// to the last bit. Every kGemmDepth steps it begins anew from zero and is added to what came before: rounding grows with
+// the length of a chain, and BLAS libraries cut theirs too.
 #pragma once
 
 #include "simd.h"
@@ -19,6 +20,7 @@ namespace PF_ISA {
 // Rows by vectors held in registers: AVX-512 has 32 of them, the others 16.
 constexpr int kGemmRows = PF_VECTOR_BYTES == 64 ? 8 : 6;
 constexpr int kGemmVectors = 2;
+constexpr int64_t kGemmDepth = 128;
 
 template <class T, int Rows, int Vectors, bool Accumulate>
 PF_INLINE void tile_gemm_block(int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b, int64_t b_row,
@@ -52,10 +54,8 @@ PF_INLINE void tile_gemm_rows(int64_t columns, int64_t depth, const T* w, int64_
     tile_gemm_block<T, Rows, 1, Accumulate>(depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
 }
 
-// c = w b, or c += w b when Accumulate. `columns` is a multiple of the vector's lanes; b and c are row-major with
-// rows b_row and c_row apart.
 template <class T, bool Accumulate>
-void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
+void tile_gemm_chunk(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
                int64_t b_row, T* c, int64_t c_row) {
   int64_t i = 0;
 #define PF_ROWS(COUNT)                                                                                        \
@@ -65,6 +65,18 @@ void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t
   PF_ROWS(3)
   PF_ROWS(1)
 #undef PF_ROWS
+}
+
+// c = w b, or c += w b when Accumulate. `columns` is a multiple of the vector's lanes; b and c are row-major with
+// rows b_row and c_row apart.
+template <class T, bool Accumulate>
+void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
+               int64_t b_row, T* c, int64_t c_row) {
+  const int64_t first = depth < kGemmDepth ? depth : kGemmDepth;
+  tile_gemm_chunk<T, Accumulate>(rows, columns, first, w, w_row, w_step, b, b_row, c, c_row);
+  for (int64_t k = first; k < depth; k += kGemmDepth)
+    tile_gemm_chunk<T, true>(rows, columns, depth - k < kGemmDepth ? depth - k : kGemmDepth, w + k * w_step, w_row,
+                             w_step, b + k * b_row, b_row, c, c_row);
 }
 
 }  // namespace PF_ISA

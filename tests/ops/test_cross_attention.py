@@ -93,12 +93,22 @@ def test_float64_is_exact(case, dropout, inverted):
 ORDINARY = [case for case in CASES if min(case[2:4]) > 1]
 
 
+def check_over_draws(case, dropout, inverted, magnitude, draws):
+    """Errors of the kernel are at most twice those of plain PyTorch, in the geometric mean over draws."""
+    ratios = {}
+    for seed in range(draws):
+        for name, kernel, plain in errors(case, dropout, inverted, torch.float32, magnitude, seed):
+            ratios.setdefault(name, []).append(math.log((kernel + 5e-7) / (plain + 5e-7)))
+    for name, logs in ratios.items():
+        assert math.exp(sum(logs) / len(logs)) < 2, (name, logs)
+
+
 @pytest.mark.parametrize("magnitude", [1.0, 30.0])
 @pytest.mark.parametrize("dropout, inverted", WEIGHTS)
 @pytest.mark.parametrize("case", ORDINARY, ids=str)
 def test_float32_error_is_that_of_plain_pytorch(case, dropout, inverted, magnitude):
-    for name, kernel, plain in errors(case, dropout, inverted, torch.float32, magnitude):
-        assert kernel <= 2 * plain + 5e-7, (name, kernel, plain)
+    """Over few draws, and over many of a few dozen weights, where plain PyTorch may find the right bits by chance."""
+    check_over_draws(case, dropout, inverted, magnitude, 32 if case[2] * case[3] < 100 else 4)
 
 
 # Not both: a query that holds a single token then has a gradient of zero, which plain PyTorch finds exactly and the kernel
@@ -108,12 +118,7 @@ def test_float32_error_is_that_of_plain_pytorch(case, dropout, inverted, magnitu
 def test_extreme_logits(case, dropout, inverted):
     """Logits of thousands: a result hangs on how a few near-ties round, so the errors are compared over many draws, and
     where there are many tokens."""
-    ratios = {}
-    for seed in range(8):
-        for name, kernel, plain in errors(case, dropout, inverted, torch.float32, 3000.0, seed):
-            ratios.setdefault(name, []).append(math.log((kernel + 5e-7) / (plain + 5e-7)))
-    for name, logs in ratios.items():
-        assert math.exp(sum(logs) / len(logs)) < 2, (name, logs)
+    check_over_draws(case, dropout, inverted, 3000.0, 8)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

@@ -32,7 +32,7 @@ if INTERPRETED:
         return parts
 
     def _product(x, y, dtype):
-        """x @ y summed over k one by one: the same bits from transposed operands, which BLAS libraries do not promise."""
+        """x @ y summed over k in order: transposed operands give the same bits, which BLAS libraries do not promise."""
         x, y = x.astype(dtype, copy=False), y.astype(dtype, copy=False)
         total = np.zeros((*x.shape[:-1], y.shape[-1]), dtype)
         for k in range(x.shape[-1]):

@@ -26,20 +26,24 @@ template <class T, int Rows, int Vectors, bool Accumulate>
 PF_INLINE void tile_gemm_block(int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b, int64_t b_row,
                                T* c, int64_t c_row) {
   using S = Simd<T>;
-  typename S::Vec sum[Rows][Vectors] = {};
-  for (int64_t k = 0; k < depth; ++k, w += w_step, b += b_row) {
-    typename S::Vec row[Vectors];
-    for (int v = 0; v < Vectors; ++v) row[v] = S::load(b + v * S::lanes);
-    for (int i = 0; i < Rows; ++i) {
-      const auto element = S::set(w[i * w_row]);
-      for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(element, row[v], sum[i][v]);
+  bool add = Accumulate;  // tile by tile, so that chains stay short
+  for (int64_t first = 0; first == 0 || first < depth; first += kGemmDepth, add = true) {
+    const int64_t steps = depth - first < kGemmDepth ? depth - first : kGemmDepth;
+    typename S::Vec sum[Rows][Vectors] = {};
+    for (int64_t k = 0; k < steps; ++k, w += w_step, b += b_row) {
+      typename S::Vec row[Vectors];
+      for (int v = 0; v < Vectors; ++v) row[v] = S::load(b + v * S::lanes);
+      for (int i = 0; i < Rows; ++i) {
+        const auto element = S::set(w[i * w_row]);
+        for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(element, row[v], sum[i][v]);
+      }
     }
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < Vectors; ++v) {
+        T* at = c + i * c_row + v * S::lanes;
+        S::store(at, add ? S::load(at) + sum[i][v] : sum[i][v]);
+      }
   }
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v) {
-      T* at = c + i * c_row + v * S::lanes;
-      S::store(at, Accumulate ? S::load(at) + sum[i][v] : sum[i][v]);  // tile by tile, so that chains stay short
-    }
 }
 
 // `Rows` rows of c, strip by strip: their elements of w stay in the first-level cache, as b does when it is a tile.
@@ -54,8 +58,10 @@ PF_INLINE void tile_gemm_rows(int64_t columns, int64_t depth, const T* w, int64_
     tile_gemm_block<T, Rows, 1, Accumulate>(depth, w, w_row, w_step, b + x, b_row, c + x, c_row);
 }
 
+// c = w b, or c += w b when Accumulate. `columns` is a multiple of the vector's lanes; b and c are row-major with
+// rows b_row and c_row apart.
 template <class T, bool Accumulate>
-void tile_gemm_chunk(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
+void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
                int64_t b_row, T* c, int64_t c_row) {
   int64_t i = 0;
 #define PF_ROWS(COUNT)                                                                                        \
@@ -65,18 +71,6 @@ void tile_gemm_chunk(int64_t rows, int64_t columns, int64_t depth, const T* w, i
   PF_ROWS(3)
   PF_ROWS(1)
 #undef PF_ROWS
-}
-
-// c = w b, or c += w b when Accumulate. `columns` is a multiple of the vector's lanes; b and c are row-major with
-// rows b_row and c_row apart.
-template <class T, bool Accumulate>
-void tile_gemm(int64_t rows, int64_t columns, int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b,
-               int64_t b_row, T* c, int64_t c_row) {
-  const int64_t first = depth < kGemmDepth ? depth : kGemmDepth;
-  tile_gemm_chunk<T, Accumulate>(rows, columns, first, w, w_row, w_step, b, b_row, c, c_row);
-  for (int64_t k = first; k < depth; k += kGemmDepth)
-    tile_gemm_chunk<T, true>(rows, columns, depth - k < kGemmDepth ? depth - k : kGemmDepth, w + k * w_step, w_row,
-                             w_step, b + k * b_row, b_row, c, c_row);
 }
 
 }  // namespace PF_ISA

@@ -172,6 +172,23 @@ def check_float32(rows, floor=5e-7, exceptions=1 / 300):
     assert math.exp(sum(ratios) / len(ratios)) < 1.15  # the geometric mean
 
 
+def check_over_draws(rows, floor):
+    """Errors of a kernel at most twice those of plain PyTorch, in the geometric mean over draws.
+
+    How few numbers round is chance: one draw of them meets a bound on one machine's BLAS and misses it on another's.
+
+    Args:
+        rows: (name of the result, error of the kernel, error of plain PyTorch), of every draw.
+        floor: added to both errors: of one draw, at most twice plain PyTorch's error and this.
+    """
+    ratios = {}
+    for name, kernel, plain in rows:
+        ratios.setdefault(name, []).append(math.log((kernel + floor) / (plain + floor)))
+    assert ratios
+    for name, logs in ratios.items():
+        assert math.exp(sum(logs) / len(logs)) <= 2, (name, [round(math.exp(r), 2) for r in logs])
+
+
 MEASURE = """
 import torch, perceiver_fast as pf
 def resident(field):

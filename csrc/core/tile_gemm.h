@@ -7,8 +7,9 @@
 // registers: sixteen independent sums, more than two multiply-add units of latency four need, and ten loads for
 // sixteen multiply-adds.
 //
-// An element's sum runs over k in order from zero, whatever the block it falls into: two calls that compute the same
-// product agree to the last bit.
+// An element's sum runs over k in order, whatever the block it falls into: two calls that compute the same product agree
+// to the last bit. Every kGemmDepth steps it begins anew from zero and is added to what came before: rounding grows with
+// the length of a chain, and BLAS libraries cut theirs too.
 #pragma once
 
 #include "simd.h"
@@ -19,25 +20,30 @@ namespace PF_ISA {
 // Rows by vectors held in registers: AVX-512 has 32 of them, the others 16.
 constexpr int kGemmRows = PF_VECTOR_BYTES == 64 ? 8 : 6;
 constexpr int kGemmVectors = 2;
+constexpr int64_t kGemmDepth = 128;
 
 template <class T, int Rows, int Vectors, bool Accumulate>
 PF_INLINE void tile_gemm_block(int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b, int64_t b_row,
                                T* c, int64_t c_row) {
   using S = Simd<T>;
-  typename S::Vec sum[Rows][Vectors] = {};
-  for (int64_t k = 0; k < depth; ++k, w += w_step, b += b_row) {
-    typename S::Vec row[Vectors];
-    for (int v = 0; v < Vectors; ++v) row[v] = S::load(b + v * S::lanes);
-    for (int i = 0; i < Rows; ++i) {
-      const auto element = S::set(w[i * w_row]);
-      for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(element, row[v], sum[i][v]);
+  bool add = Accumulate;  // tile by tile, so that chains stay short
+  for (int64_t first = 0; first == 0 || first < depth; first += kGemmDepth, add = true) {
+    const int64_t steps = depth - first < kGemmDepth ? depth - first : kGemmDepth;
+    typename S::Vec sum[Rows][Vectors] = {};
+    for (int64_t k = 0; k < steps; ++k, w += w_step, b += b_row) {
+      typename S::Vec row[Vectors];
+      for (int v = 0; v < Vectors; ++v) row[v] = S::load(b + v * S::lanes);
+      for (int i = 0; i < Rows; ++i) {
+        const auto element = S::set(w[i * w_row]);
+        for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(element, row[v], sum[i][v]);
+      }
     }
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < Vectors; ++v) {
+        T* at = c + i * c_row + v * S::lanes;
+        S::store(at, add ? S::load(at) + sum[i][v] : sum[i][v]);
+      }
   }
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v) {
-      T* at = c + i * c_row + v * S::lanes;
-      S::store(at, Accumulate ? S::load(at) + sum[i][v] : sum[i][v]);  // tile by tile, so that chains stay short
-    }
 }
 
 // `Rows` rows of c, strip by strip: their elements of w stay in the first-level cache, as b does when it is a tile.

@@ -31,6 +31,14 @@ if INTERPRETED:
             x = x - parts[-1]
         return parts
 
+    def _product(x, y, dtype):
+        """x @ y summed over k in order: transposed operands give the same bits, which BLAS libraries do not promise."""
+        x, y = x.astype(dtype, copy=False), y.astype(dtype, copy=False)
+        total = np.zeros((*x.shape[:-1], y.shape[-1]), dtype)
+        for k in range(x.shape[-1]):
+            total += x[..., :, k, None] * y[..., k, None, :]
+        return total
+
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         values = []
         for t in (a, b):
@@ -46,9 +54,10 @@ if INTERPRETED:
             bits, count = {"tf32x3": (13, 2), "bf16x3": (16, 2), "bf16x6": (16, 3)}.get(name, (0, 0))
             if count:
                 xs, ys = _pieces(x, bits, count), _pieces(y, bits, count)
-                total = sum(xs[i] @ ys[j] for i in range(count) for j in range(count) if i + j < count)
+                pairs = [(i, j) for i in range(count) for j in range(count) if i + j < count]
+                total = sum(_product(xs[i], ys[j], np.float32) for i, j in pairs)
                 return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
-        return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+        return interpreter.TensorHandle(_product(x, y, d.data.dtype) + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
     convert = interpreter.InterpreterBuilder.cast_impl

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support import needs_extension, relative_error
+from support import check_over_draws, needs_extension, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import reference
@@ -93,12 +93,18 @@ def test_float64_is_exact(case, dropout, inverted):
 ORDINARY = [case for case in CASES if min(case[2:4]) > 1]
 
 
+def check(case, dropout, inverted, magnitude, draws):
+    seeds = range(draws)
+    rows = (row for seed in seeds for row in errors(case, dropout, inverted, torch.float32, magnitude, seed))
+    check_over_draws(rows, 5e-7)
+
+
 @pytest.mark.parametrize("magnitude", [1.0, 30.0])
 @pytest.mark.parametrize("dropout, inverted", WEIGHTS)
 @pytest.mark.parametrize("case", ORDINARY, ids=str)
 def test_float32_error_is_that_of_plain_pytorch(case, dropout, inverted, magnitude):
-    for name, kernel, plain in errors(case, dropout, inverted, torch.float32, magnitude):
-        assert kernel <= 2 * plain + 5e-7, (name, kernel, plain)
+    """Over few draws, and over many of a few dozen weights, where plain PyTorch may find the right bits by chance."""
+    check(case, dropout, inverted, magnitude, 32 if case[2] * case[3] < 100 else 4)
 
 
 # Not both: a query that holds a single token then has a gradient of zero, which plain PyTorch finds exactly and the kernel
@@ -108,18 +114,15 @@ def test_float32_error_is_that_of_plain_pytorch(case, dropout, inverted, magnitu
 def test_extreme_logits(case, dropout, inverted):
     """Logits of thousands: a result hangs on how a few near-ties round, so the errors are compared over many draws, and
     where there are many tokens."""
-    ratios = {}
-    for seed in range(8):
-        for name, kernel, plain in errors(case, dropout, inverted, torch.float32, 3000.0, seed):
-            ratios.setdefault(name, []).append(math.log((kernel + 5e-7) / (plain + 5e-7)))
-    for name, logs in ratios.items():
-        assert math.exp(sum(logs) / len(logs)) < 2, (name, logs)
+    check(case, dropout, inverted, 3000.0, 32)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     if isa not in pf.extension.module.available_isas():
         pytest.skip(f"this CPU or build has no {isa}")
+    if isa == pf.extension.module.active_isa():
+        return  # what this process runs
     code = "import torch, test_cross_attention as t; torch.set_num_threads(1)\n"
     code += "for case in t.CASES:\n  for weights in t.WEIGHTS:\n"
     code += "    if min(case[2:4]) > 1: t.test_float64_is_exact(case, *weights)\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import relative_error
+from support import check_over_draws, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast.ops import feed_forward
@@ -34,15 +34,18 @@ def results(run, tensors):
     "shape, inner", [((2, 5, 7), 3), ((1, 1), 1), ((130, 17), 64), ((2, 128, 256), 512), ((0, 4), 8)]
 )
 def test_values_and_gradients(shape, inner, dtype, backend):
-    low = operands(shape, inner, dtype)
-    want, theirs = results(plain, [t.double() for t in low]), results(plain, low)
-    with pf.use_backend(backend):
-        got = results(feed_forward, low)
     # In float64, too, 1 + erf(x) has lost digits far below zero, which the kernel keeps.
     floor = {torch.float64: 1e-11, torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
-    for mine, other, exact in zip(got, theirs, want):
-        assert mine.dtype == dtype and mine.shape == exact.shape
-        assert relative_error(mine, exact) <= 2 * relative_error(other, exact) + floor
+    rows = []
+    for seed in range(16 if max(shape) < 10 else 2):  # how few numbers round is chance
+        low = operands(shape, inner, dtype, seed)
+        want, theirs = results(plain, [t.double() for t in low]), results(plain, low)
+        with pf.use_backend(backend):
+            got = results(feed_forward, low)
+        for i, (mine, other, exact) in enumerate(zip(got, theirs, want)):
+            assert mine.dtype == dtype and mine.shape == exact.shape
+            rows.append((i, relative_error(mine, exact), relative_error(other, exact)))
+    check_over_draws(rows, floor)
 
 
 def test_half_precision_with_a_float32_bias():

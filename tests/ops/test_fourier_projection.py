@@ -9,7 +9,7 @@ from fractions import Fraction
 import perceiver_pytorch.perceiver_pytorch as theirs
 import pytest
 import torch
-from support import needs_extension, relative_error
+from support import check_over_draws, needs_extension, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import extension, reference
@@ -69,15 +69,21 @@ def test_float64_is_exact(case):
         assert relative_error(kernel[name], value) < 1e-12 or value.norm() < 1e-9, name
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_float32_error_is_that_of_plain_pytorch(case):
+def float32_errors(case):
+    """Per result of one draw: its name, the error of the kernel, and that of plain PyTorch."""
     inputs = inputs_of(case, torch.float32)
     exact = run(reference.fourier_projection, *inputs, case[-1], dtype=torch.float64)
     plain = run(reference.fourier_projection, *inputs, case[-1])
     kernel = run(fourier_projection_tokens, *inputs, case[-1])
     for name, value in exact.items():
         assert kernel[name].dtype == plain[name].dtype
-        assert relative_error(kernel[name], value) <= 2 * relative_error(plain[name], value) + 2e-7, name
+        yield name, relative_error(kernel[name], value), relative_error(plain[name], value)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32_error_is_that_of_plain_pytorch(case):
+    """Over many draws of the few numbers of one token."""
+    check_over_draws((row for _ in range(16 if case[2] == 1 else 2) for row in float32_errors(case)), 2e-7)
 
 
 def test_float32_sums_stay_short_over_many_tokens():

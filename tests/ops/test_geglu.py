@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support import needs_extension, relative_error
+from support import check_over_draws, needs_extension, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import extension, reference
@@ -62,14 +62,17 @@ def test_float64_is_exact(rows, features, bias):
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_is_that_of_plain_pytorch(dtype, rows, features, bias):
-    inputs = inputs_of(rows, features, dtype, bias)
-    exact = run(reference.geglu, *inputs, dtype=torch.float64)
-    ours, plain = run(geglu, *inputs), run(reference.geglu, *inputs)
-    for name, value in exact.items():
-        assert ours[name].dtype == plain[name].dtype and ours[name].shape == value.shape
-        # The floor is for the few elements of the small shapes, where plain PyTorch may round to the right number.
-        floor = 2 * torch.finfo(ours[name].dtype).eps
-        assert relative_error(ours[name], value) <= 2 * relative_error(plain[name], value) + floor, name
+    found = []
+    for _ in range(4):
+        inputs = inputs_of(rows, features, dtype, bias)
+        exact = run(reference.geglu, *inputs, dtype=torch.float64)
+        ours, plain = run(geglu, *inputs), run(reference.geglu, *inputs)
+        for name, value in exact.items():
+            assert ours[name].dtype == plain[name].dtype and ours[name].shape == value.shape
+            # The floor is for the few elements of the small shapes, where plain PyTorch may round to the right number.
+            floor = 2 * torch.finfo(ours[name].dtype).eps
+            found.append((name, relative_error(ours[name], value) + floor, relative_error(plain[name], value) + floor))
+    check_over_draws(found, 0.0)
 
 
 def exact_gelu(gate):

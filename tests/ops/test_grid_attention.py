@@ -1,12 +1,13 @@
 """The op against its reference in float64: values, gradients, every ISA, and everything around the kernel."""
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from support import grid_inputs, needs_extension, relative_error
+from support import check_over_draws, grid_inputs, needs_extension, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import extension, reference
@@ -39,10 +40,10 @@ def run(function, q, feat, scale, mask, d_o, d_lse):
     return {"o": o, "lse": lse, **dict(zip(("dq", "dfeat", "dscale"), gradients))}
 
 
-def errors(dtype, case, magnitude=1.0):
+def errors(dtype, case, magnitude=1.0, seed=0):
     """Errors of the kernel and of plain PyTorch in ``dtype``, both against the reference in float64."""
     batch, queries, features, sizes, masked = case
-    q, feat, scale, mask = grid_inputs(batch, queries, features, sizes, dtype, masked, magnitude)
+    q, feat, scale, mask = grid_inputs(batch, queries, features, sizes, dtype, masked, magnitude, seed)
     d_o = torch.randn(q.shape, dtype=torch.float64).to(dtype)
     d_lse = torch.randn(q.shape[:2], dtype=torch.float64)
     visible = torch.ones(batch, dtype=torch.bool) if mask is None else mask.flatten(1).any(1)
@@ -61,11 +62,18 @@ def test_float64_is_exact(case):
         assert kernel < 1e-13, name
 
 
+def check(case, magnitude, floor, draws):
+    found = [errors(torch.float32, case, magnitude, seed) for seed in range(draws)]
+    check_over_draws(((name, *pair) for rows in found for name, pair in rows.items()), floor)
+
+
 @pytest.mark.parametrize("magnitude", [1.0, 8.0])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_error_is_that_of_plain_pytorch(case, magnitude):
-    for name, (kernel, plain) in errors(torch.float32, case, magnitude).items():
-        assert kernel <= 2 * plain + 5e-7 * magnitude, name  # a logit knows eps times its size
+    """Over few draws, and over many of a few weights, where plain PyTorch may find the right bits by chance."""
+    weights = case[1] * math.prod(case[3])
+    # A logit knows eps times its size.
+    check(case, magnitude, 5e-7 * magnitude, 32 if weights < 100 else 8 if weights < 5000 else 2)
 
 
 @pytest.mark.parametrize("magnitude", [100.0, 1e4, 1e8])
@@ -73,8 +81,7 @@ def test_extreme_logits(magnitude):
     case = (2, 19, 3, (23, 12), True)
     for name, (kernel, _) in errors(torch.float64, case, magnitude).items():
         assert kernel < 1e-12, name
-    for name, (kernel, plain) in errors(torch.float32, case, magnitude).items():
-        assert kernel <= 2.5 * plain + 1e-6, name
+    check(case, magnitude, 1e-6, 8)
 
 
 def test_logits_far_below_their_bound():

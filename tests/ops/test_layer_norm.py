@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import needs_extension, relative_error
+from support import check_over_draws, needs_extension, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import reference
@@ -69,15 +69,20 @@ def test_float64_is_exact(rows, channels, join):
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("dtype, out_dtype", DTYPES, ids=str)
 def test_error_is_that_of_plain_pytorch(dtype, out_dtype, rows, channels, join, offset):
-    inputs, d_outputs = inputs_of(rows, channels, dtype, out_dtype, join, offset)
-    exact, ours, plain = compare(inputs, d_outputs, out_dtype)
-    # The floor is for the few elements of the small shapes, where plain PyTorch may round to the right number, and its
-    # second part for the last bit of a mean that is large beside the deviations.
-    cancelled = (exact["y"].abs().amax(-1) / exact["y"].std(-1)).max().item() if exact["y"].numel() else 0
-    for name, value in exact.items():
-        assert ours[name].dtype == plain[name].dtype and ours[name].shape == value.shape, name
-        floor = 4 * torch.finfo(ours[name].dtype).eps + 3e-8 * cancelled
-        assert relative_error(ours[name], value) <= 2 * relative_error(plain[name], value) + floor, name
+    if dtype == torch.bfloat16:
+        offset /= 32  # its rows would be constant so far from zero
+    found = []
+    for _ in range(4):
+        inputs, d_outputs = inputs_of(rows, channels, dtype, out_dtype, join, offset)
+        exact, ours, plain = compare(inputs, d_outputs, out_dtype)
+        # The floor is for the few elements of the small shapes, where plain PyTorch may round to the right number, and
+        # its second part for the last bit of a mean that is large beside the deviations.
+        cancelled = (exact["y"].abs().amax(-1) / exact["y"].std(-1)).max().item() if exact["y"].numel() else 0
+        for name, value in exact.items():
+            assert ours[name].dtype == plain[name].dtype and ours[name].shape == value.shape, name
+            floor = 4 * torch.finfo(ours[name].dtype).eps + 3e-8 * cancelled
+            found.append((name, relative_error(ours[name], value) + floor, relative_error(plain[name], value) + floor))
+    check_over_draws(found, 0.0)
 
 
 def compare(inputs, d_outputs, out_dtype):

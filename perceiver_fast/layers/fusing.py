@@ -10,14 +10,14 @@ parameters of modules, rather than call these, asks here first, in two steps:
 Both answer None where fusing is allowed, else with the reason, which ``explain`` shows. Where one of them has an answer
 the modules are called one by one, on tensors, in perceiver-pytorch's order.
 
->>> import perceiver_fast as pf
->>> from torch import nn
->>> from perceiver_fast.layers.fusing import why_not
->>> layer = nn.Linear(3, 3)
->>> why_not("to_kv", layer, nn.Linear)
->>> handle = layer.register_forward_hook(lambda module, inputs, output: None)
->>> why_not("to_kv", layer, nn.Linear)
-'to_kv has a hook'
+Example:
+    >>> from torch import nn
+    >>> from perceiver_fast.layers.fusing import why_not
+    >>> layer = nn.Linear(3, 3)
+    >>> why_not("to_kv", layer, nn.Linear)
+    >>> handle = layer.register_forward_hook(lambda module, inputs, output: None)
+    >>> why_not("to_kv", layer, nn.Linear)
+    'to_kv has a hook'
 """
 
 from __future__ import annotations

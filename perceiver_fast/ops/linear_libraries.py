@@ -48,6 +48,12 @@ def _pack_mkl(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows)
 
 
+def _onednn_takes_bfloat16() -> bool:
+    """Whether this CPU has what oneDNN's bfloat16 products need, AVX-512 or the like; elsewhere they raise."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and supported()
+
+
 @dataclass(frozen=True)
 class Library:
     """One library's products of contiguous ``x [n, k]``, ``weight [m, k]`` and ``d_out [n, m]``.
@@ -75,7 +81,7 @@ LIBRARIES = {
         grad_input=lambda d_out, weight: onednn_product(d_out, weight.T),
         grad_weight=lambda d_out, x: onednn_product(d_out.T, x.T),
         pack=_pack_onednn,
-        takes=(torch.float32, torch.bfloat16),
+        takes=(torch.float32, torch.bfloat16) if _onednn_takes_bfloat16() else (torch.float32,),
     ),
 }
 

@@ -127,7 +127,6 @@ def _watched(q: Tensor) -> bool:
     return type(q) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
 
-@op_range(OP)
 def sdpa(
     q: Tensor,
     k: Tensor,
@@ -195,10 +194,8 @@ def _flash_on_cpu(q, k, v, bias, mask, scale) -> Tensor:
 
 def _regular(q: Tensor, k: Tensor, lse: Tensor) -> bool:
     """Whether the kernel's NaN are those of a softmax, or there are none."""
-    if lse.numel() == 0:
-        return True
-    lse = lse.detach().abs()
     if q.dtype not in HALF:
-        return lse.min().item() > 0  # of NaN neither is
+        return lse.count_nonzero().item() == lse.numel()
+    lse = lse.detach().abs()
     total = q.detach().sum(dtype=torch.float32) + k.detach().sum(dtype=torch.float32)
     return math.isfinite((lse.reciprocal().add_(lse).sum() + total).item())

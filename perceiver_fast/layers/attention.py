@@ -87,14 +87,15 @@ class Attention(Cached):
         layer = self._modules[name]
         if not is_plain(layer, nn.Linear):
             return layer(x)
-        return linear(x.to(product_dtype(x)), layer.weight, layer.bias, self.cache, name)
+        parameters = layer._parameters
+        return linear(x.to(product_dtype(x)), parameters["weight"], parameters["bias"], self.cache, name)
 
     def project_out(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``to_out`` of ``x [.., H d]`` before its bias, and the bias; or what it returns where it has to be called."""
         layer = self._modules["to_out"]
         if not is_plain(layer, nn.Linear):
             return layer(x), None
-        return linear(x, layer.weight, None, self.cache, "to_out"), layer.bias
+        return linear(x, layer._parameters["weight"], None, self.cache, "to_out"), layer._parameters["bias"]
 
     def why_modules(self) -> str | None:
         """What makes the layers within more than their parameters, or None where :meth:`branch` can stand in for a call."""
@@ -108,10 +109,11 @@ class Attention(Cached):
 
     def why_weights(self) -> str | None:
         """Why attention weights have to exist and be handed to ``dropout``, or None where they need not."""
-        if "dropout" not in self._modules:
+        dropout = self._modules.get("dropout")
+        if dropout is None:
             return None
-        found = why_not("dropout", self._modules["dropout"], nn.Dropout)
-        return "dropout drops all weights" if found is None and self.active_dropout >= 1 else found
+        found = why_not("dropout", dropout, nn.Dropout)
+        return "dropout drops all weights" if found is None and dropout.p >= 1 and dropout.training else found
 
     @layer_range
     def branch(self, z: Tensor) -> tuple[Tensor, Tensor | None]:

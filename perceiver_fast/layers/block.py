@@ -105,8 +105,8 @@ class PerceiverBlock(nn.Module):
                     "give it, or build the block with has_cross_attn=False"
                 )
             keywords = dict(context=context, mask=mask, inverted_attention=inverted_attention)
-            attend(stream, self.cross_attn, watched, type(self).__name__, **keywords)
-            join(stream, self.cross_ff, watched)
+            attend(stream, self._modules["cross_attn"], watched, type(self).__name__, **keywords)
+            join(stream, self._modules["cross_ff"], watched)
         for self_attn, self_ff in self.self_attns:
             join(stream, self_attn, watched)
             join(stream, self_ff, watched)

@@ -42,16 +42,19 @@ def why_cross_attention_modules(layer: nn.Module) -> str | None:
     The latents' side (``norm``, ``to_q``, ``to_out``) is called where it is more than its parameters; the tokens' side has to
     be plain.
     """
-    fn = layer._modules["fn"]
+    fn, norm_context = layer._modules["fn"], layer._modules.get("norm_context")
+    found = why_not("fn", fn, Attention, AttentionWithoutDropout)
+    if found is not None:
+        return found
+    to_kv = fn._modules["to_kv"]
     found = (
-        why_not("fn", fn, Attention, AttentionWithoutDropout)
-        or why_not("norm_context", layer._modules.get("norm_context"), nn.LayerNorm)
-        or why_not("fn.to_kv", fn._modules["to_kv"], nn.Linear)
+        why_not("norm_context", norm_context, nn.LayerNorm)
+        or why_not("fn.to_kv", to_kv, nn.Linear)
         or fn.why_weights()
     )
-    if found is None and layer.norm_context.bias is None:
+    if found is None and norm_context._parameters["bias"] is None:
         return "norm_context has no bias"
-    if found is None and fn.to_kv.bias is not None:
+    if found is None and to_kv._parameters["bias"] is not None:
         return "fn.to_kv has a bias"
     return found
 
@@ -148,7 +151,7 @@ class FusedCrossAttention:
 
     def _normalized(self, stream: ResidualStream) -> Tensor:
         """The stream's LayerNorm; of learned latents it is kept in inference, and with it their queries."""
-        if not is_plain(self.fn.to_q, nn.Linear):  # it is called, on all there is
+        if not is_plain(self.fn._modules["to_q"], nn.Linear):  # it is called, on all there is
             return self.norm(stream.value())
         learned, norm = stream.learned, self.norm
         if learned is None or not is_plain(norm, nn.LayerNorm):
@@ -195,8 +198,8 @@ class FusedCrossAttention:
 
     def _kept(self, name: str, build: Callable[[], T], sources: Sequence[Tensor] = (), key: object = None) -> T:
         """``build()``, a product of the keys' and values' parameters and ``sources``; kept in inference."""
-        fn = self.fn
-        parameters = fn.to_kv.weight, self.norm_context.weight, self.norm_context.bias
+        fn, norm = self.fn, self.norm_context._parameters
+        parameters = fn._modules["to_kv"]._parameters["weight"], norm["weight"], norm["bias"]
         with unless_autocast(parameters[0].device):
             return fn.cache.get(name, (*parameters, *sources), build, (key, fn.heads, fn.scale))
 
@@ -215,7 +218,7 @@ class FusedCrossAttention:
 
     def _queries(self, x: Tensor, keys: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
         """``to_q(x)`` times keys ``[B, H, N, L]``, and times their bias ``[B, H, N]``."""
-        to_q, cache = self.fn.to_q, self.fn.cache
+        to_q, cache = self.fn._modules["to_q"], self.fn.cache
 
         def queries():
             q = self._to_q(x)

@@ -71,7 +71,7 @@ class FeedForward(Cached):
             or why_not("net.2", layers[2], nn.Linear)
             or (why_not("net.3", layers[3], nn.Dropout) if len(layers) == 4 else None)
         )
-        if found is None and (layers[0].bias is None or layers[2].bias is None):
+        if found is None and (layers[0]._parameters["bias"] is None or layers[2]._parameters["bias"] is None):
             return "net has a linear layer without bias"
         return found
 
@@ -83,7 +83,8 @@ class FeedForward(Cached):
     def _fused(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         wide, _, narrow, *dropout = self._modules["net"]._modules.values()
         x = x.to(product_dtype(x))
-        out, bias = feed_forward(x, wide.weight, wide.bias, narrow.weight, self.cache), narrow.bias
+        wide, narrow = wide._parameters, narrow._parameters
+        out, bias = feed_forward(x, wide["weight"], wide["bias"], narrow["weight"], self.cache), narrow["bias"]
         if dropout and dropout[0].training and dropout[0].p > 0:
             return F.dropout(out + bias.to(out.dtype), dropout[0].p), None
         return out, bias

@@ -15,14 +15,18 @@ from perceiver_fast.ops.linear import product_dtype
 
 def fits(norm: nn.Module, x: Tensor) -> bool:
     """Whether the op can stand in for ``norm``; tokens that autocast made half precision meet float32 parameters."""
-    return is_plain(norm, nn.LayerNorm) and norm.bias is not None and norm.weight.dtype == x.dtype
+    if not is_plain(norm, nn.LayerNorm):
+        return False
+    parameters = norm._parameters  # nn.Module's own look-ups take as long as the whole question
+    return parameters["bias"] is not None and parameters["weight"].dtype == x.dtype
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)`` in the dtype that products of it are computed in, by the op where it can stand in for ``norm``."""
     if not fits(norm, x):
         return norm(x)
-    return run_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, product_dtype(x))[1]
+    parameters = norm._parameters
+    return run_layer_norm(x, None, None, parameters["weight"], parameters["bias"], norm.eps, product_dtype(x))[1]
 
 
 def shared_rows(x: Tensor) -> Tensor:
@@ -77,7 +81,8 @@ class ResidualStream:
             return norm(self.value())
         dtype = product_dtype(self._x)
         branch = None if self._branch is None else self._branch.to(dtype)
-        x, z = run_layer_norm(self._x, branch, self._bias, norm.weight, norm.bias, norm.eps, dtype)
+        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+        x, z = run_layer_norm(self._x, branch, self._bias, weight, bias, norm.eps, dtype)
         if branch is not None:
             self._x, self._branch, self._bias = x, None, None
         return z

@@ -126,6 +126,16 @@ _CROSS_ONLY = {
     "self_per_cross_attn": 0,
     "num_classes": 10,
 }
+_SMALL = {
+    "num_freq_bands": 6,
+    "max_freq": 8.0,
+    "depth": 2,
+    "num_latents": 16,
+    "latent_dim": 32,
+    "latent_heads": 2,
+    "latent_dim_head": 16,
+    "num_classes": 10,
+}
 _README = {
     "num_freq_bands": 6,
     "max_freq": 10.0,
@@ -200,6 +210,7 @@ GEOMETRIES = {
         Geometry("points", (50_000,), {**_CROSS_ONLY, "max_freq": 1120.0}, family="points"),
         Geometry("io-512", (50_176,), _IO, channels=512, family="io"),
         Geometry("io-32", (50_176,), _IO, channels=32, family="io"),
+        Geometry("small", (8, 8), _SMALL, source="digits: calls cost more than what they compute"),
         Geometry("inverted", _IMAGE, {**_CROSS_ONLY, "inverted_cross_attn": True}),
     )
 }  # fmt: skip

@@ -48,9 +48,7 @@ def why_cross_attention_modules(layer: nn.Module) -> str | None:
         return found
     to_kv = fn._modules["to_kv"]
     found = (
-        why_not("norm_context", norm_context, nn.LayerNorm)
-        or why_not("fn.to_kv", to_kv, nn.Linear)
-        or fn.why_weights()
+        why_not("norm_context", norm_context, nn.LayerNorm) or why_not("fn.to_kv", to_kv, nn.Linear) or fn.why_weights()
     )
     if found is None and norm_context._parameters["bias"] is None:
         return "norm_context has no bias"

@@ -65,7 +65,9 @@ def _fake_axis_codes(size, num_bands, max_freq, dtype, device):
 
 
 if not hasattr(torch.ops.perceiver_fast, "axis_codes"):  # it is where this package is imported again
-    torch.library.custom_op("perceiver_fast::axis_codes", _axis_codes_op, mutates_args=()).register_fake(_fake_axis_codes)
+    torch.library.custom_op("perceiver_fast::axis_codes", _axis_codes_op, mutates_args=()).register_fake(
+        _fake_axis_codes
+    )
 
 
 def axis_codes(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, device: torch.device) -> AxisCodes:

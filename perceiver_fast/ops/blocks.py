@@ -182,7 +182,7 @@ def fourier_projection(
     size = block_size(per_token) if size is None else size
 
     def block(feat, coords, frequencies, weight, bias):
-        return reference.fourier_projection(feat, coords, frequencies, weight, bias, eps)
+        return reference.fourier_projection(feat, coords, frequencies, weight, bias, eps, smooth=True)
 
     outs = [
         recomputed(block, per_token * at.shape[1], part, at, frequencies, weight, bias)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perceiver_fast import backends, reference
 from perceiver_fast.backends import Choice
-from perceiver_fast.ops.derivatives import differentiable, differentiated_again
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.geglu import PointwiseCall, pointwise_backends, runs_kernel
 from perceiver_fast.ops.library import compute_dtype, learns, library, register_triton
 from perceiver_fast.ranges import op_range
@@ -89,7 +89,7 @@ class AddLayerNormFunction(torch.autograd.Function):
         if differentiated_again():
             # The bias has no say in any gradient. All that joins the stream has the stream's gradient, d_x.
             def form(y, weight, bias):
-                return reference.add_layer_norm(y, None, None, weight, bias, eps, out_dtype)[1]
+                return reference.add_layer_norm(y, None, None, weight, bias, eps, out_dtype, smooth=True)[1]
 
             def gradients():
                 d_x, _, d_weight, d_bias, _ = kernel(None, d_z)
@@ -203,7 +203,7 @@ def run_layer_norm(
     """:func:`add_layer_norm` for callers whose tensors fit each other; they are not checked."""
     narrow = out_dtype if compute_dtype(x.dtype) == x.dtype else x.dtype
     if not runs_kernel(choose_layer_norm, narrow, x.device):
-        return reference.add_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype)
+        return reference.add_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype, smooth=transformed())
     if learns(x, branch, branch_bias, weight, bias):
         y, z = AddLayerNormFunction.apply(x, branch, branch_bias, weight, bias, eps, out_dtype)
     else:

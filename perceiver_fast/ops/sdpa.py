@@ -45,7 +45,9 @@ def _second(q, k, v, bias, scale, d_o, needed, kernel) -> tuple[Tensor | None, .
     def form(q, k, v):
         return _form(q, k, v, mask, scale)
 
-    return differentiable(lambda: tuple(g if g is None else g.detach() for g in kernel()), form, (q, k, v), (d_o,), needed)
+    return differentiable(
+        lambda: tuple(g if g is None else g.detach() for g in kernel()), form, (q, k, v), (d_o,), needed
+    )
 
 
 class _FlashOnCPU(torch.autograd.Function):

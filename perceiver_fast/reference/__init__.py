@@ -6,7 +6,7 @@ from perceiver_fast.reference.fourier_projection import fourier_encode, fourier_
 from perceiver_fast.reference.geglu import geglu
 from perceiver_fast.reference.grid_attention import grid_attention, grid_logits
 from perceiver_fast.reference.grid_scale import grid_scale
-from perceiver_fast.reference.layer_norm import add_layer_norm
+from perceiver_fast.reference.layer_norm import add_layer_norm, smooth_layer_norm
 
 __all__ = [
     "add_layer_norm",
@@ -19,4 +19,5 @@ __all__ = [
     "grid_attention",
     "grid_logits",
     "grid_scale",
+    "smooth_layer_norm",
 ]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_fast.reference.layer_norm import smooth_layer_norm
+
 LAYOUTS = ("perceiver-pytorch", "deepmind")
 
 
@@ -42,6 +44,7 @@ def fourier_projection(
     bias: Tensor | None = None,
     eps: float | None = None,
     layout: str = "perceiver-pytorch",
+    smooth: bool = False,
 ) -> Tensor:
     """``LayerNorm([feat, fourier_encode(coords)]) weight + bias``, LayerNorm without affine part and only with eps.
 
@@ -53,6 +56,7 @@ def fourier_projection(
         bias: ``[D]`` or None.
         eps: LayerNorm's epsilon, or None for no LayerNorm.
         layout: see :func:`fourier_encode`.
+        smooth: have right derivatives of every order, see :func:`perceiver_fast.reference.smooth_layer_norm`.
 
     Returns:
         ``[B, M, D]``, the dtype of weight.
@@ -61,6 +65,6 @@ def fourier_projection(
     if feat is not None:
         z = torch.cat([feat, z.expand(feat.shape[0], -1, -1)], -1)
     if eps is not None:
-        z = F.layer_norm(z, z.shape[-1:], eps=eps)
+        z = (smooth_layer_norm if smooth else F.layer_norm)(z, z.shape[-1:], eps=eps)
     out = z @ weight
     return out if bias is None else out + bias

@@ -12,6 +12,7 @@ from perceiver_fast.ops.fourier_projection import (
     choose_fourier_projection,
     fourier_projection_tokens,
 )
+from perceiver_fast.ops.layer_norm import layer_norm
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 
@@ -64,10 +65,17 @@ class DenseTokens(Tokens):
         unless a gradient flows through it."""
         normalized = self._normalized.get(eps)
         if normalized is None or (torch.is_grad_enabled() and self.learns()):
-            normalized = F.layer_norm(self.context, self.context.shape[-1:], eps=eps)
+            normalized = self._normalize(eps)
             if not normalized.requires_grad:  # what carries a gradient belongs to the layer that asked (checkpointing)
                 self._normalized[eps] = normalized
         return normalized
+
+    def _normalize(self, eps: float) -> Tensor:
+        context = self.context
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.learns()):
+            return F.layer_norm(context, context.shape[-1:], eps=eps)
+        one = context.new_ones(context.shape[-1])
+        return layer_norm(context, one, torch.zeros_like(one), eps)  # whose derivatives of every order are right
 
     def uses(self, path: str) -> tuple[Choice, ...]:
         return (self._projection(),) if path == "projected" and self._fuses() else ()

@@ -41,7 +41,11 @@ def small_blocks(monkeypatch):
 
 def cross_case(**options):
     mask = torch.tensor([[False] * 7, [True, False, True, True, False, True, True]]) if options.pop("mask", 0) else None
-    return lambda q, k, v: cross_attention(q, k, v, mask, **options), (randn(2, 2, 3, 2), randn(2, 2, 7, 2), randn(2, 2, 7, 2))
+    return lambda q, k, v: cross_attention(q, k, v, mask, **options), (
+        randn(2, 2, 3, 2),
+        randn(2, 2, 7, 2),
+        randn(2, 2, 7, 2),
+    )
 
 
 def grid_case(sizes=(2, 4), heads=1, **options):
@@ -60,7 +64,9 @@ def fourier_case(grid):
     eps, options = 1e-5, dict(num_freq_bands=2, max_freq=4.0)
     if grid:
         return (
-            lambda weight, bias, feat: fourier_projection((2, 3), weight, feat=feat, bias=bias, norm_eps=eps, **options),
+            lambda weight, bias, feat: fourier_projection(
+                (2, 3), weight, feat=feat, bias=bias, norm_eps=eps, **options
+            ),
             (randn(12, 3), randn(3), randn(2, 6, 2)),
         )
     return (
@@ -130,7 +136,9 @@ def test_forward_mode(case, small_blocks):
     with torch.autograd.forward_ad.dual_level():
         duals = [torch.autograd.forward_ad.make_dual(t, d) for t, d in zip(inputs, tangents)]
         found = function(*duals)
-        found = [torch.autograd.forward_ad.unpack_dual(o).tangent for o in (found if isinstance(found, tuple) else [found])]
+        found = [
+            torch.autograd.forward_ad.unpack_dual(o).tangent for o in (found if isinstance(found, tuple) else [found])
+        ]
     for a, b in zip(found, forward):
         assert (a - b).norm() <= 1e-11 * (1 + b.norm())
 
@@ -214,7 +222,9 @@ def test_blocks_are_the_reference(masked, dropout, inverted, small_blocks):
     assert torch.equal(blocks.cross_attention(q, k, v, *args, 11)[0], reference.cross_attention(q, k, v, *args)[0])
     q, feat, scale, mask = grid_inputs(2, 5, 3, (2, 6, 2), masked=masked)
     args = mask, dropout, SEED, inverted
-    for actual, expected in zip(blocks.grid_attention(q, feat, scale, *args), reference.grid_attention(q, feat, scale, *args)):
+    for actual, expected in zip(
+        blocks.grid_attention(q, feat, scale, *args), reference.grid_attention(q, feat, scale, *args)
+    ):
         assert relative_error(actual, expected) < 1e-14
 
 
@@ -238,7 +248,9 @@ def test_memory_of_a_second_derivative(operation, monkeypatch):
     tokens = {"cross": "cross_attention(q, k, k)", "grid": "grid_attention_joined(q, k, s)[0]"}[operation]
     shape = "q, k = torch.randn(1, 4, 64, 8), torch.randn(1, 4, 250 * tokens, 8)"
     if operation == "grid":
-        shape = "q, k, s = torch.randn(1, 256, 253 + tokens), torch.randn(1, tokens, 250, 3), torch.ones(1, tokens, 250)"
+        shape = (
+            "q, k, s = torch.randn(1, 256, 253 + tokens), torch.randn(1, tokens, 250, 3), torch.ones(1, tokens, 250)"
+        )
     prepare = f"""
 from perceiver_fast.ops import cross_attention
 from perceiver_fast.ops.grid_attention import grid_attention_joined
@@ -276,3 +288,26 @@ def test_transforms_are_noticed():
     assert torch.func.vmap(lambda x: x * transformed())(torch.ones(2)).sum() == 2
     with torch.autograd.forward_ad.dual_level():
         assert transformed()
+
+
+@pytest.mark.parametrize("order", [3, 4])
+def test_layer_norm_beyond_what_torchs_own_has(order):
+    """torch's is wrong from the third derivative on; the truth is mean and variance written out."""
+
+    def plain(x, weight, bias):
+        x = x - x.mean(-1, keepdim=True)
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight + bias
+
+    results = []
+    for function in (pf.ops.layer_norm, plain):
+        generator = torch.Generator().manual_seed(0)
+        inputs = [
+            torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in ((2, 6), (6,), (6,))
+        ]
+        value = function(*inputs).sin().sum()
+        for _ in range(order):
+            found = torch.autograd.grad(value, inputs, create_graph=True)
+            value = sum((g * g.detach().cos()).sum() for g in found)
+        results.append(found)
+    for actual, expected in zip(*results):
+        assert (actual - expected).abs().max() <= 1e-11 * expected.abs().max()

@@ -178,7 +178,7 @@ def fourier_projection(
 ) -> Tensor:
     """:func:`perceiver_fast.reference.fourier_projection` in blocks of ``size`` tokens."""
     batch = max(coords.shape[0], 0 if feat is None else feat.shape[0])
-    tokens, per_token = coords.shape[1], batch * max(weight.shape)
+    per_token = batch * max(weight.shape)
     size = block_size(per_token) if size is None else size
 
     def block(feat, coords, frequencies, weight, bias):

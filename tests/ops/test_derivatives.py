@@ -299,7 +299,7 @@ def test_layer_norm_beyond_what_torchs_own_has(order):
         return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight + bias
 
     results = []
-    for function in (pf.ops.layer_norm, plain):
+    for function in (ops.layer_norm, plain):
         generator = torch.Generator().manual_seed(0)
         inputs = [
             torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in ((2, 6), (6,), (6,))

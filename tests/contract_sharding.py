@@ -11,11 +11,8 @@ import warnings
 import torch
 import torch.distributed as dist
 from contract_cases import inputs, pair
-from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
-
-import perceiver_fast as pf
 
 MODELS = ("perceiver", "io", "gated", "mixed latents", "experimental")
 
@@ -80,7 +77,6 @@ def main(rank, ranks, file, kind, *units):
         for name in MODELS:
             check(name, unit, kind)
         print("ok", unit, flush=True)
-    assert pf.PerceiverBlock.forward is not nn.Module.forward
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may wait for each other at exit
 

@@ -41,6 +41,7 @@ class Attention(Cached):
     """
 
     queries_contribute_kv = False
+    drops = True  # whether a layer named dropout is asked
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Attention(Cached):
     @property
     def active_dropout(self) -> float:
         """Probability of dropping an attention weight in the current mode, of a plain dropout layer."""
-        dropout = self._modules.get("dropout")
+        dropout = self._modules.get("dropout") if self.drops else None
         return dropout.p if dropout is not None and dropout.training else 0.0
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -109,7 +110,9 @@ class Attention(Cached):
 
     def why_weights(self) -> str | None:
         """Why attention weights have to exist and be handed to ``dropout``, or None where they need not."""
-        dropout = self._modules.get("dropout")
+        if type(self.scale) not in (float, int):
+            return "its scale is no plain number"
+        dropout = self._modules.get("dropout") if self.drops else None
         if dropout is None:
             return None
         found = why_not("dropout", dropout, nn.Dropout)
@@ -194,7 +197,7 @@ class Attention(Cached):
             weight = F.normalize(weight, p=1, dim=-1, eps=1e-8)
         else:
             weight = weight.softmax(dim=-1)
-        dropout = self._modules.get("dropout")
+        dropout = self._modules.get("dropout") if self.drops else None
         weight = weight if dropout is None else dropout(weight)
         out = torch.einsum("bij,bjd->bid", weight, v)
         return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
@@ -207,6 +210,8 @@ class AttentionWithoutDropout(Attention):
     Args:
         query_dim, context_dim, heads, dim_head: see :class:`Attention`.
     """
+
+    drops = False
 
     def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64):
         super().__init__(query_dim, context_dim, heads, dim_head)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.ops.library import autocast_dtype
 from perceiver_fast.ranges import layer_range
 
 
@@ -30,4 +31,5 @@ class EnformerAttentionResidual(nn.Module):
     @layer_range
     def forward(self, block_outputs: Sequence[Tensor]) -> Tensor:
         past = torch.stack(list(block_outputs), dim=2)  # [B, N, layers, D]
-        return (past * self.to_attn_logits(past).softmax(dim=-2)).sum(-2)
+        out = (past * self.to_attn_logits(past).softmax(dim=-2)).sum(-2)
+        return out.to(autocast_dtype(out.device) or out.dtype)  # the dtype of perceiver-pytorch's einsum

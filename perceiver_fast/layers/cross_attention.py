@@ -118,6 +118,11 @@ class FusedCrossAttention:
         self.norm, self.norm_context = modules["norm"], modules.get("norm_context")
         self._q: Tensor | None = None
 
+    @property
+    def dim_head(self) -> int:
+        """Channels of a head, d."""
+        return self.fn._modules["to_kv"]._parameters["weight"].shape[0] // (2 * self.fn.heads)
+
     def plan(
         self, tokens: Tokens, queries: int, inverted: bool = False, lse: bool = False, masked: bool = False
     ) -> Plan:
@@ -131,7 +136,7 @@ class FusedCrossAttention:
         fn = self.fn
         return plan_cross_attention(
             tokens,
-            Layer(queries, fn.heads, fn.dim_head, fn.active_dropout, inverted, lse, fn.queries_contribute_kv, masked),
+            Layer(queries, fn.heads, self.dim_head, fn.active_dropout, inverted, lse, fn.queries_contribute_kv, masked),
         )
 
     def attend(
@@ -203,7 +208,7 @@ class FusedCrossAttention:
 
     def _split(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keys ``[H, d, L]`` times the scale of the logits, and their bias ``[H, d]``; values and their bias, the same."""
-        heads = (2, self.fn.heads, self.fn.dim_head)
+        heads = (2, self.fn.heads, -1)
         (keys, values), (key_bias, value_bias) = weight.unflatten(0, heads), bias.unflatten(0, heads)
         scale = self.fn.scale
         return keys * scale, key_bias * scale, values, value_bias
@@ -221,7 +226,7 @@ class FusedCrossAttention:
         def queries():
             q = self._to_q(x)
             with unless_autocast(x.device):
-                q = q.to(keys.dtype).unflatten(-1, (self.fn.heads, self.fn.dim_head))
+                q = q.to(keys.dtype).unflatten(-1, (self.fn.heads, -1))
                 return torch.einsum("bnhd,hdl->bhnl", q, keys), torch.einsum("bnhd,hd->bhn", q, key_bias)
 
         if cache.holds("latents", x) and is_plain(to_q, nn.Linear) and to_q.bias is None:

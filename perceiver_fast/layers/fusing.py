@@ -34,7 +34,7 @@ from torch.nn.modules import module as torch_module
 
 # What fused ops compute with. The last two stand for plain tensors where something is traced, or where explain looks on.
 PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
-WEIGHTED = frozenset((nn.Linear, nn.LayerNorm))
+DIMENSIONS = {nn.Linear: 2, nn.LayerNorm: 1}  # of the weights that ops take
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
 
@@ -42,6 +42,7 @@ Kind = TypeVar("Kind", bound=type[nn.Module])
 _forwards: dict[type[nn.Module], Callable] = {
     kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Sequential)
 }
+_call, _call_impl = nn.Module.__call__, nn.Module._call_impl
 
 
 def fusable(kind: Kind) -> Kind:
@@ -51,13 +52,14 @@ def fusable(kind: Kind) -> Kind:
 
 
 def watcher() -> str | None:
-    """Who could see that modules are not called, or that others operators run than perceiver-pytorch's; None for nobody.
+    """Who could see that modules are not called, or that other operators run than perceiver-pytorch's; None for nobody.
 
     Modes of torch's own (a default device, fake tensors, FLOP counters) are served: they see the fused ops. Under
-    torch.compile modes and hooks are the compiler's business.
+    torch.compile modes are the compiler's business.
     """
     if torch.compiler.is_compiling():
-        return _tracing_watcher()
+        hooked = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        return "a global module hook is registered" if hooked else _tracing_watcher()
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         if (found := _global_hook()) is not None:
             return found
@@ -68,10 +70,7 @@ def watcher() -> str | None:
             return found
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace writes down torch's operators"
-    for kind, forward in _forwards.items():
-        if kind.forward is not forward:
-            return f"{kind.__name__}.forward was exchanged"
-    return None
+    return _exchanged()
 
 
 def exports_onnx() -> bool:
@@ -82,14 +81,23 @@ def exports_onnx() -> bool:
 def _tracing_watcher() -> str | None:
     if exports_onnx():
         return "ONNX knows torch's operators alone"
-    for kind, forward in _forwards.items():
-        if kind.forward is not forward:
-            return f"{kind.__name__}.forward was exchanged"
-    return None
+    return _exchanged()
 
 
 # Asked while a graph is traced. What torch.compiler.assume_constant_result sets; that imports torch._dynamo: seconds.
 exports_onnx._dynamo_marked_constant = _tracing_watcher._dynamo_marked_constant = True
+
+
+def _exchanged() -> str | None:
+    """That somebody put another function in the place of a class's own, as patches of libraries do."""
+    if nn.Module._call_impl is not _call_impl:
+        return "nn.Module._call_impl was exchanged"
+    for kind, forward in _forwards.items():
+        if kind.forward is not forward:
+            return f"{kind.__name__}.forward was exchanged"
+        if kind.__call__ is not _call:
+            return f"{kind.__name__}.__call__ was exchanged"
+    return None
 
 
 def _global_hook() -> str | None:
@@ -144,11 +152,13 @@ def why_not(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> str
         found = is_called(module)
         if found is not None:
             return f"{name} {found}"
-    if type(module) in WEIGHTED:
+    if type(module) in DIMENSIONS:
         parameters = state["_parameters"]
-        weight, bias = parameters.get("weight"), parameters.get("bias")
+        weight, bias = parameters.get("weight"), parameters.get("bias", module)  # a bias may be None, not be missing
         if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
             return f"{name} has no plain weight"
+        if weight.dim() != DIMENSIONS[type(module)] or (bias is not None and bias.shape != weight.shape[:1]):
+            return f"{name} has a weight or a bias of another shape"
         if state["_modules"]:
             return f"{name} has modules within"
     return None
@@ -168,24 +178,25 @@ def hides_keywords(module: nn.Module, forward: Callable) -> bool:
     """Whether what ``module`` is called with by keyword is seen by ``forward`` alone.
 
     Then a description of tokens can be given to it in the place of the tensor that it stands for. Hooks that see
-    positional arguments and results may be there, and those of torch.distributed, which pass by what is no tensor.
+    positional arguments and results may be there, and those of fully_shard, which pass by what is no tensor.
 
     Args:
         module: what is called.
         forward: the forward of a class that takes descriptions.
     """
     kind = type(module)
-    if kind.forward is not forward or kind.__call__ is not nn.Module.__call__:
+    if kind.forward is not forward or kind.__call__ is not _call:
         return False
     state = module.__dict__
     if "forward" in state or state.get("_compiled_call_impl") is not None:
         return False
     seeing = [state["_forward_pre_hooks"][key] for key in state["_forward_pre_hooks_with_kwargs"]]
     seeing += [state["_forward_hooks"][key] for key in state["_forward_hooks_with_kwargs"]]
-    return all(_is_distributed(hook) for hook in seeing)
+    return all(_is_sharding(hook) for hook in seeing)
 
 
-def _is_distributed(hook: Callable) -> bool:
+def _is_sharding(hook: Callable) -> bool:
     function = getattr(hook, "func", hook)  # of a functools.partial
     owner = getattr(function, "__self__", None)
-    return (getattr(function, "__module__", None) or type(owner).__module__ or "").startswith("torch.distributed")
+    where = getattr(function, "__module__", None) or type(owner).__module__ or ""
+    return where.startswith(("torch.distributed.fsdp.", "torch.distributed._composable."))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from perceiver_fast.ranges import layer_range
 
@@ -10,7 +10,9 @@ from perceiver_fast.ranges import layer_range
 class Mixer(nn.Sequential):
     """A Sequential that has a range of its own, see :class:`perceiver_fast.ranges`."""
 
-    forward = layer_range(nn.Sequential.forward)
+    @layer_range
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 def mixer(num_latents: int, mult: int = 4, dropout: float = 0.0) -> Mixer:

@@ -6,9 +6,9 @@ called as a module or a fused op stands in for it. Without an observer that cost
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -61,22 +61,19 @@ class Observer:
         """A fused cross-attention is about to take the way of ``plan``; grouped: tokens are one of several groups."""
 
 
-_current: tuple[Observer, int] | None = None
+_current: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[Observer]:
     """``observer`` is told what layers do inside, in this thread."""
-    global _current
-    previous, _current = _current, (observer, threading.get_ident())
+    token = _current.set(observer)
     try:
         yield observer
     finally:
-        _current = previous
+        _current.reset(token)
 
 
 def observer() -> Observer | None:
     """Who looks on at this thread, if anybody; nobody does where a graph is traced."""
-    if torch.compiler.is_compiling() or _current is None:
-        return None
-    return _current[0] if _current[1] == threading.get_ident() else None
+    return None if torch.compiler.is_compiling() else _current.get()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention, AttentionWithoutDropout
@@ -53,7 +54,9 @@ class PreNorm(nn.Module):
         looks = observer()
         if looks is not None:
             looks.begins(self, x.shape, residual=False)
-        z = self.norm(x) if watched else normalize(self.norm, x)
+        fn = self._modules["fn"]
+        fused = not watched and why_not("fn", fn, *BRANCHES) is None and fn.why_modules() is None
+        z = normalize(self.norm, x) if fused else self.norm(x)
         if self.norm_context is not None:
             if looks is not None:
                 context = kwargs["context"]
@@ -77,7 +80,13 @@ def _cross_branch(
     """What the layers of a PreNorm with a context return, before a bias, and that; None where they have to be called."""
     if context is None or layer._modules.get("norm_context") is None:
         return None
-    if not (isinstance(context, (Tokens, TokenGroups)) or are_plain(context, mask)):
+    if isinstance(context, Tensor):
+        sources = (context,)
+    else:
+        if isinstance(context, Tokens) and not torch.compiler.is_compiling() and context.was_changed():
+            context = DenseTokens(context.tensor())
+        sources = context.sources()
+    if not are_plain(mask, *sources):
         return None
     if why_cross_attention_modules(layer) is not None:
         return None

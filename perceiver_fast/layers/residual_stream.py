@@ -18,7 +18,8 @@ def fits(norm: nn.Module, x: Tensor) -> bool:
     if not is_plain(norm, nn.LayerNorm):
         return False
     parameters = norm._parameters  # nn.Module's own look-ups take as long as the whole question
-    return parameters["bias"] is not None and parameters["weight"].dtype == x.dtype
+    weight = parameters["weight"]
+    return parameters["bias"] is not None and weight.dtype == x.dtype and weight.shape == x.shape[-1:]
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
@@ -69,6 +70,7 @@ class ResidualStream:
     def add(self, branch: Tensor, bias: Tensor | None = None) -> None:
         """Let ``branch + bias`` join; branch ``[B, N, D]``, bias ``[D]``."""
         self._x = self._joined().expand_as(branch)
+        bias = bias if bias is None or bias.dtype == self._x.dtype else bias.to(self._x.dtype)
         self._whole, self._branch, self._bias = None, branch, bias
 
     def add_output(self, out: Tensor) -> None:

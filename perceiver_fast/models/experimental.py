@@ -120,7 +120,8 @@ class Perceiver(PooledPerceiver):
     def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
         """The tokens that the first layer attends to: projected, so built."""
         tokens = super().describe(data, coords)
-        if isinstance(tokens, DenseTokens) or watcher() is not None or not is_plain(self.data_proj, nn.Linear):
+        fused = watcher() is None and are_plain(*tokens.sources()) and is_plain(self.data_proj, nn.Linear)
+        if isinstance(tokens, DenseTokens) or not fused or self.data_proj.bias is None:
             return DenseTokens(self.data_proj(tokens.tensor()))
         project = project_grid if isinstance(tokens, GridTokens) else project_points
         return DenseTokens(project(tokens, self.data_proj))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers import AxisCodes, axis_codes
 from perceiver_fast.layers.checks import check_data, check_mask, own, trainable
 from perceiver_fast.layers.plan import known
-from perceiver_fast.models.inputs import check_coords, context_channels, like
+from perceiver_fast.models.inputs import check_coords, check_width, context_channels, like
 from perceiver_fast.models.stack import Head, run_checkpointed
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.ranges import op_range
@@ -100,8 +100,11 @@ class GridPerceiver(nn.Module):
         if "input_dim" not in self.__dict__:  # pickled by perceiver-pytorch
             self.__dict__.setdefault("fourier_encode_data", True)
             self.input_dim = context_channels(self)
-            encoding = self.input_axis * (2 * self.num_freq_bands + 1) if self.fourier_encode_data else 0
-            self.input_channels = self.input_dim - encoding
+            self.input_channels = self.input_dim - self._encoding()
+
+    def _encoding(self) -> int:
+        """Channels of a position's code."""
+        return self.input_axis * (2 * self.num_freq_bands + 1) if self.fourier_encode_data else 0
 
     def check_inputs(self, data: Tensor, mask: Tensor | None, coords: Tensor | None = None) -> Tensor | None:
         """Check ``data``, ``mask`` and ``coords``; return the mask, one that backwards may keep.
@@ -116,9 +119,11 @@ class GridPerceiver(nn.Module):
                 "or build the model with fourier_encode_data=True"
             )
         grid = dict(axes=self.input_axis, axes_argument="input_axis") if coords is None else dict(axes=1)
-        check_data(
-            who, "data", data, like(self), channels=self.input_channels, channels_argument="input_channels", **grid
-        )
+        channels = self.input_channels
+        if isinstance(data, Tensor) and data.dim() > 0 and data.shape[-1] != channels:
+            width = context_channels(self)
+            channels = check_width(channels, data.shape[-1], None if width is None else width - self._encoding())
+        check_data(who, "data", data, like(self), channels=channels, channels_argument="input_channels", **grid)
         if coords is not None:
             check_coords(who, "coords", coords, data, self.input_axis)
         mask = check_mask(who, mask, "data", data, data.shape[1:-1])

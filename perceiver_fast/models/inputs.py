@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.layers import PreNorm
 from perceiver_fast.layers.checks import check_channels, check_device, check_real, check_tensor
 
 
@@ -14,16 +15,33 @@ def like(model: nn.Module) -> Tensor:
     The latents, but never by asking for them where a parametrization computes them: each time may count (spectral norm).
     """
     latents = model._parameters.get("latents")
+    if latents is None:
+        latents = model.__dict__.get("latents")  # of a replica of nn.DataParallel, or pruned
     return next(model.parameters()) if latents is None else latents
 
 
-def context_channels(model: nn.Module) -> int:
-    """Channels of the tokens that the first cross-attention of ``model`` was built for."""
+def context_channels(model: nn.Module) -> int | None:
+    """Channels of the tokens that the first cross-attention of ``model`` takes; None where it does not say."""
     for module in model.modules():
-        norm = getattr(module, "norm_context", None)
-        if norm is not None:
-            return norm.normalized_shape[0]
-    raise ValueError(f"{type(model).__name__}: expected a layer with a norm_context, got none; build the model anew")
+        if isinstance(module, PreNorm) and module.norm_context is not None:
+            return norm_channels(module.norm_context)
+    return None
+
+
+def norm_channels(norm: nn.Module) -> int | None:
+    """Channels that a norm takes; None where it does not say."""
+    shape = getattr(norm, "normalized_shape", None)
+    return shape[-1] if shape else None
+
+
+def check_width(built: int, given: int, now: int | None) -> int:
+    """The number of channels to expect: what the model was ``built`` for, or what its layers take ``now``.
+
+    Layers may have been exchanged for wider ones since; those that do not say what they take are given anything.
+    """
+    if given == built:
+        return built
+    return given if now is None else now
 
 
 def check_coords(who: str, what: str, coords: Tensor, data: Tensor, axes: int) -> None:

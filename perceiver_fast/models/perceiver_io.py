@@ -21,7 +21,7 @@ from perceiver_fast.layers.pre_norm import join, keywords_for, why_modules
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
-from perceiver_fast.models.inputs import check_ids, check_queries, context_channels, like
+from perceiver_fast.models.inputs import check_ids, check_queries, check_width, context_channels, like, norm_channels
 from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks, run_checkpointed
 from perceiver_fast.tokens import DenseTokens, Tokens
 
@@ -136,9 +136,18 @@ class PerceiverIO(nn.Module):
             TypeError, ValueError: the message says expected, got and what to do.
         """
         who = type(self).__name__
-        check_data(who, "data", data, like(self), axes=1, channels=self.input_channels, channels_argument="dim")
+        channels = self.input_channels
+        if isinstance(data, Tensor) and data.dim() > 0 and data.shape[-1] != channels:
+            channels = check_width(channels, data.shape[-1], context_channels(self))
+        check_data(who, "data", data, like(self), axes=1, channels=channels, channels_argument="dim")
         mask = check_mask(who, mask, "data", data, data.shape[1:-1])
         return None if mask is None else own(mask)
+
+    def _query_channels(self, queries: Tensor) -> int:
+        if not isinstance(queries, Tensor) or queries.dim() == 0 or queries.shape[-1] == self.queries_dim:
+            return self.queries_dim
+        norm = getattr(self.decoder_cross_attn, "norm", None)
+        return check_width(self.queries_dim, queries.shape[-1], norm_channels(norm))
 
     def describe(self, data: Tensor) -> Tokens:
         """The tokens of ``data``."""
@@ -176,7 +185,9 @@ class PerceiverIO(nn.Module):
         mask = self.check_inputs(data, mask)
         batch = data.shape[0]
         if queries is not None:
-            queries = check_queries(type(self).__name__, queries, data.shape[0], self.queries_dim, like(self))
+            queries = check_queries(
+                type(self).__name__, queries, data.shape[0], self._query_channels(queries), like(self)
+            )
         if self.training and self.seq_dropout_prob > 0.0:
             data, mask = drop_tokens(data, mask, self.seq_dropout_prob)
         x = self.latents.unsqueeze(0).expand(batch, -1, -1)
@@ -202,9 +213,13 @@ class PerceiverIO(nn.Module):
 
     def _decodes_in_parts(self, queries: Tensor) -> bool:
         """Whether it is worth it, and nobody can tell: a layer that is more than it looks may mix the queries."""
-        if queries.shape[1] <= DECODER_ROWS or why_modules(self.decoder_cross_attn) is not None:
+        if queries.shape[1] <= DECODER_ROWS:
             return False
-        if self.decoder_ff is not None and why_modules(self.decoder_ff) is not None:
+        layers = [self.decoder_cross_attn] if self.decoder_ff is None else [self.decoder_cross_attn, self.decoder_ff]
+        if any(why_modules(layer) is not None or not is_plain(layer.norm, nn.LayerNorm) for layer in layers):
+            return False
+        fn = self.decoder_cross_attn.fn
+        if not (is_plain(fn.to_q, nn.Linear) and is_plain(fn.to_out, nn.Linear)):
             return False
         return is_plain(self.to_logits, nn.Linear, nn.Identity)
 

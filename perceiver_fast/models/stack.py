@@ -89,7 +89,9 @@ class MeanPool(nn.Module):
 class Head(nn.Sequential):
     """A Sequential that has a range of its own, see :class:`perceiver_fast.ranges`."""
 
-    forward = layer_range(nn.Sequential.forward)
+    @layer_range
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 def classifier_head(latent_dim: int, num_classes: int) -> Head:

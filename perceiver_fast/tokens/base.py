@@ -31,6 +31,7 @@ class Tokens:
     device: torch.device
     compute: torch.dtype
     _tensor: Tensor | None = None
+    _version = 0  # of the tensor when it was handed out
 
     def materialize(self) -> Tensor:
         """The ``[B, M, C]`` tensor this object stands for."""
@@ -39,15 +40,30 @@ class Tokens:
     def tensor(self) -> Tensor:
         """:meth:`materialize`, once for all who ask: for modules that have to be called, on what perceiver-pytorch builds."""
         tensor = self._tensor
+        if torch.compiler.is_compiling():
+            return self.materialize()
+        if tensor is not None and self.was_changed():
+            return tensor
+        # What carries a gradient belongs to the layer that asked (checkpointing).
         if tensor is None or (torch.is_grad_enabled() and self.learns()):
-            tensor = self.materialize()
-            if not tensor.requires_grad:  # what carries a gradient belongs to the layer that asked (checkpointing)
-                self._tensor = tensor
+            recorded = torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.set_grad_enabled(recorded):  # so that its changes are counted
+                tensor = self._tensor = self.materialize()
+            self._version = 0 if tensor.is_inference() else tensor._version
         return tensor
+
+    def was_changed(self) -> bool:
+        """Whether somebody who was handed the tensor has changed it in place: all others then see that, too."""
+        tensor = self._tensor
+        return tensor is not None and not tensor.is_inference() and tensor._version != self._version
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """The tensors that the tokens are made of."""
+        raise NotImplementedError
 
     def learns(self) -> bool:
         """Whether a gradient flows to what the tokens are made of."""
-        raise NotImplementedError
+        return any(source.requires_grad for source in self.sources())
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         """``to_kv(norm(tokens))``, ``[B, M, 2 H d]``, for paths that need keys and values as tensors."""

@@ -57,13 +57,13 @@ class DenseTokens(Tokens):
     def materialize(self) -> Tensor:
         return self.context
 
-    def learns(self) -> bool:
-        return self.context.requires_grad
+    def sources(self) -> tuple[Tensor, ...]:
+        return (self.context,)
 
     def normalized(self, eps: float) -> Tensor:
         """LayerNorm of the tokens without its affine part, which is the layers' own: computed once for all of them,
         unless a gradient flows through it."""
-        normalized = self._normalized.get(eps)
+        normalized = None if self._tensor is not None else self._normalized.get(eps)  # who has the tensor may change it
         if normalized is None or (torch.is_grad_enabled() and self.learns()):
             normalized = self._normalize(eps)
             if not normalized.requires_grad:  # what carries a gradient belongs to the layer that asked (checkpointing)

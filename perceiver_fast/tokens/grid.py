@@ -109,8 +109,8 @@ class GridTokens(Tokens):
             kv = kv * self.scale(norm.eps).unsqueeze(-1) + bias
         return kv.flatten(1, -2).to(autocast_dtype(kv.device) or to_kv.weight.dtype)
 
-    def learns(self) -> bool:
-        return self.feat.requires_grad or any(axis.code.requires_grad for axis in self.codes)
+    def sources(self) -> tuple[Tensor, ...]:
+        return (self.feat, *(axis.code for axis in self.codes))
 
     def materialize(self) -> Tensor:
         batch, sizes = self.feat.shape[0], self.sizes

@@ -47,6 +47,10 @@ class TokenGroups:
         """Number of tokens of all groups, M."""
         return sum(group.count for group in self.groups)
 
+    def sources(self) -> tuple[Tensor, ...]:
+        """The tensors that the tokens are made of."""
+        return tuple(source for group in self.groups for source in group.sources())
+
     def materialize(self) -> Tensor:
         """All tokens joined, ``[B, M, C]``."""
         return torch.cat([group.materialize() for group in self.groups], 1)

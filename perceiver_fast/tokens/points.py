@@ -71,8 +71,8 @@ class PointTokens(Tokens):
         kv = fourier_projection_tokens(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
         return kv.to(to_kv.weight.dtype) if kv.dtype == weight.dtype else kv
 
-    def learns(self) -> bool:
-        return self.feat.requires_grad or self.coords.requires_grad
+    def sources(self) -> tuple[Tensor, ...]:
+        return self.feat, self.coords
 
     def materialize(self) -> Tensor:
         code = reference.fourier_encode(self.coords, self.frequencies).to(self.feat.dtype)

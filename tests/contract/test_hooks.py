@@ -70,6 +70,56 @@ def test_a_hook_on_one_module_sees_and_changes_what_it_does_there(name):
         agree(results, where=where)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hook_on_one_module_sees_the_same_dtypes_under_autocast(name, dtype):
+    theirs, ours = pair(name)
+    call = inputs(name)
+    for where in modules_of(name):
+        calls = []
+        for model in (theirs, ours):
+            got = []
+            handle = model.get_submodule(where).register_forward_pre_hook(
+                lambda module, args, kwargs, got=got: got.append((seen(args), seen(kwargs))), with_kwargs=True
+            )
+            with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+                model(**call)
+            calls.append(got)
+            handle.remove()
+        assert calls[0] == calls[1], where
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", ["perceiver", "perceiver dense", "gated", "mixed latents"])
+def test_what_a_hook_writes_into_the_context_all_blocks_see(name, inference):
+    """perceiver-pytorch hands one tensor to all of them."""
+
+    def write(module, args, kwargs):
+        kwargs["context"].mul_(0.5)
+        kwargs["context"][:, :7] = 0
+
+    results = []
+    for model in pair(name, depth=3):
+        layer = model.layers[0].cross_attn if hasattr(model.layers[0], "cross_attn") else model.layers[0][0]
+        layer.register_forward_pre_hook(write, with_kwargs=True)
+        with torch.inference_mode(inference), torch.no_grad():
+            results.append(model(**inputs(name)).clone())
+    agree(results)
+
+
+def test_global_hooks_are_seen_by_compiled_models():
+    def halve(module, args, out):
+        return out * 0.5 if isinstance(module, nn.Linear) else out
+
+    handle = torch.nn.modules.module.register_module_forward_hook(halve)
+    try:
+        results = [torch.compile(m, backend="eager")(**inputs("perceiver")).detach() for m in pair("perceiver")]
+    finally:
+        handle.remove()
+        torch._dynamo.reset()
+    agree(results)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_pre_hooks_change_what_goes_in(name):
     theirs, ours = pair(name)

@@ -242,6 +242,182 @@ def test_exchanged_forwards_of_classes_are_called(monkeypatch):
         assert sorted(map(id, count)) == sorted(map(id, expected)), kind
 
 
+@pytest.mark.parametrize("kind", ["PreNorm", "Attention", "FeedForward", "Linear", "Module"])
+def test_exchanged_calls_of_classes_are_made(kind, monkeypatch):
+    """``__call__`` in the place of ``forward``: as tracers and profilers do it."""
+    from perceiver_pytorch import perceiver_pytorch as their_module
+
+    results = []
+    for model, module in zip(pair("perceiver"), (their_module, layers)):
+        owner = getattr(nn, kind, None) or getattr(module, kind)
+        with monkeypatch.context() as patch:
+            original = owner.__call__
+
+            def half(self, *args, original=original, kind=kind, **keywords):
+                out = original(self, *args, **keywords)
+                return out * 0.5 if kind != "Module" or type(self) is nn.Linear else out
+
+            patch.setattr(owner, "__call__", half)
+            results.append(model(**inputs("perceiver")).detach())
+    agree(results)
+
+
+def data_of_a_subclass(tensor):
+    return tensor.as_subclass(Doubled)
+
+
+@pytest.mark.parametrize("name", ["perceiver", "perceiver dense", "io", "gated", "experimental"])
+def test_data_of_a_tensor_subclass(name):
+    with torch.no_grad():
+        call = inputs(name) | {"data": data_of_a_subclass(inputs(name)["data"])}
+        agree([m.eval()(**call).as_subclass(torch.Tensor) for m in pair(name)])
+
+
+def set_scale(value):
+    def change(model):
+        for module in model.modules():
+            if type(module).__name__.startswith("Attention"):
+                module.scale = value()
+
+    return change
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_scale_that_is_a_tensor(name):
+    """Changed in place between two calls, and learned."""
+    models = pair(name, change=set_scale(lambda: torch.tensor(0.3)))
+    for factor in (1, 8):
+        for model in models:
+            for module in model.modules():
+                if torch.is_tensor(getattr(module, "scale", None)):
+                    module.scale.mul_(factor)
+        with torch.no_grad():
+            agree([m.eval()(**inputs(name)) for m in models])
+    agree([step(m, **inputs(name)) for m in pair(name, change=set_scale(lambda: nn.Parameter(torch.tensor(0.3))))])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_numbers_of_heads(name):
+    def change(model):
+        for module in model.modules():
+            if type(module).__name__.startswith("Attention"):
+                module.heads = 4
+
+    agree([step(m, **inputs(name)) for m in pair(name, change=change)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_biases_that_are_no_parameters(name):
+    """As meta-learning and hypernetworks put them there."""
+
+    def change(model):
+        for module in model.modules():
+            if type(module) in (nn.Linear, nn.LayerNorm) and module.bias is not None:
+                bias = module.bias.detach() + 0.1
+                del module.bias
+                module.bias = bias
+
+    agree([m(**inputs(name)).detach() for m in pair(name, change=change)])
+
+
+@pytest.mark.parametrize("name", ["perceiver", "io", "block"])
+def test_norms_and_biases_of_other_shapes(name):
+    rows = 6  # latents
+
+    def over_both(model):
+        block = model.cross_attend_block if name == "io" else model.layers[0] if name == "perceiver" else model
+        block.cross_ff.norm = nn.LayerNorm((rows, 16))
+        nn.init.normal_(block.cross_ff.norm.weight)
+        block.cross_attn.fn.to_out.bias = nn.Parameter(torch.full((1,), 0.3))
+        block.cross_ff.fn.net[2].bias = nn.Parameter(torch.full((1,), 0.2))
+
+    agree([step(m, **inputs(name)) for m in pair(name, change=over_both)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_layers_under_autocast(name):
+    def change(model):
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.bfloat16()
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs, ours = (m(**inputs(name)) for m in pair(name, change=change))
+    assert ours.dtype == theirs.dtype and (ours - theirs).float().norm() < 0.05 * theirs.float().norm()
+
+
+class Mixing(nn.Module):
+    """A layer that looks at all queries at once."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.rows = base, []
+        if hasattr(base, "normalized_shape"):
+            self.normalized_shape = base.normalized_shape
+
+    def forward(self, x):
+        self.rows.append(x.shape[1])
+        x = self.base(x)
+        return x - x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "decoder_cross_attn.norm",
+        "decoder_cross_attn.fn.to_q",
+        "decoder_cross_attn.fn.to_out",
+        "decoder_ff.norm",
+        "to_logits",
+    ],
+)
+def test_layers_that_mix_many_queries_get_all_of_them(where, monkeypatch):
+    from perceiver_fast.models import perceiver_io
+
+    monkeypatch.setattr(perceiver_io, "DECODER_ROWS", 5)
+    models = pair("io", change=lambda m: replace(m, where, Mixing))
+    call = inputs("io") | {"queries": torch.randn(12, 10)}
+    with torch.no_grad():
+        agree([m.eval()(**call) for m in models])
+    assert [m.get_submodule(where).rows for m in models] == [[12], [12]]
+
+
+def test_models_take_what_their_layers_take_now():
+    def wider(model):
+        for layer in (model.cross_attend_block.cross_attn, model.decoder_cross_attn):
+            attention = layer.fn
+            if layer is model.decoder_cross_attn:
+                layer.norm, attention.to_q = nn.LayerNorm(14), nn.Linear(14, 16, bias=False)
+                attention.to_out, model.to_logits = nn.Linear(16, 14), nn.Linear(14, 7)
+                model.decoder_ff = None
+            else:
+                layer.norm_context, attention.to_kv = nn.LayerNorm(20), nn.Linear(20, 32, bias=False)
+
+    call = dict(data=torch.randn(2, 9, 20), queries=torch.randn(5, 14))
+    agree([step(m, **call) for m in pair("io", change=wider)])
+    call = dict(data=torch.randn(2, 6, 5, 3 + 2 * 9))
+    agree([step(m, **call) for m in pair("perceiver", change=lambda m: setattr(m, "fourier_encode_data", False))])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_replicas_as_of_data_parallel(name):
+    """They have plain tensors in the place of parameters."""
+
+    def replicate(module):
+        replica = module._replicate_for_data_parallel()
+        for key, value in module._parameters.items():
+            if value is not None:
+                setattr(replica, key, value * 1)
+            else:
+                replica._parameters[key] = None
+        for key, child in module._modules.items():
+            replica._modules[key] = None if child is None else replicate(child)
+        return replica
+
+    _, ours = pair(name)
+    agree([replicate(ours)(**inputs(name)), ours(**inputs(name))])
+
+
 class Watching(TorchDispatchMode):
     """Counts operators, as people write such modes."""
 

@@ -184,3 +184,28 @@ from perceiver_pytorch.experimental import LinearAttention
 def test_import_paths():
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_threads_may_be_looked_at():
+    """explain and attention_map see the forward of their own thread, whatever ends first."""
+    import threading
+
+    from perceiver_fast.layers.observer import Observer, observer, observing
+
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with observing(Observer()):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    mine = Observer()
+    thread.start()
+    inside.wait(10)
+    with observing(mine):
+        assert observer() is mine
+        leave.set()
+        thread.join()
+        assert observer() is mine
+    assert observer() is None

@@ -97,7 +97,9 @@ def _check(name: str, where: str) -> str:
 class use_backend:
     """Force a backend for every op, at once and, used as a context manager, until the end of the block.
 
-    It holds for the thread or asyncio task that it is called in; others have the process's own.
+    It holds for the thread or asyncio task that it is called in; others have the process's own: nn.DataParallel's
+    workers, and on GPUs the backward's thread, where torch.utils.checkpoint computes again (a model's ``checkpoint=`` brings
+    it along).
 
     Args:
         name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels),

@@ -32,4 +32,5 @@ class EnformerAttentionResidual(nn.Module):
     def forward(self, block_outputs: Sequence[Tensor]) -> Tensor:
         past = torch.stack(list(block_outputs), dim=2)  # [B, N, layers, D]
         out = (past * self.to_attn_logits(past).softmax(dim=-2)).sum(-2)
-        return out.to(autocast_dtype(out.device) or out.dtype)  # the dtype of perceiver-pytorch's einsum
+        narrow = None if out.dtype == torch.float64 else autocast_dtype(out.device)
+        return out.to(narrow or out.dtype)  # the dtype of perceiver-pytorch's einsum

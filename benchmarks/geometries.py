@@ -49,6 +49,7 @@ PLANS = {
     "points": Plan(POINTS),
     "io-512": Plan(DENSE),
     "io-32": Plan(DENSE),
+    "small": Plan(("model",)),
     "inverted": Plan(("model",)),
 }
 assert list(PLANS) == [name for name in PLANS if name in GEOMETRIES]

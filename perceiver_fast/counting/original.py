@@ -125,7 +125,8 @@ def count_layer(row: Row, like: Tensor) -> Counts:
                 x = like.new_empty(call.shape)
                 _join(x, self_attention(x, how), call.residual)
         elif inner is not row.module and isinstance(inner, FeedForward) and wide_channels(inner):
-            dropout = inner.net[3].p if inner.net[3].training else 0.0
+            drops = len(inner.net) > 3 and inner.net[3].training
+            dropout = inner.net[3].p if drops else 0.0
             for call in row.calls:
                 x = like.new_empty(call.shape)
                 _join(x, feed_forward(x, wide_channels(inner), dropout), call.residual)

@@ -1,9 +1,9 @@
 """What models are made of; parameter names are perceiver-pytorch's."""
 
-from perceiver_fast.layers.attention import Attention, AttentionWithoutDropout
+from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.attention_residual import EnformerAttentionResidual
 from perceiver_fast.layers.block import PerceiverBlock
-from perceiver_fast.layers.feed_forward import GEGLU, FeedForward, FeedForwardWithoutDropout
+from perceiver_fast.layers.feed_forward import GEGLU, FeedForward
 from perceiver_fast.layers.fourier import AxisCodes, axis_codes
 from perceiver_fast.layers.gru_gating import GRUGating
 from perceiver_fast.layers.linear_attention import LinearAttention
@@ -14,11 +14,9 @@ from perceiver_fast.layers.sequence_dropout import drop_tokens
 __all__ = [
     "GEGLU",
     "Attention",
-    "AttentionWithoutDropout",
     "AxisCodes",
     "EnformerAttentionResidual",
     "FeedForward",
-    "FeedForwardWithoutDropout",
     "GRUGating",
     "LinearAttention",
     "PerceiverBlock",

@@ -201,18 +201,3 @@ class Attention(Cached):
         weight = weight if dropout is None else dropout(weight)
         out = torch.einsum("bij,bjd->bid", weight, v)
         return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
-
-
-@fusable
-class AttentionWithoutDropout(Attention):
-    """The ``Attention`` of ``perceiver_pytorch.perceiver_io``, which has no dropout.
-
-    Args:
-        query_dim, context_dim, heads, dim_head: see :class:`Attention`.
-    """
-
-    drops = False
-
-    def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64):
-        super().__init__(query_dim, context_dim, heads, dim_head)
-        del self.dropout

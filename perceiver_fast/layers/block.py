@@ -96,14 +96,17 @@ class PerceiverBlock(nn.Module):
             TypeError, ValueError: a context tensor, or x or mask beside one, of wrong dtype, rank, size or device;
                 the message says expected, got and what to do.
         """
-        stream = ResidualStream(trainable(x))
         watched = watcher() is not None or not are_plain(x)
-        if self.has_cross_attn:
+        if not self.has_cross_attn:
+            stream = ResidualStream(trainable(x))
+        else:
             if context is None:
                 raise ValueError(
                     f"{type(self).__name__}: expected context [batch, n_1, channels] to attend to, got None; "
                     "give it, or build the block with has_cross_attn=False"
                 )
+            batch = context.shape[0] if isinstance(context, Tensor) else context.batch
+            stream = ResidualStream(trainable(x), batch)
             keywords = dict(context=context, mask=mask, inverted_attention=inverted_attention)
             attend(stream, self._modules["cross_attn"], watched, type(self).__name__, **keywords)
             join(stream, self._modules["cross_ff"], watched)

@@ -125,7 +125,8 @@ def own(tensor: Tensor) -> Tensor:
 
     perceiver-pytorch copies its input too, as it joins the encoding to it. Inference tensors become ones to train on.
     """
-    return tensor.clone() if torch.is_grad_enabled() else tensor
+    traced = torch._C._get_tracing_state() is not None  # a trace is made with gradients and compared with one without
+    return tensor.clone() if torch.is_grad_enabled() and not traced else tensor
 
 
 def trainable(tensor: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers.attention import Attention, AttentionWithoutDropout
+from perceiver_fast.layers import without_dropout
+from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.checks import check_data, check_mask, trainable
 from perceiver_fast.layers.fusing import is_plain, why_not
 from perceiver_fast.layers.observer import observer
@@ -43,7 +44,7 @@ def why_cross_attention_modules(layer: nn.Module) -> str | None:
     be plain.
     """
     fn, norm_context = layer._modules["fn"], layer._modules.get("norm_context")
-    found = why_not("fn", fn, Attention, AttentionWithoutDropout)
+    found = why_not("fn", fn, Attention, without_dropout.Attention)
     if found is not None:
         return found
     to_kv = fn._modules["to_kv"]

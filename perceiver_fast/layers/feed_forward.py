@@ -88,16 +88,3 @@ class FeedForward(Cached):
         if dropout and dropout[0].training and dropout[0].p > 0:
             return F.dropout(out + bias.to(out.dtype), dropout[0].p), None
         return out, bias
-
-
-@fusable
-class FeedForwardWithoutDropout(FeedForward):
-    """The ``FeedForward`` of ``perceiver_pytorch.perceiver_io``, which has no dropout.
-
-    Args:
-        dim, mult: see :class:`FeedForward`.
-    """
-
-    def __init__(self, dim: int, mult: int = 4):
-        super().__init__(dim, mult)
-        del self.net[3]

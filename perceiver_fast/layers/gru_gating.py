@@ -30,4 +30,5 @@ class GRUGating(nn.Module):
     @layer_range
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         y = self.fn(x, **keywords_for(self.fn, PreNorm, kwargs))
-        return self.gru(y.flatten(0, -2), x.flatten(0, -2)).view_as(y)
+        out = self.gru(y.flatten(0, -2), x.flatten(0, -2))
+        return out.view_as(y) if y.dim() == 3 else out.unflatten(0, (x.shape[0], -1))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers.attention import Attention, AttentionWithoutDropout
+from perceiver_fast.layers import without_dropout
+from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.cross_attention import cross_attention_branch, describe_context, why_cross_attention_modules
-from perceiver_fast.layers.feed_forward import FeedForward, FeedForwardWithoutDropout
+from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, watcher, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream, normalize
 from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens
 
-ATTENTION = (Attention, AttentionWithoutDropout)
-BRANCHES = (*ATTENTION, FeedForward, FeedForwardWithoutDropout)
+BRANCHES = (Attention, without_dropout.Attention, FeedForward, without_dropout.FeedForward)
 CONTEXT = frozenset(("context", "mask", "inverted_attention"))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers.fusing import is_plain
+from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.layer_norm import run_layer_norm
 from perceiver_fast.ops.linear import product_dtype
 
@@ -31,8 +32,15 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def shared_rows(x: Tensor) -> Tensor:
-    """``[1, N, D]`` where the whole batch of ``x [B, N, D]`` shows the same memory, as learned latents do; else x."""
-    return x[:1] if x.dim() == 3 and x.stride(0) == 0 else x
+    """``[1, N, D]`` where the whole batch of ``x [B, N, D]`` shows the same memory, as learned latents do; else x.
+
+    Not where gradients are recorded: somebody may ask for those of every row.
+    """
+    if x.dim() != 3 or x.stride(0) != 0 or (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    if not torch.compiler.is_compiling() and (transformed() or torch._C._get_tracing_state() is not None):
+        return x
+    return x[:1]
 
 
 class ResidualStream:
@@ -42,12 +50,14 @@ class ResidualStream:
     op.
 
     Args:
-        x: ``[B, N, D]``. Latents that the whole batch shares (expanded, so that they exist once) are computed with once,
-            until the first branch joins.
+        x: ``[B, N, D]``, or ``[1, N, D]`` that the whole batch shares. Latents that exist once are computed with once,
+            until the first branch joins that does not.
+        batch: number of batch elements. Default: that of x.
     """
 
-    def __init__(self, x: Tensor):
-        self._whole: Tensor | None = x  # as it came, until a branch joins
+    def __init__(self, x: Tensor, batch: int | None = None):
+        self._batch = x.shape[0] if batch is None or x.dim() != 3 or x.shape[0] != 1 else batch
+        self._whole: Tensor | None = x if batch is None else x.expand(self._batch, *x.shape[1:])  # until a branch joins
         self._x = shared_rows(x)
         self._branch: Tensor | None = None
         self._bias: Tensor | None = None
@@ -91,7 +101,10 @@ class ResidualStream:
 
     def value(self) -> Tensor:
         """The latents ``[B, N, D]``, with all branches in."""
-        return self._joined() if self._whole is None else self._whole
+        if self._whole is not None:
+            return self._whole
+        x = self._joined()
+        return x if x.shape[0] == self._batch or x.dim() != 3 else x.expand(self._batch, -1, -1)
 
     def _joined(self) -> Tensor:
         if self._branch is not None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver_fast.layers.sequence_dropout import drop_tokens
+
 T = TypeVar("T")
 
 LinearNoBias = functools.partial(nn.Linear, bias=False)
@@ -29,6 +31,11 @@ def default(val: T | None, d: T) -> T:
 def l1norm(t: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
     """``t`` divided by its L1 norm along ``dim``, at least ``eps``."""
     return F.normalize(t, p=1, dim=dim, eps=eps)
+
+
+def dropout_seq(seq: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor | None]:
+    """:func:`perceiver_fast.layers.drop_tokens` by perceiver-pytorch's name and names of arguments."""
+    return drop_tokens(seq, mask, dropout)
 
 
 def cache_by_key(f: Callable[..., T]) -> Callable[..., T]:

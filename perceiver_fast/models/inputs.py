@@ -116,6 +116,7 @@ def check_ids(who: str, ids: Tensor, num_tokens: int, max_length: int, like: Ten
     check_device(who, "x", ids, like)
     # Elsewhere, and where a graph is traced, looking at values would stall it; there the embedding's own check acts.
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    traced = traced or torch._C._len_torch_dispatch_stack() > 0
     has_values = not (traced or type(ids) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(ids))
     if has_values and ids.device.type == "cpu" and ids.numel() > 0:
         low, high = (bound.item() for bound in ids.aminmax())

@@ -8,21 +8,16 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers import (
-    AttentionWithoutDropout,
-    EnformerAttentionResidual,
-    FeedForwardWithoutDropout,
-    PerceiverBlock,
-    PreNorm,
-)
+from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock, PreNorm
 from perceiver_fast.layers.checks import check_data, check_mask, own, trainable
 from perceiver_fast.layers.fusing import are_plain, is_plain, watcher
 from perceiver_fast.layers.pre_norm import join, keywords_for, why_modules
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.sequence_dropout import drop_tokens
+from perceiver_fast.layers.without_dropout import Attention, FeedForward
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
 from perceiver_fast.models.inputs import check_ids, check_queries, check_width, context_channels, like, norm_channels
-from perceiver_fast.models.stack import build_layers, first_hiddens, run_blocks, run_checkpointed
+from perceiver_fast.models.stack import build_layers, first_hiddens, rows_for, run_blocks, run_checkpointed
 from perceiver_fast.tokens import DenseTokens, Tokens
 
 DECODER_ROWS = 8192  # queries decoded at once in inference; enough for full speed, few enough to stay in caches
@@ -113,9 +108,9 @@ class PerceiverIO(nn.Module):
         layers = build_layers(layer, depth, shared=0 if weight_tie_layers else None)
         self.layers = nn.ModuleList(block for block, _ in layers)
         self.attn_residuals = nn.ModuleList(attn_residual for _, attn_residual in layers)
-        decoder = AttentionWithoutDropout(queries_dim, latent_dim, heads=cross_heads, dim_head=cross_dim_head)
+        decoder = Attention(queries_dim, latent_dim, heads=cross_heads, dim_head=cross_dim_head)
         self.decoder_cross_attn = PreNorm(queries_dim, decoder, context_dim=latent_dim)
-        self.decoder_ff = PreNorm(queries_dim, FeedForwardWithoutDropout(queries_dim)) if decoder_ff else None
+        self.decoder_ff = PreNorm(queries_dim, FeedForward(queries_dim)) if decoder_ff else None
         self.to_logits = nn.Identity() if logits_dim is None else nn.Linear(queries_dim, logits_dim)
 
     def __setstate__(self, state: dict) -> None:
@@ -193,6 +188,7 @@ class PerceiverIO(nn.Module):
         x = self.latents.unsqueeze(0).expand(batch, -1, -1)
         keywords = dict(context=self.describe(data), mask=mask, inverted_attention=self.inverted_cross_attn)
         keywords = keywords_for(self.cross_attend_block, PerceiverBlock, keywords)
+        x = rows_for(self.cross_attend_block, x)
         x = run_checkpointed(self.cross_attend_block, self.checkpoint, x, **keywords)
         hiddens = first_hiddens(x, block_outputs, return_hiddens or self.has_attn_residual)
         x = run_blocks(x, self.layers, self.attn_residuals, hiddens, repeat({}), self.checkpoint)
@@ -201,7 +197,8 @@ class PerceiverIO(nn.Module):
 
     def _decode(self, queries: Tensor, latents: Tokens) -> Tensor:
         # Training keeps every part's intermediates anyway, and a compiled graph would hold one copy a part.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._decodes_in_parts(queries):
+        kept = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if kept or not self._decodes_in_parts(queries):
             return self._decode_part(queries, latents)
         out = None
         for start in range(0, queries.shape[1], DECODER_ROWS):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from perceiver_fast.backends import forced_backend, use_backend
+from perceiver_fast.layers import PerceiverBlock
+from perceiver_fast.layers.fusing import is_plain, watcher
 from perceiver_fast.ranges import layer_range
 
 T = TypeVar("T")
@@ -50,6 +52,18 @@ def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args, **keyword
     return torch_checkpoint(layer, *args, use_reentrant=False, **keywords)
 
 
+def rows_for(block: nn.Module, x: Tensor) -> Tensor:
+    """What to call a block with: ``[1, N, D]`` of latents that the whole batch shares, where nobody can see that; else x.
+
+    Args:
+        block: a block; one that is plain and attends to a context makes ``[B, N, D]`` of either.
+        x: latents ``[B, N, D]`` that nobody else has.
+    """
+    if x.stride(0) != 0 or not is_plain(block, PerceiverBlock) or not block.has_cross_attn or watcher() is not None:
+        return x
+    return x[:1]
+
+
 def run_blocks(
     x: Tensor,
     blocks: Iterable[nn.Module],
@@ -71,7 +85,8 @@ def run_blocks(
         ``[B, N, D]``.
     """
     for block, attn_residual, keywords in zip(blocks, attn_residuals, arguments):
-        x = run_checkpointed(block, checkpoint, x, **keywords)
+        rows = rows_for(block, x) if hiddens is None else x
+        x = run_checkpointed(block, checkpoint, rows, **keywords)
         if hiddens is not None:
             hiddens.append(x)
         if attn_residual is not None:

@@ -43,6 +43,11 @@ class TokenGroups:
         return self.groups[0].channels
 
     @property
+    def batch(self) -> int:
+        """Number of batch elements, B."""
+        return self.groups[0].batch
+
+    @property
     def count(self) -> int:
         """Number of tokens of all groups, M."""
         return sum(group.count for group in self.groups)

@@ -8,6 +8,7 @@ import torch
 from contract_cases import MODELS, agree, draw, inputs, pair
 from torch import nn
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_fast as pf
@@ -22,6 +23,24 @@ class Positional(nn.Module):
 
     def forward(self, *values):
         return self.model(**dict(zip(self.names, values)))
+
+
+def test_tracing_checks_itself():
+    """By a second trace, without gradients."""
+    for name in ("perceiver", "io", "gated"):
+        _, ours = pair(name)
+        call = inputs(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(Positional(ours.eval(), call), tuple(call.values()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_traced_by_make_fx(name):
+    _, ours = pair(name)
+    call = inputs(name)
+    traced = make_fx(lambda *values: ours.eval()(**dict(zip(call, values))))(*call.values())
+    agree([traced(*call.values()), ours(**call)])
 
 
 @pytest.mark.parametrize("learning", [False, True])

@@ -528,6 +528,8 @@ def test_explain_names_what_is_not_fused_and_why():
     assert "not fused: net.0 is of class Adapted" in text
     found = {path.layer: path for path in pf.explain(model, data).layers}
     assert found["layers.0.cross_attn"].path == "modules" and found["layers.1.cross_attn"].path == "grid"
+    io = pair("io")[1]
+    assert any(path.layer == "decoder_ff" for path in pf.explain(io, **inputs("io")).layers)
     maps = pf.attention_map(model, data)
     del model.layers[0].cross_attn.fn.to_kv._forward_hooks[
         next(iter(model.layers[0].cross_attn.fn.to_kv._forward_hooks))

@@ -209,3 +209,48 @@ def test_two_threads_may_be_looked_at():
         thread.join()
         assert observer() is mine
     assert observer() is None
+
+
+BATCHED = {
+    "block among itself": (
+        lambda: pf.PerceiverBlock(dim=16, has_cross_attn=False, latent_heads=2, latent_dim_head=8),
+        {},
+    ),
+    "block": (
+        lambda: pf.PerceiverBlock(dim=16, context_dim=12, latent_heads=2, latent_dim_head=8),
+        dict(context=torch.randn(3, 7, 12)),
+    ),
+    "cross-attention": (
+        lambda: perceiver_pytorch.PreNorm(16, perceiver_pytorch.Attention(16, 12, 2, 8), 12),
+        dict(context=torch.randn(3, 7, 12)),
+    ),
+    "residual": (lambda: gated.Residual(perceiver_pytorch.PreNorm(16, perceiver_pytorch.FeedForward(16))), {}),
+}
+
+
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("name", BATCHED)
+def test_latents_expanded_over_the_batch(name, learning):
+    """They exist once; outputs and gradients are those of every row."""
+    build, call = BATCHED[name]
+    layer, latents = build(), torch.randn(1, 5, 16)
+    results = []
+    for x in (latents.expand(3, -1, -1), latents.repeat(3, 1, 1)):
+        x = x.detach().requires_grad_(learning)
+        weight = torch.arange(1.0, 4.0).view(3, 1, 1)  # every row its own gradient
+        with torch.set_grad_enabled(learning):
+            out = layer(x, **call)
+            assert out.shape == (3, 5, 16)
+        wanted = [x, *layer.parameters()] if learning else []
+        results.append([out, *(torch.autograd.grad((out * weight).square().sum(), wanted) if learning else [])])
+    agree(results, 1e-4)
+
+
+def test_a_pass_through_in_the_place_of_the_first_block():
+    class Pass(nn.Module):
+        def forward(self, x, **keywords):
+            return x
+
+    models = pair("io", change=lambda m: setattr(m, "cross_attend_block", Pass()))
+    agree([step(m, **inputs("io")) for m in models])
+    agree([m(inputs("io")["data"]) for m in models])

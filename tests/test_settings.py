@@ -92,6 +92,7 @@ def test_checkpointed_blocks_run_twice_on_what_was_forced(monkeypatch):
         block.forward = noting.__get__(block)
     with pf.use_backend("reference"):
         loss = model(torch.randn(1, 5, 4, 3)).sum()
+    assert forced_backend() == "auto"
     loss.backward()
     assert used == ["reference"] * 4 and forced_backend() == "auto"
     assert stack.run_checkpointed(lambda x: x, False, 3) == 3

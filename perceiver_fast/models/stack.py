@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -39,6 +39,13 @@ def first_hiddens(x: Tensor, block_outputs: Sequence[Tensor] | Tensor | None, ke
     return [block_outputs] if torch.is_tensor(block_outputs) else list(block_outputs)
 
 
+@contextmanager
+def _forcing(backend: str) -> Iterator[None]:
+    """Force a backend inside; not from its making on, as :class:`use_backend` does."""
+    with use_backend(backend):
+        yield
+
+
 def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args, **keywords) -> T:
     """``layer(*args, **keywords)``; with ``checkpoint`` its activations are computed again in the backward, not kept.
 
@@ -48,7 +55,7 @@ def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args, **keyword
         return layer(*args, **keywords)
     forced = forced_backend()
     if forced != "auto" and not torch.compiler.is_compiling():  # backwards may run in another thread
-        keywords["context_fn"] = lambda: (nullcontext(), use_backend(forced))
+        keywords["context_fn"] = lambda: (nullcontext(), _forcing(forced))
     return torch_checkpoint(layer, *args, use_reentrant=False, **keywords)
 
 

@@ -121,8 +121,10 @@ class use_backend:
 
     def __init__(self, name: str):
         self._forced = _backend.force(_check(name, "use_backend"))
+        self._forced.bare = True  # until it is entered: it ends with the block around it, if there is one
 
     def __enter__(self) -> use_backend:
+        self._forced.bare = False
         return self
 
     def __exit__(self, *exc) -> None:

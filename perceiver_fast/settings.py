@@ -61,10 +61,16 @@ class Setting:
         return forced
 
     def release(self, forced: _Forced) -> None:
-        """Take back what :meth:`force` returned; in another thread or task than that it only ends to hold there."""
-        self._here.set(tuple(other for other in self._here.get() if other is not forced))
-        forced.holds = False
-        self._everywhere = [other for other in self._everywhere if other is not forced]
+        """Take back what :meth:`force` returned, and what was forced since, here, without a block of its own.
+
+        In another thread or task than that it only ends to hold there.
+        """
+        here = self._here.get()
+        since = here[here.index(forced) :] if forced in here else ()
+        for ended in (forced, *(other for other in since if other.bare)):
+            ended.holds = False
+        self._here.set(tuple(other for other in here if other.holds))
+        self._everywhere = [other for other in self._everywhere if other.holds]
         self._sum_up()
 
     def _value(self) -> str:
@@ -78,7 +84,7 @@ class Setting:
 
 
 class _Forced:
-    """One value that was forced, and whether it still holds."""
+    """One value that was forced, whether it still holds, and whether it was forced without a block of its own."""
 
     def __init__(self, value: str):
-        self.value, self.holds = value, True
+        self.value, self.holds, self.bare = value, True, False

@@ -29,10 +29,20 @@ def test_another_thread_is_left_alone(force, value):
 
 
 def test_overlapping_blocks_leave_nothing_behind():
-    first, second = pf.use_backend("reference"), pf.use_backend("cpu")
+    first, second = pf.use_backend("reference").__enter__(), pf.use_backend("cpu").__enter__()
     first.__exit__()
     assert forced_backend() == "cpu"
     second.__exit__()
+    assert forced_backend() == "auto"
+
+
+def test_what_is_forced_without_a_block_ends_with_the_one_around_it():
+    with pf.use_backend("auto"):
+        pf.use_backend("reference")
+        assert forced_backend() == "reference"
+        with pf.use_backend("cpu"):
+            pf.use_backend("triton")
+        assert forced_backend() == "reference"
     assert forced_backend() == "auto"
 
 

@@ -194,8 +194,10 @@ class use_linear:
 
     def __init__(self, name: str):
         self._forced = _library.force(_check(name, "use_linear"))
+        self._forced.bare = True  # until it is entered: it ends with the block around it, if there is one
 
     def __enter__(self) -> use_linear:
+        self._forced.bare = False
         return self
 
     def __exit__(self, *exc) -> None:

@@ -28,7 +28,7 @@ from benchmarks.base_tree import CannotMeasure, build, commit_of, is_dirty, stal
 from benchmarks.compare_view import COLOURS, milliseconds
 from benchmarks.measure import DEFAULT_THREADS
 from benchmarks.progress import Report, progress
-from perceiver_fast.geometries import GEOMETRIES
+from perceiver_fast.insight.geometries import GEOMETRIES
 
 ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY_NAMES, QUICK = ("cross-only", "readme"), ("cross-only",)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.compare import judge
 from benchmarks.progress import Report
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 WORKER = Path(__file__).with_name("base_worker.py")
 TURN_SECONDS, MOST_CALLS = 0.25, 30  # short calls are repeated within a turn

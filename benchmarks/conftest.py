@@ -15,7 +15,7 @@ from benchmarks import measure  # noqa: E402
 from benchmarks.geometries import PLANS, QUICK, select  # noqa: E402
 from benchmarks.measure import DEFAULT_THREADS  # noqa: E402
 from perceiver_fast.commands.options import positive  # noqa: E402
-from perceiver_fast.roofs import measure_roofs  # noqa: E402
+from perceiver_fast.insight.roofs import measure_roofs  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 collect_ignore_glob = ["base*.py", "gpu*", "nsight/*", "*.md"]  # no benchmarks: pytest would look for doctests there

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from perceiver_fast.commands.peer_model import peer_model
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 
 def eager(geometry: Geometry) -> nn.Module:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import report
 from benchmarks.measure import DEFAULT_THREADS
 from benchmarks.peers import fast
-from perceiver_fast.geometries import GEOMETRIES
+from perceiver_fast.insight.geometries import GEOMETRIES
 from perceiver_fast.ops.linear_libraries import LIBRARIES, reasons
 
 ROUNDS = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perceiver_fast.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 FLOAT32_BYTES = 4
 QUICK = "cross-only"

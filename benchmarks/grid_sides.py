@@ -16,7 +16,7 @@ from torch import Tensor
 
 import perceiver_fast as pf
 from benchmarks.layers import one_layer
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 LAYER_NORM_EPS = 1e-5  # torch's default
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.geometries import token_channels
 from benchmarks.peers import OURS, compile_reasons, compiled, fast_reasons, with_sdpa
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 SHARPENING = 6.0  # of the queries: attention that is nearly uniform would hide a wrong key
 PERTURBATION = 0.1  # of LayerNorms' weights and biases, whose initial ones and zeros would hide a missing term

@@ -18,7 +18,7 @@ from benchmarks.geometries import PLANS
 from benchmarks.measure import Call, Case, cotangent, measure
 from benchmarks.peers import OURS, compile_reasons, fast_reasons
 from benchmarks.throughput import Work, counted, scaled
-from perceiver_fast.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 PASSES = ("forward", "step")
 EAGER, COMPILE = "eager", "compile"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.families import eager
 from perceiver_fast import extension
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 
 class SDPAAttention(Attention):

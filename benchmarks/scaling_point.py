@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.measure import cotangent
 from benchmarks.memory import WARM_CALLS, peak_memory
 from benchmarks.peers import PEERS as BUILDERS
-from perceiver_fast.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 PEERS = ("eager", "sdpa", "compile", "fast")
 PASSES, DTYPES = ("forward", "step"), ("float32", "bfloat16")

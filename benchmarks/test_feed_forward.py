@@ -9,7 +9,7 @@ from benchmarks.ops import Problem, nbytes, op_benchmark, random
 from benchmarks.test_geglu import WIDENING
 from benchmarks.throughput import Work
 from perceiver_fast import ops
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 LEVEL = "feed_forward"
 

@@ -11,7 +11,7 @@ from benchmarks.layers import token_channels
 from benchmarks.ops import Problem, nbytes, op_benchmark, random
 from benchmarks.throughput import Work
 from perceiver_fast import ops
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 LEVEL = "fourier_projection"
 EPS = 1e-5

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.ops import Problem, nbytes, op_benchmark, random
 from benchmarks.throughput import Work
 from perceiver_fast import ops
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 LEVEL = "geglu"
 WIDENING = 4  # perceiver-pytorch's

@@ -17,7 +17,7 @@ from benchmarks.grid_sides import Problem, Side, dense_side, grid_side, problem
 from benchmarks.measure import Call, Case, measure, need_memory
 from benchmarks.peers import OURS, fast_reasons
 from benchmarks.throughput import Work, scaled
-from perceiver_fast.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 LEVEL = "grid_attention"
 PASSES = ("forward", "step", "step+tokens")

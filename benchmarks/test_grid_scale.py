@@ -9,7 +9,7 @@ from benchmarks.layers import one_layer, token_channels
 from benchmarks.ops import Problem, nbytes, op_benchmark
 from benchmarks.throughput import Work
 from perceiver_fast import ops
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 LEVEL = "grid_scale"
 EPS = 1e-5

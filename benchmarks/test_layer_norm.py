@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.ops import Problem, nbytes, op_benchmark, random
 from benchmarks.throughput import Work
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.ops.layer_norm import add_layer_norm
 
 LEVEL = "layer_norm"

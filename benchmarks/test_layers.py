@@ -13,7 +13,7 @@ from benchmarks.layers import NOT_A_PEER, PEERS, latents, named, truth
 from benchmarks.measure import Call, Case, cotangent, measure, need_memory
 from benchmarks.peers import OURS
 from benchmarks.throughput import Work, module_work
-from perceiver_fast.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 LEVEL = "layer"
 PASSES = ("forward", "step")

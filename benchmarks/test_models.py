@@ -13,7 +13,7 @@ from benchmarks.geometries import LEAN, PLANS, eager_bytes, truth_bytes
 from benchmarks.measure import Call, Case, cotangent, measure, need_memory
 from benchmarks.peers import OURS, PEERS, parameters, truth
 from benchmarks.throughput import Work, module_work
-from perceiver_fast.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 LEVEL = "model"
 PASSES = ("forward", "step")

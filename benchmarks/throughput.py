@@ -1,6 +1,6 @@
 """From counted work and a time to throughput, and to shares of what the CPU can do.
 
-The roofs are measured in the same session (:mod:`perceiver_fast.roofs`): multiply-adds, exponentials and copied bytes a
+The roofs are measured in the same session (:mod:`perceiver_fast.insight.roofs`): multiply-adds, exponentials and copied bytes a
 second. Exponentials and multiply-adds are vector instructions that take turns, so their times add; memory works beside them.
 """
 
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perceiver_fast.counting.work import Counts, WorkCounter, total
-from perceiver_fast.geometries import Geometry
-from perceiver_fast.roofs import measure_roofs
+from perceiver_fast.insight.geometries import Geometry
+from perceiver_fast.insight.roofs import measure_roofs
+from perceiver_fast.insight.work import Counts, WorkCounter, total
 
 BACKWARD = 2  # a step's products, over those of its forward alone: each has one for either operand's gradient
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perceiver_fast.geometries import GEOMETRIES, Geometry, Points
+from perceiver_fast.insight.geometries import GEOMETRIES, Geometry, Points
 from perceiver_fast.layers.plan import Layer, Plan, Work, count_work, plan_cross_attention
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
 

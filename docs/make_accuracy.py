@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.commands.peer_model import peer_model
-from perceiver_fast.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 PAGE = HERE / "accuracy.md"
 START, END = "<!-- table: python docs/make_accuracy.py -->", "<!-- end of the table -->"

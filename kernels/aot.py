@@ -20,46 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
+from perceiver_fast.kernels.configs import Config
+from perceiver_fast.kernels.launch import Instance
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from perceiver_fast.kernels.configs import Config
 
 MODULES = ("grid_attention_instances", "cross_attention_instances", "pointwise_instances")
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One kernel with all its constants: what a call launches.
-
-    Args:
-        name: kernel and variant.
-        kernel: the function under ``triton.jit``.
-        types: of its run-time arguments, as ``"*fp32"`` or ``"i32"``.
-        constants: its ``tl.constexpr`` arguments.
-        config: tile, warps and stages.
-        weights: attention weights that one turn of its innermost loop makes, or 0; every one costs one exponential.
-        tensor_cores: whether its products are to run on tensor cores.
-        registers: budget a thread.
-        divisible: integer arguments that are multiples of 16; pointers always are.
-    """
-
-    name: str
-    kernel: object
-    types: dict[str, str]
-    constants: dict[str, object]
-    config: Config
-    weights: int = 0
-    tensor_cores: bool = False
-    registers: int = 255
-    divisible: tuple[str, ...] = ()
-
-    @property
-    def exponentials(self) -> int:
-        """Exponentials that a thread has to compute in one turn of the loop, at least."""
-        return self.weights // (32 * self.config.warps)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-
-from perceiver_fast.kernels.aot import Instance
 from perceiver_fast.kernels.cross_attention import forward_launches
 from perceiver_fast.kernels.cross_attention_backward import backward_launches
+from perceiver_fast.kernels.launch import Instance
 
 FEW, MANY = 512, 50176  # latents and tokens
 # dtype, channels, and whether it is the call with a mask, with dropout, and of many queries to few tokens

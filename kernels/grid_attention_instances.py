@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-
-from perceiver_fast.kernels.aot import Instance
 from perceiver_fast.kernels.grid_attention import forward_launches
 from perceiver_fast.kernels.grid_attention_backward import backward_launches
+from perceiver_fast.kernels.launch import Instance
 
 BATCH, QUERIES, SIZES = 2, 512, (224, 224)
 # dtype, channels, and whether it is the call with a mask and dropout

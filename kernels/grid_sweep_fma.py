@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from perceiver_fast.kernels import dropout as hashing
 
 

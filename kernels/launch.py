@@ -6,17 +6,48 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from perceiver_fast.kernels.configs import MOST, Config
 from torch import Tensor
 
-from perceiver_fast.kernels.aot import Instance
-from perceiver_fast.kernels.configs import MOST, Config
-from perceiver_fast.ops.library import multiprocessors
+from perceiver_fast.gpu import multiprocessors
 
 SMALL = Config(queries=1, tokens=1, warps=4)  # of kernels that hold no tile of weights
 TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One kernel with all its constants: what a call launches.
+
+    Args:
+        name: kernel and variant.
+        kernel: the function under ``triton.jit``.
+        types: of its run-time arguments, as ``"*fp32"`` or ``"i32"``.
+        constants: its ``tl.constexpr`` arguments.
+        config: tile, warps and stages.
+        weights: attention weights that one turn of its innermost loop makes, or 0; every one costs one exponential.
+        tensor_cores: whether its products are to run on tensor cores.
+        registers: budget a thread.
+        divisible: integer arguments that are multiples of 16; pointers always are.
+    """
+
+    name: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict[str, object]
+    config: Config
+    weights: int = 0
+    tensor_cores: bool = False
+    registers: int = 255
+    divisible: tuple[str, ...] = ()
+
+    @property
+    def exponentials(self) -> int:
+        """Exponentials that a thread has to compute in one turn of the loop, at least."""
+        return self.weights // (32 * self.config.warps)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-
 from perceiver_fast.kernels import geglu, layer_norm
-from perceiver_fast.kernels.aot import Instance
-from perceiver_fast.kernels.launch import Launch
+from perceiver_fast.kernels.launch import Instance, Launch
 
 ROWS = (64, 256)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-
 from perceiver_fast.kernels import (
     aot,
     cross_attention,

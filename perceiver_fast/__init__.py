@@ -5,15 +5,15 @@
 """
 
 from perceiver_fast import backends, experimental, gated, mixed_latents, ops, reference
-from perceiver_fast.attention_map import attention_map, contrasting_latents
 from perceiver_fast.backends import BackendError, use_backend
 from perceiver_fast.cache import clear_caches
-from perceiver_fast.explain import explain
 from perceiver_fast.graph import graph
+from perceiver_fast.insight.attention_map import attention_map, contrasting_latents
+from perceiver_fast.insight.explain import explain
+from perceiver_fast.insight.plot import plot_attention_map
 from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
 from perceiver_fast.ops.linear_libraries import use_linear
-from perceiver_fast.plot import plot_attention_map
 from perceiver_fast.ranges import ranges
 
 __version__ = "0.1.0"

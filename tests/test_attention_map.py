@@ -12,7 +12,8 @@ from perceiver_pytorch import mixed_latents as their_mixed_latents
 from support import relative_error
 
 import perceiver_fast as pf
-from perceiver_fast import observe, reference
+from perceiver_fast import reference
+from perceiver_fast.insight import observe
 from perceiver_fast.layers import Attention
 from perceiver_fast.layers.pre_norm import is_cross_attention
 from perceiver_fast.models import perceiver_io

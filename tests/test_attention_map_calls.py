@@ -96,7 +96,7 @@ def test_contrasting_latents_are_those_that_vary_most(monkeypatch):
     maps = pf.attention_map(model, data, 1, range(12), heads="mean").flatten(2)
     order = maps.var(-1).mean(0).argsort(descending=True).tolist()
     for at_once in (1, 500, 2**24):
-        monkeypatch.setattr(sys.modules["perceiver_fast.attention_map"], "WEIGHTS", at_once)
+        monkeypatch.setattr(sys.modules["perceiver_fast.insight.attention_map"], "WEIGHTS", at_once)
         assert pf.contrasting_latents(model, data, 1, 5) == order[:5]
         assert pf.contrasting_latents(model, data, 1, 20) == order
         assert pf.contrasting_latents(model, data, 1, 3, candidates=4) == [n for n in order if n < 4][:3]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed; a bare `pytest` d
 pytest.importorskip("perceiver_pytorch")
 
 from benchmarks import base, base_measure, base_tree
-from perceiver_fast.geometries import GEOMETRIES
+from perceiver_fast.insight.geometries import GEOMETRIES
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 BUILD = "import sys\nprint('building', *sys.argv[1:])\n"

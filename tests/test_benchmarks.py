@@ -26,8 +26,8 @@ from benchmarks.measure import Case, errors, measure  # noqa: E402
 from benchmarks.memory import memory_method, peak_memory  # noqa: E402
 from benchmarks.peers import PEERS, SDPAAttention, parameters, sdpa  # noqa: E402
 from benchmarks.throughput import Work, counted, module_work, scaled, throughput  # noqa: E402
-from perceiver_fast import roofs  # noqa: E402
-from perceiver_fast.geometries import GEOMETRIES  # noqa: E402
+from perceiver_fast.insight import roofs  # noqa: E402
+from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
 
 OPS = ("cross_attention", "feed_forward", "fourier_projection", "geglu", "grid_scale", "layer_norm", "linear")
 

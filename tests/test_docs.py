@@ -15,7 +15,7 @@ import torch
 import perceiver_fast as pf
 from perceiver_fast import ops, reference
 from perceiver_fast.__main__ import COMMANDS
-from perceiver_fast.geometries import GEOMETRIES
+from perceiver_fast.insight.geometries import GEOMETRIES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

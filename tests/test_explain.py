@@ -11,12 +11,13 @@ from support import needs_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_fast as pf
-from perceiver_fast.counting.fold import fold
-from perceiver_fast.counting.shapes import on_shapes, shapes_mode
-from perceiver_fast.counting.work import FORMULAS, Counts, WorkCounter, binary, decimal, total
-from perceiver_fast.geometries import GEOMETRIES
-from perceiver_fast.layers import fourier, observer
-from perceiver_fast.roofs import Roofs
+from perceiver_fast.insight.fold import fold
+from perceiver_fast.insight.geometries import GEOMETRIES
+from perceiver_fast.insight.roofs import Roofs
+from perceiver_fast.insight.shapes import on_shapes, shapes_mode
+from perceiver_fast.insight.work import FORMULAS, Counts, WorkCounter, binary, decimal, total
+from perceiver_fast.layers import observer
+from perceiver_fast.tokens import fourier
 
 SMALL = dict(
     num_freq_bands=4, depth=3, max_freq=10.0, num_latents=7, latent_dim=16, latent_heads=2, latent_dim_head=8,

@@ -7,12 +7,12 @@ import torch
 from support import needs_extension
 
 import perceiver_fast as pf
-from perceiver_fast import roofs
 from perceiver_fast.__main__ import main
 from perceiver_fast.commands import explain as command
 from perceiver_fast.commands.explain_table import duration
-from perceiver_fast.geometries import GEOMETRIES
-from perceiver_fast.roofs import Roofs
+from perceiver_fast.insight import roofs
+from perceiver_fast.insight.geometries import GEOMETRIES
+from perceiver_fast.insight.roofs import Roofs
 
 STAND_IN = Roofs(multiply_adds=1e10, exponentials=1e9, copied_bytes=2e9, threads=1)
 

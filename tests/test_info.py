@@ -12,10 +12,11 @@ import torch
 from support import needs_extension
 
 import perceiver_fast as pf
-from perceiver_fast import extension, roofs
+from perceiver_fast import extension
 from perceiver_fast.__main__ import main
 from perceiver_fast.commands import info
-from perceiver_fast.roofs import Roofs
+from perceiver_fast.insight import roofs
+from perceiver_fast.insight.roofs import Roofs
 
 PACKAGE = Path(pf.__file__).parent
 

@@ -5,7 +5,8 @@ import math
 import pytest
 from support import needs_extension
 
-from perceiver_fast import extension, roofs
+from perceiver_fast import extension
+from perceiver_fast.insight import roofs
 
 
 @pytest.mark.skipif(**needs_extension)

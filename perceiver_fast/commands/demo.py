@@ -24,10 +24,11 @@ from rich.table import Table
 from torch import Tensor
 
 import perceiver_fast as pf
-from perceiver_fast import extension, geometries
+from perceiver_fast import extension
 from perceiver_fast.commands import demo_process, info
 from perceiver_fast.commands.demo_process import Report
 from perceiver_fast.commands.options import positive
+from perceiver_fast.insight import geometries
 
 SEED = 0
 TOLERANCE = 1e-3  # of the largest output: rounding in float32 stays far below

@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from perceiver_fast.commands.console import plain_table, wide_console
-from perceiver_fast.counting.explanation import Explanation, LayerPath, notes, rejections
-from perceiver_fast.counting.work import Counts, binary, decimal
-from perceiver_fast.geometries import Geometry
-from perceiver_fast.roofs import Roofs
+from perceiver_fast.insight.explanation import Explanation, LayerPath, notes, rejections
+from perceiver_fast.insight.geometries import Geometry
+from perceiver_fast.insight.roofs import Roofs
+from perceiver_fast.insight.work import Counts, binary, decimal
 
 PEER = "perceiver-pytorch"
 

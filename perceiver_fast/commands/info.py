@@ -18,9 +18,10 @@ from types import SimpleNamespace
 
 import torch
 
-from perceiver_fast import backends, extension, roofs
+from perceiver_fast import backends, extension
 from perceiver_fast.commands.info_kernels import show_kernels
 from perceiver_fast.commands.info_show import show
+from perceiver_fast.insight import roofs
 from perceiver_fast.ops.cross_attention import BACKENDS as CROSS_ATTENTION
 from perceiver_fast.ops.cross_attention import CrossAttentionCall
 from perceiver_fast.ops.fourier_projection import BACKENDS as FOURIER_PROJECTION

@@ -6,7 +6,7 @@ import json
 import sys
 
 from perceiver_fast.commands.console import wide_console
-from perceiver_fast.ops.library import triton_error
+from perceiver_fast.gpu import triton_error
 
 COUNTED = "of the loop over tokens; a loop over channels within it counts once"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 
 
 class EncodedPoints(nn.Module):

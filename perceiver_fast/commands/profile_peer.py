@@ -8,7 +8,7 @@ from torch import nn
 
 from perceiver_fast.commands.peer_model import peer_model
 from perceiver_fast.commands.profile_workload import CannotRun
-from perceiver_fast.geometries import Geometry
+from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.ranges import open_range
 
 

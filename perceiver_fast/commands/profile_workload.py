@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from perceiver_fast.commands.options import positive
-from perceiver_fast.geometries import GEOMETRIES
+from perceiver_fast.insight.geometries import GEOMETRIES
 from perceiver_fast.ranges import open_range, ranges
 
 PROFILED, FORWARD, BACKWARD = "profiled", "forward", "backward"  # the ranges that are no layer's and no op's

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
-from perceiver_fast.layers.checks import trainable
 from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import are_plain, fusable, watcher
 from perceiver_fast.layers.pre_norm import PreNorm, attend, join
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import TokenGroups, Tokens
+from perceiver_fast.tracing import trainable
 
 
 @fusable

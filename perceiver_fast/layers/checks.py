@@ -118,19 +118,3 @@ def check_mask(who: str, mask: Tensor | None, what: str, data: Tensor, sizes: to
             f"e.g. mask.to('{data.device}')"
         )
     return mask if mask.shape[0] == batch else mask.expand(batch, *mask.shape[1:])
-
-
-def own(tensor: Tensor) -> Tensor:
-    """A copy where gradients are recorded: it is kept for the backward, and the caller may refill its own meanwhile.
-
-    perceiver-pytorch copies its input too, as it joins the encoding to it. Inference tensors become ones to train on.
-    """
-    traced = torch._C._get_tracing_state() is not None  # a trace is made with gradients and compared with one without
-    return tensor.clone() if torch.is_grad_enabled() and not traced else tensor
-
-
-def trainable(tensor: Tensor) -> Tensor:
-    """A copy of an inference tensor where gradients are recorded, which cannot keep it for the backward; else ``tensor``."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return tensor
-    return tensor.clone() if tensor.is_inference() else tensor

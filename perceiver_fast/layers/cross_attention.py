@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
-from perceiver_fast.layers.checks import check_data, check_mask, trainable
+from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.layers.fusing import is_plain, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
@@ -33,6 +33,7 @@ from perceiver_fast.ops.library import half_dtype, unless_autocast
 from perceiver_fast.ops.linear import product_dtype
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens, absorb_norm, merge_groups
+from perceiver_fast.tracing import trainable
 
 T = TypeVar("T")
 

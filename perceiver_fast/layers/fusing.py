@@ -22,7 +22,6 @@ Example:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -31,6 +30,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
+
+from perceiver_fast.tracing import exports_onnx
 
 # What fused ops compute with. The last two stand for plain tensors where something is traced, or where explain looks on.
 PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
@@ -73,11 +74,6 @@ def watcher() -> str | None:
     return _exchanged()
 
 
-def exports_onnx() -> bool:
-    """Whether a graph is traced for ONNX, which knows torch's operators alone."""
-    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
-
-
 def _tracing_watcher() -> str | None:
     if exports_onnx():
         return "ONNX knows torch's operators alone"
@@ -85,7 +81,7 @@ def _tracing_watcher() -> str | None:
 
 
 # Asked while a graph is traced. What torch.compiler.assume_constant_result sets; that imports torch._dynamo: seconds.
-exports_onnx._dynamo_marked_constant = _tracing_watcher._dynamo_marked_constant = True
+_tracing_watcher._dynamo_marked_constant = True
 
 
 def _exchanged() -> str | None:

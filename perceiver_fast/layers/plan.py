@@ -15,18 +15,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from perceiver_fast.backends import Choice, forced_backend, require
 from perceiver_fast.ops.cross_attention import CrossAttentionCall, choose_cross_attention
 from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention
 from perceiver_fast.ops.library import autocast_dtype, half_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+from perceiver_fast.tracing import known
 
 PAIR = 12  # multiply-adds in whose time a query-token pair's exponential and sums are done: 11 to 14 instructions
 BYTE = 4  # multiply-adds in whose time a byte passes through memory: 4 to 10 on two to sixteen cores
 FLOAT = 4  # bytes
-ANY_SIZE = 4096  # in the place of a size that is not known
 SMALL = 2e7  # multiply-adds, a fraction of a millisecond: below it the grid's way is taken, whose error is the least
 
 
@@ -95,13 +93,6 @@ class Layer:
     masked: bool = False
 
 
-def known(size: int) -> int:
-    """``size``, or a number in its place where a graph for any size is traced: comparing would tie the graph to some."""
-    if torch.compiler.is_exporting() and (torch.compiler.is_dynamo_compiling() or type(size) is not int):
-        return ANY_SIZE
-    return size
-
-
 def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
     """The forward's work on one way; raises KeyError for a way that the tokens do not offer."""
     rows, width, count = known(layer.queries) * layer.heads, 2 * layer.heads * layer.dim_head, known(tokens.count)
@@ -116,7 +107,7 @@ def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
         operations = pairs * (2 * channels + PAIR) + 2 * rows * layer.dim_head * channels
         return Work(operations, FLOAT * 3 * count * channels)
     if path == "projected":
-        operations = tokens.projection_operations(width, known) + pairs * (2 * layer.dim_head + PAIR)
+        operations = tokens.projection_operations(width) + pairs * (2 * layer.dim_head + PAIR)
         return Work(operations, FLOAT * count * (tokens.stored_channels + 2 * width))
     raise KeyError(path)
 

@@ -5,66 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers import AxisCodes, axis_codes
-from perceiver_fast.layers.checks import check_data, check_mask, own, trainable
-from perceiver_fast.layers.plan import known
+from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.models.inputs import check_coords, check_width, context_channels, like
 from perceiver_fast.models.stack import Head, run_checkpointed
-from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.ranges import op_range
-from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
-
-ONE_AXIS_LIMIT = 1024  # positions; a longer single axis would have a table entry for every pair
-
-
-def describe_grid(
-    data: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None
-) -> GridTokens | PointTokens:
-    """The tokens of data on a grid with Fourier codes of their positions, not built.
-
-    Args:
-        data: ``[B, n_1, .., n_A, F]``.
-        num_freq_bands, max_freq: of the codes.
-        embedding: ``[E]``, channels that all tokens share, between their own and the codes. Default: none.
-    """
-    data = own(data)
-    if data.dim() == 3 and known(data.shape[1]) > ONE_AXIS_LIMIT:
-        positions = grid_positions(data.shape[1], data.device)
-        return describe_points(data, positions, num_freq_bands, max_freq, embedding)
-    dtype = compute_dtype(data.dtype)
-    codes = tuple(axis_codes(size, num_freq_bands, max_freq, dtype, data.device) for size in data.shape[1:-1])
-    if embedding is not None:  # one more axis, of one index
-        data, codes = data.unsqueeze(1), (_shared_code(embedding.to(dtype)), *codes)
-    return GridTokens(data, codes)
-
-
-def _shared_code(embedding: Tensor) -> AxisCodes:
-    """The code ``[1, E]`` of an axis of one index, differentiable in ``embedding [E]`` with its statistics."""
-    mean = embedding.mean(0, keepdim=True)
-    return AxisCodes(embedding.unsqueeze(0), mean, (embedding - mean).square().sum(0, keepdim=True))
-
-
-def grid_positions(size: int, device: torch.device) -> Tensor:
-    """``size`` positions evenly spaced in [-1, 1], float64 ``[1, size, 1]``."""
-    return torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device="cpu").to(device).view(1, -1, 1)
-
-
-def describe_points(
-    data: Tensor, coords: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None
-) -> PointTokens:
-    """The tokens of data at given positions with Fourier codes of these, not built.
-
-    Args:
-        data: ``[B, M, F]``.
-        coords: ``[B, M, A]``, or ``[1, M, A]`` or ``[M, A]`` when the whole batch shares them.
-        num_freq_bands, max_freq: of the codes.
-        embedding: ``[E]``, channels that all tokens share, between their own and the codes. Default: none.
-    """
-    data, coords = own(data), own(coords if coords.dim() == 3 else coords.unsqueeze(0))
-    frequency = torch.linspace(1.0, max_freq / 2, num_freq_bands, dtype=torch.float64, device="cpu").to(data.device)
-    if embedding is not None:
-        data = torch.cat([data, embedding.expand(*data.shape[:-1], -1)], -1)
-    return PointTokens(data, coords.double(), frequency.expand(coords.shape[-1], -1))
+from perceiver_fast.tokens import DenseTokens, Tokens
+from perceiver_fast.tokens.describe import describe_grid, describe_points
+from perceiver_fast.tracing import own, trainable
 
 
 class GridPerceiver(nn.Module):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.layers.pre_norm import keywords_for
-from perceiver_fast.models.grid import describe_grid, describe_points
 from perceiver_fast.models.inputs import like
 from perceiver_fast.models.modality import Modality, ModalityInput, check_modalities, check_modality_inputs
 from perceiver_fast.models.stack import build_layers, classifier_head, run_blocks
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import TokenGroups
+from perceiver_fast.tokens.describe import describe_grid, describe_points
 
 
 class ModalityEmbeddings(nn.ParameterDict):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock, PreNorm
-from perceiver_fast.layers.checks import check_data, check_mask, own, trainable
+from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.layers.fusing import are_plain, is_plain, watcher
 from perceiver_fast.layers.pre_norm import join, keywords_for, why_modules
 from perceiver_fast.layers.residual_stream import ResidualStream
@@ -19,6 +19,7 @@ from perceiver_fast.models.checkpoints import upgrade_io_state_dict
 from perceiver_fast.models.inputs import check_ids, check_queries, check_width, context_channels, like, norm_channels
 from perceiver_fast.models.stack import build_layers, first_hiddens, rows_for, run_blocks, run_checkpointed
 from perceiver_fast.tokens import DenseTokens, Tokens
+from perceiver_fast.tracing import own, trainable
 
 DECODER_ROWS = 8192  # queries decoded at once in inference; enough for full speed, few enough to stay in caches
 

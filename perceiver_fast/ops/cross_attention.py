@@ -17,16 +17,15 @@ from torch import Tensor
 
 from perceiver_fast import backends, extension, reference
 from perceiver_fast.backends import Backend, Choice
+from perceiver_fast.gpu import INTERPRETED, multiprocessors
 from perceiver_fast.ops import blocks
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.library import (
-    INTERPRETED,
     compute_dtype,
     cpu_error,
     dropout_seed,
     kernel_reasons,
     library,
-    multiprocessors,
     register_triton,
     triton_reasons,
     unless_autocast,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from perceiver_fast.gpu import INTERPRETED, architecture, triton_error
 
 
 class Definitions:
@@ -47,10 +46,6 @@ class Definitions:
 
 
 library = Definitions()
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's interpreter is on: its kernels then run on CPU tensors, in the place of the C++ ones."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -102,31 +97,6 @@ def kernel_reasons(
 def cpu_error(error: str | None) -> str | None:
     """Why the C++ kernels of an op that Triton has too are not there."""
     return "TRITON_INTERPRET=1 puts the interpreted Triton kernels in their place" if INTERPRETED else error
-
-
-triton_error = None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
-
-
-@functools.cache
-def _gpu(device: torch.device) -> tuple[int, int]:
-    if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
-        return 90, 132
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
-def architecture(device: torch.device) -> int:
-    """The compute capability of a GPU as sm_XY writes it; where there is none to ask, as in explain, an H100's."""
-    return _gpu(device)[0]
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; where there is none to ask, an H100's."""
-    return _gpu(device)[1]
-
-
-# What torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which takes seconds.
-architecture._dynamo_marked_constant = multiprocessors._dynamo_marked_constant = True
 
 
 def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
+from perceiver_fast.tracing import known
 
 
 class Tokens:
@@ -73,11 +72,8 @@ class Tokens:
         """Ops beside attention that a layer needs of these tokens on its way, with the backends that run them."""
         return ()
 
-    def projection_operations(self, width: int, known: Callable[[int], int] = int) -> float:
-        """Multiply-adds of :meth:`keys_values` for one batch element and ``width`` output channels.
-
-        ``known`` gives a number for a size that is none yet, where a graph for any size is traced.
-        """
+    def projection_operations(self, width: int) -> float:
+        """Multiply-adds of :meth:`keys_values` for one batch element and ``width`` output channels."""
         return known(self.count) * self.channels * width
 
 

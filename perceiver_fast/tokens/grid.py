@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from perceiver_fast.backends import Choice
 from perceiver_fast.ops.grid_scale import choose_grid_scale
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype, unless_autocast
 from perceiver_fast.tokens.base import Tokens, absorb_norm
+from perceiver_fast.tracing import known
 
 
 class GridTokens(Tokens):
@@ -23,7 +23,7 @@ class GridTokens(Tokens):
 
     Args:
         feat: raw channels ``[B, *sizes, F]``, floating point.
-        codes: one :class:`perceiver_fast.layers.fourier.AxisCodes` per axis, in float32 or float64.
+        codes: one :class:`perceiver_fast.tokens.fourier.AxisCodes` per axis, in float32 or float64.
     """
 
     kind = "grid tokens"
@@ -71,7 +71,7 @@ class GridTokens(Tokens):
     def uses(self, path: str) -> tuple[Choice, ...]:
         return (choose_grid_scale(self.feat),)
 
-    def projection_operations(self, width: int, known: Callable[[int], int] = int) -> float:
+    def projection_operations(self, width: int) -> float:
         tables = sum(known(code.code.shape[0]) * code.code.shape[1] for code in self.codes)
         return width * (tables + known(self.count) * (self.features + len(self.codes) + 1))
 

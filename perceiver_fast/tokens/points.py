@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +14,7 @@ from perceiver_fast.ops.fourier_projection import (
 )
 from perceiver_fast.ops.library import compute_dtype, unless_autocast
 from perceiver_fast.tokens.base import Tokens, absorb_norm
+from perceiver_fast.tracing import known
 
 ENCODING = 12  # multiply-adds in whose time a sine or a cosine is computed
 
@@ -62,7 +61,7 @@ class PointTokens(Tokens):
     def uses(self, path: str) -> tuple[Choice, ...]:
         return (choose_fourier_projection(FourierProjectionCall(self.feat.dtype, self.device)),)
 
-    def projection_operations(self, width: int, known: Callable[[int], int] = int) -> float:
+    def projection_operations(self, width: int) -> float:
         return known(self.count) * (self.channels * width + 2 * self.frequencies.numel() * ENCODING)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:

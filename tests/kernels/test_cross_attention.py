@@ -4,14 +4,18 @@ import math
 
 import pytest
 import torch
-
-import perceiver_fast as pf
-from perceiver_fast import reference
 from perceiver_fast.kernels import cross_attention as kernels
 from perceiver_fast.kernels.dense_tiles import cut
 from perceiver_fast.kernels.launch import aligned_rows, share
-from perceiver_fast.ops.cross_attention import CrossAttentionCall, CrossAttentionFunction, choose_cross_attention
-from perceiver_fast.ops.cross_attention import cross_attention
+
+import perceiver_fast as pf
+from perceiver_fast import reference
+from perceiver_fast.ops.cross_attention import (
+    CrossAttentionCall,
+    CrossAttentionFunction,
+    choose_cross_attention,
+    cross_attention,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 NAMES = ("o", "lse", "dq", "dk", "dv")

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_fast.counting.recording import Attended, Row
-from perceiver_fast.counting.work import Counts, WorkCounter, total
+from perceiver_fast.insight.recording import Attended, Row
+from perceiver_fast.insight.work import Counts, WorkCounter, total
 from perceiver_fast.layers import Attention, FeedForward, PreNorm
 from perceiver_fast.tokens import GridTokens, PointTokens, Tokens
 
@@ -111,7 +111,7 @@ def count_layer(row: Row, like: Tensor) -> Counts:
     Call it where the recorded model can run: in the mode of its tensors.
 
     Args:
-        row: of a :class:`perceiver_fast.counting.recording.Recorder`.
+        row: of a :class:`perceiver_fast.insight.recording.Recorder`.
         like: a parameter of the model: its dtype and device are computed in.
     """
     inner = row.module.fn if isinstance(row.module, PreNorm) else row.module
@@ -153,7 +153,7 @@ def count_tokens(described: list[tuple[Tokens, bool]], own: Counts) -> Counts:
     """What perceiver-pytorch counts for building tokens; ``own`` is what led to their description.
 
     Args:
-        described: of a :class:`perceiver_fast.counting.recording.Recorder`.
+        described: of a :class:`perceiver_fast.insight.recording.Recorder`.
         own: where tokens are not encoded, both do the same.
     """
     with WorkCounter() as counter:

@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from perceiver_fast.insight.roofs import Roofs
 from perceiver_fast.layers.plan import BYTE, PAIR
 from perceiver_fast.ops import flops
-from perceiver_fast.roofs import Roofs
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Counts:
     """Counted work.
 
     Example:
-        >>> from perceiver_fast.counting.work import Counts
+        >>> from perceiver_fast.insight.work import Counts
         >>> print(Counts(multiply_adds=2_000_000, bytes=1024) + Counts(exponentials=500))
         2.00 M multiply-adds, 500 exponentials, 1.00 KiB
     """
@@ -152,7 +152,7 @@ class WorkCounter(TorchDispatchMode):
 
     Example:
         >>> import torch
-        >>> from perceiver_fast.counting.work import WorkCounter, total
+        >>> from perceiver_fast.insight.work import WorkCounter, total
         >>> with WorkCounter() as counter:
         ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
         >>> total(counter.operators).multiply_adds

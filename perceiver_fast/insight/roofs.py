@@ -37,7 +37,7 @@ def measure_roofs(threads: int | None = None) -> Roofs | None:
         None without the extension, whose kernels' instructions are what is measured.
 
     Example:
-        >>> from perceiver_fast.roofs import measure_roofs
+        >>> from perceiver_fast.insight.roofs import measure_roofs
         >>> roofs = measure_roofs(threads=1)
         >>> 1 if roofs is None else roofs.threads
         1

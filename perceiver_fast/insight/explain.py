@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.counting import original
-from perceiver_fast.counting.explanation import Explanation, LayerPath
-from perceiver_fast.counting.original import wide_channels
-from perceiver_fast.counting.recording import Recorder, Row, layers_of
-from perceiver_fast.counting.shapes import shapes_mode
-from perceiver_fast.counting.work import Counts, WorkCounter, total
+from perceiver_fast.insight import original
+from perceiver_fast.insight.explanation import Explanation, LayerPath
+from perceiver_fast.insight.original import wide_channels
+from perceiver_fast.insight.recording import Recorder, Row, layers_of
+from perceiver_fast.insight.shapes import shapes_mode
+from perceiver_fast.insight.work import Counts, WorkCounter, total
 from perceiver_fast.layers import Attention, FeedForward, PreNorm
 from perceiver_fast.layers.pre_norm import is_cross_attention, why_modules
 from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu
@@ -30,11 +30,11 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
     """Name the path each layer of ``model`` takes on an input, in its current mode and backend setting, and its work.
 
     The model's forward is run on tensors that have shapes and no content, so nothing is computed. Work is counted by
-    the operators that are called (:mod:`perceiver_fast.counting.work` has the rules), of a forward that finds nothing kept from
+    the operators that are called (:mod:`perceiver_fast.insight.work` has the rules), of a forward that finds nothing kept from
     an earlier one. Beside it stands perceiver-pytorch's, counted in the same way.
 
     Args:
-        model: any model of this package, or one that holds its layers; of :func:`perceiver_fast.counting.shapes.on_shapes`, too.
+        model: any model of this package, or one that holds its layers; of :func:`perceiver_fast.insight.shapes.on_shapes`, too.
         data, *args, **kwargs: as its forward takes them; only shapes, dtypes and devices matter.
 
     Returns:

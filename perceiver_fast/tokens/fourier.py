@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perceiver_fast.layers.fusing import exports_onnx
+from perceiver_fast.tracing import exports_onnx
 
 _CACHE_SIZE = 64
 _cache: dict[tuple, AxisCodes] = {}

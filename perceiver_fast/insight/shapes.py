@@ -32,7 +32,7 @@ def on_shapes(
 
     Example:
         >>> import perceiver_fast as pf
-        >>> from perceiver_fast.counting.shapes import on_shapes
+        >>> from perceiver_fast.insight.shapes import on_shapes
         >>> build = lambda: pf.Perceiver(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)
         >>> print(pf.explain(*on_shapes(build, (1, 4096, 4096, 3))).tokens)
         4 latents of 8 channels; 4096 x 4096 tokens of 13 channels; batch 1

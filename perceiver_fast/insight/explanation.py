@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.counting.fold import Folded, fold
-from perceiver_fast.counting.work import Counts, Operator, total
+from perceiver_fast.insight.fold import Folded, fold
+from perceiver_fast.insight.roofs import Roofs
+from perceiver_fast.insight.work import Counts, Operator, total
 from perceiver_fast.layers.plan import Work
-from perceiver_fast.roofs import Roofs
 
 
 @dataclass(frozen=True)

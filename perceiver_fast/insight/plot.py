@@ -150,7 +150,7 @@ def _checked(of: str, maps, data, coords) -> tuple[Tensor, Tensor | None, Tensor
 
 
 def _kind(maps: Tensor, data: Tensor | None, coords: Tensor | None) -> type:
-    from perceiver_fast.plot_kinds import ImageKind, PointsKind, SoundKind, VideoKind
+    from perceiver_fast.insight.plot_kinds import ImageKind, PointsKind, SoundKind, VideoKind
 
     return PointsKind if coords is not None else (SoundKind, ImageKind, VideoKind)[maps.dim() - 2]
 

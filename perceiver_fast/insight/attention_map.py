@@ -8,9 +8,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.insight.observe import Attended, observe
 from perceiver_fast.layers.pre_norm import is_cross_attention
 from perceiver_fast.models import MultimodalPerceiver
-from perceiver_fast.observe import Attended, observe
 
 WEIGHTS = 2**24  # that exist at once where many latents are looked at
 

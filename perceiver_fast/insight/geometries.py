@@ -61,7 +61,7 @@ class Geometry:
         cut: what it leaves out of that. Default: nothing.
 
     Example:
-        >>> from perceiver_fast.geometries import GEOMETRIES
+        >>> from perceiver_fast.insight.geometries import GEOMETRIES
         >>> GEOMETRIES["readme"].input(batch=2).shape
         torch.Size([2, 224, 224, 3])
     """

@@ -30,7 +30,7 @@ def fold(items: Sequence[T], name: Callable[[T], str], key: Callable[[T], Hashab
         In the same order; with all items, each once.
 
     Example:
-        >>> from perceiver_fast.counting.fold import fold
+        >>> from perceiver_fast.insight.fold import fold
         >>> [line.name for line in fold(["a.0.x", "a.0.y", "a.1.x", "a.1.y", "b"], name=str, key=lambda item: 1)]
         ['a.{0..1}.x', 'a.{0..1}.y', 'b']
     """

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.counting.work import Operator, WorkCounter
-from perceiver_fast.layers import PreNorm, fourier
+from perceiver_fast.insight.work import Operator, WorkCounter
+from perceiver_fast.layers import PreNorm
 from perceiver_fast.layers.observer import Observer, observing
 from perceiver_fast.layers.plan import Plan
 from perceiver_fast.layers.pre_norm import why_modules
-from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens
+from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens, fourier
 
 
 @dataclass

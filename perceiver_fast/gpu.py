@@ -1,0 +1,36 @@
+"""Facts about GPUs, and whether Triton is there: what ops, kernels and planning ask, without importing triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter is on: its kernels then run on CPU tensors, in the place of the C++ ones."""
+
+triton_error = None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[int, int]:
+    if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability of a GPU as sm_XY writes it; where there is none to ask, as in explain, an H100's."""
+    return _gpu(device)[0]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where there is none to ask, an H100's."""
+    return _gpu(device)[1]
+
+
+# What torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which takes seconds.
+architecture._dynamo_marked_constant = multiprocessors._dynamo_marked_constant = True

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
-from perceiver_fast.kernels.configs import Config
-from perceiver_fast.kernels.launch import Instance
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from perceiver_fast.kernels.configs import Config
+from perceiver_fast.kernels.launch import Instance
 
 MODULES = ("grid_attention_instances", "cross_attention_instances", "pointwise_instances")
 ARCHITECTURES = (80, 90, 100)

@@ -23,13 +23,13 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels import dropout as drop
 from perceiver_fast.kernels.configs import Config, config
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, product, scaled, store, zeros
 from perceiver_fast.kernels.launch import Instance, Launch, aligned_rows, share, strides
-from torch import Tensor
-
-from perceiver_fast.gpu import architecture
 from perceiver_fast.reference.dropout import dropout_scale
 
 LOG2_E = math.log2(math.e)

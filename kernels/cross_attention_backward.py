@@ -16,13 +16,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels import dropout as drop
 from perceiver_fast.kernels.cross_attention import MERGED, check, common, summed, variant, visible
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, hold, load, product, store, zeros
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
-from torch import Tensor
-
-from perceiver_fast.gpu import architecture
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TOLERANCE = tl.constexpr(16 * 2.0**-23)  # of a row's sum of dS, in units of its sum of magnitudes

@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.kernels.row_tiles import column_sums, tiles
-from torch import Tensor
 
 FORWARD = Config(queries=2, tokens=1024, warps=4)
 BACKWARD = Config(queries=1, tokens=1024, warps=4, registers=96)

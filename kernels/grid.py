@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from perceiver_fast.kernels.configs import MOST, Config, config
 from torch import Tensor
 
 from perceiver_fast.gpu import multiprocessors
+from perceiver_fast.kernels.configs import MOST, Config, config
 
 NARROW = 32  # axes are joined until there are as many columns
 FEW = 4  # channels up to which tiles may be large: an image's

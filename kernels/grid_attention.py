@@ -20,6 +20,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.grid import GROUP, Blocks, Grid, blocks, precision_of
@@ -35,9 +38,6 @@ from perceiver_fast.kernels.grid_attention_tokens import (
 from perceiver_fast.kernels.grid_sweep_fma import load_features, maximum_fma, sweep_fma
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, maximum_mma, sweep_mma
 from perceiver_fast.kernels.launch import Launch
-from torch import Tensor
-
-from perceiver_fast.gpu import architecture
 from perceiver_fast.reference.dropout import dropout_scale
 
 LEAST = tl.constexpr(2.0**-60)

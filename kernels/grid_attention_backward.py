@@ -17,6 +17,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels.grid import Grid, blocks, precision_of
 from perceiver_fast.kernels.grid_attention import check, holes, place, seen, sizes, sweep_arguments
@@ -25,9 +28,6 @@ from perceiver_fast.kernels.grid_attention_tokens import LN2, describe_tokens
 from perceiver_fast.kernels.grid_sweep_fma import load_features, sweep_backward_fma
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, sweep_backward_mma
 from perceiver_fast.kernels.launch import Launch
-from torch import Tensor
-
-from perceiver_fast.gpu import architecture
 from perceiver_fast.reference.dropout import dropout_scale
 
 UNSHIFTED = tl.constexpr(60.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+
 from perceiver_fast.kernels.grid_attention import forward_launches
 from perceiver_fast.kernels.grid_attention_backward import backward_launches
 from perceiver_fast.kernels.launch import Instance

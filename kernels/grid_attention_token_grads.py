@@ -13,12 +13,12 @@ from dataclasses import replace
 
 import triton
 import triton.language as tl
+
 from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels.grid import FEW, Grid
 from perceiver_fast.kernels.grid_attention_tokens import LN2, LOG2E, TokenArrays, key_width
 from perceiver_fast.kernels.grid_sweep_mma import add_keys, load_packed
 from perceiver_fast.kernels.launch import Launch
-
 from perceiver_fast.reference.dropout import dropout_scale
 
 ROWS = 2  # at a time, where channels are few

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels.grid import FEW, GROUP, Grid
 from perceiver_fast.kernels.launch import Launch
-from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels import grid
 from perceiver_fast.kernels.grid_attention_tokens import HOLE

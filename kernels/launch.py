@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from perceiver_fast.kernels.configs import MOST, Config
 from torch import Tensor
 
 from perceiver_fast.gpu import multiprocessors
+from perceiver_fast.kernels.configs import MOST, Config
 
 SMALL = Config(queries=1, tokens=1, warps=4)  # of kernels that hold no tile of weights
 TYPES = {

@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.kernels.row_tiles import column_sums, tiles
-from torch import Tensor
 
 ONE_BLOCK = 4096
 # By the widest row: narrow ones within a warp, whose sums need no barrier; the last for rows beyond ONE_BLOCK.

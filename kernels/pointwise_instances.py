@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+
 from perceiver_fast.kernels import geglu, layer_norm
 from perceiver_fast.kernels.launch import Instance, Launch
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from perceiver_fast.kernels.configs import Config
-from perceiver_fast.kernels.launch import Launch
 from torch import Tensor
 
 from perceiver_fast.gpu import multiprocessors
+from perceiver_fast.kernels.configs import Config
+from perceiver_fast.kernels.launch import Launch
 
 NARROWEST, TALLEST = 16, 16  # columns and rows of a tile: addresses and statistics of more rows take more registers
 REGISTERS = 1 << 16  # of a multiprocessor

@@ -32,6 +32,12 @@ from pathlib import Path
 
 import torch
 import triton
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from perceiver_fast.gpu import INTERPRETED
 from perceiver_fast.kernels import aot
 from perceiver_fast.kernels.configs import ARCHITECTURES, TABLE, Config, config, table, write
 from perceiver_fast.kernels.tune_candidates import (
@@ -45,12 +51,6 @@ from perceiver_fast.kernels.tune_candidates import (
     distinct,
 )
 from perceiver_fast.kernels.tune_times import choose
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress, TaskID
-from rich.table import Table
-
-from perceiver_fast.gpu import INTERPRETED
 
 
 def put(entries: dict[int, Config], name: str, arch: int, new: Config) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+
 from perceiver_fast.kernels import (
     aot,
     cross_attention,

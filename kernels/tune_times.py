@@ -10,10 +10,11 @@ from dataclasses import asdict
 
 import torch
 import triton
+from torch import Tensor
+
 from perceiver_fast.kernels.configs import Config, overridden
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.kernels.tune_candidates import Call, OutOfTime, own, prepare
-from torch import Tensor
 
 FINALISTS, ROUNDS = 3, 5  # the fastest are timed again, in turns with the shipped one, since clock rates drift
 LEAST_GAIN = 0.02  # below it the shipped configuration stays

@@ -115,12 +115,13 @@ def test_an_entry_changes_for_its_architecture_alone():
 def test_what_is_compiled_ahead_is_what_a_call_finds_in_tritons_cache(monkeypatch):
     """Else every candidate would be compiled again, one after the other, before it is timed."""
     import triton
-    from perceiver_fast.kernels import aot, tune_candidates
-    from perceiver_fast.kernels.configs import config
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
+
+    from perceiver_fast.kernels import aot, tune_candidates
+    from perceiver_fast.kernels.configs import config
 
     class Driver:
         def get_current_target(self):

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from perceiver_fast.kernels import cross_attention as kernels
-from perceiver_fast.kernels.dense_tiles import cut
-from perceiver_fast.kernels.launch import aligned_rows, share
 
 import perceiver_fast as pf
 from perceiver_fast import reference
+from perceiver_fast.kernels import cross_attention as kernels
+from perceiver_fast.kernels.dense_tiles import cut
+from perceiver_fast.kernels.launch import aligned_rows, share
 from perceiver_fast.ops.cross_attention import (
     CrossAttentionCall,
     CrossAttentionFunction,

@@ -3,8 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from perceiver_fast.kernels import dropout
 
+from perceiver_fast.kernels import dropout
 from perceiver_fast.reference.dropout import dropout_keep
 
 

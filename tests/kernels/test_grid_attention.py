@@ -6,12 +6,12 @@ of a logit is worth.
 
 import pytest
 import torch
-from perceiver_fast.kernels.configs import config
-from perceiver_fast.kernels.grid import Grid, blocks
 from support import grid_inputs, relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import reference
+from perceiver_fast.kernels.configs import config
+from perceiver_fast.kernels.grid import Grid, blocks
 from perceiver_fast.ops import grid_attention
 from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention, grid_attention_joined
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from perceiver_fast.kernels.launch import Launch
 from support import grid_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.ops import add_layer_norm, cross_attention, geglu
 from perceiver_fast.ops.grid_attention import grid_attention_joined
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+
+import perceiver_fast as pf
 from perceiver_fast.kernels import geglu as geglu_kernels
 from perceiver_fast.kernels import layer_norm as norm_kernels
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.row_tiles import tiles
-
-import perceiver_fast as pf
 from perceiver_fast.ops import add_layer_norm, geglu, layer_norm
 from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu
 from perceiver_fast.ops.layer_norm import choose_layer_norm

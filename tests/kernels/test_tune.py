@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
+
 from perceiver_fast.kernels import tune_candidates, tune_times
 from perceiver_fast.kernels.configs import config
 from perceiver_fast.kernels.tune_candidates import Call

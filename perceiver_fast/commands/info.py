@@ -14,7 +14,6 @@ import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -22,16 +21,7 @@ from perceiver_fast import backends, extension
 from perceiver_fast.commands.info_kernels import show_kernels
 from perceiver_fast.commands.info_show import show
 from perceiver_fast.insight import roofs
-from perceiver_fast.ops.cross_attention import BACKENDS as CROSS_ATTENTION
-from perceiver_fast.ops.cross_attention import CrossAttentionCall
-from perceiver_fast.ops.fourier_projection import BACKENDS as FOURIER_PROJECTION
-from perceiver_fast.ops.fourier_projection import FourierProjectionCall
-from perceiver_fast.ops.geglu import BACKENDS as GEGLU
-from perceiver_fast.ops.geglu import PointwiseCall
-from perceiver_fast.ops.grid_attention import BACKENDS as GRID_ATTENTION
-from perceiver_fast.ops.grid_attention import GridAttentionCall
-from perceiver_fast.ops.grid_scale import BACKENDS as GRID_SCALE
-from perceiver_fast.ops.layer_norm import BACKENDS as LAYER_NORM
+from perceiver_fast.ops.declaration import OPS, Op
 from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
 from perceiver_fast.ops.linear_libraries import reasons as library_reasons
 
@@ -41,21 +31,11 @@ VARIABLES = (
     "PYTORCH_ALLOC_CONF", "TRITON_CACHE_DIR", "TRITON_INTERPRET",
 )  # fmt: skip
 
-# The ops with their backends and an ordinary call on a device.
-OPS = {
-    "grid_attention": (GRID_ATTENTION, lambda device: GridAttentionCall(torch.float32, device, (1,))),
-    "cross_attention": (CROSS_ATTENTION, lambda device: CrossAttentionCall(torch.float32, device)),
-    "grid_scale": (GRID_SCALE, lambda device: SimpleNamespace(device=device, dtype=torch.float32)),
-    "geglu": (GEGLU, lambda device: PointwiseCall(torch.float32, device)),
-    "layer_norm": (LAYER_NORM, lambda device: PointwiseCall(torch.float32, device)),
-    "fourier_projection": (FOURIER_PROJECTION, lambda device: FourierProjectionCall(torch.float32, device)),
-}
 
-
-def _reasons(op: str, device: str) -> dict[str, list[str]]:
-    """Why each backend of an op cannot run on a device; empty where it can."""
-    backends_of_op, call = OPS[op]
-    return {backend.name: backend.reasons(call(torch.device(device))) for backend in backends_of_op}
+def _reasons(op: Op, device: str) -> dict[str, list[str]]:
+    """Why each backend of an op cannot run an ordinary call on a device; empty where it can."""
+    call = op.call(torch.float32, torch.device(device))
+    return {backend.name: backend.reasons(call) for backend in op.backends}
 
 
 def _linear() -> dict:
@@ -144,7 +124,7 @@ def collect() -> dict:
         "forced_backend": backends.forced_backend(),
         "environment": environment(),
         "linear": _linear(),
-        "backends": {op: {device: _reasons(op, device) for device in ("cpu", "cuda")} for op in OPS},
+        "backends": {name: {device: _reasons(op, device) for device in ("cpu", "cuda")} for name, op in OPS.items()},
     }
 
 

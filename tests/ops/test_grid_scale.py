@@ -31,14 +31,11 @@ def test_is_layer_norms_scale(shape, offset, backend):
         assert relative_error(single, expected) <= 2 * relative_error(plain, expected) + 2e-7
 
 
-def test_gradcheck_and_opcheck():
+def test_gradcheck():
     feat = torch.randn(2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: tokens_of(x).scale(1e-5), (feat,))
     mean, square = torch.randn(7).double().requires_grad_(), torch.rand(7).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, m, s: grid_scale(x, m, s, [11, 4], 1e-5), (feat, mean, square))
-    args = (feat.detach(), mean.detach(), square.detach(), [11, 4], 1e-5)
-    torch.library.opcheck(torch.ops.perceiver_fast.grid_scale_forward.default, args)
-    assert grid_scale(*args).shape == (2, 3, 4)
 
 
 def test_scale_is_computed_once():

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # The floors of the house, from the ground up. A file may import from floors below its own, and from its own.
 FLOORS = (
-    ("perceiver_fast.gpu", "perceiver_fast.settings", "perceiver_fast.tracing", "perceiver_fast.ranges"),
+    ("perceiver_fast.gpu", "perceiver_fast.settings", "perceiver_fast.tracing", "perceiver_fast.ranges", "perceiver_fast.version"),
     ("perceiver_fast.reference",),
     ("perceiver_fast.kernels",),
     ("perceiver_fast.extension", "perceiver_fast.backends", "perceiver_fast.cache"),

@@ -63,7 +63,7 @@ def _check(args: argparse.Namespace) -> None:
 def _conditions(workload: Workload) -> dict:
     """What ran, where."""
     import perceiver_fast
-    from perceiver_fast.commands.info import cpu_name
+    from perceiver_fast.insight.environment import cpu_name
 
     cuda = workload.device == "cuda"
     return {

@@ -146,9 +146,9 @@ def test_what_is_wrong_with_the_input_is_said():
         geglu(h[:, :5])
     with pytest.raises(ValueError, match=r"expected bias \[6\], got \(5,\)"):
         geglu(h, torch.randn(5))
-    with pytest.raises(TypeError, match=r"expected bias in torch.float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"expected bias to be torch.float32 like h, got torch.float64"):
         geglu(h, torch.randn(6).double())
-    with pytest.raises(TypeError, match=r"expected bias in torch.bfloat16 or torch.float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"expected bias to be torch.bfloat16 or torch.float32 like h, got torch.float64"):
         geglu(h.bfloat16(), torch.randn(6).double())
     with pf.use_backend("cpu"), pytest.raises(pf.backends.BackendError, match="float16"):
         geglu(h.half())

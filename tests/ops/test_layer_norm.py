@@ -179,11 +179,11 @@ def test_what_is_wrong_with_the_input_is_said():
         add_layer_norm(x, None, branch_bias, weight, bias)
     with pytest.raises(ValueError, match=r"expected branch \(5, 6\), like x, got \(1, 6\)"):
         add_layer_norm(x, branch[:1], None, weight, bias)
-    with pytest.raises(TypeError, match="expected branch in torch.bfloat16, out_dtype, got torch.float32"):
+    with pytest.raises(TypeError, match="expected branch to be torch.bfloat16 like out_dtype, got torch.float32"):
         add_layer_norm(x, branch, None, weight, bias, out_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"expected weight \[6\], got \(5,\)"):
         layer_norm(x, weight[:5], bias)
-    with pytest.raises(TypeError, match="expected bias in torch.float32, like x, got torch.float64"):
+    with pytest.raises(TypeError, match="expected bias to be torch.float32 like x, got torch.float64"):
         layer_norm(x, weight, bias.double())
     with pf.use_backend("cpu"), pytest.raises(pf.backends.BackendError, match="float16"):
         layer_norm(x, weight, bias, out_dtype=torch.float16)

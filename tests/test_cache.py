@@ -265,14 +265,14 @@ def test_the_cache_itself():
         for _ in range(2):
             assert torch.equal(cache.get("a", (weight,), build_value), torch.full((3,), 2.0))
         assert len(calls) == 1
-        cache.get("a", (weight,), build_value, key=1)
+        cache.get("a", (weight,), build_value, cache_key=1)
         assert len(calls) == 2
     with torch.inference_mode():
-        value = cache.get("a", (weight,), build_value, key=1)
+        value = cache.get("a", (weight,), build_value, cache_key=1)
         assert len(calls) == 2 and not value.is_inference()
         cache.get("b", (torch.ones(3),), build_value)  # made in inference mode: no version to go by
         assert len(calls) == 3 and "b" not in cache._entries
-    cache.get("a", (weight,), build_value, key=1)
+    cache.get("a", (weight,), build_value, cache_key=1)
     assert len(calls) == 4 and not cache._entries
 
 

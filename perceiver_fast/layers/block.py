@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.feed_forward import FeedForward
-from perceiver_fast.layers.fusing import are_plain, fusable, watcher
+from perceiver_fast.layers.fusing import fusable, is_watched
 from perceiver_fast.layers.pre_norm import PreNorm, attend, join
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ranges import layer_range
@@ -84,8 +84,8 @@ class PerceiverBlock(nn.Module):
 
         Args:
             x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them.
-            context: what is attended to, ``[B, M, C]``. Without cross-attention: ignored. (The models of this package give
-                a description of it where nobody else sees that.)
+            context: what is attended to, ``[B, M, C]``. Without cross-attention: ignored. (The models of this package pass
+                a description of the tokens if nobody but this forward sees it.)
             mask: bool ``[B, M]`` or ``[B, ..]`` of M elements, True where a token may be attended to. Default: all.
             inverted_attention: softmax over the latents, then normalised over the tokens. Default: False.
 
@@ -96,7 +96,7 @@ class PerceiverBlock(nn.Module):
             TypeError, ValueError: a context tensor, or x or mask beside one, of wrong dtype, rank, size or device;
                 the message says expected, got and what to do.
         """
-        watched = watcher() is not None or not are_plain(x)
+        watched = is_watched(x)
         if not self.has_cross_attn:
             stream = ResidualStream(trainable(x))
         else:

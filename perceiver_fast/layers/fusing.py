@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
@@ -177,6 +177,11 @@ def are_plain(*tensors: object) -> bool:
         if tensor is not None and type(tensor) not in FUSABLE_TENSORS:
             return False
     return True
+
+
+def is_watched(*tensors: object) -> bool:
+    """Whether modules have to be called, whatever they are: somebody would notice, or not all tensors are plain."""
+    return watcher() is not None or not are_plain(*tensors)
 
 
 def hides_keywords(module: nn.Module, forward: Callable) -> bool:

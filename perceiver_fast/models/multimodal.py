@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -19,12 +20,16 @@ from perceiver_fast.tokens.describe import describe_grid, describe_points
 
 
 class ModalityEmbeddings(nn.ParameterDict):
-    """The modalities' embeddings by name; called, so that whoever brings parameters from elsewhere first can do so."""
+    """The modalities' embeddings by name.
+
+    It is called like a layer, since libraries that keep parameters elsewhere (offloading, sharding) bring those of a
+    module back when the module is called.
+    """
 
     __call__ = nn.Module.__call__  # nn.ParameterDict forbids calls
 
     def forward(self, name: str) -> Tensor:
-        """That of modality ``name``, ``[E]``."""
+        """The embedding of modality ``name``, ``[E]``."""
         return self[name]
 
 
@@ -32,9 +37,10 @@ class MultimodalPerceiver(nn.Module):
     """A Perceiver whose latents attend to the tokens of several modalities at once, in every block.
 
     Modalities have positions and frequencies of their own, and a token of modality g is ``[x ; embedding_g ; Fourier
-    code]``: a learned embedding says where it comes from and fills it up to the common number of channels, that of the
-    widest modality and ``modality_channels``. One softmax runs over the tokens of all modalities, but they are attended
-    to modality by modality, each on the way that suits it, and merged exactly: no token is built, padded or joined.
+    code]``. The learned embedding says which modality the token is of, and fills it up to the common number of channels:
+    those of the widest modality and ``modality_channels``. One softmax runs over the tokens of all modalities, but
+    attention runs modality by modality, each on the way that suits it, and the results are merged exactly: no token is
+    built, padded or joined.
 
     Args:
         modalities: at least one :class:`Modality`, of different names.
@@ -100,20 +106,19 @@ class MultimodalPerceiver(nn.Module):
             embedding = torch.empty(self.input_dim - modality.own_channels)
             self.embeddings[modality.name] = nn.Parameter(nn.init.trunc_normal_(embedding, std=0.02, a=-0.04, b=0.04))
 
-        def layer() -> PerceiverBlock:
-            return PerceiverBlock(
-                dim=latent_dim,
-                context_dim=self.input_dim,
-                cross_heads=cross_heads,
-                latent_heads=latent_heads,
-                cross_dim_head=cross_dim_head,
-                latent_dim_head=latent_dim_head,
-                self_per_cross_attn=self_per_cross_attn,
-                attn_dropout=attn_dropout,
-                ff_dropout=ff_dropout,
-            )
-
-        self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
+        block = partial(
+            PerceiverBlock,
+            dim=latent_dim,
+            context_dim=self.input_dim,
+            cross_heads=cross_heads,
+            latent_heads=latent_heads,
+            cross_dim_head=cross_dim_head,
+            latent_dim_head=latent_dim_head,
+            self_per_cross_attn=self_per_cross_attn,
+            attn_dropout=attn_dropout,
+            ff_dropout=ff_dropout,
+        )
+        self.layers = nn.ModuleList(build_layers(block, depth, shared=1 if weight_tie_layers else None))
         self.to_logits = classifier_head(latent_dim, num_classes) if final_classifier_head else nn.Identity()
 
     def check_inputs(
@@ -172,8 +177,7 @@ class MultimodalPerceiver(nn.Module):
         """
         masks = self.check_inputs(data, mask)
         tokens = self.describe(data, masks)
-        batch = tokens.groups[0].feat.shape[0]
-        x = self.latents.unsqueeze(0).expand(batch, -1, -1)
+        x = self.latents.unsqueeze(0).expand(tokens.batch, -1, -1)
         arguments = (keywords_for(block, PerceiverBlock, dict(context=tokens)) for block in self.layers)
         x = run_blocks(x, self.layers, repeat(None), None, arguments, self.checkpoint)
         return x if return_embeddings else self.to_logits(x)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import fusable, is_watched
-from perceiver_fast.layers.pre_norm import PreNorm, attend, join
+from perceiver_fast.layers.pre_norm import PreNorm, add_cross_attention, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import TokenGroups, Tokens
@@ -108,9 +108,9 @@ class PerceiverBlock(nn.Module):
             batch = context.shape[0] if isinstance(context, Tensor) else context.batch
             stream = ResidualStream(trainable(x), batch)
             keywords = dict(context=context, mask=mask, inverted_attention=inverted_attention)
-            attend(stream, self._modules["cross_attn"], watched, type(self).__name__, **keywords)
-            join(stream, self._modules["cross_ff"], watched)
+            add_cross_attention(stream, self._modules["cross_attn"], watched, type(self).__name__, **keywords)
+            add_layer(stream, self._modules["cross_ff"], watched)
         for self_attn, self_ff in self.self_attns:
-            join(stream, self_attn, watched)
-            join(stream, self_ff, watched)
+            add_layer(stream, self_attn, watched)
+            add_layer(stream, self_ff, watched)
         return stream.value()

@@ -145,7 +145,7 @@ def keywords_for(module: nn.Module, kind: type[nn.Module], keywords: dict) -> di
     return keywords if watcher() is None and hides_keywords(module, kind.forward) else as_tensors(keywords)
 
 
-def attend(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **keywords) -> None:
+def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **keywords) -> None:
     """Add ``layer(x, context=context, ..)`` to a stream x: by a fused op if ``layer`` is plain, else it is called.
 
     Args:
@@ -164,7 +164,7 @@ def attend(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **
     stream.add_output(layer(stream.value(), **keywords_for(layer, PreNorm, keywords)))
 
 
-def join(stream: ResidualStream, layer: nn.Module, watched: bool, **keywords) -> None:
+def add_layer(stream: ResidualStream, layer: nn.Module, watched: bool, **keywords) -> None:
     """Add ``layer(x, ..)`` to a stream x: by a fused op if ``layer`` is a plain :class:`PreNorm`, else it is called.
 
     Args:
@@ -207,7 +207,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         """``[B, N, D]`` to ``[B, N, D]``; ``kwargs`` are what ``fn`` takes beside x."""
         stream = ResidualStream(x)
-        join(stream, self.fn, is_watched(x), **kwargs)
+        add_layer(stream, self.fn, is_watched(x), **kwargs)
         return stream.value()
 
 

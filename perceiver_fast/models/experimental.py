@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, LinearAttention, PreNorm
 from perceiver_fast.layers.fusing import is_plain, is_watched
-from perceiver_fast.layers.pre_norm import attend, join
+from perceiver_fast.layers.pre_norm import add_cross_attention, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.models.grid import PooledPerceiver
 from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
@@ -101,7 +101,7 @@ class Perceiver(PooledPerceiver):
                 [cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff]
             )
 
-        self.add_layers(layer, depth, weight_tie_layers, num_classes, checkpoint)
+        self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
     @op_range("describe")
     def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
@@ -120,14 +120,14 @@ class Perceiver(PooledPerceiver):
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff = self.layers[index]
         stream, watched, who = ResidualStream(x), is_watched(x), type(self).__name__
-        attend(stream, cross_attn, watched, who, context=tokens, mask=mask)
-        join(stream, cross_ff, watched)
+        add_cross_attention(stream, cross_attn, watched, who, context=tokens, mask=mask)
+        add_layer(stream, cross_ff, watched)
         if index < len(self.layers) - 1:  # after the last layer nothing reads the tokens
             data = ResidualStream(tokens.context)
-            join(data, input_attn, watched, mask=mask)
-            attend(data, rev_cross_attn, watched, who, context=stream.value())
-            join(data, rev_cross_ff, watched)
+            add_layer(data, input_attn, watched, mask=mask)
+            add_cross_attention(data, rev_cross_attn, watched, who, context=stream.value())
+            add_layer(data, rev_cross_ff, watched)
             tokens = DenseTokens(data.value())
-        join(stream, latent_attn, watched)
-        join(stream, latent_ff, watched)
+        add_layer(stream, latent_attn, watched)
+        add_layer(stream, latent_ff, watched)
         return stream.value(), tokens

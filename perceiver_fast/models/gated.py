@@ -63,7 +63,7 @@ class Perceiver(PooledPerceiver):
             latent_ff = Residual(PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)))
             return nn.ModuleList([cross_attn, cross_ff, latent_attn, latent_ff])
 
-        self.add_layers(layer, depth, weight_tie_layers, num_classes, checkpoint)
+        self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]

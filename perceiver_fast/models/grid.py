@@ -98,12 +98,12 @@ class GridPerceiver(nn.Module):
 class PooledPerceiver(GridPerceiver):
     """Base class of the variants: layers one after the other, then the mean of the latents through the head.
 
-    A subclass calls :meth:`add_layers` in its constructor, and defines :meth:`run_layer`.
+    A subclass calls :meth:`build_stack` in its constructor, and defines :meth:`run_layer`.
     """
 
     checkpoint: bool = False
 
-    def add_layers(
+    def build_stack(
         self,
         layer: Callable[[], nn.ModuleList],
         depth: int,
@@ -140,20 +140,13 @@ class PooledPerceiver(GridPerceiver):
         """Classify.
 
         Args:
-            data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters; with coords
-                ``[B, M, input_channels]``.
-            mask: bool, ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to. A row that is all
-                False attends uniformly to all tokens, as in perceiver-pytorch. Default: all True.
-            coords: positions ``[B, M, A]``, or ``[M, A]`` when the whole batch shares them, A = input_axis; see
-                :class:`perceiver_fast.Perceiver`. Default: data is on a grid.
+            data, mask, coords: as those of :meth:`perceiver_fast.Perceiver.forward`.
 
         Returns:
             Logits ``[B, num_classes]``.
 
         Raises:
-            TypeError, ValueError: wrong dtype, rank, channels, size, mask or device; the message says expected, got
-                and what to do.
-            perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
+            TypeError, ValueError, perceiver_fast.backends.BackendError: as there.
         """
         mask = self.check_inputs(data, mask, coords)
         tokens = self.describe(data, coords)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, PreNorm, mixer
 from perceiver_fast.layers.fusing import is_watched
-from perceiver_fast.layers.pre_norm import attend, join
+from perceiver_fast.layers.pre_norm import add_cross_attention, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.models.grid import PooledPerceiver
 from perceiver_fast.tokens import Tokens
@@ -67,13 +67,13 @@ class Perceiver(PooledPerceiver):
             latent_ff = PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout))
             return nn.ModuleList([cross_attn, cross_ff, latent_attn, latent_ff])
 
-        self.add_layers(layer, depth, weight_tie_layers, num_classes, checkpoint)
+        self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]
         stream, watched = ResidualStream(x), is_watched(x)
-        attend(stream, cross_attn, watched, type(self).__name__, context=tokens, mask=mask)
-        join(stream, cross_ff, watched)
-        join(stream, latent_attn, watched)
-        join(stream, latent_ff, watched)
+        add_cross_attention(stream, cross_attn, watched, type(self).__name__, context=tokens, mask=mask)
+        add_layer(stream, cross_ff, watched)
+        add_layer(stream, latent_attn, watched)
+        add_layer(stream, latent_ff, watched)
         return stream.value(), tokens

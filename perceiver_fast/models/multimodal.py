@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import repeat
 
 import torch
@@ -13,7 +12,7 @@ from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.inputs import like
 from perceiver_fast.models.modality import Modality, ModalityInput, check_modalities, check_modality_inputs
-from perceiver_fast.models.stack import build_layers, classifier_head, run_blocks
+from perceiver_fast.models.stack import build_blocks, classifier_head, run_blocks
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import TokenGroups
 from perceiver_fast.tokens.describe import describe_grid, describe_points
@@ -46,16 +45,9 @@ class MultimodalPerceiver(nn.Module):
         modalities: at least one :class:`Modality`, of different names.
         depth: number of blocks.
         modality_channels: the least size of a modality's embedding. Default: 4.
-        num_latents: number of latents, N. Default: 512.
-        latent_dim: channels of a latent, D. Default: 512.
-        cross_heads, latent_heads: heads of cross-attention and of self-attention. Default: 1 and 8.
-        cross_dim_head, latent_dim_head: channels of a head. Default: 64.
-        num_classes: size of the output. Default: 1000.
-        attn_dropout, ff_dropout: dropout of attention weights and after feed-forwards, in training. Default: 0.
-        weight_tie_layers: share the weights of all blocks but the first. Default: False.
-        self_per_cross_attn: self-attentions a block. Default: 1.
-        final_classifier_head: pool the latents and classify; else return them. Default: True.
-        checkpoint: as that of :class:`perceiver_fast.Perceiver`. Default: False.
+        num_latents, latent_dim, cross_heads, latent_heads, cross_dim_head, latent_dim_head, num_classes, attn_dropout,
+            ff_dropout, weight_tie_layers, self_per_cross_attn, final_classifier_head, checkpoint: as those of
+            :class:`perceiver_fast.Perceiver`, with the same defaults.
 
     Raises:
         TypeError, ValueError: no modality, two of one name, or a modality_channels that makes no embedding.
@@ -106,8 +98,9 @@ class MultimodalPerceiver(nn.Module):
             embedding = torch.empty(self.input_dim - modality.own_channels)
             self.embeddings[modality.name] = nn.Parameter(nn.init.trunc_normal_(embedding, std=0.02, a=-0.04, b=0.04))
 
-        block = partial(
-            PerceiverBlock,
+        self.layers, _ = build_blocks(
+            depth,
+            1 if weight_tie_layers else None,
             dim=latent_dim,
             context_dim=self.input_dim,
             cross_heads=cross_heads,
@@ -118,13 +111,15 @@ class MultimodalPerceiver(nn.Module):
             attn_dropout=attn_dropout,
             ff_dropout=ff_dropout,
         )
-        self.layers = nn.ModuleList(build_layers(block, depth, shared=1 if weight_tie_layers else None))
         self.to_logits = classifier_head(latent_dim, num_classes) if final_classifier_head else nn.Identity()
 
     def check_inputs(
         self, data: Mapping[str, ModalityInput], mask: Mapping[str, Tensor | None] | None = None
     ) -> dict[str, Tensor | None]:
-        """Check ``data`` and ``mask``; return every present modality's mask as ``[B, M]``, or None.
+        """Check ``data`` and ``mask``, as the forward takes them.
+
+        Returns:
+            For every modality in ``data``, its mask or None.
 
         Raises:
             TypeError, ValueError: the message says expected, got and what to do.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -107,8 +106,10 @@ class Perceiver(GridPerceiver):
                 f"got {len(self.inverted_cross_attn)}"
             )
 
-        block = partial(
-            PerceiverBlock,
+        self.layers, self.attn_residuals = build_blocks(
+            depth,
+            1 if weight_tie_layers else None,
+            attn_residual_rank if attn_residual else None,
             dim=latent_dim,
             context_dim=self.input_dim,
             cross_heads=cross_heads,
@@ -119,9 +120,6 @@ class Perceiver(GridPerceiver):
             attn_dropout=attn_dropout,
             ff_dropout=ff_dropout,
         )
-        rank = attn_residual_rank if attn_residual else None
-        shared = 1 if weight_tie_layers else None
-        self.layers, self.attn_residuals = build_blocks(block, depth, shared, latent_dim, rank)
         self.to_logits = classifier_head(latent_dim, num_classes) if final_classifier_head else nn.Identity()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

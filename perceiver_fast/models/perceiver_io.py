@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import repeat
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers import PerceiverBlock, PreNorm
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.layers.fusing import is_plain, is_watched
-from perceiver_fast.layers.pre_norm import join, keywords_for, why_modules
+from perceiver_fast.layers.pre_norm import add_layer, keywords_for, why_modules
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.layers.without_dropout import Attention, FeedForward
@@ -37,17 +36,12 @@ class PerceiverIO(nn.Module):
         dim: channels of the input.
         queries_dim: channels of the queries.
         logits_dim: channels of the output. Default: None, queries_dim without a last projection.
-        num_latents: number of latents, N. Default: 512.
-        latent_dim: channels of a latent. Default: 512.
-        cross_heads, latent_heads: heads of cross-attention and of self-attention. Default: 1 and 8.
-        cross_dim_head, latent_dim_head: channels of a head. Default: 64.
+        num_latents, latent_dim, cross_heads, latent_heads, cross_dim_head, latent_dim_head, attn_residual,
+            attn_residual_rank, checkpoint: as those of :class:`perceiver_fast.Perceiver`, with the same defaults.
         weight_tie_layers: share the weights of all blocks. Default: False.
         decoder_ff: a feed-forward after the decoder's cross-attention. Default: False.
         seq_dropout_prob: share of the input's tokens left out, in training. Default: 0.
-        attn_residual: combine the outputs of all earlier blocks by learned attention. Default: False.
-        attn_residual_rank: rank of its logits. Default: 64.
         inverted_cross_attn: softmax over the latents, then normalised over the tokens. Default: False.
-        checkpoint: as that of :class:`perceiver_fast.Perceiver`. Default: False.
 
     Source:
         Jaegle et al., "Perceiver IO: A general architecture for structured inputs & outputs", ICLR 2022;
@@ -102,10 +96,10 @@ class PerceiverIO(nn.Module):
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
         self.cross_attend_block = PerceiverBlock(dim=latent_dim, context_dim=dim, self_per_cross_attn=0, **heads)
 
-        block = partial(PerceiverBlock, dim=latent_dim, has_cross_attn=False, **heads)
-        rank = attn_residual_rank if attn_residual else None
-        shared = 0 if weight_tie_layers else None
-        self.layers, self.attn_residuals = build_blocks(block, depth, shared, latent_dim, rank)
+        shared, rank = 0 if weight_tie_layers else None, attn_residual_rank if attn_residual else None
+        self.layers, self.attn_residuals = build_blocks(
+            depth, shared, rank, dim=latent_dim, has_cross_attn=False, **heads
+        )
         decoder = Attention(queries_dim, latent_dim, heads=cross_heads, dim_head=cross_dim_head)
         self.decoder_cross_attn = PreNorm(queries_dim, decoder, context_dim=latent_dim)
         self.decoder_ff = PreNorm(queries_dim, FeedForward(queries_dim)) if decoder_ff else None
@@ -228,7 +222,7 @@ class PerceiverIO(nn.Module):
         x = self.decoder_cross_attn(queries, **keywords_for(self.decoder_cross_attn, PreNorm, dict(context=latents)))
         if self.decoder_ff is not None:
             stream = ResidualStream(x)
-            join(stream, self.decoder_ff, is_watched(x))
+            add_layer(stream, self.decoder_ff, is_watched(x))
             x = stream.value()
         return self.to_logits(x)
 

@@ -34,21 +34,22 @@ def build_layers(build: Callable[[], T], depth: int, shared: int | None) -> list
 
 
 def build_blocks(
-    build: Callable[[], PerceiverBlock], depth: int, shared: int | None, latent_dim: int, rank: int | None
+    depth: int, shared: int | None, attn_residual_rank: int | None = None, *, dim: int, **arguments
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
     """Blocks, and an attention residual for each.
 
     Args:
-        build, depth, shared: see :func:`build_layers`; a shared block shares its attention residual.
-        latent_dim: channels of the latents, D.
-        rank: of the attention residuals' logits; None for models without these.
+        depth, shared: see :func:`build_layers`; a shared block shares its attention residual.
+        attn_residual_rank: rank of the attention residuals' logits. Default: None, there are none.
+        dim, **arguments: of :class:`PerceiverBlock`.
 
     Returns:
         The blocks, and as many attention residuals, or Nones in their place.
     """
 
     def layer() -> tuple[PerceiverBlock, EnformerAttentionResidual | None]:
-        return build(), None if rank is None else EnformerAttentionResidual(latent_dim, rank=rank)
+        block = PerceiverBlock(dim=dim, **arguments)
+        return block, None if attn_residual_rank is None else EnformerAttentionResidual(dim, rank=attn_residual_rank)
 
     layers = build_layers(layer, depth, shared)
     return nn.ModuleList(block for block, _ in layers), nn.ModuleList(residual for _, residual in layers)

@@ -8,7 +8,7 @@ from torch import nn
 import perceiver_fast as pf
 from perceiver_fast.layers import Attention, FeedForward, PerceiverBlock, PreNorm
 from perceiver_fast.layers.fusing import is_plain
-from perceiver_fast.layers.pre_norm import join
+from perceiver_fast.layers.pre_norm import add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 
 
@@ -28,7 +28,7 @@ def test_is_plain_addition(batch, backend):
             plain = plain + layer(plain)
         stream = ResidualStream(x)
         for layer in some:
-            join(stream, layer, watched=False)
+            add_layer(stream, layer, watched=False)
         assert stream.shape == x.shape
         value = stream.value()
         assert value is stream.value()
@@ -54,7 +54,7 @@ def test_the_stream_keeps_float32_under_autocast():
     stream = ResidualStream(torch.randn(2, 4, 16))
     with torch.autocast("cpu", torch.bfloat16):
         for layer in layers():
-            join(stream, layer, watched=False)
+            add_layer(stream, layer, watched=False)
         assert stream.normalized(nn.LayerNorm(16)).dtype == torch.bfloat16
         assert stream.value().dtype == torch.float32
 

@@ -11,7 +11,6 @@ from support import check_float32, compare_models, relative_error
 import perceiver_fast as pf
 from perceiver_fast import Modality, MultimodalPerceiver
 from perceiver_fast.layers.cross_attention import FusedCrossAttention
-from perceiver_fast.models import grid
 from perceiver_fast.tokens import GridTokens, PointTokens
 
 VIDEO = Modality("video", input_channels=3, input_axis=3, num_freq_bands=2, max_freq=6.0)
@@ -127,7 +126,7 @@ def way(request, monkeypatch):
 
         monkeypatch.setattr(FusedCrossAttention, "plan", plan)
     if request.param == "long axis":
-        monkeypatch.setattr(grid, "ONE_AXIS_LIMIT", 22)
+        monkeypatch.setattr("perceiver_fast.tokens.describe.ONE_AXIS_LIMIT", 22)
     with pf.use_backend("reference" if request.param == "reference" else "auto"):
         yield request.param
 

@@ -96,7 +96,8 @@ class PerceiverIO(nn.Module):
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
         self.cross_attend_block = PerceiverBlock(dim=latent_dim, context_dim=dim, self_per_cross_attn=0, **heads)
 
-        shared, rank = 0 if weight_tie_layers else None, attn_residual_rank if attn_residual else None
+        shared = 0 if weight_tie_layers else None
+        rank = attn_residual_rank if attn_residual else None
         self.layers, self.attn_residuals = build_blocks(
             depth, shared, rank, dim=latent_dim, has_cross_attn=False, **heads
         )

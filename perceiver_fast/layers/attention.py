@@ -17,7 +17,7 @@ from perceiver_fast.ranges import layer_range
 
 @fusable
 class Attention(Cached):
-    """Attention of ``x [B, N, D]`` to a context ``[B, M, C]``, or among ``x`` where there is none.
+    """Attention of ``x [B, N, D]`` to a context ``[B, M, C]``, or to ``x`` itself where there is none.
 
     Args:
         query_dim: channels of queries and of the output, D.
@@ -25,7 +25,8 @@ class Attention(Cached):
         heads: number of heads. Default: 8.
         dim_head: channels of a head. Default: 64.
         dropout: dropout of attention weights in training. Default: 0.
-        queries_contribute_kv: the queries join what is attended to; needs context_dim == query_dim. Default: False.
+        queries_contribute_kv: attend to the queries, too, before the context; needs context_dim == query_dim.
+            Default: False.
 
     Raises:
         ValueError: queries_contribute_kv with another context_dim.
@@ -172,7 +173,7 @@ class Attention(Cached):
         mask = None if mask is None else mask.flatten(1)
         if not fused or self.why_weights() is not None or not are_plain(q, k, v):
             return self._modules["to_out"](self._attend(q, k, v, mask, inverted_attention))
-        out = self._fused(q, k, v, mask, inverted_attention, among=context is None)
+        out = self._fused(q, k, v, mask, inverted_attention, is_self=context is None)
         out, bias = self.project_out(out)
         return out if bias is None else out + bias.to(out.dtype)
 
@@ -183,7 +184,7 @@ class Attention(Cached):
         v: Tensor,
         mask: Tensor | None = None,
         inverted: bool = False,
-        among: bool = True,
+        is_self: bool = True,
     ) -> Tensor:
         """Attention by ops that never store the weights ``[B, H, N, M]``.
 
@@ -192,19 +193,17 @@ class Attention(Cached):
             k, v: ``[B, M, H d]``.
             mask: bool ``[B, M]``, True where a token may be attended to. Default: all.
             inverted: softmax over the queries, then normalised over the tokens. Default: False.
-            among: whether the tokens are the queries themselves, so M = N. Default: True.
+            is_self: whether the tokens are the queries themselves, as in self-attention. Default: True.
 
         Returns:
             ``[B, N, H d]``.
         """
         q, k, v = (self.split_heads(t) for t in (q, k, v))
-        if not among or mask is not None or inverted:
+        if not is_self or mask is not None or inverted:
             out = cross_attention(q, k, v, mask, self.active_dropout, inverted, scale=self.scale)
             return out.transpose(1, 2).flatten(2)
-        if (
-            q.shape[2] == 1
-        ):  # a softmax over one latent is constant: this makes its gradient exactly zero, as it should be
-            q = q * 0
+        if q.shape[2] == 1:
+            q = q * 0  # a softmax over one latent is constant: this makes its gradient exactly zero, as it should be
         out = sdpa(q, k, v, dropout=self.active_dropout, scale=self.scale)
         return out.transpose(1, 2).flatten(2)
 

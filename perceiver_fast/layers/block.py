@@ -26,7 +26,7 @@ class PerceiverBlock(nn.Module):
         self_per_cross_attn: self-attentions after the cross-attention. Default: 1.
         attn_dropout, ff_dropout: dropout of attention weights and after feed-forwards, in training. Default: 0.
         has_cross_attn: if False the block is its self-attentions alone. Default: True.
-        queries_contribute_kv: the latents join what is attended to; needs context_dim == dim. Default: False.
+        queries_contribute_kv: attend to the latents, too, before the context; needs context_dim == dim. Default: False.
 
     Source:
         perceiver-pytorch 0.11.0.
@@ -80,7 +80,7 @@ class PerceiverBlock(nn.Module):
         mask: Tensor | None = None,
         inverted_attention: bool = False,
     ) -> Tensor:
-        """Attend to ``context``, then among ``x``.
+        """Attend to ``context``, then to ``x`` itself.
 
         Args:
             x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them.

@@ -90,7 +90,7 @@ def test_everything_that_loops_over_ops_has_it(checkout):
         "from torch.utils.flop_counter import flop_registry\n"
         f"assert torch.ops.perceiver_fast.{OP}_backward in flop_registry\n"
     )
-    (checkout / "tests/test_loops.py").write_text(f"def test_loops():\n    " + code.replace("\n", "\n    "))
+    (checkout / "tests/test_loops.py").write_text("def test_loops():\n    " + code.replace("\n", "\n    "))
     run(checkout, "tests/test_loops.py")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import perceiver_pytorch
 import pytest
@@ -209,13 +211,14 @@ def test_decoding_in_parts_is_one_layer():
 
 
 class Twice(torch.nn.Module):
-    """One model on two inputs."""
+    """One model on two inputs, and something else before it."""
 
-    def __init__(self, model):
+    def __init__(self, model, before=lambda: None):
         super().__init__()
-        self.model = model
+        self.model, self.before = model, before
 
     def forward(self, data):
+        self.before()
         return self.model(data) + self.model(data.clone())
 
 
@@ -285,6 +288,40 @@ def test_it_leaves_nothing_behind():
     assert fourier._cache == codes
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert observer.observer() is None
+
+
+def test_two_threads_explain_at_once():
+    """Each finds what it finds alone, of one model too: codes of the axes count in both."""
+    data, models = torch.empty(1, 5, 6, 3), [pf.Perceiver(**SMALL), pf.gated.Perceiver(**SMALL)]
+    alone = [pf.explain(model, data) for model in models]
+    start = threading.Barrier(4)
+
+    def explain(model):
+        start.wait(60)
+        return [pf.explain(model, data) for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for expected, found in zip(alone * 2, pool.map(explain, models * 2)):
+            assert found == [expected] * 3
+    assert not any(module._forward_pre_hooks for model in models for module in model.modules())
+
+
+def test_a_forward_beside_it_runs_as_ever():
+    """A forward of another thread in the midst of explain: neither sees the other."""
+    model, data, results = pf.Perceiver(**SMALL).eval(), torch.randn(1, 5, 6, 3), []
+
+    def forward():
+        fourier._cache.clear()
+        with torch.no_grad():
+            results.append(model(data))
+
+    def beside():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(forward).result(60)
+
+    forward()
+    assert pf.explain(Twice(model, before=beside), data) == pf.explain(Twice(model), data)
+    assert len(results) == 2 and torch.equal(*results) and fourier._cache
 
 
 @pytest.mark.skipif(**needs_extension)

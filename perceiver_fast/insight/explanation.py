@@ -9,7 +9,7 @@ from perceiver_fast.backends import Choice
 from perceiver_fast.insight.fold import Folded, fold
 from perceiver_fast.insight.roofs import Roofs
 from perceiver_fast.insight.work import Counts, Operator, total
-from perceiver_fast.layers.plan import Work
+from perceiver_fast.layers.plan import Plan, Work
 
 
 @dataclass(frozen=True)
@@ -18,21 +18,40 @@ class LayerPath:
 
     Args:
         layer: its name; of groups of tokens with the group's number.
-        choice: op and backend, and why other ways and backends were passed over.
-        path: of a cross-attention, the way.
-        work: of a cross-attention, the plan's work of the ways that were open, of one batch element.
-        uses: ops that describe the tokens on this way.
+        plan: the way taken, what runs on it, and what else was open.
         operators: every operator that runs, in order, with its counts.
         original: what perceiver-pytorch counts for the same layer.
     """
 
     layer: str
-    choice: Choice
-    path: str = ""
-    work: dict[str, Work] = field(default_factory=dict)
-    uses: tuple[Choice, ...] = ()
+    plan: Plan
     operators: tuple[Operator, ...] = ()
     original: Counts = field(default_factory=Counts)
+
+    @property
+    def choice(self) -> Choice:
+        """Op and backend, and why other ways and backends were passed over."""
+        return self.plan.choice
+
+    @property
+    def path(self) -> str:
+        """Of a cross-attention, the way; else empty."""
+        return self.plan.path
+
+    @property
+    def work(self) -> dict[str, Work]:
+        """Of a cross-attention, the plan's work of the ways that were open, of one batch element."""
+        return self.plan.work
+
+    @property
+    def uses(self) -> tuple[Choice, ...]:
+        """Ops that describe the tokens on this way."""
+        return self.plan.uses
+
+    @property
+    def runs_on(self) -> str:
+        """Way, op and backend, for people."""
+        return f"{self.path}: " * bool(self.path) + f"{self.plan.taken.op} on {self.plan.taken.backend}"
 
     @property
     def counts(self) -> Counts:

@@ -6,6 +6,7 @@ call the same operators on tensors of the same shapes. Their results mean nothin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import pi
 
@@ -13,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_fast.insight.recording import Attended, Row
+from perceiver_fast.insight.recording import Row
 from perceiver_fast.insight.work import Counts, WorkCounter, total
-from perceiver_fast.layers import Attention, FeedForward, PreNorm
+from perceiver_fast.layers import Attention, FeedForward
 from perceiver_fast.tokens import GridTokens, PointTokens, Tokens
 
 
@@ -63,15 +64,10 @@ def attend(x: Tensor, context: Tensor, mask: Tensor | None, how: Heads) -> Tenso
     return linear(out, x.shape[-1], bias=True) if how.ends else out
 
 
-def self_attention(x: Tensor, how: Heads) -> Tensor:
-    """PreNorm(Attention) of ``x [B, N, D]``."""
-    z = norm(x)
-    return attend(z, z, None, how)
-
-
-def cross_attention(x: Tensor, context: Tensor, mask: Tensor | None, how: Heads) -> Tensor:
-    """PreNorm(Attention) of ``x [B, N, D]`` and ``context [B, M, C]``."""
-    return attend(norm(x) if how.ends else x, norm(context), mask, how)
+def attention(x: Tensor, context: Tensor | None, mask: Tensor | None, how: Heads) -> Tensor:
+    """PreNorm(Attention) of ``x [B, N, D]`` to ``context [B, M, C]``, or among ``x``."""
+    z = norm(x) if how.ends else x
+    return attend(z, z if context is None else norm(context), mask, how)
 
 
 def feed_forward(x: Tensor, wide: int, dropout: float) -> Tensor:
@@ -114,39 +110,40 @@ def count_layer(row: Row, like: Tensor) -> Counts:
         row: of a :class:`perceiver_fast.insight.recording.Recorder`.
         like: a parameter of the model: its dtype and device are computed in.
     """
-    inner = row.module.fn if isinstance(row.module, PreNorm) else row.module
+    layer, has_norm = row.inner, row.inner is not row.module
     with WorkCounter() as counter:
         if row.attended:
-            for attended in row.attended:
-                _count_cross_attention(row, attended, like)
-        elif inner is not row.module and isinstance(inner, Attention):
-            how = Heads(inner.heads, inner.dim_head, inner.active_dropout)
-            for call in row.calls:
-                x = like.new_empty(call.shape)
-                _join(x, self_attention(x, how), call.residual)
-        elif inner is not row.module and isinstance(inner, FeedForward) and wide_channels(inner):
-            drops = len(inner.net) > 3 and inner.net[3].training
-            dropout = inner.net[3].p if drops else 0.0
-            for call in row.calls:
-                x = like.new_empty(call.shape)
-                _join(x, feed_forward(x, wide_channels(inner), dropout), call.residual)
+            _cross_attention(row, like)
+        elif has_norm and isinstance(layer, Attention):
+            how = Heads(layer.heads, layer.dim_head, layer.active_dropout)
+            _each_call(row, like, lambda x: attention(x, None, None, how))
+        elif has_norm and isinstance(layer, FeedForward) and (wide := wide_channels(layer)):
+            dropout = layer.net[3].p if len(layer.net) > 3 and layer.net[3].training else 0.0
+            _each_call(row, like, lambda x: feed_forward(x, wide, dropout))
         else:
             return total(row.operators)  # the same as ours
     return total(counter.operators)
+
+
+def _each_call(row: Row, like: Tensor, layer: Callable[[Tensor], Tensor]) -> None:
+    for shape, residual in row.calls:
+        _join(x := like.new_empty(shape), layer(x), residual)
 
 
 def _join(x: Tensor, out: Tensor, residual: bool) -> Tensor:
     return x + out if residual else out
 
 
-def _count_cross_attention(row: Row, attended: Attended, like: Tensor) -> None:
-    layer, tokens = row.module, attended.tokens
-    x = like.new_empty(attended.shape).expand(tokens.batch, -1, -1)
-    context = like.new_empty(tokens.batch, tokens.count, tokens.channels)
-    mask = x.new_empty(context.shape[:2], dtype=torch.bool) if attended.masked else None
-    fn = layer.fn
-    how = Heads(fn.heads, fn.dim_head, fn.active_dropout, attended.inverted, fn.queries_contribute_kv, row.last)
-    _join(x, cross_attention(x, context, mask, how), row.calls[0].residual and row.last)
+def _cross_attention(row: Row, like: Tensor) -> None:
+    fn, chosen = row.inner, slice(row.group, None if row.group is None else row.group + 1)
+    for seen in row.attended:
+        for tokens, given in zip(seen.groups[chosen], seen.masks[chosen]):
+            batch, _, channels = seen.parts[0].shape
+            x = like.new_empty(batch, seen.count, channels).expand(tokens.batch, -1, -1)
+            context = like.new_empty(tokens.batch, tokens.count, tokens.channels)
+            mask = None if given is None else x.new_empty(context.shape[:2], dtype=torch.bool)
+            how = Heads(fn.heads, fn.dim_head, fn.active_dropout, seen.inverted, fn.queries_contribute_kv, row.last)
+            _join(x, attention(x, context, mask, how), row.calls[0].residual and row.last)
 
 
 def count_tokens(described: list[tuple[Tokens, bool]], own: Counts) -> Counts:

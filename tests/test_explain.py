@@ -42,7 +42,7 @@ def test_it_names_paths_and_reasons():
     assert "7 latents" in text and "5 x 6 tokens" in text
     layers = {path.layer: path for path in pf.explain(model, data).layers}
     assert all(layers[f"layers.{i}.cross_attn"].choice.op == "grid_attention" for i in range(3))
-    assert layers["layers.0.cross_attn"].path == "grid" and "projected" in layers["layers.0.cross_attn"].work
+    assert layers["layers.0.cross_attn"].path == "grid" and "projected" in layers["layers.0.cross_attn"].plan.work
     assert "self_attention on sdpa" in text and "with grid_scale on cpu" in text
     model = pf.Perceiver(**SMALL | dict(attn_dropout=0.1))
     assert "grid_attention on cpu" in str(pf.explain(model, data))  # dropout is the kernel's too
@@ -187,7 +187,7 @@ def test_ways_count_what_the_documentation_says(way):
     # The plan adds both up, for one batch element, and adds what queries and results take in the tokens' own terms.
     length = {"grid": 3 + sum(size[:-1]), "absorbed": 3, "projected": 0}[way]
     alone = Counts(pairs * pair + projection, pairs + encoding)
-    assert path.work[way].operations == alone.cost + 2 * N * H * HEAD * length
+    assert path.plan.work[way].operations == alone.cost + 2 * N * H * HEAD * length
 
 
 @pytest.mark.skipif(**needs_extension)
@@ -369,7 +369,7 @@ def test_as_json():
 def test_repeated_blocks_are_one_line():
     geometry = GEOMETRIES["imagenet-lucid"]
     found = pf.explain(*on_shapes(geometry.build, (1, *geometry.sizes, geometry.channels)))
-    lines = {line.name: len(line.items) for line in found.folded()}
+    lines = {line.name: len(line.rows) for line in found.folded()}
     assert lines == {
         "tokens": 1,
         "layers.{0..7}.cross_attn": 8,

@@ -30,7 +30,8 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
 
     The model's forward is run on tensors that have shapes and no content, so nothing is computed. Work is counted by
     the operators that are called (:mod:`perceiver_fast.insight.work` has the rules), of a forward that finds nothing kept from
-    an earlier one. Beside it stands perceiver-pytorch's, counted in the same way.
+    an earlier one. Beside it stands perceiver-pytorch's, counted in the same way. Other threads may call the model, or
+    explain it, meanwhile.
 
     Args:
         model: any model of this package, or one that holds its layers; of :func:`perceiver_fast.insight.shapes.on_shapes`, too.

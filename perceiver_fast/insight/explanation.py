@@ -183,7 +183,7 @@ class Explanation(Layers):
         lines, folded = [self.tokens], self.folded()
         width = max((len(line.name) for line in folded), default=0)
         for line in folded:
-            plan, times = line.rows[0].plan, f"{line.times} ".lstrip()
+            plan, times = line.rows[0].plan, line.times and f"{line.times} "
             way = f"{plan.path}: " if plan.path else ""
             lines.append(f"{line.name:<{width}}  {times}{plan.taken.op} on {plan.taken.backend} ({way}{line.counts})")
             lines += [f"{'':<{width}}    {note}" for note in line.notes()]

@@ -84,7 +84,7 @@ class Recorder(LayerObserver):
         self.tokens = Row("tokens", None)
         self.described: list[tuple[Tokens, bool]] = []
         self.shared: list[Operator] = []
-        self._called = {module for _, module in layers if not isinstance(module, PreNorm)}
+        self._silent = {module for _, module in layers if not isinstance(module, PreNorm)}  # do not say when they begin
         self._by_name: dict[str, list[Row]] = {}  # one row, or one a group
         self._now: list[Row] = []  # the rows of the layer that runs
         self._group = 0  # the next one
@@ -93,9 +93,9 @@ class Recorder(LayerObserver):
     @contextmanager
     def attached(self) -> Iterator[Recorder]:
         """Calls of the model inside, in this thread, are recorded."""
-        # PreNorms say when they begin. The rest may be anybody's modules, of which nothing but a hook tells that they
-        # are called; other threads run into it, and pass by.
-        handles = [module.register_forward_pre_hook(self._calls, with_kwargs=True) for module in self._called]
+        # What is no PreNorm may be anybody's module, and nothing but a hook tells that it is called. The hook is there
+        # for all threads: in another one it finds another observer, or none, and does nothing.
+        handles = [module.register_forward_pre_hook(self._called, with_kwargs=True) for module in self._silent]
         self.counter.operators = self.tokens.operators
         try:
             with observing(self), fourier.uncached():
@@ -104,8 +104,8 @@ class Recorder(LayerObserver):
             for handle in handles:
                 handle.remove()
 
-    # While a hook is removed torch may call it as one without keywords.
-    def _calls(self, module: nn.Module, inputs: tuple, keywords: dict | None = None) -> None:
+    def _called(self, module: nn.Module, inputs: tuple, keywords: dict | None = None) -> None:
+        # Another thread that calls the module while the hook is put on or removed may take it for one without keywords.
         if observer() is self:
             x = next(iter((*inputs, *(keywords or {}).values())), None)
             self.begins(module, getattr(x, "shape", None), residual=False)

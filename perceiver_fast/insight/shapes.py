@@ -28,7 +28,7 @@ def on_shapes(
         dtype, device: of both; the device need not be there.
 
     Returns:
-        The model and the input.
+        The model and the input. Both are of one thread at a time, as all that torch runs on shapes alone.
 
     Example:
         >>> import perceiver_fast as pf

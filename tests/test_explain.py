@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import perceiver_pytorch
 import pytest
@@ -41,7 +43,7 @@ def test_it_names_paths_and_reasons():
     assert "7 latents" in text and "5 x 6 tokens" in text
     layers = {path.layer: path for path in pf.explain(model, data).layers}
     assert all(layers[f"layers.{i}.cross_attn"].choice.op == "grid_attention" for i in range(3))
-    assert layers["layers.0.cross_attn"].path == "grid" and "projected" in layers["layers.0.cross_attn"].work
+    assert layers["layers.0.cross_attn"].path == "grid" and "projected" in layers["layers.0.cross_attn"].plan.work
     assert "self_attention on sdpa" in text and "with grid_scale on cpu" in text
     model = pf.Perceiver(**SMALL | dict(attn_dropout=0.1))
     assert "grid_attention on cpu" in str(pf.explain(model, data))  # dropout is the kernel's too
@@ -186,7 +188,7 @@ def test_ways_count_what_the_documentation_says(way):
     # The plan adds what queries and results take in the tokens' own terms; positions it takes to be each element's own.
     length = {"grid": 3 + sum(size[:-1]), "absorbed": 3, "projected": 0}[way]
     alone = Work(pairs * pair + projection, pairs + encoding)
-    assert path.work[way].arithmetic == BATCH * (alone.arithmetic + 2 * N * H * HEAD * length)
+    assert path.plan.work[way].arithmetic == BATCH * (alone.arithmetic + 2 * N * H * HEAD * length)
 
 
 @pytest.mark.skipif(**needs_extension)
@@ -210,13 +212,14 @@ def test_decoding_in_parts_is_one_layer():
 
 
 class Twice(torch.nn.Module):
-    """One model on two inputs."""
+    """One model on two inputs, and something else before it."""
 
-    def __init__(self, model):
+    def __init__(self, model, before=lambda: None):
         super().__init__()
-        self.model = model
+        self.model, self.before = model, before
 
     def forward(self, data):
+        self.before()
         return self.model(data) + self.model(data.clone())
 
 
@@ -288,6 +291,40 @@ def test_it_leaves_nothing_behind():
     assert observer.observer() is None
 
 
+def test_two_threads_explain_at_once():
+    """Each finds what it finds alone, of one model too: codes of the axes count in both."""
+    data, models = torch.empty(1, 5, 6, 3), [pf.Perceiver(**SMALL), pf.gated.Perceiver(**SMALL)]
+    alone = [pf.explain(model, data) for model in models]
+    start = threading.Barrier(4)
+
+    def explain(model):
+        start.wait(60)
+        return [pf.explain(model, data) for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for expected, found in zip(alone * 2, pool.map(explain, models * 2)):
+            assert found == [expected] * 3
+    assert not any(module._forward_pre_hooks for model in models for module in model.modules())
+
+
+def test_a_forward_beside_it_runs_as_ever():
+    """A forward of another thread in the midst of explain: neither sees the other."""
+    model, data, results = pf.Perceiver(**SMALL).eval(), torch.randn(1, 5, 6, 3), []
+
+    def forward():
+        fourier._cache.clear()
+        with torch.no_grad():
+            results.append(model(data))
+
+    def beside():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(forward).result(60)
+
+    forward()
+    assert pf.explain(Twice(model, before=beside), data) == pf.explain(Twice(model), data)
+    assert len(results) == 2 and torch.equal(*results) and fourier._cache
+
+
 @pytest.mark.skipif(**needs_extension)
 def test_counts_add_up_and_are_the_same_every_time():
     model, data = pf.Perceiver(**SMALL), torch.randn(2, 5, 6, 3)
@@ -333,7 +370,7 @@ def test_as_json():
 def test_repeated_blocks_are_one_line():
     geometry = GEOMETRIES["imagenet-lucid"]
     found = pf.explain(*on_shapes(geometry.build, (1, *geometry.sizes, geometry.channels)))
-    lines = {line.name: len(line.items) for line in found.folded()}
+    lines = {line.name: len(line.rows) for line in found.folded()}
     assert lines == {
         "tokens": 1,
         "layers.{0..7}.cross_attn": 8,

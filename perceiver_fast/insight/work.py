@@ -20,14 +20,14 @@ from perceiver_fast.ops.declaration import OPERATORS
 from perceiver_fast.ops.work import Work, attention_work
 
 
-class Operator(NamedTuple):
-    """One call of an operator."""
+class Counted(NamedTuple):
+    """One call of an operator, with its work."""
 
     name: str
     counts: Work
 
 
-def total(operators: list[Operator] | tuple[Operator, ...]) -> Work:
+def total(operators: list[Counted] | tuple[Counted, ...]) -> Work:
     """What all of them count."""
     return sum((operator.counts for operator in operators), Work())
 
@@ -99,7 +99,7 @@ class WorkCounter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operators: list[Operator] = []
+        self.operators: list[Counted] = []
         self._fused = _FusedAttention(self)
 
     def __enter__(self) -> WorkCounter:
@@ -111,7 +111,7 @@ class WorkCounter(TorchDispatchMode):
         self._fused.__exit__(*exc)
 
     @contextmanager
-    def into(self, operators: list[Operator]) -> Iterator[list[Operator]]:
+    def into(self, operators: list[Counted]) -> Iterator[list[Counted]]:
         """What is called inside is added to ``operators``."""
         previous, self.operators = self.operators, operators
         try:
@@ -135,7 +135,7 @@ class WorkCounter(TorchDispatchMode):
         """Count one call of operator ``name``."""
         tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor)]
         counts = operations(name, args, out) + Work(bytes=sum(map(_bytes, tensors)))
-        self.operators.append(Operator(name.removeprefix("aten::").removeprefix("perceiver_fast::"), counts))
+        self.operators.append(Counted(name.removeprefix("aten::").removeprefix("perceiver_fast::"), counts))
 
 
 class _FusedAttention(TorchFunctionMode):

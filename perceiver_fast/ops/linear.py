@@ -47,7 +47,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return dtype
 
 
-def choose_linear(rows: int, channels: int, out_channels: int, dtype: torch.dtype, device: torch.device) -> Choice:
+def linear_library(rows: int, channels: int, out_channels: int, dtype: torch.dtype, device: torch.device) -> Choice:
     """The library that runs a forward product in inference, and what the others were measured at."""
     if not is_large(rows, channels, out_channels, device):
         return Choice(OP, "torch")

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,42 +44,35 @@ class Recipe:
 def nsys(workload: Workload, folder: Path, kernel: str | None = None) -> Recipe:
     """A timeline of kernels and ranges, and tables of both."""
     base, report = folder / workload.name, folder / f"{workload.name}.nsys-rep"
-    record = [
-        "nsys",
-        "profile",
-        "--trace=cuda,nvtx,osrt",
-        "--capture-range=cudaProfilerApi",
-        "--capture-range-end=stop",
-    ]
+    record = "nsys profile --trace=cuda,nvtx,osrt --capture-range=cudaProfilerApi --capture-range-end=stop".split()
     record += ["--sample=none", "--cpuctxsw=none", "--force-overwrite=true", f"--output={base}", *workload.command()]
-    tables = "--report=cuda_gpu_kern_sum,nvtx_sum,nvtx_gpu_proj_sum"
-    return Recipe([Step(record), Step(["nsys", "stats", "--force-export=true", tables, str(report)])], [report])
+    tables = "nsys stats --force-export=true --report=cuda_gpu_kern_sum,nvtx_sum,nvtx_gpu_proj_sum".split()
+    return Recipe([Step(record), Step([*tables, str(report)])], [report])
 
 
 def ncu(workload: Workload, folder: Path, kernel: str | None = None) -> Recipe:
     """Metrics of the chosen kernels' every launch, and all of them as CSV; by default, kernels of this package."""
     report, table = (folder / f"{workload.name}.{ending}" for ending in ("ncu-rep", "ncu.csv"))
-    record = ["ncu", "--profile-from-start", "off", "--target-processes", "all", "--nvtx"]
+    record = "ncu --profile-from-start off --target-processes all --nvtx".split()
     if kernel is not None or workload.peer == "fast":
         record += ["--kernel-name", f"regex:{kernel_filter(kernel)}"]
     for section in SECTIONS:
         record += ["--section", section]
     record += ["--metrics", names(), "--force-overwrite", "--export", str(report), *workload.command()]
-    export = ["ncu", "--import", str(report), "--csv", "--page", "raw", "--print-units", "base"]
+    export = [*"ncu --csv --page raw --print-units base --import".split(), str(report)]
     return Recipe([Step(record), Step(export, table)], [report, table])
 
 
 def perf(workload: Workload, folder: Path, kernel: str | None = None) -> Recipe:
     """Samples of the CPU, by library and function; no hardware counter is needed."""
-    data, control, acknowledged = (folder / f"{workload.name}.perf.{ending}" for ending in ("data", "ctl", "ack"))
-    fifos = f"{control},{acknowledged}"
+    data, *pair = (str(folder / f"{workload.name}.perf.{ending}") for ending in ("data", "ctl", "ack"))
+    fifos = ",".join(pair)
     record = ["perf", "record", "--delay=-1", f"--control=fifo:{fifos}", "--freq=997", f"--output={data}", "--"]
     record += ["env", "ONEDNN_JIT_PROFILE=2", *workload.command(), "--perf-control", fifos]  # names oneDNN's products
-    report = ["perf", "report", "--stdio", "--no-children", "--percent-limit=0.5", "--fields=overhead,dso,symbol"]
+    report = "perf report --stdio --no-children --percent-limit=0.5 --fields=overhead,dso,symbol".split()
     report += ["--column-widths=8,36,100", f"--input={data}"]
-    pair = [str(control), str(acknowledged)]
     remove = ["rm", "-f", *pair]  # what a run that was stopped left would block this one
-    return Recipe([Step(step) for step in (remove, ["mkfifo", *pair], record, remove, report)], [data])
+    return Recipe([Step(step) for step in (remove, ["mkfifo", *pair], record, remove, report)], [Path(data)])
 
 
 @dataclass(frozen=True)
@@ -121,12 +115,8 @@ def run(recipe: Recipe, as_json: bool) -> str | None:
         None, or which step failed.
     """
     for step in recipe.steps:
-        sys.stdout.flush()
-        if step.output is None:
-            code = subprocess.run(step.command, check=False, stdout=sys.stderr if as_json else None).returncode
-        else:
-            with step.output.open("w") as output:
-                code = subprocess.run(step.command, check=False, stdout=output).returncode
+        with step.output.open("w") if step.output else nullcontext(sys.stderr if as_json else None) as output:
+            code = subprocess.run(step.command, check=False, stdout=output).returncode
         if code:
             return f"exit code {code} of {step}"
     return None

@@ -10,9 +10,10 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,31 +31,28 @@ PEERS = ("fast", "perceiver-pytorch")
 MODULE = "perceiver_fast.commands.profile_workload"
 
 
+def _option(value: Any, text: str, **more: Any) -> Any:
+    """A field with this default value, and its option; ``more`` is what argparse takes."""
+    return field(default=value, metadata={"help": text, "default": value, **more})
+
+
 @dataclass(frozen=True)
 class Workload:
-    """Which model runs, on what, and how often. Every field has an option of :func:`add_arguments`.
+    """Which model runs, on what, and how often. Every field is an option of the command, whose help says what it is."""
 
-    Args:
-        geometry: a key of GEOMETRIES.
-        pass_name: ``forward`` (inference) or ``step`` (forward and backward).
-        dtype: float32 and float64 are the model's; bfloat16 and float16 are autocast's.
-        batch: inputs at once.
-        threads: of the CPU. Default: None, torch's choice.
-        device: ``cpu`` or ``cuda``.
-        peer: whose model, of PEERS.
-        iterations: calls in the profiled region.
-        tiny: the same structure with few of everything.
-    """
-
-    geometry: str = "readme"
-    pass_name: str = "forward"
-    dtype: str = "float32"
-    batch: int = 1
-    threads: int | None = None
-    device: str = "cpu"
-    peer: str = "fast"
-    iterations: int = 3
-    tiny: bool = False
+    geometry: str = _option("readme", "the model and its input (default: %(default)s)", choices=list(GEOMETRIES))
+    pass_name: str = _option(
+        "forward", "inference, or forward and backward (default: %(default)s)", choices=("forward", "step")
+    )
+    dtype: str = _option("float32", "half precision is autocast's (default: %(default)s)", choices=DTYPES)
+    batch: int = _option(1, "inputs at once (default: %(default)s)", type=positive, metavar="N")
+    threads: int | None = _option(None, "CPU threads (default: PyTorch's choice)", type=positive, metavar="N")
+    device: str = _option("cpu", "default: cuda where there is a GPU", default=None, choices=("cpu", "cuda"))
+    peer: str = _option("fast", "whose model: ours, or the one compared with", choices=PEERS)
+    iterations: int = _option(3, "profiled calls, after the warm-up", default=None, type=positive, metavar="N")
+    tiny: bool = _option(
+        False, "the geometry's structure with few of everything, to try the command out", action="store_true"
+    )
 
     @property
     def name(self) -> str:
@@ -65,33 +63,26 @@ class Workload:
     def command(self) -> list[str]:
         """The command line of a process that runs it."""
         command = [sys.executable, "-m", MODULE]
-        for field, value in asdict(self).items():
+        for name, value in asdict(self).items():
             if value is not None and value is not False:
-                command += [f"--{field.removesuffix('_name')}", *([] if value is True else [str(value)])]
+                command += [_flag(name), *([] if value is True else [str(value)])]
         return command
+
+
+def _flag(name: str) -> str:
+    return f"--{name.removesuffix('_name')}"  # pass is a word of Python's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what runs."""
-    add = parser.add_argument
-    add("--geometry", choices=list(GEOMETRIES), default="readme", help="the model and its input (default: %(default)s)")
-    add(
-        "--pass", dest="pass_name", choices=("forward", "step"), default="forward",
-        help="inference, or forward and backward (default: %(default)s)",
-    )  # fmt: skip
-    add("--dtype", choices=DTYPES, default="float32", help="half precision is autocast's (default: %(default)s)")
-    add("--batch", type=positive, default=1, metavar="N", help="inputs at once (default: %(default)s)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    add("--peer", choices=PEERS, default="fast", help="whose model: ours, or the one compared with")
-    add("--iterations", type=positive, metavar="N", help="profiled calls, after the warm-up")
-    add("--tiny", action="store_true", help="the geometry's structure with few of everything, to try the command out")
+    for option in fields(Workload):
+        parser.add_argument(_flag(option.name), dest=option.name, **option.metadata)
 
 
 def workload_from(args: argparse.Namespace, iterations: int = 3, device: str | None = None) -> Workload:
     """The workload that options of :func:`add_arguments` describe, with these defaults; a GPU's where there is one."""
     defaults = {"iterations": iterations, "device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
-    options = {field.name: getattr(args, field.name) for field in fields(Workload)}
+    options = {option.name: getattr(args, option.name) for option in fields(Workload)}
     return Workload(**defaults | {name: value for name, value in options.items() if value is not None})
 
 

@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 from perceiver_fast import __main__ as command_line
 from perceiver_fast.commands import CannotRun, profile_tools, profile_workload
 from perceiver_fast.commands.profile_metrics import KERNELS, OURS, kernel_filter, names
+from perceiver_fast.commands.profile_tools import TOOLS
 from perceiver_fast.commands.profile_torch import range_times
 from perceiver_fast.commands.profile_workload import Prepared, Workload
 from perceiver_fast.ranges import ranges_kind
@@ -168,16 +169,18 @@ def test_ncu_runs_what_is_printed_and_keeps_the_table(tmp_path, monkeypatch, cap
     assert record[record.index("--kernel-name") + 1] == f"regex:{KERNELS['geglu']}"
     assert record[record.index("--profile-from-start") + 1] == "off"
     assert record[record.index("--metrics") + 1] == names() and "SpeedOfLight" in record
-    assert export[-2:] == ["--import", record[record.index("--export") + 1]] and "raw" in export
+    assert export[:2] == ["--import", record[record.index("--export") + 1]] and "raw" in export
     table = next(tmp_path.glob("*.ncu.csv"))
     assert table.read_text() == "from ncu\n" and out.splitlines()[1].endswith(f"> {table}")
 
 
 def test_ncu_filters_ours_unless_it_looks_at_the_peer():
-    ours = profile_tools.ncu(Workload(device="cuda"), Path("out")).steps[0].command
-    assert f"regex:{OURS}" in ours
-    theirs = profile_tools.ncu(Workload(device="cuda", peer="perceiver-pytorch"), Path("out")).steps[0].command
-    assert "--kernel-name" not in theirs
+    def record(**workload):
+        return shlex.split(profile_tools.command_lines(TOOLS["ncu"], Workload(**workload), Path("a folder"))[0])
+
+    assert f"regex:{OURS}" in record()
+    theirs = record(peer="perceiver-pytorch")
+    assert "--kernel-name" not in theirs and "a folder/readme-forward-float32-b1-cpu-perceiver-pytorch.ncu-rep" in theirs
     assert kernel_filter("sgemm.*") == "sgemm.*"
 
 

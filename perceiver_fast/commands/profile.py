@@ -14,7 +14,7 @@ import perceiver_fast
 from perceiver_fast.commands import CannotRun, profile_tools, profile_torch
 from perceiver_fast.commands.console import progress
 from perceiver_fast.commands.options import make_folder
-from perceiver_fast.commands.profile_tools import TOOLS
+from perceiver_fast.commands.profile_tools import TOOLS, Tool
 from perceiver_fast.commands.profile_workload import Prepared, Workload, workload_from
 from perceiver_fast.commands.profile_workload import add_arguments as add_workload_arguments
 from perceiver_fast.insight.machine import cpu_name
@@ -82,24 +82,23 @@ def _run_torch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_tool(args: argparse.Namespace, tool: profile_tools.Tool) -> int:
+def _run_tool(args: argparse.Namespace, tool: Tool) -> int:
     workload = workload_from(args, iterations=tool.iterations, device=tool.device)
-    recipe = tool.recipe(workload, args.out, args.kernel)
-    reasons = missing = profile_tools.missing(args.tool)
+    lines = profile_tools.command_lines(tool, workload, args.out, args.kernel)
+    files = [str(args.out / f"{workload.name}.{ending}") for ending in tool.endings]
+    missing = profile_tools.missing(args.tool)
     if not args.json:
-        print("\n".join(map(str, recipe.steps)), flush=True)
+        print("\n".join(lines), flush=True)
     ready = not args.dry_run and not missing
-    if ready and (failed := profile_tools.run(recipe, args.json)):
-        reasons = [failed]
-    ran = ready and not reasons
+    failed = profile_tools.run(lines, args.json) if ready else None
+    ran = ready and failed is None
     if args.json:
-        commands, files = [str(step) for step in recipe.steps], [str(path) for path in recipe.files]
-        record = {"tool": args.tool, "commands": commands, "missing": missing, "ran": ran, "files": files}
+        record = {"tool": args.tool, "commands": lines, "missing": missing, "ran": ran, "files": files}
         print(json.dumps(record, indent=2))
     elif ran:
-        print("Files: " + ", ".join(map(str, recipe.files)))
+        print("Files: " + ", ".join(files))
     if args.dry_run:
         return 0
-    for reason in reasons:
+    for reason in missing if failed is None else [failed]:
         print(f"profile --tool {args.tool}: {reason}", file=sys.stderr)
     return 0 if ran else 2

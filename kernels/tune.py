@@ -115,17 +115,11 @@ def conditions(arch: int) -> dict[str, object]:
     device = torch.cuda.get_device_properties(0)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device.name,
-        "capability": f"{device.major}.{device.minor}",
-        "multiprocessors": device.multi_processor_count,
-        "driver": driver,
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "entries written": f"sm_{arch}",
-        "batch": BATCH,
-    }
+        "device": device.name, "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count, "driver": driver, "cuda": torch.version.cuda,
+        "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
+        "entries written": f"sm_{arch}", "batch": BATCH,
+    }  # fmt: skip
 
 
 def put(entries: dict[int, Config], name: str, arch: int, new: Config) -> None:

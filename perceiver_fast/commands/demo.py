@@ -120,23 +120,17 @@ def compare(geometry: Geometry, photo: Tensor, repeats: int, threads: int, say: 
     for model in (ORIGINAL, FAST) if package_version(ORIGINAL) else (FAST,):
         row = {"geometry": geometry.name, "depth": geometry.model["depth"], "model": model, "note": None}
         row |= dict.fromkeys(("seconds", "all_seconds", "peak_bytes_added", "max_relative_difference", "speedup"))
-        rows.append(row)
         if model == ORIGINAL:
             row["estimated_bytes_added"] = demo_process.original_bytes(geometry)
-            needed, free = demo_process.original_needs(geometry), demo_process.available_memory()
-            if needed > free:
-                row["note"] = f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free: not run"
-                continue
+        rows.append(row)
+        line = partial(say, f"{geometry.name}: {model}")
         try:
-            found = demo_process.measure(
-                model, geometry, photo, repeats, threads, partial(say, f"{geometry.name}: {model}")
-            )
+            found = demo_process.measure(model, geometry, photo, repeats, threads, line)
         except demo_process.MeasureError as error:
             row["note"] = str(error)
             continue
         outputs.append(found.pop("output"))
-        seconds = found.pop("seconds")
-        row |= found | {"seconds": median(seconds), "all_seconds": seconds}
+        row |= found | {"all_seconds": found["seconds"], "seconds": median(found["seconds"])}
     if len(outputs) == 2:
         original, fast = outputs
         rows[1]["max_relative_difference"] = float((fast - original).abs().max() / original.abs().max())
@@ -169,19 +163,11 @@ def describe_conditions(image: Path | None, photo: Tensor, threads: int, repeats
     _, height, width, _ = photo.shape
     return {
         "image": "china.jpg of scikit-learn" if image is None else image.name,
-        "height": height,
-        "width": width,
-        "tokens": height * width,
-        "dtype": str(photo.dtype).removeprefix("torch."),
-        "cpu": cpu_name(),
-        "isa": extension.module.active_isa() if extension.module else None,
-        "threads": threads,
-        "torch": torch.__version__,
-        "perceiver_pytorch": package_version(ORIGINAL),
-        "perceiver_fast": pf.__version__,
-        "repeats": repeats,
-        "seed": SEED,
-    }
+        "height": height, "width": width, "tokens": height * width, "dtype": str(photo.dtype).removeprefix("torch."),
+        "cpu": cpu_name(), "isa": extension.module.active_isa() if extension.module else None, "threads": threads,
+        "torch": torch.__version__, "perceiver_pytorch": package_version(ORIGINAL), "perceiver_fast": pf.__version__,
+        "repeats": repeats, "seed": SEED,
+    }  # fmt: skip
 
 
 def show(console: Console, rows: list[dict], conditions: dict) -> None:

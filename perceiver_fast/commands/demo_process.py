@@ -28,7 +28,7 @@ FAST, ORIGINAL = "perceiver-fast", "perceiver-pytorch"
 
 
 class MeasureError(RuntimeError):
-    """The measuring process failed; the message says how."""
+    """The measuring process failed, or was not started; the message says why."""
 
 
 def original_bytes(geometry: Geometry) -> int:
@@ -50,21 +50,17 @@ def original_bytes(geometry: Geometry) -> int:
     return geometry.tokens * columns * torch.float32.itemsize
 
 
-def original_needs(geometry: Geometry) -> int:
-    """Memory of a process that runs perceiver-pytorch: it holds the weights twice while it loads them, later once."""
+def _check_memory(geometry: Geometry) -> None:
+    """perceiver-pytorch's process holds the weights twice while it loads them, and later once beside its tensors."""
     import psutil
 
     with torch.device("meta"):
         weights = sum(tensor.nbytes for tensor in geometry.build().state_dict().values())
     process = psutil.Process().memory_info().rss  # Python with PyTorch loaded, as this one
-    return process + weights + max(weights, original_bytes(geometry))
-
-
-def available_memory() -> int:
-    """Bytes that can be used without swapping."""
-    import psutil
-
-    return psutil.virtual_memory().available
+    needed = process + weights + max(weights, original_bytes(geometry))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MeasureError(f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free: not run")
 
 
 def build(model: str, geometry: Geometry) -> nn.Module:
@@ -90,8 +86,10 @@ def measure(model: str, geometry: Geometry, data: Tensor, repeats: int, threads:
         Tensor, and of FAST ``paths``, how many layers run what, by :func:`perceiver_fast.explain`.
 
     Raises:
-        MeasureError: the process failed or was killed.
+        MeasureError: ORIGINAL needs more memory than is free; the process failed, or was killed.
     """
+    if model == ORIGINAL:
+        _check_memory(geometry)
     with TemporaryDirectory() as folder:
         torch.save((model, geometry, data, repeats, threads), Path(folder) / "task.pt")
         command, line = [sys.executable, "-m", "perceiver_fast.commands.demo_process", folder], ""

@@ -157,7 +157,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, arch: int):
         self.args, self.arch = args, arch
         self.deadline = time.time() + args.seconds
-        self.console, self.pool = Console(), None
+        self.console = Console()
         self.status = self.console.status("")
         self.table = {name: dict(archs) for name, archs in table().items()}
         self.log = {} if args.dry_run else conditions(arch) | {"entries": {}}
@@ -166,17 +166,14 @@ class Run:
     def compile(self, name: str) -> list[Need]:
         """What every candidate of an entry needs, the shipped one first."""
         configs, needs = candidates(name, config(name, self.arch))[: self.args.limit], []
-        if self.pool is None:
-            # An interrupt is this process's to handle.
-            ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-            self.pool = ProcessPoolExecutor(self.args.jobs, multiprocessing.get_context("spawn"), **ignore)
-        compiled = partial(compile_candidate, name, calls_of(name, self.arch), self.arch, self.deadline)
+        work = partial(compile_candidate, name, calls_of(name, self.arch), self.arch, self.deadline)
+        ours = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # an interrupt is this process's to handle
         try:
-            for need in self.pool.map(compiled, configs):
-                needs.append(need)
-                self.status.update(escape(f"{name}: compiled {len(needs)} of {len(configs)}"))
+            with ProcessPoolExecutor(self.args.jobs, multiprocessing.get_context("spawn"), *ours) as pool:
+                for need in pool.map(work, configs):
+                    needs.append(need)
+                    self.status.update(escape(f"{name}: compiled {len(needs)} of {len(configs)}"))
         except BrokenProcessPool:
-            self.pool = None  # the next entry gets a new one
             raise RuntimeError("a compiling process died; try fewer --jobs, memory may be short") from None
         return needs
 
@@ -224,8 +221,6 @@ class Run:
                     if not self.args.dry_run:
                         self.record(name, {"failed": failed})
                     self.console.print(f"{name}: left as it is, {failed}", markup=False)
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
         if self.log.get("entries"):
             self.console.print(f"Wrote {self.args.out} and {self.log_file}")
         return code

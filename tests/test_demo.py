@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -177,14 +176,3 @@ def test_other_photographs(tmp_path):
     assert photo.shape == (1, 10, 15, 3) and photo.dtype == torch.float32
     assert photo[0, 0, 0].tolist() == [1, 0, 0]
     assert demo.load_photo(None).shape == (1, 427, 640, 3)
-
-
-def test_help_names_every_option():
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    text = parser.format_help()
-    for option in ("--image", "--out", "--repeats", "--threads", "--geometry", "--max-side", "--json"):
-        assert option in text
-    assert all(action.help for action in parser._actions)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--repeats", "0"])

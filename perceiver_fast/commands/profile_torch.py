@@ -75,28 +75,27 @@ def range_times(events: Iterable[FunctionEvent], iterations: int, cuda: bool) ->
     """
     times: dict[str, RangeTime] = {}
     for event, around in _nested(events):
-        name, elapsed, kernels = event.name, event.time_range.elapsed_us() / iterations, 0.0
-        if cuda:
-            kernels = event.device_time_total / iterations
+        name, elapsed = event.name, event.time_range.elapsed_us() / iterations
+        kernels = event.device_time_total / iterations if cuda else 0.0
         kind = "pass" if name in PASSES else "op" if name in OPS else "layer"
         time = times.setdefault(name, RangeTime(name, kind))
-        time.calls += 1 if name == PROFILED else 1 / iterations
+        time.calls += 1
         time.self_us += elapsed
         time.cuda_self_us += kernels
         if around:
-            times[around[-1].name].self_us -= elapsed
-            if around[-1].thread == event.thread:  # a pass knows nothing of what other threads launch
-                times[around[-1].name].cuda_self_us -= kernels
-        if name not in (outer.name for outer in around):
+            outer = times[around[-1].name]
+            outer.self_us -= elapsed
+            if around[-1].thread == event.thread:  # what another thread launches is not in its kernels' time
+                outer.cuda_self_us -= kernels
+        if name not in [other.name for other in around]:
             time.total_us += elapsed
             time.cuda_total_us += kernels
-    for time in times.values():
+    for name, time in times.items():
+        time.calls /= 1 if name == PROFILED else iterations
         time.share = time.self_us / times[PROFILED].total_us
         if not cuda:
             time.cuda_total_us = time.cuda_self_us = None
-    return sorted(
-        times.values(), key=lambda time: (KINDS.index(time.kind), -time.self_us if time.kind == "op" else 0)
-    )  # fmt: skip
+    return sorted(times.values(), key=lambda t: (KINDS.index(t.kind), -t.self_us if t.kind == "op" else 0))
 
 
 def profile(prepared: Prepared, folder: Path) -> dict:

@@ -17,7 +17,7 @@ import perceiver_fast
 from benchmarks.layers import NOT_A_PEER
 from benchmarks.peers import OURS
 from perceiver_fast import backends, extension
-from perceiver_fast.commands.info import cpu_name
+from perceiver_fast.insight.environment import cpu_name
 
 PEERS = ("eager", "reference", "sdpa", "compile", "compile-eager", "transformers", "perceiver-io", NOT_A_PEER)
 TITLES = {

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.insight.roofs import measure_roofs
-from perceiver_fast.insight.work import Counts, WorkCounter, total
+from perceiver_fast.insight.work import WorkCounter, total
+from perceiver_fast.ops import work as counting
 
 BACKWARD = 2  # a step's products, over those of its forward alone: each has one for either operand's gradient
 
@@ -75,7 +76,7 @@ def throughput(work: Work, seconds: float, threads: int) -> dict:
     return found
 
 
-def counted(module: Callable, *inputs: torch.Tensor) -> Counts:
+def counted(module: Callable, *inputs: torch.Tensor) -> counting.Work:
     """What a forward's operators do, counted on tensors without content."""
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, WorkCounter() as counter:
         module(*(mode.from_tensor(x) for x in inputs))

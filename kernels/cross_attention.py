@@ -18,7 +18,6 @@ tokens that exceeds the error of plain fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -29,7 +28,7 @@ from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels import dropout as drop
 from perceiver_fast.kernels.configs import Config, config
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, product, scaled, store, zeros
-from perceiver_fast.kernels.launch import Instance, Launch, aligned_rows, share, strides
+from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 from perceiver_fast.reference.dropout import dropout_scale
 
 LOG2_E = math.log2(math.e)
@@ -284,10 +283,3 @@ def forward(
     for launch in launches:
         launch.run()
     return o, lse, lse.new_empty(0)
-
-
-def instances(architecture: int) -> Iterator[Instance]:
-    """What is compiled ahead of time: forward and backward."""
-    from perceiver_fast.kernels import cross_attention_instances  # needs the backward, which needs this module
-
-    return cross_attention_instances.instances(architecture)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +53,19 @@ class Instance:
         return self.weights // (32 * self.config.warps)
 
 
+_collected: ContextVar[list[Launch] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collected() -> Iterator[list[Launch]]:
+    """Within, and in this thread, launches are listed rather than run; tensors may be on the meta device."""
+    token = _collected.set([])
+    try:
+        yield _collected.get()
+    finally:
+        _collected.reset(token)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel, the number of its programs, and all its arguments; ``weights`` as in :class:`Instance`."""
@@ -61,9 +77,20 @@ class Launch:
     weights: int = 0
 
     def run(self) -> None:
+        """Launch the kernel, or list it where launches are :func:`collected`."""
+        launches = _collected.get()
+        if launches is not None:
+            launches.append(self)
+            return
         self.kernel[(self.programs,)](**self.arguments, **self.config.options)
 
-    def instance(self, name: str, tensor_cores: bool) -> Instance:
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether its products are to run on tensor cores: as PRECISION says, or else wherever a tensor is in half precision."""
+        half = any(torch.is_tensor(t) and t.dtype in (torch.bfloat16, torch.float16) for t in self.arguments.values())
+        return self.weights > 0 and self.arguments.get("PRECISION", "bf16" if half else "ieee") in ("bf16", "tf32")
+
+    def instance(self, name: str) -> Instance:
         """What Triton would compile for these arguments: tensors may be on the meta device."""
         types, constants, divisible = {}, {}, []
         for parameter in self.kernel.params:
@@ -78,7 +105,7 @@ class Launch:
                 divisible += [key] * (value % 16 == 0 and not parameter.do_not_specialize)
         return Instance(
             f"{self.kernel.__name__.removesuffix('_kernel')}[{name}]", self.kernel, types, constants, self.config,
-            self.weights, tensor_cores and self.weights > 0, self.config.registers or MOST, tuple(divisible),
+            self.weights, self.tensor_cores, self.config.registers or MOST, tuple(divisible),
         )  # fmt: skip
 
 

@@ -152,12 +152,10 @@ def compile_candidate(name: str, calls: Sequence[Call], arch: int, deadline: flo
             with overridden({name: candidate}):
                 launches = prepare(call, name.partition("[")[0], arch, META)()[-1]
             for launch in {id(launch): launch for launch in own(launches, candidate) if launch.weights}.values():
-                half = call.dtype != torch.float32
-                tensor_cores = launch.arguments.get("PRECISION", "bf16" if half else "ieee") in ("bf16", "tf32")
-                instance = launch.instance(str(call), tensor_cores)
+                instance = launch.instance(str(call))
                 compiled = aot.compile_instance(instance, arch)
                 faults = aot.faults(instance, compiled, arch)
-                if compiled.matrix_instructions and not tensor_cores:
+                if compiled.matrix_instructions and not instance.tensor_cores:
                     faults.append("tensor cores for products that are to be float32's")
                 if faults:
                     return Need(candidate, faults=tuple(faults))

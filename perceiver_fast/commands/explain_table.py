@@ -13,7 +13,7 @@ from perceiver_fast.commands.console import plain_table, wide_console
 from perceiver_fast.insight.explanation import Explanation, LayerPath, notes, rejections
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.insight.roofs import Roofs
-from perceiver_fast.insight.work import Counts, binary, decimal
+from perceiver_fast.ops.work import Work, binary, decimal
 
 PEER = "perceiver-pytorch"
 
@@ -60,8 +60,8 @@ def _table(found: Explanation, roofs: Roofs | None) -> Table:
             table.add_column(header, footer, justify="right")
     share = dict(zip(map(id, found.rows), found.shares(roofs)))
     for name, paths in found.folded():
-        first, counts = paths[0], sum((path.counts for path in paths), Counts())
-        original = sum((path.original for path in paths), Counts())
+        first, counts = paths[0], sum((path.counts for path in paths), Work())
+        original = sum((path.original for path in paths), Work())
         cells = [decimal(counts.multiply_adds), decimal(counts.exponentials), binary(counts.bytes)]
         if roofs is not None:
             cells.append(duration(sum(path.seconds(roofs) for path in paths)))

@@ -29,6 +29,7 @@ def show_kernels(architectures: list[int] | None = None, as_json: bool = False) 
     from rich.progress import track
     from rich.table import Table
 
+    from perceiver_fast.insight import gpu_kernels
     from perceiver_fast.kernels import aot
 
     architectures = architectures or list(aot.ARCHITECTURES)
@@ -38,14 +39,14 @@ def show_kernels(architectures: list[int] | None = None, as_json: bool = False) 
         return 2
     faults, found = 0, []
     for arch in architectures:
-        total = sum(1 for _ in aot.instances(arch))
+        total = sum(1 for _ in gpu_kernels.instances(arch))
         table = Table(title=f"sm_{arch}: {total} Triton kernels", caption=COUNTED)
         table.add_column("kernel", no_wrap=True)
         for name in ("tile", "warps", "registers", "shared bytes", "instructions a weight"):
             table.add_column(name, justify="right")
         table.add_column("faults")
         progress = Console(stderr=True)
-        for report in track(aot.compile_all(arch), f"compiling for sm_{arch}", total, console=progress):
+        for report in track(gpu_kernels.compile_all(arch), f"compiling for sm_{arch}", total, console=progress):
             faults += len(report.faults)
             row = report.as_dict() | {"architecture": arch}
             found.append(row)

@@ -14,13 +14,15 @@ from perceiver_fast.insight.explanation import Explanation, LayerPath
 from perceiver_fast.insight.original import wide_channels
 from perceiver_fast.insight.recording import Recorder, Row, layers_of
 from perceiver_fast.insight.shapes import shapes_mode
-from perceiver_fast.insight.work import Counts, WorkCounter, total
+from perceiver_fast.insight.work import WorkCounter, total
 from perceiver_fast.layers import Attention, FeedForward, PreNorm
 from perceiver_fast.layers.pre_norm import is_cross_attention, why_modules
-from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu
-from perceiver_fast.ops.grid_scale import choose_grid_scale
-from perceiver_fast.ops.layer_norm import choose_layer_norm
+from perceiver_fast.ops.geglu import GEGLU
+from perceiver_fast.ops.grid_scale import GRID_SCALE
+from perceiver_fast.ops.layer_norm import LAYER_NORM
 from perceiver_fast.ops.linear import choose_linear, product_dtype
+from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.work import Work
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
 
 __all__ = ["Explanation", "LayerPath", "explain"]
@@ -125,14 +127,14 @@ def _latents(rows: list[Row], like: Tensor) -> tuple[Choice, ...]:
         if isinstance(inner, FeedForward) and wide_channels(inner):
             x = like.new_empty(1).expand(row.calls[0].shape)
             call = PointwiseCall(product_dtype(x), x.device)
-            return _linear(inner, row.calls[0].shape, like), choose_geglu(call), choose_layer_norm(call)
+            return _linear(inner, row.calls[0].shape, like), GEGLU.choose(call), LAYER_NORM.choose(call)
     return ()
 
 
 def _inputs(recorder: Recorder) -> tuple[LayerPath, ...]:
     operators = (*recorder.tokens.operators, *recorder.shared)
     work = original.count_tokens(recorder.described, total(recorder.tokens.operators))
-    if not operators and work == Counts():
+    if not operators and work == Work():
         return ()
     choices = [_description(tokens) for tokens, _ in recorder.described]
     choice, *others = {choice.op: choice for choice in choices}.values()
@@ -141,7 +143,7 @@ def _inputs(recorder: Recorder) -> tuple[LayerPath, ...]:
 
 def _description(tokens: Tokens) -> Choice:
     if isinstance(tokens, GridTokens):
-        return choose_grid_scale(tokens.feat)
+        return GRID_SCALE.choose(PointwiseCall(tokens.feat.dtype, tokens.feat.device))
     return Choice("layer_norm" if isinstance(tokens, DenseTokens) else "positions", "torch")
 
 

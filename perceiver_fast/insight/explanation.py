@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from perceiver_fast.backends import Choice
 from perceiver_fast.insight.fold import Folded, fold
 from perceiver_fast.insight.roofs import Roofs
-from perceiver_fast.insight.work import Counts, Operator, total
-from perceiver_fast.layers.plan import Work
+from perceiver_fast.insight.work import Operator, total
+from perceiver_fast.ops.work import Work
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class LayerPath:
     work: dict[str, Work] = field(default_factory=dict)
     uses: tuple[Choice, ...] = ()
     operators: tuple[Operator, ...] = ()
-    original: Counts = field(default_factory=Counts)
+    original: Work = field(default_factory=Work)
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> Work:
         """What the layer counts, of the whole batch."""
         return total(self.operators)
 
@@ -81,14 +81,14 @@ class Explanation:
         return self.inputs + self.layers
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> Work:
         """What one forward counts."""
-        return sum((path.counts for path in self.rows), Counts())
+        return sum((path.counts for path in self.rows), Work())
 
     @property
-    def original(self) -> Counts:
+    def original(self) -> Work:
         """What one forward of perceiver-pytorch's model counts."""
-        return sum((path.original for path in self.rows), Counts())
+        return sum((path.original for path in self.rows), Work())
 
     @property
     def multiply_adds(self) -> int:
@@ -147,7 +147,7 @@ class Explanation:
         width = max((len(line.name) for line in folded), default=0)
         for name, paths in folded:
             path, times = paths[0], f"{len(paths)} x " if len(paths) > 1 else ""
-            way, counts = f"{path.path}: " if path.path else "", sum((path.counts for path in paths), Counts())
+            way, counts = f"{path.path}: " if path.path else "", sum((path.counts for path in paths), Work())
             lines.append(f"{name:<{width}}  {times}{path.choice.op} on {path.choice.backend} ({way}{counts})")
             lines += [f"{'':<{width}}    {note}" for note in notes(path)]
         for choice in self.latents:

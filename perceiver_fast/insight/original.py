@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast.insight.recording import Attended, Row
-from perceiver_fast.insight.work import Counts, WorkCounter, total
+from perceiver_fast.insight.work import WorkCounter, total
 from perceiver_fast.layers import Attention, FeedForward, PreNorm
+from perceiver_fast.ops.work import Work
 from perceiver_fast.tokens import GridTokens, PointTokens, Tokens
 
 
@@ -105,7 +106,7 @@ def wide_channels(layer: FeedForward) -> int | None:
     return getattr(layer.net[2], "in_features", None)
 
 
-def count_layer(row: Row, like: Tensor) -> Counts:
+def count_layer(row: Row, like: Tensor) -> Work:
     """What perceiver-pytorch counts for a layer that was recorded.
 
     Call it where the recorded model can run: in the mode of its tensors.
@@ -149,7 +150,7 @@ def _count_cross_attention(row: Row, attended: Attended, like: Tensor) -> None:
     _join(x, cross_attention(x, context, mask, how), row.calls[0].residual and row.last)
 
 
-def count_tokens(described: list[tuple[Tokens, bool]], own: Counts) -> Counts:
+def count_tokens(described: list[tuple[Tokens, bool]], own: Work) -> Work:
     """What perceiver-pytorch counts for building tokens; ``own`` is what led to their description.
 
     Args:

@@ -28,7 +28,7 @@ from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ops.cross_attention import cross_attention
-from perceiver_fast.ops.grid_attention import grid_attention_joined
+from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 from perceiver_fast.ops.library import half_dtype, unless_autocast
 from perceiver_fast.ops.linear import product_dtype
 from perceiver_fast.ranges import layer_range
@@ -248,7 +248,9 @@ class FusedCrossAttention:
                 q = torch.cat([q[..., :features], constant.unsqueeze(-1), q[..., features:]], -1)
             q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
             mask = None if mask is None else mask.reshape(feat.shape[:-1])
-            o, sums, kept = grid_attention_joined(q, feat, scale, mask, self.fn.active_dropout, inverted, heads, half)
+            o, sums, kept = grid_attention_unchecked(
+                q, feat, scale, mask, self.fn.active_dropout, inverted, heads, half
+            )
             o = o.unflatten(1, (heads, -1))
             if inverted:
                 o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers.fusing import is_plain
 from perceiver_fast.ops.derivatives import transformed
-from perceiver_fast.ops.layer_norm import run_layer_norm
+from perceiver_fast.ops.layer_norm import add_layer_norm_unchecked
 from perceiver_fast.ops.linear import product_dtype
 
 
@@ -28,7 +28,9 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     if not fits(norm, x):
         return norm(x)
     parameters = norm._parameters
-    return run_layer_norm(x, None, None, parameters["weight"], parameters["bias"], norm.eps, product_dtype(x))[1]
+    return add_layer_norm_unchecked(
+        x, None, None, parameters["weight"], parameters["bias"], norm.eps, product_dtype(x)
+    )[1]
 
 
 def shared_rows(x: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class ResidualStream:
         dtype = product_dtype(self._x)
         branch = None if self._branch is None else self._branch.to(dtype)
         weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-        x, z = run_layer_norm(self._x, branch, self._bias, weight, bias, norm.eps, dtype)
+        x, z = add_layer_norm_unchecked(self._x, branch, self._bias, weight, bias, norm.eps, dtype)
         if branch is not None:
             self._x, self._branch, self._bias = x, None, None
         return z

@@ -10,7 +10,7 @@ from perceiver_fast.layers.pre_norm import attend, join
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.models.grid import PooledPerceiver, pooled_head
 from perceiver_fast.models.stack import build_layers
-from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
+from perceiver_fast.ops.fourier_projection import fourier_projection_unchecked
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
@@ -18,7 +18,7 @@ from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
 
 def project_points(tokens: PointTokens, linear: nn.Linear) -> Tensor:
     """``linear`` of the tokens that points stand for, ``[B, M, C']``, without building their position codes."""
-    return fourier_projection_tokens(tokens.feat, tokens.coords, tokens.frequencies, linear.weight.T, linear.bias)
+    return fourier_projection_unchecked(tokens.feat, tokens.coords, tokens.frequencies, linear.weight.T, linear.bias)
 
 
 def project_grid(tokens: GridTokens, linear: nn.Linear) -> Tensor:

@@ -27,10 +27,8 @@ def is_large(rows: int, channels: int, out_channels: int, device: torch.device) 
     """Whether it matters which library runs a product; only then is one chosen."""
     if device.type != "cpu" or forced_backend() == "reference" or torch.compiler.is_compiling() or transformed():
         return False
-    if (
-        torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
-    ):  # what looks on (explain, too) knows torch's alone
-        return False
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+        return False  # modes that see every operator, explain's among them, and traces know torch's products alone
     return rows * channels * out_channels >= LARGE
 
 
@@ -61,7 +59,7 @@ def choose_linear(rows: int, channels: int, out_channels: int, dtype: torch.dtyp
 
 
 def _product(kind: str, a: Tensor, b: Tensor) -> Tensor:
-    """One kind of product of two matrices of one dtype; see :class:`Library`."""
+    """One kind of product of two matrices of one dtype, on the library that is fastest at it."""
     inner = a.shape[0] if kind == "grad_weight" else a.shape[1]
     others = a.numel() // max(inner, 1) * (b.numel() // max(inner, 1))
     dtype, library = a.dtype, "torch"
@@ -69,7 +67,7 @@ def _product(kind: str, a: Tensor, b: Tensor) -> Tensor:
         if dtype == torch.bfloat16 and wide_bfloat16():
             a, b = a.float(), b.float()
         library = library_of(kind, a.dtype)
-    return getattr(LIBRARIES[library], kind)(a, b).to(dtype)
+    return LIBRARIES[library].products()[kind](a, b).to(dtype)
 
 
 def forward_product(x: Tensor, weight: Tensor) -> Tensor:

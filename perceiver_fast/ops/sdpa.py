@@ -34,7 +34,8 @@ def _differentiate_again(grad_inputs, grad_outputs):
     if not differentiated_again():
         return None
     node = torch._C._current_autograd_node()
-    q, k, v, bias, scale = (getattr(node, f"_saved_{name}") for name in ("query", "key", "value", "attn_mask", "scale"))
+    q, k, v = node._saved_query, node._saved_key, node._saved_value
+    bias, scale = node._saved_attn_mask, node._saved_scale
     needed = [grad is not None for grad in grad_inputs[:3]]
     return (*_second(q, k, v, bias, scale, grad_outputs[0], needed, lambda: grad_inputs[:3]), *grad_inputs[3:])
 

@@ -7,13 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.ops.fourier_projection import (
-    FourierProjectionCall,
-    choose_fourier_projection,
-    fourier_projection_tokens,
-)
+from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
 from perceiver_fast.ops.layer_norm import layer_norm
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype
+from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 
 
@@ -81,7 +78,7 @@ class DenseTokens(Tokens):
         return (self._projection(),) if path == "projected" and self._fuses() else ()
 
     def _projection(self) -> Choice:
-        return choose_fourier_projection(FourierProjectionCall(self.context.dtype, self.device))
+        return FOURIER_PROJECTION.choose(PointwiseCall(self.context.dtype, self.device))
 
     def _fuses(self) -> bool:
         """Whether LayerNorm and projection are one pass over the tokens: twice as fast, and nothing normalised is kept."""
@@ -93,5 +90,5 @@ class DenseTokens(Tokens):
             weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)
             nowhere = self.context.new_empty((*self.context.shape[:2], 0), dtype=torch.float64)  # no coordinates
             none = nowhere.new_empty(0, 0)
-            return fourier_projection_tokens(self.context, nowhere, none, weight.T, bias, norm.eps)
+            return fourier_projection_unchecked(self.context, nowhere, none, weight.T, bias, norm.eps)
         return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from perceiver_fast import ops
 from perceiver_fast.backends import Choice
-from perceiver_fast.ops.grid_scale import choose_grid_scale
+from perceiver_fast.ops.grid_scale import GRID_SCALE
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype, unless_autocast
+from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 from perceiver_fast.tracing import known
 
@@ -69,7 +70,7 @@ class GridTokens(Tokens):
         return self.feat.dtype
 
     def uses(self, path: str) -> tuple[Choice, ...]:
-        return (choose_grid_scale(self.feat),)
+        return (GRID_SCALE.choose(PointwiseCall(self.feat.dtype, self.feat.device)),)
 
     def projection_operations(self, width: int) -> float:
         tables = sum(known(code.code.shape[0]) * code.code.shape[1] for code in self.codes)

@@ -7,12 +7,9 @@ from torch import Tensor, nn
 
 from perceiver_fast import reference
 from perceiver_fast.backends import Choice
-from perceiver_fast.ops.fourier_projection import (
-    FourierProjectionCall,
-    choose_fourier_projection,
-    fourier_projection_tokens,
-)
+from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
 from perceiver_fast.ops.library import compute_dtype, unless_autocast
+from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 from perceiver_fast.tracing import known
 
@@ -59,7 +56,7 @@ class PointTokens(Tokens):
         return compute_dtype(self.feat.dtype)
 
     def uses(self, path: str) -> tuple[Choice, ...]:
-        return (choose_fourier_projection(FourierProjectionCall(self.feat.dtype, self.device)),)
+        return (FOURIER_PROJECTION.choose(PointwiseCall(self.feat.dtype, self.device)),)
 
     def projection_operations(self, width: int) -> float:
         return known(self.count) * (self.channels * width + 2 * self.frequencies.numel() * ENCODING)
@@ -67,7 +64,7 @@ class PointTokens(Tokens):
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         with unless_autocast(self.device):
             weight, bias = absorb_norm(to_kv, norm, compute_dtype(to_kv.weight.dtype))
-        kv = fourier_projection_tokens(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
+        kv = fourier_projection_unchecked(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
         return kv.to(to_kv.weight.dtype) if kv.dtype == weight.dtype else kv
 
     def sources(self) -> tuple[Tensor, ...]:

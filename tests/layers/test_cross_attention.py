@@ -53,8 +53,8 @@ def test_the_least_work_is_planned(tokens, path):
 def test_work_is_counted():
     layer = Layer(queries=10, heads=2, dim_head=4)
     tokens = DenseTokens(torch.zeros(1, 100, 6))
-    assert count_work("absorbed", tokens, layer).operations == 20 * 100 * (2 * 6 + 12) + 2 * 20 * 4 * 6
-    assert count_work("projected", tokens, layer).operations == 100 * 6 * 16 + 20 * 100 * (2 * 4 + 12)
+    assert count_work("absorbed", tokens, layer).arithmetic == 20 * 100 * (2 * 6 + 12) + 2 * 20 * 4 * 6
+    assert count_work("projected", tokens, layer).arithmetic == 100 * 6 * 16 + 20 * 100 * (2 * 4 + 12)
     with pytest.raises(KeyError):
         count_work("sideways", tokens, layer)
 

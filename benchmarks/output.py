@@ -61,7 +61,9 @@ def table(
     """A table whose columns are aligned right, but those numbered in ``left``; ``options`` are rich's."""
     result = Table(title=title, **options)
     for number, header in enumerate(headers):
-        result.add_column(header, justify="left" if number in left else "right", no_wrap=bool(options.get("show_lines")))
+        result.add_column(
+            header, justify="left" if number in left else "right", no_wrap=bool(options.get("show_lines"))
+        )
     for row in rows:
         result.add_row(*row)
     return result

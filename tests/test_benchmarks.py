@@ -32,6 +32,7 @@ from benchmarks.suite.throughput import Work, counted, module_work, scaled, thro
 from perceiver_fast.insight import roofs  # noqa: E402
 from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
 
+
 def having(level):
     """The geometries that are measured at a level."""
     return [name for name, plan in PLANS.items() if level in plan.levels]

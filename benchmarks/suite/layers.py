@@ -134,7 +134,11 @@ class Foreign(nn.Module):
         order = list(range(raw))
         for axis in range(axes):
             sines = raw + axes + axis * bands
-            order += [*range(sines, sines + bands), *range(sines + axes * bands, sines + (axes + 1) * bands), raw + axis]
+            order += [
+                *range(sines, sines + bands),
+                *range(sines + axes * bands, sines + (axes + 1) * bands),
+                raw + axis,
+            ]
         return torch.tensor(order)
 
     def parts(self, name: str) -> tuple[list[str], bool]:
@@ -307,7 +311,8 @@ PEERS = {
         install=f"make peers (pip cannot resolve perceiver-io {IO_VERSION}'s pins)",
     ),
     SMART: _peer(
-        SmartDense, fits=lambda geometry: geometry.family == "perceiver" and geometry.encoded and len(geometry.sizes) > 1
+        SmartDense,
+        fits=lambda geometry: geometry.family == "perceiver" and geometry.encoded and len(geometry.sizes) > 1,
     ),
     "flash-perceiver": _peer(
         Original,

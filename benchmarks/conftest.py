@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ def level_of(function: Callable) -> str:
     return function.__name__.removeprefix("test_")
 
 
+def case_of(item: pytest.Item) -> Case:
+    """What a benchmark measures."""
+    params = dict(item.callspec.params)
+    return Case(level_of(item.function), GEOMETRIES[params.pop("geometry")], **params)
+
+
 @pytest.fixture
 def dtype() -> str:
     """Of levels that are measured in no other."""
@@ -69,48 +76,46 @@ def dtype() -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What is parametrised last varies fastest: the peers of one geometry, pass and dtype run one after the other."""
+    """The cases that were asked for; the peers of one geometry, pass and dtype run one after the other."""
     if "geometry" not in metafunc.fixturenames:
         return
-    option, name = metafunc.config.getoption, level_of(metafunc.function)
+    option, level = metafunc.config.getoption, level_of(metafunc.function)
     names = [QUICK] if option("--quick") else option("--geometry")
-    metafunc.parametrize("geometry", select(names, option("--all"), name))
-    metafunc.parametrize("batch", option("--batch") or [1], ids=lambda batch: f"batch{batch}")
-    metafunc.parametrize("pass_name", LEVELS[name].passes)
-    if len(LEVELS[name].dtypes) > 1:
-        metafunc.parametrize("dtype", LEVELS[name].dtypes)
-    metafunc.parametrize("peer", LEVELS[name].peers)
+    dtypes, passes = (option(name) or (known if option("--all") else default) for name, _, known, default in CHOICES)
+    cases = [
+        Case(level, GEOMETRIES[name], pass_name, peer, batch, dtype)
+        for name, batch, pass_name, dtype, peer in product(
+            select(names, option("--all"), level), option("--batch") or [1], LEVELS[level].passes, LEVELS[level].dtypes,
+            LEVELS[level].peers,
+        )
+        if pass_name in passes and dtype in dtypes and level in (option("--level") or [level])
+    ]  # fmt: skip
+    # A level of float32 alone has no dtype in its benchmarks' names.
+    parts = ["geometry", "batch", "pass", *(["dtype"] if len(LEVELS[level].dtypes) > 1 else []), "peer"]
+    values = [[case.record()[part] for part in parts] for case in cases if _wanted(case, option)]
+    names = ["pass_name" if part == "pass" else part for part in parts]
+    metafunc.parametrize(names, values, ids=lambda value: f"batch{value}" if isinstance(value, int) else value)
+
+
+def _wanted(case: Case, option: Callable) -> bool:
+    """Whether a case is to be measured when its geometry, pass and dtype are; compiling takes half a minute."""
+    if not LEVELS[case.level].peers[case.peer].fits(case):
+        return False  # it would be another peer under another name
+    if option("--quick"):
+        once = case.peer != "compile" or (case.level, case.pass_name) == ("model", "forward")
+        return once and case.peer != SLOW_PEER and case.pass_name in QUICK_PASSES.get(case.level, ())
+    return case.peer != SLOW_PEER or option("--all") or bool(option("--geometry"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = [item for item in items if HERE not in item.path.parents or _wanted(config, item)]
+    """Leave out examples in docstrings, and what pytest puts in the place of a level without cases."""
+    params = [getattr(item, "callspec", None) and item.callspec.params for item in items]
+    kept = [
+        item for item, known in zip(items, params, strict=True)
+        if HERE not in item.path.parents or known and known["geometry"] in PLANS
+    ]  # fmt: skip
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
-
-
-def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
-    """Whether a benchmark was asked for; pytest makes placeholders when no chosen geometry has a level."""
-    if not hasattr(item, "callspec"):  # an example in a docstring
-        return False
-    params, option, level = item.callspec.params, config.getoption, level_of(item.function)
-    if params["geometry"] not in PLANS or option("--level") and level not in option("--level"):
-        return False
-    if not LEVELS[level].peers[params["peer"]].fits(GEOMETRIES[params["geometry"]]):
-        return False  # it would be another peer under another name
-    if option("--quick") and not _is_quick(level, params["pass_name"], params["peer"]):
-        return False
-    for name, parameter, known, default in CHOICES:
-        wanted = option(name) or (known if option("--all") else default)
-        if params.get(parameter, default[0]) not in wanted:
-            return False
-    return option("--all") or bool(option("--geometry")) or params["peer"] != SLOW_PEER
-
-
-def _is_quick(level: str, pass_name: str, peer: str) -> bool:
-    """Whether a benchmark is among the quick ones: compiling takes half a minute, and is worth it once."""
-    return pass_name in QUICK_PASSES.get(level, ()) and (
-        peer != "compile" or (level, pass_name) == ("model", "forward")
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -125,11 +130,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     outcome = yield
     report = outcome.get_result()
     if report.outcome != "passed" and HERE in item.path.parents:
-        params = {"dtype": DTYPES[0]} | item.callspec.params
-        params["geometry"] = GEOMETRIES[params["geometry"]]
         reason = call.excinfo.exconly().splitlines()[0].removeprefix("Skipped: ")
-        case = Case(level_of(item.function), **params)
-        item.config.stash[MISSING].append(case.record() | {"outcome": report.outcome, "reason": reason})
+        item.config.stash[MISSING].append(case_of(item).record() | {"outcome": report.outcome, "reason": reason})
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks, output_json: dict) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from perceiver_fast.insight.geometries import Geometry
 
 OURS = "fast"
 SMART = "smart-dense"  # its keys and values come from this package: shown, and left out of "best"
+SHARPENING = 6.0  # of the queries: attention that is nearly uniform would hide a wrong key
+PERTURBATION = 0.1  # of LayerNorms' weights and biases, whose initial ones and zeros would hide a missing term
 ROUNDINGS = 16  # of the largest tensor: what is smaller than these is not compared with itself
 
 Results = tuple[Tensor, ...]
@@ -42,6 +44,15 @@ class Side:
     common: Callable[[Results], Results] = tuple
 
 
+@torch.no_grad()
+def perturb(layer: nn.Module, *norms: nn.Module) -> None:
+    """Make a layer's attention sharp, and what its LayerNorms learn visible, so that errors show."""
+    layer.fn.to_q.weight *= SHARPENING
+    for norm in norms:
+        for parameter in norm.parameters():
+            parameter += PERTURBATION * torch.randn_like(parameter)
+
+
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names they have in perceiver-pytorch, in their order; torch.compile prefixes them."""
     return {name.removeprefix("_orig_mod."): parameter for name, parameter in sorted(module.named_parameters())}
@@ -54,7 +65,7 @@ def run(
     inputs: tuple[Tensor, ...] | None = None,
     cotangents: tuple[Tensor, ...] | None = None,
 ) -> Results:
-    """What is timed: the outputs, and of a step the gradients of inputs and parameters.
+    """What is timed: the outputs, and of a step the gradients of inputs and parameters, under ``autocast``.
 
     Args:
         inputs, cotangents: in place of the side's own.
@@ -115,7 +126,7 @@ class Peer:
         reasons: why it cannot run a case. Default: it can.
         packages: without which it is absent; with ``install``, how to get them.
         compiled: whether torch.compile takes its time.
-        fits: whether it is something of its own on a geometry, no other peer under another name.
+        fits: whether it is something of its own in a case, no other peer under another name. Default: it is.
     """
 
     build: Callable[..., Side]
@@ -123,7 +134,7 @@ class Peer:
     packages: tuple[str, ...] = ()
     install: str = ""
     compiled: bool = False
-    fits: Callable[[Geometry], bool] = lambda geometry: True
+    fits: Callable[..., bool] = lambda case: True
 
     def absent(self) -> list[str]:
         """Which package cannot be imported, and how to get it; empty where all can."""
@@ -141,16 +152,14 @@ def ours(build: Callable[..., Side]) -> Peer:
     return Peer(build, lambda case: [] if extension.error is None else [extension.error])
 
 
-def compiled(build: Callable[[Case], Side]) -> Peer:
-    """``torch.compile`` of what ``build`` makes, for the one shape it is called with."""
+def compiled(build: Callable[..., Side], **options: object) -> Peer:
+    """``torch.compile`` of what ``build`` makes, for the one shape it is called with; ``options`` are :class:`Peer`'s."""
 
-    def build_compiled(case: Case) -> Side:
+    def build_compiled(case: object) -> Side:
         side = build(case)
-        return Side(
-            torch.compile(side.apply, dynamic=False), side.inputs, side.parameters, side.cotangents, side.common
-        )
+        return replace(side, apply=torch.compile(side.apply, dynamic=False))
 
-    return Peer(build_compiled, lambda case: compile_reasons(), compiled=True)
+    return Peer(build_compiled, **{"reasons": lambda case: compile_reasons(), "compiled": True, **options})
 
 
 def compile_reasons() -> list[str]:

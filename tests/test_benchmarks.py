@@ -43,7 +43,7 @@ AGREEING = [
     for level, parts in LEVELS.items()
     for name in having(level)
     for peer, how in parts.peers.items()
-    if not how.compiled and peer != "flash-perceiver" and how.fits(GEOMETRIES[name])
+    if not how.compiled and peer != "flash-perceiver" and how.fits(Case(level, GEOMETRIES[name], "forward", peer))
 ]
 
 

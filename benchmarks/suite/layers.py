@@ -24,15 +24,13 @@ from perceiver_pytorch.perceiver_pytorch import Attention, PreNorm, fourier_enco
 from torch import Tensor, nn
 
 from benchmarks.sdpa import with_sdpa
-from benchmarks.sides import OURS, SMART, Case, Peer, Results, Side, compiled, ours, parameters
+from benchmarks.sides import OURS, SMART, Case, Peer, Results, Side, compiled, ours, parameters, perturb
 from benchmarks.suite.level import DTYPES, Level
 from benchmarks.suite.plans import eager_bytes, truth_bytes
 from benchmarks.suite.throughput import Work, module_work
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.tokens import DenseTokens
 
-SHARPENING = 6.0  # of the queries: attention that is nearly uniform would hide a wrong key
-PERTURBATION = 0.1  # of LayerNorms' weights and biases, whose initial ones and zeros would hide a missing term
 IO_VERSION = "0.11.0"
 PERMUTED = ("norm_context", "fn.to_kv")  # whose last axis is the channels of tokens
 
@@ -244,15 +242,6 @@ def weights(geometry: Geometry) -> dict[str, Tensor]:
     return dict(sorted(layer.state_dict().items()))
 
 
-@torch.no_grad()
-def perturb(layer: nn.Module, *norms: nn.Module) -> None:
-    """Make a layer's attention sharp, and what its LayerNorms learn visible, so that errors show."""
-    layer.fn.to_q.weight *= SHARPENING
-    for norm in norms:
-        for parameter in norm.parameters():
-            parameter += PERTURBATION * torch.randn_like(parameter)
-
-
 def side(module: nn.Module, case: Case) -> Side:
     """``module`` with the weights that all peers share, on the case's latents and input."""
     shared = weights(case.geometry)
@@ -295,6 +284,11 @@ def work(case: Case) -> Work:
     return _work(case.peer if case.peer in (OURS, SMART) else "eager", case.pass_name, case.geometry, case.batch)
 
 
+def _on_a_grid(case: Case) -> bool:
+    """Whether tokens have codes of several axes, which is what tables of the axes are good for."""
+    return case.geometry.family == "perceiver" and case.geometry.encoded and len(case.geometry.sizes) > 1
+
+
 def _peer(layer: type[nn.Module], **options: object) -> Peer:
     return Peer(lambda case: side(layer(case.geometry), case), **options)
 
@@ -310,10 +304,7 @@ PEERS = {
         packages=("fairscale", "perceiver"),
         install=f"make peers (pip cannot resolve perceiver-io {IO_VERSION}'s pins)",
     ),
-    SMART: _peer(
-        SmartDense,
-        fits=lambda geometry: geometry.family == "perceiver" and geometry.encoded and len(geometry.sizes) > 1,
-    ),
+    SMART: _peer(SmartDense, fits=_on_a_grid),
     "flash-perceiver": _peer(
         Original,
         reasons=lambda case: [

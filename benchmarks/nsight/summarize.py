@@ -17,10 +17,11 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from perceiver_fast.commands.console import plain_table, wide_console
-from perceiver_fast.commands.profile_metrics import BOUND_FROM, LIMITS, METRICS, STALL, Metric
+from benchmarks.output import table, wide_console
+from perceiver_fast.insight.ncu import BOUND_FROM, LIMITS, METRICS, STALL, Metric
 
 KERNEL = "Kernel Name"
+WIDTH = 180  # of the table where it is printed into a file
 # What ncu's units are of ours; without --print-units base it scales them, and has spelled them in two ways.
 SCALES = {
     "ns": {"ns": 1, "nsecond": 1, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6, "s": 1e9, "second": 1e9},
@@ -122,17 +123,18 @@ def _cell(kernel: dict, *keys: str, scale: float = 1.0, digits: int = 0) -> str:
 
 def show(kernels: list[dict]) -> None:
     """Print :func:`summarize`'s result for people."""
-    numbers = ("n", "us", "bound by", *(f"{limit} %" for limit in LIMITS))
-    numbers += ("DRAM MB", "L2 hits %", "occupancy %", "registers", "spills")
+    headers = ("kernel", "n", "us", "bound by", *(f"{limit} %" for limit in LIMITS))
+    headers += ("DRAM MB", "L2 hits %", "occupancy %", "registers", "spills")
+    rows = [
+        (
+            escape(k["kernel"]), _cell(k, "launches"), _cell(k, "time", scale=1e-3, digits=1), k["bound_by"],
+            *(_cell(k, key) for key in LIMITS), _cell(k, "dram_read", "dram_written", scale=1e-6, digits=1),
+            *(_cell(k, key) for key in ("l2_hits", "occupancy", "registers")), _cell(k, "local_loads", "local_stores"),
+        )
+        for k in kernels
+    ]  # fmt: skip
     caption = "% of the peak over elapsed cycles; medians over launches"
-    table = plain_table("kernel", numbers=numbers, title="kernels by ncu", caption=caption)
-    for k in kernels:
-        cells = [_cell(k, "launches"), _cell(k, "time", scale=1e-3, digits=1), k["bound_by"]]
-        cells += [_cell(k, key) for key in LIMITS]
-        cells += [_cell(k, "dram_read", "dram_written", scale=1e-6, digits=1)]
-        cells += [_cell(k, key) for key in ("l2_hits", "occupancy", "registers")]
-        table.add_row(escape(k["kernel"]), *cells, _cell(k, "local_loads", "local_stores"))
-    wide_console().print(table)
+    wide_console(WIDTH).print(table("kernels by ncu", headers, rows, caption=caption))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -92,7 +92,7 @@ def measure(model: str, geometry: Geometry, data: Tensor, repeats: int, threads:
         _check_memory(geometry)
     with TemporaryDirectory() as folder:
         torch.save((model, geometry, data, repeats, threads), Path(folder) / "task.pt")
-        command, line = [sys.executable, "-m", "perceiver_fast.commands.demo_process", folder], ""
+        command, line = [sys.executable, "-m", __name__, folder], ""
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for line in process.stdout:
                 say(line.strip())

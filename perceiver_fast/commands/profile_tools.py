@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from perceiver_fast.commands.profile_metrics import SECTIONS, kernel_filter, names
 from perceiver_fast.commands.profile_workload import Workload
+from perceiver_fast.insight.ncu import SECTIONS, kernel_filter, names
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ PROFILED, FORWARD, BACKWARD = "profiled", "forward", "backward"  # the ranges th
 WARM_UP = 3  # calls: Triton compiles, libraries are measured, weights are packed at the second
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PEERS = ("fast", "perceiver-pytorch")
-MODULE = "perceiver_fast.commands.profile_workload"
+MODULE = __spec__.name  # __name__, too, but where it runs by itself
 
 
 def _option(value: Any, text: str, **more: Any) -> Any:

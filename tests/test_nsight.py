@@ -72,7 +72,7 @@ def test_a_table_of_ncu_becomes_a_line_a_kernel(tmp_path, capsys):
     assert norm["bound_by"] == "latency (long_scoreboard)" and (norm["local_loads"], norm["local_stores"]) == (12, 3)
     assert summarize.main([str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "layer_norm_forward_kernel" in shown and "n/a" in shown and "110.0" in shown
+    assert "grid_attention_forward_kernel" in shown and "n/a" in shown and "110.0" in shown
 
 
 def test_units_are_looked_at():

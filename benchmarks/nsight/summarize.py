@@ -134,7 +134,9 @@ def show(kernels: list[dict]) -> None:
         for k in kernels
     ]  # fmt: skip
     caption = "% of the peak over elapsed cycles; medians over launches"
-    wide_console(WIDTH).print(table("kernels by ncu", headers, rows, caption=caption))
+    view = table("kernels by ncu", headers, rows, caption=caption)
+    view.columns[0].no_wrap = True  # names are looked for
+    wide_console(WIDTH).print(view)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -163,7 +163,7 @@ OPERATORS: dict[str, Operator] = {}
 
 def declare(name: str, **facts: object) -> Op:
     """Declare an op: see :class:`Op`. Its operators are registered with torch, and with their Triton kernels."""
-    op = Op(name, **{"kernels": f"{name}_.*_kernel", **facts})
+    op = Op(name, **{"kernels": f"{name}_(.*_)?kernel", **facts})
     OPS[name] = op
     for operator in op.operators:
         OPERATORS[operator.name] = operator

@@ -18,6 +18,7 @@ from perceiver_fast.ops.derivatives import differentiated_again, transformed
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, linear_settings, measure, wide_bfloat16
 from perceiver_fast.ranges import op_range
+from perceiver_fast.tracing import intercepted
 
 OP = "linear"
 LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every library is as good
@@ -27,8 +28,8 @@ def is_large(rows: int, channels: int, out_channels: int, device: torch.device) 
     """Whether it matters which library runs a product; only then is one chosen."""
     if device.type != "cpu" or forced_backend() == "reference" or torch.compiler.is_compiling() or transformed():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
-        return False  # modes that see every operator, explain's among them, and traces know torch's products alone
+    if intercepted():
+        return False
     return rows * channels * out_channels >= LARGE
 
 

@@ -1,4 +1,7 @@
-"""Tokens at arbitrary positions: point clouds, and long signals of one axis, where nothing separates."""
+"""Tokens at arbitrary positions: point clouds, and long signals of one axis.
+
+Their position codes do not split into one table an axis, as a grid's do.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 from perceiver_fast.tracing import known
 
-ENCODING = 12  # multiply-adds in whose time a sine or a cosine is computed
+ENCODING = 12  # a sine or a cosine takes the time of so many multiply-adds
 
 
 class PointTokens(Tokens):
@@ -31,29 +34,9 @@ class PointTokens(Tokens):
         self.feat, self.coords, self.frequencies = feat, coords, frequencies
 
     @property
-    def batch(self) -> int:
-        return self.feat.shape[0]
-
-    @property
-    def count(self) -> int:
-        return self.feat.shape[1]
-
-    @property
     def channels(self) -> int:
         axes, bands = self.frequencies.shape
         return self.stored_channels + axes * (2 * bands + 1)
-
-    @property
-    def stored_channels(self) -> int:
-        return self.feat.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        return self.feat.device
-
-    @property
-    def compute(self) -> torch.dtype:
-        return compute_dtype(self.feat.dtype)
 
     def uses(self, path: str) -> tuple[Choice, ...]:
         return (FOURIER_PROJECTION.choose(PointwiseCall(self.feat.dtype, self.device)),)

@@ -14,16 +14,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import report
-from benchmarks.conftest import CHOICES, LEVELS, SLOW_PEER
-from benchmarks.geometries import PLANS, QUICK
-from benchmarks.measure import DEFAULT_THREADS
-from perceiver_fast.commands.options import positive
+from benchmarks.conftest import CHOICES, SLOW_PEER
+from benchmarks.environment import conditions, slug
+from benchmarks.options import DEFAULT_THREADS, positive
+from benchmarks.output import BUSY, listed, plain, save
+from benchmarks.suite import report
+from benchmarks.suite.plans import LEVEL_NAMES, PLANS, QUICK
+from perceiver_fast.insight.machine import cpu_name
 
 HERE = Path(__file__).resolve().parent
 TABLE_WIDTH = 145  # the least that the tables need
 NOTHING_COLLECTED = 5  # pytest's exit code
-BUSY = 0.5  # a load average above this is other work
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"one to measure, also by {SLOW_PEER}; repeat for several (default: all but {slow})",
     )
     which.add_argument("--all", action="store_true", help=f"every geometry and dtype, also {slow}, and {SLOW_PEER}")
-    top.add_argument("--level", action="append", default=[], choices=LEVELS, help="repeat (default: all)")
+    top.add_argument("--level", action="append", default=[], choices=LEVEL_NAMES, help="repeat (default: all)")
     top.add_argument("--batch", action="append", default=[], type=positive, help="inputs at once; repeat (default: 1)")
     for option, _, known, default in CHOICES:
         top.add_argument(option, action="append", default=[], choices=known, help=f"(default: {', '.join(default)})")
@@ -83,7 +84,7 @@ def collect(args: argparse.Namespace, path: Path) -> tuple[int, dict]:
 
     Returns 0, or 1 when something failed, and all results.
     """
-    result = {"conditions": report.conditions(args.threads), "roofs": {}, "rows": [], "missing": []}
+    result = {"conditions": conditions(args.threads), "roofs": {}, "rows": [], "missing": []}
     codes = []
     for geometry in geometries(args):
         code, record = run_pytest(geometry, args)
@@ -97,14 +98,13 @@ def collect(args: argparse.Namespace, path: Path) -> tuple[int, dict]:
             result["missing"] += record["missing"]
             result["roofs"][geometry] = record["roofs"]
         if result["rows"]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            save(path, result)
     return max(map(bool, codes)), result
 
 
 def free_path(quick: bool) -> Path:
     """Where today's numbers go; no earlier ones are there."""
-    stem = f"{report.slug(report.cpu_name())}-{datetime.date.today().isoformat()}" + "-quick" * quick
+    stem = f"{slug(cpu_name())}-{datetime.date.today().isoformat()}" + "-quick" * quick
     names = (stem + (f"-{number}" if number > 1 else "") for number in count(1))
     return next(path for path in (HERE / "results" / f"{name}.json" for name in names) if not path.exists())
 
@@ -113,11 +113,8 @@ def show(console: Console, result: dict) -> None:
     """Print the tables, what is missing from them and the conditions."""
     for table in report.tables(result["rows"], result["missing"]):
         console.print(table)
-    for line in report.missing_lines(result["missing"]):
-        console.print(line, highlight=False, markup=False)
-    conditions = result["conditions"]
-    console.print(", ".join(f"{key} {value}" for key, value in conditions.items()), highlight=False, markup=False)
-    if (conditions["load_at_start"] or 0) > BUSY:
+    plain(console, *report.missing_lines(result["missing"]), listed(result["conditions"]))
+    if (result["conditions"]["load_at_start"] or 0) > BUSY:
         console.print("The machine was busy with other work when this began: expect noise.")
 
 
@@ -130,13 +127,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     code, result = collect(args, path)
     console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
+    console.width = max(console.width, TABLE_WIDTH)  # also on a terminal: a table cut short says nothing
     show(console, result)
     if not (args.all or args.geometry or args.only):
         console.print(f"not run: {SLOW_PEER}; --geometry and --all measure it")
     if not result["rows"]:
         return code or 2
-    console.print(f"Numbers: {path}", highlight=False, soft_wrap=True)
+    plain(console, f"Numbers: {path}")
     return code
 
 

@@ -16,16 +16,15 @@ import statistics
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.compare_view import TABLE_WIDTH, markdown, show
+from benchmarks.output import BUSY, as_json, wide_console
+from benchmarks.statistic import judge
 
 KEY = ("level", "geometry", "pass", "batch", "dtype", "peer")
 OURS = "fast"
 NO_WITNESSES = ("reference", "smart-dense")  # peers that this package has a part in: they tell nothing of the machine
 VERSIONS = ("python", "torch", "perceiver-pytorch", "transformers", "perceiver-io")
 WATCHED = ("cpu", "isa", "cores", "threads", *VERSIONS, "forced_backend")
-BUSY = 0.5  # a load average above this is other work
 THRESHOLD = 0.1
 LEAST_MEMORY = 2**20  # what the resident set differs by between two equal calls
 LEAST_ERROR = 1e-6  # below it an error is float32's rounding
@@ -82,23 +81,6 @@ def spread(row: dict) -> tuple[float, float]:
     if row.get("iqr") is not None:
         return max(least, row["median"] - row["iqr"] / 2), row["median"] + row["iqr"] / 2
     return least, row["median"]
-
-
-def judge(ratio: float, low: float, high: float, threshold: float) -> str:
-    """slower, faster or same.
-
-    Args:
-        ratio: new time over old.
-        low: and high: what it may as well be; around 1, nothing is known to have changed.
-        threshold: a change below it does not matter. 0.1: slower by 10 %, or faster by as much.
-
-    Example:
-        >>> judge(1.2, 1.1, 1.3, threshold=0.1), judge(1.2, 0.9, 1.3, threshold=0.1), judge(0.5, 0.4, 0.6, threshold=0.1)
-        ('slower', 'same', 'faster')
-    """
-    if low > 1 and ratio > 1 + threshold:
-        return "slower"
-    return "faster" if high < 1 and ratio < 1 / (1 + threshold) else "same"
 
 
 def judge_time(old: dict, new: dict, machine: float, threshold: float) -> str:
@@ -234,11 +216,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(comparison, indent=1))
+        print(as_json(comparison), end="")
     else:
-        console = Console()
-        console.width = console.width if console.is_terminal else max(console.width, TABLE_WIDTH)
-        show(console, comparison)
+        show(wide_console(TABLE_WIDTH), comparison)
     return 1 if args.fail and comparison["regressions"] else 0
 
 

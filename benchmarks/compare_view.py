@@ -4,40 +4,23 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from benchmarks.output import described, mebibytes, milliseconds, plain, table, warn
 
 TABLE_WIDTH = 150  # what the widest rows need
-COLOURS = {"slower": "red", "faster": "green", "more memory": "red", "less memory": "green", "less exact": "red"}
-
-
-def milliseconds(seconds: float | None) -> str:
-    """Three significant digits, and every digit before the point."""
-    return "-" if seconds is None else _digits(seconds * 1e3) + " ms"
-
-
-def mebibytes(amount: int | None) -> str:
-    """The same for memory."""
-    return "-" if amount is None else _digits(amount / 2**20) + " MiB"
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
+COLOURS = {"slower": "red", "faster": "green", "more memory": "red", "less memory": "green"}
+COLOURS |= {"less exact": "red", "other results": "red"}
 HEADERS = ("geometry, pass", "peer", "old", "new", "ratio", "over peers'", "memory", "error", "verdict")
 
 
 def cells(row: dict) -> list[str]:
     """A row as it is printed, under HEADERS; lines of a cell are separated by line feeds."""
-    what = f"{row['geometry']} {row['pass']}"
-    what += f", batch {row['batch']}" if row["batch"] != 1 else ""
-    what += f", {row['dtype']}" if row["dtype"] != "float32" else ""
     pairs = [(row[f"old_{name}"], row[f"new_{name}"]) for name in ("relative_error", "gradient_error")]
     errors = [
         " → ".join("-" if value is None else f"{value:.1e}" for value in pair) for pair in pairs if pair != (None, None)
     ]
     return [
-        what,
+        described(row),
         row["peer"],
         milliseconds(row["old_median"]),
         milliseconds(row["new_median"]),
@@ -75,32 +58,37 @@ def title(comparison: dict) -> str:
     return f"{comparison['old'] or 'old'} → {comparison['new'] or 'new'}"
 
 
+def coloured(words: list[str]) -> str:
+    """A verdict, for rich."""
+    return ", ".join(f"[{COLOURS[word]}]{word}[/]" if word in COLOURS else word for word in words)
+
+
+def by_level(comparison: dict) -> dict[str, list[dict]]:
+    """The rows of every level."""
+    found = {}
+    for row in comparison["rows"]:
+        found.setdefault(row["level"], []).append(row)
+    return found
+
+
 def show(console: Console, comparison: dict) -> None:
     """Print for people: warnings first."""
-    for line in comparison["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {escape(line)}", highlight=False)
-    for level in dict.fromkeys(row["level"] for row in comparison["rows"]):
-        table = Table(title=escape(f"{level}: {title(comparison)}"))
-        for header in HEADERS:
-            table.add_column(header, justify="left" if header in (*HEADERS[:2], HEADERS[-1]) else "right")
-        for row in comparison["rows"]:
-            if row["level"] == level:
-                words = [f"[{COLOURS[word]}]{word}[/]" if word in COLOURS else word for word in row["verdict"]]
-                table.add_row(*map(escape, cells(row)[:-1]), ", ".join(words))
-        console.print(table)
-    for line in summary(comparison):
-        console.print(line, highlight=False, markup=False)
+    warn(console, comparison["warnings"])
+    for level, rows in by_level(comparison).items():
+        lines = [[*map(escape, cells(row)[:-1]), coloured(row["verdict"])] for row in rows]
+        left = (0, 1, len(HEADERS) - 1)
+        console.print(table(escape(f"{level}: {title(comparison)}"), HEADERS, lines, left))
+    plain(console, *summary(comparison))
 
 
 def markdown(comparison: dict) -> str:
     """The same, to paste into a pull request."""
     lines = [f"### Benchmarks: {title(comparison)}", ""]
     lines += [f"- **warning:** {line}" for line in comparison["warnings"]] + [""] * bool(comparison["warnings"])
-    for level in dict.fromkeys(row["level"] for row in comparison["rows"]):
+    for level, rows in by_level(comparison).items():
         lines += [f"| {' | '.join((f'{level}: {HEADERS[0]}', *HEADERS[1:]))} |", "| --- " * len(HEADERS) + "|"]
-        for row in comparison["rows"]:
-            if row["level"] == level:
-                escaped = [cell.replace("|", r"\|").replace("\n", "<br>") for cell in cells(row)]
-                lines.append(f"| {' | '.join(escaped)} |")
+        for row in rows:
+            escaped = [cell.replace("|", r"\|").replace("\n", "<br>") for cell in cells(row)]
+            lines.append(f"| {' | '.join(escaped)} |")
         lines.append("")
     return "\n\n".join(["\n".join(lines).rstrip(), *summary(comparison)]) + "\n"

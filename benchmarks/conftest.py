@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,30 +13,34 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `from benchmarks...`, also under a bare `pytest`
 
-from benchmarks import measure  # noqa: E402
-from benchmarks.geometries import PLANS, QUICK, select  # noqa: E402
-from benchmarks.measure import DEFAULT_THREADS  # noqa: E402
-from perceiver_fast.commands.options import positive  # noqa: E402
+from benchmarks.options import DEFAULT_THREADS, positive  # noqa: E402
+from benchmarks.sides import Case  # noqa: E402
+from benchmarks.suite import measure  # noqa: E402
+from benchmarks.suite.level import DTYPES  # noqa: E402
+from benchmarks.suite.levels import LEVELS  # noqa: E402
+from benchmarks.suite.plans import LEVEL_NAMES, PLANS, QUICK, select  # noqa: E402
+from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
 from perceiver_fast.insight.roofs import measure_roofs  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-collect_ignore_glob = ["base*.py", "gpu*", "nsight/*", "*.md"]  # no benchmarks: pytest would look for doctests there
+# No benchmarks: pytest would look for doctests there.
+collect_ignore_glob = ["base/*", "gpu*", "nsight/*", "scaling/*", "*.md"]
 MISSING = pytest.StashKey[list]()
 SLOW_PEER = "compile-eager"  # compiles for as long as "compile" and is seldom the faster of the two
 QUICK_PASSES = {"model": ("forward", "step"), "layer": ("forward", "step"), "grid_attention": ("forward",)}
+PASSES = ("forward", "step", "step+tokens")
 QUICK_SECONDS = 0.5  # for the rounds of one side
-LEVELS = tuple(dict.fromkeys(level for plan in PLANS.values() for level in plan.levels))
 # Of a parametrized benchmark: option, parameter, what it may be, and what is measured when nothing is asked for.
 CHOICES = (
-    ("--dtype", "dtype", ("float32", "bfloat16"), ("float32",)),
-    ("--pass", "pass_name", ("forward", "step", "step+tokens"), ("forward", "step", "step+tokens")),
+    ("--dtype", "dtype", DTYPES, DTYPES[:1]),
+    ("--pass", "pass_name", PASSES, PASSES),
 )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("perceiver-fast benchmarks")
     group.addoption("--geometry", action="append", default=[], choices=list(PLANS), help="one to measure; repeat")
-    group.addoption("--level", action="append", default=[], choices=LEVELS, help="model, layer, or an op; repeat")
+    group.addoption("--level", action="append", default=[], choices=LEVEL_NAMES, help="model, layer, or an op; repeat")
     group.addoption("--batch", action="append", default=[], type=positive, help="inputs at once; repeat (default: 1)")
     for option, _, known, default in CHOICES:
         group.addoption(
@@ -52,44 +58,64 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[MISSING] = []
 
 
+def level_of(function: Callable) -> str:
+    """What a benchmark measures: its name says it."""
+    return function.__name__.removeprefix("test_")
+
+
+def case_of(item: pytest.Item) -> Case:
+    """What a benchmark measures."""
+    params = dict(item.callspec.params)
+    return Case(level_of(item.function), GEOMETRIES[params.pop("geometry")], **params)
+
+
+@pytest.fixture
+def dtype() -> str:
+    """Of levels that are measured in no other."""
+    return DTYPES[0]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The cases that were asked for; the peers of one geometry, pass and dtype run one after the other."""
     if "geometry" not in metafunc.fixturenames:
         return
-    option = metafunc.config.getoption
+    option, level = metafunc.config.getoption, level_of(metafunc.function)
     names = [QUICK] if option("--quick") else option("--geometry")
-    metafunc.parametrize("geometry", select(names, option("--all"), metafunc.module.LEVEL))
-    metafunc.parametrize("batch", option("--batch") or [1], ids=lambda batch: f"batch{batch}")
+    dtypes, passes = (option(name) or (known if option("--all") else default) for name, _, known, default in CHOICES)
+    cases = [
+        Case(level, GEOMETRIES[name], pass_name, peer, batch, dtype)
+        for name, batch, pass_name, dtype, peer in product(
+            select(names, option("--all"), level), option("--batch") or [1], LEVELS[level].passes, LEVELS[level].dtypes,
+            LEVELS[level].peers,
+        )
+        if pass_name in passes and dtype in dtypes and level in (option("--level") or [level])
+    ]  # fmt: skip
+    # A level of float32 alone has no dtype in its benchmarks' names.
+    parts = ["geometry", "batch", "pass", *(["dtype"] if len(LEVELS[level].dtypes) > 1 else []), "peer"]
+    values = [[case.record()[part] for part in parts] for case in cases if _wanted(case, option)]
+    names = ["pass_name" if part == "pass" else part for part in parts]
+    metafunc.parametrize(names, values, ids=lambda value: f"batch{value}" if isinstance(value, int) else value)
+
+
+def _wanted(case: Case, option: Callable) -> bool:
+    """Whether a case is to be measured when its geometry, pass and dtype are; compiling takes half a minute."""
+    if not LEVELS[case.level].peers[case.peer].fits(case):
+        return False  # it would be another peer under another name
+    if option("--quick"):
+        once = case.peer != "compile" or (case.level, case.pass_name) == ("model", "forward")
+        return once and case.peer != SLOW_PEER and case.pass_name in QUICK_PASSES.get(case.level, ())
+    return case.peer != SLOW_PEER or option("--all") or bool(option("--geometry"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = [item for item in items if HERE not in item.path.parents or _wanted(config, item)]
+    """Leave out examples in docstrings, and what pytest puts in the place of a level without cases."""
+    params = [getattr(item, "callspec", None) and item.callspec.params for item in items]
+    kept = [
+        item for item, known in zip(items, params, strict=True)
+        if HERE not in item.path.parents or known and known["geometry"] in PLANS
+    ]  # fmt: skip
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
-
-
-def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
-    """Whether a benchmark was asked for; pytest makes placeholders when no chosen geometry has a level."""
-    if not hasattr(item, "callspec"):  # an example in a docstring
-        return False
-    params, option = item.callspec.params, config.getoption
-    if params["geometry"] not in PLANS or option("--level") and item.module.LEVEL not in option("--level"):
-        return False
-    if not getattr(item.module, "fits", lambda *_: True)(params["geometry"], params["peer"]):
-        return False  # it would be another peer under another name
-    if option("--quick") and not _is_quick(item.module.LEVEL, params["pass_name"], params["peer"]):
-        return False
-    for name, parameter, known, default in CHOICES:
-        wanted = option(name) or (known if option("--all") else default)
-        if params.get(parameter, default[0]) not in wanted:
-            return False
-    return option("--all") or bool(option("--geometry")) or params["peer"] != SLOW_PEER
-
-
-def _is_quick(level: str, pass_name: str, peer: str) -> bool:
-    """Whether a benchmark is among the quick ones: compiling takes half a minute, and is worth it once."""
-    return pass_name in QUICK_PASSES.get(level, ()) and (
-        peer != "compile" or (level, pass_name) == ("model", "forward")
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -104,19 +130,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     outcome = yield
     report = outcome.get_result()
     if report.outcome != "passed" and HERE in item.path.parents:
-        params = item.callspec.params
-        item.config.stash[MISSING].append(
-            {
-                "level": item.module.LEVEL,
-                "geometry": params["geometry"],
-                "batch": params["batch"],
-                "dtype": params.get("dtype", "float32"),
-                "pass": params["pass_name"],
-                "peer": params["peer"],
-                "outcome": report.outcome,
-                "reason": call.excinfo.exconly().splitlines()[0].removeprefix("Skipped: "),
-            }
-        )
+        reason = call.excinfo.exconly().splitlines()[0].removeprefix("Skipped: ")
+        item.config.stash[MISSING].append(case_of(item).record() | {"outcome": report.outcome, "reason": reason})
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks, output_json: dict) -> None:

@@ -8,7 +8,6 @@ the floor that the model is measured against, in turns in one run.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,12 +16,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import report
-from benchmarks.measure import DEFAULT_THREADS
-from benchmarks.peers import fast
+from benchmarks.environment import conditions
+from benchmarks.options import DEFAULT_THREADS
+from benchmarks.output import save, table
+from benchmarks.suite.models import fast
 from perceiver_fast.insight.geometries import GEOMETRIES
 from perceiver_fast.ops.linear_libraries import LIBRARIES, reasons
 
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     args = parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    result = {"conditions": report.conditions(args.threads), "geometry": args.geometry}
+    result = {"conditions": conditions(args.threads), "geometry": args.geometry}
     geometry = GEOMETRIES[args.geometry]
     model, data = fast(geometry).eval(), geometry.input()
     shapes = latent_products(model, data)
@@ -108,15 +107,14 @@ def main(argv: list[str] | None = None) -> int:
 
     calls = {f"loop: {name}": loop(shapes, name) for name in LIBRARIES if not reasons(name)}
     found = times({"forward": forward, **calls}, args.rounds)
-    table = Table(title=f"{args.geometry}: {len(shapes)} products of the latents, {operations:.1f} GFLOP")
-    for header in ("", "ms", "GFLOP/s", "loop / forward"):
-        table.add_column(header, justify="right" if header else "left")
-    for name, seconds in found.items():
-        share = f"{seconds / found['forward']:.0%}"
-        table.add_row(name, f"{1e3 * seconds:.1f}", f"{operations / seconds:.0f}", share)
-    Console().print(table)
+    rows = [
+        (name, f"{1e3 * seconds:.1f}", f"{operations / seconds:.0f}", f"{seconds / found['forward']:.0%}")
+        for name, seconds in found.items()
+    ]
+    title = f"{args.geometry}: {len(shapes)} products of the latents, {operations:.1f} GFLOP"
+    Console().print(table(title, ("", "ms", "GFLOP/s", "loop / forward"), rows))
     if args.json:
-        args.json.write_text(json.dumps(result | {"gflop": operations, "seconds": found}, indent=2) + "\n")
+        save(args.json, result | {"gflop": operations, "seconds": found})
     return 0
 
 

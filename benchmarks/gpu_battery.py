@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--quick", action="store_true", help=f"{', '.join(cases.HEAD)}: op, forward, batch 8, no compile"
     )
-    for name, known in (("geometry", cases.SHAPES), ("dtype", cases.DTYPES), ("level", cases.LEVELS)):
-        which.add_argument(f"--{name}", action="append", default=[], choices=list(known))
+    for name, known in (("geometry", cases.NAMES), ("dtype", cases.DTYPES), ("level", cases.LEVELS)):
+        which.add_argument(f"--{name}", action="append", default=[], choices=known)
     which.add_argument("--pass", dest="passes", action="append", default=[], choices=cases.PASSES)
     which.add_argument("--batch", action="append", default=[], type=int, metavar="B")
     which.add_argument("--case", action="append", default=[], metavar="NAME", help="exactly this, as --list names it")
@@ -95,8 +95,9 @@ def prepared(args: argparse.Namespace, result: dict, arch: str | None) -> None:
 def timed(args: argparse.Namespace, result: dict, wanted: list[cases.Case], start: float, end: float) -> None:
     """Measure the cases, keeping after each what there is."""
     from benchmarks.gpu import machine
-    from benchmarks.gpu.record import save, summary
+    from benchmarks.gpu.record import summary
     from benchmarks.gpu.worker import STOP_SECONDS, Worker, WorkerLost
+    from benchmarks.output import save
 
     dry = args.device == "cpu"
     compile_mode = args.compile or ("none" if args.quick or dry else "headline")
@@ -114,7 +115,7 @@ def timed(args: argparse.Namespace, result: dict, wanted: list[cases.Case], star
             result["cases"].append(worker.run(case, min(end, time.monotonic() + CASE_SECONDS)))
             left.pop(0)
             print(f"  {summary(result['cases'][-1])}", flush=True)
-            save(result, path)
+            save(path, result)
         if result["outcome"] == "running":
             result["outcome"] = "budget spent" if left else "complete"
     except KeyboardInterrupt:
@@ -127,15 +128,15 @@ def timed(args: argparse.Namespace, result: dict, wanted: list[cases.Case], star
         worker.stop(patience=0 if result["outcome"] == "interrupted" else STOP_SECONDS)
         result["conditions"]["clocks_at_end"] = machine.clocks()
         result["seconds"] = round(time.monotonic() - start, 1)
-        save(result, path)
+        save(path, result)
 
 
 def show(args: argparse.Namespace, result: dict) -> int:
     """Print the tables, also into battery.txt; returns the exit code."""
     from rich.console import Console
 
+    from benchmarks.environment import slug
     from benchmarks.gpu import record
-    from benchmarks.report import slug
 
     complaints = record.complaints(result)
     conditions = result["conditions"]
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace, wanted: list[cases.Case], skipped: list[dict])
         prepared(args, result, arch)
     except KeyboardInterrupt:
         result["outcome"], end = "interrupted", time.monotonic()
-    from benchmarks.report import git_commit  # imports the package, so after it was built
+    from benchmarks.environment import git_commit  # imports the package, so after it was built
 
     result["conditions"]["git_commit"] = args.commit or git_commit()
     timed(args, result, wanted, start, end)

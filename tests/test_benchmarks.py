@@ -1,11 +1,11 @@
 """The benchmarks' own parts: geometries, peers, checks, tables and the command line. Nothing is timed here."""
 
 import functools
-import importlib
 import io
 import operator
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,17 +19,18 @@ pytest.importorskip("perceiver_pytorch")
 
 from rich.console import Console  # noqa: E402
 
-from benchmarks import layers, ops, report, test_grid_attention, test_layers, test_models  # noqa: E402
-from benchmarks.families import eager  # noqa: E402
-from benchmarks.geometries import PLANS, eager_bytes, select, token_channels  # noqa: E402
-from benchmarks.measure import Case, errors, measure  # noqa: E402
-from benchmarks.memory import memory_method, peak_memory  # noqa: E402
-from benchmarks.peers import PEERS, SDPAAttention, parameters, sdpa  # noqa: E402
-from benchmarks.throughput import Work, counted, module_work, scaled, throughput  # noqa: E402
+from benchmarks import environment  # noqa: E402
+from benchmarks.sdpa import SDPAAttention  # noqa: E402
+from benchmarks.sides import Case, Peer, Side, errors, excess, parameters  # noqa: E402
+from benchmarks.suite import layers, measure, report, test_levels  # noqa: E402
+from benchmarks.suite.level import Level  # noqa: E402
+from benchmarks.suite.levels import LEVELS  # noqa: E402
+from benchmarks.suite.memory import Memory, memory_method, peak_memory  # noqa: E402
+from benchmarks.suite.models import PEERS, eager, sdpa  # noqa: E402
+from benchmarks.suite.plans import PLANS, eager_bytes, select  # noqa: E402
+from benchmarks.suite.throughput import Work, counted, module_work, scaled, throughput  # noqa: E402
 from perceiver_fast.insight import roofs  # noqa: E402
 from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
-
-OPS = ("cross_attention", "feed_forward", "fourier_projection", "geglu", "grid_scale", "layer_norm", "linear")
 
 
 def having(level):
@@ -37,65 +38,39 @@ def having(level):
     return [name for name, plan in PLANS.items() if level in plan.levels]
 
 
-def need(reasons):
-    if reasons:
-        pytest.skip("; ".join(reasons))
-
-
-@pytest.mark.parametrize("dtype", test_models.DTYPES)
-@pytest.mark.parametrize("pass_name", test_models.PASSES)
-@pytest.mark.parametrize("peer", ["sdpa", "fast"])
-@pytest.mark.parametrize("name", having("model"))
-def test_models_agree_on_every_geometry(name, peer, pass_name, dtype):
-    need(PEERS[peer].reasons())
-    geometry = GEOMETRIES[name].tiny()
-    assert list(parameters(PEERS[peer].build(geometry))) == list(parameters(eager(geometry)))
-    results = test_models.build(peer, pass_name, dtype, geometry, 2)()
-    found = errors(results, test_models.truths(pass_name, geometry, 2), dtype)
-    assert (found["gradient_error"] is None) == (pass_name == "forward")
-
-
-LAYERS = [
-    (name, peer)
-    for name in having("layer")
-    for peer, how in layers.PEERS.items()
-    if peer not in ("compile", "flash-perceiver") and how.fits(GEOMETRIES[name])
+AGREEING = [
+    (level, name, peer)
+    for level, parts in LEVELS.items()
+    for name in having(level)
+    for peer, how in parts.peers.items()
+    if not how.compiled and peer != "flash-perceiver" and how.fits(Case(level, GEOMETRIES[name], "forward", peer))
 ]
 
 
-@pytest.mark.parametrize("name, peer", LAYERS)
-def test_layers_agree_on_every_geometry(name, peer):
-    geometry = GEOMETRIES[name].tiny()
-    need(layers.PEERS[peer].reasons())
-    for pass_name in test_layers.PASSES:  # gradients by perceiver-pytorch's names, whatever the peer calls them
-        results = test_layers.build(peer, pass_name, "float32", geometry, 2)()
-        errors(results, test_layers.truths(pass_name, geometry, 2))
+@pytest.mark.parametrize("level, name, peer", AGREEING)
+def test_peers_agree_on_every_geometry(level, name, peer):
+    """Gradients too, by perceiver-pytorch's names, whatever a peer calls them; in every dtype that is measured."""
+    for pass_name in LEVELS[level].passes:
+        for dtype in LEVELS[level].dtypes:
+            case = Case(level, GEOMETRIES[name].tiny(), pass_name, peer, 2, dtype)
+            how = LEVELS[level].peers[peer]
+            if reasons := how.absent() + how.reasons(case):
+                pytest.skip("; ".join(reasons))
+            side = how.build(case)
+            results = side.common(case.call(side)())
+            found = measure.checked(results, case)
+            assert (found["gradient_error"] is None) == (pass_name == "forward")
+            if level == "model":
+                assert list(side.parameters) == list(parameters(eager(case.geometry)))
+            if level == "grid_attention":
+                assert len(results) == {"forward": 1, "step": 2, "step+tokens": 4}[pass_name]
+            assert LEVELS[level].work(case).tokens > 0
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_sides_of_an_op_agree(op):
-    module = importlib.import_module(f"benchmarks.test_{op}")
-    assert module.LEVEL == op and getattr(module, f"test_{op}").__name__ == f"test_{op}" and having(op)
-    for name in having(op):
-        geometry = GEOMETRIES[name].tiny()
-        problem = module.problem(geometry, 2)
-        for peer in problem.sides:
-            need(PEERS["fast"].reasons() if peer == "fast" else [])
-            for pass_name in ops.PASSES:
-                truths = ops.truths(module.problem, pass_name, geometry, 2)
-                assert len(truths) == (1 if pass_name == "forward" else 1 + problem.wanted)
-                errors(ops.build(module.problem, peer, pass_name, geometry, 2)(), truths)
-
-
-@pytest.mark.parametrize("pass_name", test_grid_attention.PASSES)
-@pytest.mark.parametrize("name", having("grid_attention"))
-def test_sides_of_grid_attention_agree(name, pass_name):
-    geometry = GEOMETRIES[name].tiny()
-    truths = test_grid_attention.truths(pass_name, geometry, 2)
-    assert len(truths) == {"forward": 1, "step": 2, "step+tokens": 4}[pass_name]
-    for peer in ("reference", "sdpa"):
-        side = test_grid_attention.side_of(peer, pass_name, geometry, 2)
-        errors(side.common(side.call()), truths)
+def test_every_level_is_measured():
+    assert {level for plan in PLANS.values() for level in plan.levels} == set(LEVELS)
+    assert all(getattr(test_levels, f"test_{level}").__name__ == f"test_{level}" for level in LEVELS)
+    assert all(LEVELS[level].peers["fast"].reasons(None) == PEERS["fast"].reasons(None) for level in LEVELS)
 
 
 def test_sdpa_peer_keeps_masks_and_state():
@@ -111,7 +86,7 @@ def test_sdpa_peer_keeps_masks_and_state():
         out = module(data, mask=mask)
         grads = torch.autograd.grad(out.square().sum(), tuple(parameters(module).values()))
         results.append((out, *grads))
-    errors(*results)
+    assert not excess(errors(*results), (1e-3, 1e-2))
 
 
 @pytest.mark.parametrize("arguments", [{"queries_contribute_kv": True}, {}])
@@ -124,15 +99,15 @@ def test_sdpa_attention_leaves_the_rest_to_the_original(arguments):
     assert torch.equal(attention(x, **call), super(SDPAAttention, attention).forward(x, **call))
 
 
-def test_errors_refuse_wrong_results():
-    right = (torch.ones(4), torch.ones(4))
-    assert errors(right, right) == {"relative_error": 0.0, "gradient_error": 0.0}
-    with pytest.raises(AssertionError, match="the output is off by 1.00e-02"):
-        errors((torch.full((4,), 1.01),), right[:1])
-    with pytest.raises(AssertionError, match="the gradients are off"):
-        errors((torch.ones(4), torch.full((4,), float("nan"))), right)
-    with pytest.raises(AssertionError, match="the gradients are off"):  # python's max() forgets a NaN that is not first
-        errors((torch.ones(4), torch.ones(4), torch.full((4,), float("nan"))), (*right, torch.ones(4)))
+def test_wrong_results_are_found():
+    one, near, nan = torch.ones(4), torch.full((4,), 1.01), torch.full((4,), float("nan"))
+    most = (1e-3, 1e-2)
+    assert errors((one, one), (one, one)) == {"relative_error": 0.0, "gradient_error": 0.0}
+    assert excess(errors((near,), (one,)), most) == ["the output is off by 1.00e-02, more than 1e-03"]
+    assert "the gradients are off" in excess(errors((one, nan), (one, one)), most)[0]
+    # python's max() forgets a NaN that is not first
+    assert "the gradients are off" in excess(errors((one, one, nan), (one, one, one)), most)[0]
+    assert errors((one, near, 3e-9 * one), (one, one, 1e-9 * one))["gradient_error"] == pytest.approx(1e-2)
 
 
 def test_peak_memory_is_that_of_the_call():
@@ -155,27 +130,33 @@ class Stopwatch:
         call()
 
 
-def constant(value):
-    """A call, for the process that measures memory."""
-    return functools.partial(tuple, [torch.full((4,), value)])
-
-
 def test_a_measurement_is_checked_and_kept(monkeypatch):
-    monkeypatch.setattr("benchmarks.throughput.measure_roofs", lambda threads: roofs.Roofs(1000, 100, 500, threads))
-    case = Case("model", "readme", "forward", "fast", batch=2)
-    stopwatch, work = Stopwatch(0.5), Work(2, 20, 30, 100, multiply_adds=250, exponentials=5)
-    measure(stopwatch, case, constant, (1.0,), constant(1.0)(), work, rounds=3)
+    def constant(value):
+        return lambda case: Side(lambda: torch.full((4,), value))
+
+    work = Work(2, 20, 30, 100, multiply_adds=250, exponentials=5)
+    peers = {"fast": Peer(constant(1.0)), "wrong": Peer(constant(2.0)), "absent": Peer(constant(1.0), packages=("no_such",))}
+    monkeypatch.setitem(LEVELS, "model", Level(peers, constant(1.0), lambda case: work))
+    monkeypatch.setattr(measure, "peak_memory", lambda build, case: Memory(5, 7))
+    monkeypatch.setattr("benchmarks.suite.throughput.measure_roofs", lambda threads: roofs.Roofs(1000, 100, 500, threads))
+    measure._truths.cache_clear()
+    stopwatch, case = Stopwatch(0.5), Case("model", GEOMETRIES["readme"], "forward", "fast", batch=2)
+    measure.measure(stopwatch, case)
     info = stopwatch.extra_info
-    assert info["level"] == "model" and info["batch"] == 2 and info["relative_error"] == 0 and stopwatch.rounds >= 3
+    assert info["level"] == "model" and info["batch"] == 2 and info["relative_error"] == 0 and stopwatch.rounds >= 5
+    assert info["peak_memory_bytes"] == 5 and info["kept_memory_bytes"] == 7
     assert info["tokens"] == 10 and info["tokens_per_second"] == 40 and info["inputs_per_second"] == 4
     assert info["percent_of_exp_roof"] == pytest.approx(60) and info["percent_of_copy_roof"] == pytest.approx(40)
     assert info["percent_of_fma_roof"] == pytest.approx(50) and info["percent_of_roof"] == pytest.approx(60)
     with pytest.raises(AssertionError, match="the output is off"):
-        measure(Stopwatch(0.5), case, constant, (2.0,), constant(1.0)(), work, rounds=3)
+        measure.measure(Stopwatch(0.5), replace(case, peer="wrong"))
+    with pytest.raises(pytest.skip.Exception, match="no_such cannot be imported"):
+        measure.measure(Stopwatch(0.5), replace(case, peer="absent"))
+    measure._truths.cache_clear()
 
 
 def test_without_roofs_there_are_no_shares(monkeypatch):
-    monkeypatch.setattr("benchmarks.throughput.measure_roofs", lambda threads: None)
+    monkeypatch.setattr("benchmarks.suite.throughput.measure_roofs", lambda threads: None)
     found = throughput(Work(1, 10, 0, 100), 2.0, 1)
     assert found["tokens_per_second"] == 5 and found["pairs_per_second"] is None and found["percent_of_roof"] is None
 
@@ -187,7 +168,7 @@ def test_a_step_is_counted():
 
 def test_counts_are_those_of_the_model():
     geometry = GEOMETRIES["cross-only"].tiny()
-    queries, tokens, channels, width = 6, 30, token_channels(geometry), 16
+    queries, tokens, channels, width = 6, 30, geometry.token_channels, 16
     layer = 64 * (2 * queries * width + 2 * tokens * channels + 2 * queries * tokens)
     module, inputs = layers.Original(geometry), (layers.latents(geometry, 1), geometry.input())
     assert counted(module, *inputs).multiply_adds == layer
@@ -275,9 +256,9 @@ def test_rows_keep_what_pytest_benchmark_measured():
 
 
 def test_conditions_and_slug():
-    conditions = report.conditions(threads=2)
+    conditions = environment.conditions(threads=2)
     assert conditions["threads"] == 2 and conditions["perceiver-pytorch"] and conditions["cpu"]
-    assert report.slug("Intel(R) Xeon(R) Processor @ 2.20GHz") == "intel-xeon-processor-2-20ghz"
+    assert environment.slug("Intel(R) Xeon(R) Processor @ 2.20GHz") == "intel-xeon-processor-2-20ghz"
 
 
 def test_command_line_help():
@@ -289,7 +270,7 @@ def test_command_line_help():
 
 def test_the_floor_counts_the_latents_products():
     from benchmarks import floor
-    from benchmarks.peers import fast
+    from benchmarks.suite.models import fast
 
     geometry = GEOMETRIES["readme"].tiny()
     shapes = floor.latent_products(fast(geometry).eval(), geometry.input())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import sys
 from pathlib import Path
@@ -188,9 +187,3 @@ def test_a_threshold_below_zero_is_refused(tmp_path, capsys):
     good = str(stored(tmp_path / "good.json", row("fast", 1.0)))
     assert compare.main([good, good, "--threshold", "-0.1"]) == 2
     assert "at least 0, got -0.1" in capsys.readouterr().err
-
-
-def test_examples_of_the_documentation():
-    for module in (compare,):
-        found = doctest.testmod(module)
-        assert found.attempted and not found.failed

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ pytest.importorskip("psutil")
 import gpu_battery_stub  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from benchmarks import gpu_battery  # noqa: E402
+from benchmarks import gpu_battery, output  # noqa: E402
 from benchmarks.gpu import cases, check, clock, measure_case, prepare, record, sides  # noqa: E402
 from benchmarks.gpu.problem import Problem  # noqa: E402
 from benchmarks.gpu.worker import Worker  # noqa: E402
+from benchmarks.sides import Peer  # noqa: E402
+from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
 
 CPU = torch.device("cpu")
 COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu_battery.py")]
@@ -68,7 +71,7 @@ def test_dry_run_is_complete(tmp_path):
 
 
 def test_result_is_strict_json(tmp_path):
-    record.save({"error": float("nan"), "of": [1.5, (float("inf"), None)]}, tmp_path / "new" / "battery.json")
+    output.save(tmp_path / "new" / "battery.json", {"error": float("nan"), "of": [1.5, (float("inf"), None)]})
     assert json.loads((tmp_path / "new" / "battery.json").read_text()) == {"error": "nan", "of": [1.5, ["inf", None]]}
 
 
@@ -152,16 +155,11 @@ def test_profile_runs_one_side_in_a_loop(capsys, monkeypatch):
 
 
 def test_geometries_are_the_published_ones():
-    channels = {
-        "imagenet-lucid": 261,
-        "imagenet-paper": 261,
-        "hf-fourier": 261,
-        "readme": 29,
-        "video": 390,
-        "flow": 322,
-    }
-    assert {name: shape.channels for name, shape in cases.SHAPES.items()} == channels
-    assert cases.SHAPES["flow"].tokens == 182_528 and cases.SHAPES["video"].tokens == 802_816
+    channels = {"imagenet-lucid": 261, "imagenet-paper": 261, "readme": 29, "video": 390, "flow": 322, "hf-fourier": 261}
+    assert {name: GEOMETRIES[name].token_channels for name in cases.NAMES} == channels
+    assert GEOMETRIES["flow"].tokens == 182_528 and GEOMETRIES["video"].tokens == 802_816
+    assert all(GEOMETRIES[a].one_layer().arguments == GEOMETRIES[b].one_layer().arguments | {"weight_tie_layers": False}
+               for a, b in cases.SAME_OP.items())  # fmt: skip
 
 
 @pytest.mark.parametrize("package", ["perceiver_pytorch", "flash_attn"])
@@ -173,7 +171,7 @@ def test_absent_peers_are_named(package, monkeypatch):
     for name in ("op/readme/1/fp32/step", "model/readme/1/fp32/step"):
         case = measured(name)
         assert case["sides"]["fast"]["agrees"] is True
-        named = [side for side, peer in sides.PEERS.items() if peer.package == package and side in case["sides"]]
+        named = [side for side, peer in sides.PEERS.items() if package in peer.packages and side in case["sides"]]
         assert all(case["sides"][side]["outcome"] == "absent" for side in named)
         assert named or case["level"] == "model"
         result["cases"].append(case)
@@ -193,9 +191,9 @@ def spoiled(change):
 
     def build(problem):
         side = sides._ours(problem)
-        return sides.Side(lambda *inputs: change(side.apply(*inputs)), side.parameters)
+        return replace(side, apply=lambda *inputs: change(side.apply(*inputs)))
 
-    return sides.Peer(build)
+    return Peer(build)
 
 
 @pytest.mark.parametrize("pass_name", cases.PASSES)
@@ -223,7 +221,7 @@ def test_wrong_gradients_are_noticed():
     problem = Problem(cases.parse_case("op/readme/8/fp32/step"), CPU, dry=True)
     truths = check.truth(problem)
     results = list(
-        check.checked_results(problem, check.run(problem, sides._ours(problem), *check.checked_inputs(problem)))
+        check.checked_results(problem, check.call(problem, sides._ours(problem), *check.checked_inputs(problem)))
     )
     assert check.judge(tuple(results), truths, "fp32")["agrees"]
     for index, where in ((0, -1), (1, -1), (len(results) - 1, ...)):
@@ -237,7 +235,7 @@ def test_side_that_raises_is_one_cell(monkeypatch):
     def fails(problem):
         raise torch.OutOfMemoryError("tried to allocate a lot")
 
-    monkeypatch.setitem(sides.PEERS, "smart", sides.Peer(fails))
+    monkeypatch.setitem(sides.PEERS, "smart", Peer(fails))
     case = measured("op/readme/8/fp32/forward", exclude={"sdpa": "it took the process down"})
     assert case["sides"]["smart"]["outcome"] == "out of memory"
     assert case["sides"]["sdpa"] == {"outcome": "failed", "reason": "it took the process down", "over_ours": None}

@@ -21,13 +21,16 @@ pytest.importorskip("psutil")
 
 from support import needs_extension
 
-from benchmarks import scaling, scaling_plot, scaling_point, scaling_record
-from benchmarks.memory import METHOD, memory_method
-from benchmarks.scaling_point import Stopped, Task
-from benchmarks.scaling_record import Point
+from benchmarks.scaling import __main__ as scaling
+from benchmarks.scaling import plot, point, record
+from benchmarks.scaling.point import Limits, Stopped, case_of
+from benchmarks.scaling.record import Point
+from benchmarks.suite.measure import build_call
+from benchmarks.suite.memory import METHOD, memory_method
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited by way of /proc")
-TASK = Task("eager", 4, 3, "forward", "float32", 1, 2**30, 60.0)
+CASE = case_of("eager", 4, 3, "forward", "float32")
+LIMITS = Limits(threads=1, bytes=2**30, seconds=60.0)
 POINT = Point("tokens", "fast", 100, 8, "forward", "float32", 1, "measured", 0.01, 0.009, 0.011, 0.008, 5, 4096, 1200)
 
 
@@ -49,8 +52,8 @@ def tiny(monkeypatch):
 def stand_in(monkeypatch, tiny):
     """No processes: eager takes a byte per pair, and so much time, the others ten times less."""
 
-    def measured(task):
-        pairs = task.side**2 * task.latents * (10 if task.peer == "eager" else 1)
+    def measured(case, limits):
+        pairs = case.geometry.tokens * case.geometry.queries * (10 if case.peer == "eager" else 1)
         times = dict.fromkeys(("median", "q1", "q3", "min"), 1e-3 * pairs)
         return times | {"rounds": 3, "peak_memory_bytes": pairs, "fingerprint": [[1.0, 2.0], []]}
 
@@ -76,14 +79,14 @@ def test_end_to_end(tiny, tmp_path, capsys):
         for axis, tokens, latents in (("tokens", 16, 3), ("tokens", 64, 3), ("latents", 16, 3), ("latents", 16, 6))
         for peer in ("eager", "fast")
     ]
-    for point in points:
-        assert point.status == "measured" and point.rounds >= 3
-        assert 0 < point.min <= point.q1 <= point.median <= point.q3
-        assert (point.peak_memory_bytes is not None) == (memory_method() == METHOD)
-        assert point.input_bytes == 12 * point.tokens
-        assert point.difference is None if point.peer == "eager" else 0.0 <= point.difference < 1e-3
+    for one in points:
+        assert one.status == "measured" and one.rounds >= 3
+        assert 0 < one.min <= one.q1 <= one.median <= one.q3
+        assert (one.peak_memory_bytes is not None) == (memory_method() == METHOD)
+        assert one.input_bytes == 12 * one.tokens
+        assert one.difference is None if one.peer == "eager" else 0.0 <= one.difference < 1e-3
     table, png, svg = map(Path, result["files"])
-    assert scaling_record.read(table)[1] == points and "-step" in table.name
+    assert record.read(table)[1] == points and "-step" in table.name
     assert png.read_bytes().startswith(b"\x89PNG") and ElementTree.parse(svg).getroot().tag.endswith("svg")
     captured = capsys.readouterr()
     assert "ours grows with latents to the power of: time" in captured.out
@@ -94,22 +97,19 @@ def test_end_to_end(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pass_name", ["forward", "step"])
 def test_peers_agree(pass_name, dtype):
-    task = replace(TASK, pass_name=pass_name, dtype=dtype)
-    prints = [
-        scaling_point.fingerprint(scaling_point.call_of(replace(task, peer=peer))())
-        for peer in ("eager", "sdpa", "fast")
-    ]
+    case = replace(CASE, pass_name=pass_name, dtype=dtype)
+    prints = [point.fingerprint(build_call(replace(case, peer=peer))()) for peer in ("eager", "sdpa", "fast")]
     assert (len(prints[0][1]) > 0) == (pass_name == "step")
     for found in prints[1:]:
-        assert scaling_point.difference(found, prints[0]) < scaling.SAME[dtype]
+        assert point.difference(found, prints[0]) < scaling.SAME[dtype]
 
 
 def test_a_difference_is_seen_in_either_part():
     truth = [[3.0, 4.0], [1.0]]
-    assert scaling_point.difference(truth, truth) == 0.0
-    assert scaling_point.difference([[3.0, 4.0], [1.5]], truth) == pytest.approx(0.5)
-    assert scaling_point.difference([[3.0, 9.0], [1.0]], truth) == pytest.approx(1.0)
-    bad = scaling_point.difference([[3.0, float("nan")], [1.0]], truth)
+    assert point.difference(truth, truth) == 0.0
+    assert point.difference([[3.0, 4.0], [1.5]], truth) == pytest.approx(0.5)
+    assert point.difference([[3.0, 9.0], [1.0]], truth) == pytest.approx(1.0)
+    bad = point.difference([[3.0, float("nan")], [1.0]], truth)
     assert scaling.is_different(replace(POINT, difference=bad)) and not scaling.is_different(POINT)
 
 
@@ -117,22 +117,22 @@ def test_a_difference_is_seen_in_either_part():
 def test_a_process_that_wants_too_much_is_out_of_memory():
     """512 latents and 256 x 256 tokens are 128 MiB of logits; the machine has them, the task does not allow them."""
     with pytest.raises(Stopped, match="allocate") as stopped:
-        scaling_point.measure(replace(TASK, side=256, latents=512, limit_bytes=64 * 2**20))
+        point.measure(case_of("eager", 256, 512, "forward", "float32"), replace(LIMITS, bytes=64 * 2**20))
     assert stopped.value.status == "out of memory"
 
 
 @linux
 def test_a_call_that_takes_too_long_is_ended(monkeypatch):
-    monkeypatch.setattr(scaling_point, "START_SECONDS", 0.0)
+    monkeypatch.setattr(point, "START_SECONDS", 0.0)
     with pytest.raises(Stopped, match="0.002 s, 0.001 s are allowed") as stopped:
-        scaling_point.measure(replace(TASK, limit_seconds=1e-3))
+        point.measure(CASE, replace(LIMITS, seconds=1e-3))
     assert stopped.value.status == "too slow"
 
 
 @linux
 def test_what_a_peer_raises_is_where_it_stops():
     with pytest.raises(Stopped, match="Trying to create tensor with negative dimension") as stopped:
-        scaling_point.measure(replace(TASK, latents=-1))
+        point.measure(case_of("eager", 4, -1, "forward", "float32"), LIMITS)
     assert stopped.value.status == "failed"
 
 
@@ -143,7 +143,7 @@ def test_a_peer_stops_before_it_needs_more_than_is_allowed(stand_in, tmp_path, c
     *_, stop, ours = result["points"]
     assert (stop["status"], stop["needed_bytes"], stop["median"]) == ("would not fit", 1920, None)
     assert stop["tokens"] == 64 and "not run" in stop["detail"] and ours["status"] == "measured"
-    assert "would not fit\nat M = 64 (would need" in (text := scaling_plot._stop_text(Point(**stop)))
+    assert "would not fit\nat M = 64 (would need" in (text := plot._stop_text(Point(**stop)))
     assert (
         text.endswith("GiB)") and "eager at M = 64, N = 3: would not fit: would need about" in capsys.readouterr().out
     )
@@ -162,10 +162,10 @@ def test_a_peer_stops_after_a_call_that_was_too_long(stand_in, tmp_path):
 def test_a_peer_that_fails_or_differs_is_not_fine(stand_in, monkeypatch, tmp_path, capsys):
     measured = scaling.measure
 
-    def other(task):
-        if task.peer == "sdpa":
+    def other(case, limits):
+        if case.peer == "sdpa":
             raise Stopped("failed", "no such thing")
-        return measured(task) | ({"fingerprint": [[1.0, 2.1], []]} if task.peer == "fast" else {})
+        return measured(case, limits) | ({"fingerprint": [[1.0, 2.1], []]} if case.peer == "fast" else {})
 
     monkeypatch.setattr(scaling, "measure", other)
     assert run(tmp_path, "--peers", "eager", "sdpa", "--axis", "tokens")[0] == 1
@@ -177,15 +177,15 @@ def test_a_peer_that_fails_or_differs_is_not_fine(stand_in, monkeypatch, tmp_pat
 def test_an_interrupt_keeps_what_was_measured(stand_in, monkeypatch, tmp_path, capsys):
     measured = scaling.measure
 
-    def interrupted(task):
-        if task.side == 8 and task.peer == "fast":
+    def interrupted(case, limits):
+        if case.geometry.tokens == 64 and case.peer == "fast":
             raise KeyboardInterrupt
-        return measured(task)
+        return measured(case, limits)
 
     monkeypatch.setattr(scaling, "measure", interrupted)
     code, result = run(tmp_path, "--peers", "eager", "fast")
     assert code == 2 and "interrupted; 3 points are in" in capsys.readouterr().err
-    _, points = scaling_record.read(Path(result["files"][0]))
+    _, points = record.read(Path(result["files"][0]))
     assert len(points) == 3 and all(Path(path).exists() for path in result["files"])
     assert not list(tmp_path.glob("*.part"))
 
@@ -194,14 +194,14 @@ def test_points_survive_the_file(tmp_path):
     stop = replace(POINT, peer="eager", status="out of memory", median=None, q1=None, rounds=None, needed_bytes=7,
                    detail='needs about 9 GiB, "2 GiB" are allowed')  # fmt: skip
     path = tmp_path / "points.csv"
-    scaling_record.write(path, {"cpu": "a: b\n c", "threads": 2}, [POINT, stop])
-    assert scaling_record.read(path) == ({"cpu": "a: b c", "threads": "2"}, [POINT, stop])
+    record.write(path, {"cpu": "a: b\n c", "threads": 2}, [POINT, stop])
+    assert record.read(path) == ({"cpu": "a: b c", "threads": "2"}, [POINT, stop])
 
 
 def test_redraw_measures_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "measure", None)
     path = tmp_path / "old.csv"
-    scaling_record.write(path, {"cpu": "Xeon"}, [POINT, replace(POINT, tokens=1000, median=0.1)])
+    record.write(path, {"cpu": "Xeon"}, [POINT, replace(POINT, tokens=1000, median=0.1)])
     before = path.read_text()
     assert scaling.main(["--redraw", str(path), "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -214,14 +214,14 @@ def test_redraw_measures_nothing(tmp_path, monkeypatch, capsys):
 def test_pictures_hold_curves_that_lack_something(tmp_path):
     """No memory at all, and a peer that never ran."""
     points = [replace(POINT, peak_memory_bytes=None), replace(POINT, peer="eager", status="failed", median=None)]
-    for path in scaling_plot.draw({}, points, tmp_path / "name.with.dots"):
+    for path in plot.draw({}, points, tmp_path / "name.with.dots"):
         assert path.stat().st_size > 5_000 and path.name.startswith("name.with.dots.")
 
 
 def test_names_do_not_cover_each_other():
     lines, wished = [1, 2, 1, 2], [0.5, 0.5, 0.99, 1.2]
-    places = scaling_plot.spread(lines, wished)
-    heights = [scaling_plot.LINE * count for count in lines]
+    places = plot.spread(lines, wished)
+    heights = [plot.LINE * count for count in lines]
     assert places[0] == pytest.approx(0.5) and places[-1] + heights[-1] / 2 <= 1.0
     for i in range(3):
         assert places[i + 1] - places[i] >= (heights[i] + heights[i + 1]) / 2 - 1e-9
@@ -229,8 +229,8 @@ def test_names_do_not_cover_each_other():
 
 def test_exponents_are_of_the_last_two_decades():
     line = [(10**k, 5.0 if k < 5 else 5.0 * 10 ** (k - 5)) for k in range(8)]
-    assert scaling_record.exponent(line) == 1.0 and scaling_record.exponent(line[:5]) == 0.0
-    assert scaling_record.exponent(line[:1]) is None and scaling_record.exponent([]) is None
+    assert record.exponent(line) == 1.0 and record.exponent(line[:5]) == 0.0
+    assert record.exponent(line[:1]) is None and record.exponent([]) is None
 
 
 @pytest.mark.parametrize("axis", ["tokens", "latents"])
@@ -265,8 +265,8 @@ def test_without_the_extension_ours_is_not_measured(monkeypatch, capsys):
 
 def test_examples_of_the_documentation():
     for module in (
-        scaling_plot,
-        scaling_record,
+        plot,
+        record,
     ):
         found = doctest.testmod(module)
         assert found.attempted and not found.failed

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import perceiver_fast as pf
+from benchmarks.gpu import sides
 from benchmarks.gpu.problem import Problem
-from benchmarks.gpu.sides import OURS, Side, absent
-from benchmarks.measure import relative_error
+from benchmarks.sides import OURS, Results, Side, errors, excess, run
+from perceiver_fast.insight.peer import peer_model
 
 # Of the output and of the worst gradient, relative in the 2-norm; tf32 in place of float32 would fail. In bf16 all sides
 # are within 8e-3 and 2e-2 at a fifth of the tokens, within 1e-1 at the few of a dry run.
@@ -19,15 +20,9 @@ TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 1e-1)}
 ROWS = 128  # queries whose float64 logits exist at one time
 
 
-def run(problem: Problem, side: Side, inputs: tuple[Tensor, ...], cotangent: Tensor) -> tuple[Tensor, ...]:
+def call(problem: Problem, side: Side, inputs: tuple[Tensor, ...], cotangent: Tensor) -> Results:
     """What is timed: the output, and in a step the gradients of latents (op level) and parameters, by name."""
-    if problem.case.pass_name == "forward":
-        with torch.no_grad(), problem.autocast():
-            return (side.apply(*inputs),)
-    with problem.autocast():
-        out = side.apply(*inputs)
-    wanted = [t for t in inputs if t.requires_grad] + [p for _, p in sorted(side.parameters.items())]
-    return out, *torch.autograd.grad(out, wanted, cotangent.to(out.dtype))
+    return run(side, problem.case.pass_name == "step", problem.autocast(), inputs, (cotangent,))
 
 
 def checked_inputs(problem: Problem) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -38,19 +33,19 @@ def checked_inputs(problem: Problem) -> tuple[tuple[Tensor, ...], Tensor]:
     return inputs, kept
 
 
-def checked_results(problem: Problem, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of :func:`run`'s results, those that :func:`truth` has."""
+def checked_results(problem: Problem, results: Results) -> Results:
+    """Of :func:`call`'s results, those that :func:`truth` has."""
     rows = 2 if problem.case.level == "op" and len(results) > 1 else 1  # the output, and the latents' gradient
     return (*(t[problem.checked].detach() for t in results[:rows]), *results[rows:])
 
 
 def truth_name() -> str:
     """What :func:`truth` is computed by."""
-    model = "perceiver-fast's reference" if absent("perceiver_pytorch") else "perceiver-pytorch"
+    model = "perceiver-fast's reference" if sides.PEERS["eager"].absent() else "perceiver-pytorch"
     return f"float64: op level plain PyTorch on built tokens, model level {model}"
 
 
-def truth(problem: Problem) -> tuple[Tensor, ...]:
+def truth(problem: Problem) -> Results:
     """Output and gradients of the checked batch elements in float64, one element at a time."""
     inputs, cotangent = problem.copies[0]
     apply, module = (_op_truth if problem.case.level == "op" else _model_truth)(problem)
@@ -74,7 +69,7 @@ def truth(problem: Problem) -> tuple[Tensor, ...]:
 
 def _op_truth(problem: Problem):
     layer = copy.deepcopy(problem.layer).double()
-    scale = problem.shape.dim_head**-0.5
+    scale = problem.geometry.dim_head**-0.5
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.transpose(1, 2) * scale).softmax(-1) @ v
@@ -90,13 +85,9 @@ def _op_truth(problem: Problem):
 
 
 def _model_truth(problem: Problem):
-    if not absent("perceiver_pytorch"):
-        import perceiver_pytorch
-
+    if not sides.PEERS["eager"].absent():
         with torch.device(problem.device):
-            model = perceiver_pytorch.Perceiver(**problem.arguments)
-        model.load_state_dict(problem.model.state_dict())
-        model = model.double()
+            model = peer_model(problem.geometry, problem.model.state_dict()).double()
         return model, model
     model = copy.deepcopy(problem.model).double()
 
@@ -107,23 +98,20 @@ def _model_truth(problem: Problem):
     return apply, model
 
 
-def judge(results: tuple[Tensor, ...], truths: tuple[Tensor, ...] | None, dtype: str) -> dict:
+def judge(results: Results, truths: Results | None, dtype: str) -> dict:
     """Errors of a side's checked results, and whether they are within the tolerance for ``dtype``.
 
     Without truths nothing is known: ``agrees`` is None.
     """
     if truths is None:
         return {"relative_error": None, "gradient_error": None, "agrees": None}
-    output_tolerance, gradient_tolerance = TOLERANCES[dtype]
-    output = relative_error(results[:1], truths[:1])
-    gradient = relative_error(results[1:], truths[1:]) if len(truths) > 1 else None
-    agrees = output <= output_tolerance and (gradient is None or gradient <= gradient_tolerance)
-    return {"relative_error": output, "gradient_error": gradient, "agrees": agrees}
+    found = errors(results, truths)
+    return found | {"agrees": not excess(found, TOLERANCES[dtype])}
 
 
-def ratio(sides: dict[str, dict], peer: str) -> float | None:
+def ratio(measured: dict[str, dict], peer: str) -> float | None:
     """Time of ``peer`` over ours; None unless both were timed and both compute the right thing."""
-    pair = sides.get(peer, {}), sides.get(OURS, {})
+    pair = measured.get(peer, {}), measured.get(OURS, {})
     if not all(side.get("agrees") is True and side.get("median") for side in pair):
         return None
     return pair[0]["median"] / pair[1]["median"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import shutil
 import subprocess
-from importlib import metadata
+import sys
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "perceiver-pytorch", "einops", "flash-attn", "numpy")
 CLOCKS = (
     "name", "driver_version", "pstate", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit",
@@ -15,13 +19,11 @@ CLOCKS = (
 
 def conditions(device) -> dict:
     """Of the process that measures, on its ``device``."""
-    import platform
-
     import torch
 
-    from perceiver_fast.commands import info
+    from perceiver_fast.insight.machine import cpu_name, package_version
 
-    found = {"device": info.cpu_name(), "kind": device.type, "python": platform.python_version()}
+    found = {"device": cpu_name(), "kind": device.type, "python": platform.python_version()}
     if device.type == "cuda":
         cuda = torch.cuda.get_device_properties(device)
         found |= {
@@ -32,15 +34,18 @@ def conditions(device) -> dict:
             "l2_bytes": cuda.L2_cache_size,
             "cudnn": torch.backends.cudnn.version(),
         }
-    found |= {"cuda": torch.version.cuda, "packages": {name: _version(name) for name in PACKAGES}}
-    return found | {"tf32": torch.backends.cuda.matmul.allow_tf32, "perceiver_fast": info.collect()}
+    found |= {"cuda": torch.version.cuda, "packages": {name: package_version(name) or "absent" for name in PACKAGES}}
+    return found | {"tf32": torch.backends.cuda.matmul.allow_tf32, "perceiver_fast": package()}
 
 
-def _version(package: str) -> str:
+def package() -> dict:
+    """What ``perceiver-fast info`` says of build, backends and environment, or why it does not."""
+    command = [sys.executable, "-m", "perceiver_fast", "info", "--json"]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
+        return json.loads(done.stdout)
+    except ValueError:
+        return {"unknown": (done.stderr or done.stdout).strip()[-400:]}
 
 
 def clocks() -> dict:

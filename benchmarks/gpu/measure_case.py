@@ -11,7 +11,8 @@ import perceiver_fast as pf
 from benchmarks.gpu import check, clock
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.problem import Problem
-from benchmarks.gpu.sides import OURS, PEERS, reasons
+from benchmarks.gpu.sides import PEERS, reasons
+from benchmarks.sides import OURS
 
 Say = Callable[[str], None]  # told which side comes next, for whoever has to know what a process died of
 
@@ -81,7 +82,7 @@ def measure_case(
         problem = Problem(case, device, dry, getattr(cuda, "L2_cache_size", 0))
     except torch.OutOfMemoryError as error:
         return {"case": case.name, "sides": {OURS: outcome(error)}, "notes": ["the inputs do not fit"]}
-    result = {"case": case.name, "copies": len(problem.copies), "notes": [], **_shape_facts(problem)}
+    result = {"case": case.name, "copies": len(problem.copies), "notes": [], **_facts(problem)}
     try:
         result["ours"] = explain(problem)
     except Exception as error:
@@ -94,7 +95,7 @@ def measure_case(
         result["notes"].append(f"unchecked, so without ratios: no truth: {outcome(error)['reason']}")
     sides: dict[str, dict] = {}
     calls: dict[str, clock.Call] = {}
-    for name in (name for name, peer in PEERS.items() if case.level == "op" or not peer.op_only):
+    for name in (name for name, peer in PEERS.items() if peer.fits(case)):
         why = ("failed", exclude[name]) if name in (exclude or {}) else ("", "")
         why = why if any(why) else reasons(problem, name, compile_mode, cuda.total_memory if cuda else None)
         if any(why):
@@ -119,27 +120,29 @@ def measure_case(
     return result | {"sides": sides}
 
 
-def _shape_facts(problem: Problem) -> dict:
-    case, shape = problem.case, problem.shape
+def _facts(problem: Problem) -> dict:
+    case, geometry = problem.case, problem.geometry
     facts = {
         "level": case.level, "geometry": case.geometry, "batch": case.batch, "dtype": case.dtype, "pass": case.pass_name,
-        "tokens": shape.tokens, "channels": shape.channels, "latents": shape.latents, "latent_dim": shape.latent_dim,
-        "dim_head": shape.dim_head, "pairs": case.batch * shape.latents * shape.tokens,
+        "tokens": geometry.tokens, "channels": geometry.token_channels, "latents": geometry.queries,
+        "latent_dim": geometry.model["latent_dim"], "dim_head": geometry.dim_head,
+        "pairs": case.batch * geometry.queries * geometry.tokens,
     }  # fmt: skip
     if case.level == "model":
-        facts |= {"depth": shape.depth, "self_per_cross_attn": shape.selfs, "cut": shape.cut or "nothing"}
+        facts |= {key: geometry.model[key] for key in ("depth", "self_per_cross_attn")}
+        facts |= {"cut": geometry.cut or "nothing"}
     return facts
 
 
 def rotating(problem: Problem, side) -> clock.Call:
     """The call that is timed: every one on the next copy of the inputs."""
-    return lambda i: check.run(problem, side, *problem.copies[i % len(problem.copies)])
+    return lambda i: check.call(problem, side, *problem.copies[i % len(problem.copies)])
 
 
 def _checked(problem: Problem, name: str, truths) -> tuple[clock.Call, dict]:
     """A side that ran twice: once to be checked, once warm for its memory and a rough time."""
     side = PEERS[name].build(problem)
-    results = check.checked_results(problem, check.run(problem, side, *check.checked_inputs(problem)))
+    results = check.checked_results(problem, check.call(problem, side, *check.checked_inputs(problem)))
     found = check.judge(results, truths, problem.case.dtype)
     del results
     call = rotating(problem, side)

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import perceiver_fast as pf
 from benchmarks.gpu.cases import Case
+from benchmarks.sides import perturb
+from perceiver_fast.insight.geometries import GEOMETRIES
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp32": None}
-SHARPENING = 6.0  # of the queries at op level: attention that is nearly uniform would hide a wrong key
-PERTURBATION = 0.1  # of LayerNorm's weight and bias, whose initial ones and zeros would hide a missing term
 CACHES = 4  # how many L2 caches the rotated inputs fill
 MOST_COPIES = 256
 FUSED_FEATURES = 8  # up to this many raw channels a product with them is written as sums, which fuse with what follows
@@ -28,31 +27,29 @@ class Problem:
     """
 
     def __init__(self, case: Case, device: torch.device, dry: bool = False, cache_bytes: int = 0):
-        self.case, self.device, self.shape = case, device, case.shape(dry)
-        self.arguments = self.shape.arguments(case.level)
+        geometry = GEOMETRIES[case.geometry].tiny() if dry else GEOMETRIES[case.geometry]
+        self.case, self.device = case, device
+        self.geometry = geometry if case.level == "model" else geometry.one_layer()
         torch.manual_seed(0)
         with torch.device(device):  # large models take seconds to initialise on a CPU
-            self.model = pf.Perceiver(**self.arguments)
+            self.model = self.geometry.build()
         self.layer = self.model.layers[0].cross_attn
         if case.level == "op":
-            with torch.no_grad():
-                self.layer.fn.to_q.weight *= SHARPENING
-                for parameter in self.layer.norm_context.parameters():
-                    parameter += PERTURBATION * torch.randn_like(parameter)
+            perturb(self.layer, self.layer.norm_context)
         self._draw(cache_bytes)
 
     def _draw(self, cache_bytes: int) -> None:
-        shape, batch = self.shape, self.case.batch
+        geometry, batch = self.geometry, self.case.batch
         generator = torch.Generator(self.device).manual_seed(1)
 
         def draw(*size: int) -> Tensor:
             return torch.randn(size, device=self.device, generator=generator)
 
         def one() -> tuple[tuple[Tensor, ...], Tensor]:
-            image = draw(batch, *shape.sizes, shape.features)
+            image = draw(batch, *geometry.sizes, geometry.channels)
             if self.case.level == "model":
-                return (image,), draw(batch, self.arguments["num_classes"])
-            latents = batch, shape.latents, shape.latent_dim
+                return (image,), draw(batch, geometry.model["num_classes"])
+            latents = batch, geometry.queries, geometry.model["latent_dim"]
             return (draw(*latents).requires_grad_(self.case.pass_name == "step"), image), draw(*latents)
 
         first = one()
@@ -74,8 +71,8 @@ class Problem:
     def codes(self) -> Tensor:
         """``[1, *sizes, C - F]``, the position codes that dense peers at op level are given for nothing."""
         image = self.copies[0][0][-1][:1]
-        built = self.model.describe(image).materialize().view(1, *self.shape.sizes, -1)
-        return built[..., self.shape.features :].contiguous()
+        built = self.model.describe(image).materialize().view(1, *self.geometry.sizes, -1)
+        return built[..., self.geometry.channels :].contiguous()
 
     def build_tokens(self, image: Tensor) -> Tensor:
         """``[B, M, C]``, raw channels and codes joined: what dense attention needs of every image."""
@@ -88,7 +85,7 @@ class Problem:
         d' is d rounded up to a multiple of 8, which fast attention kernels ask for; the added channels are zero.
         """
         dtype = AUTOCAST[self.case.dtype] or torch.float32
-        layer, padding = self.layer, -self.shape.dim_head % 8
+        layer, padding = self.layer, -self.geometry.dim_head % 8
 
         def write(image: Tensor) -> Tensor:
             with torch.autocast(image.device.type, enabled=False):

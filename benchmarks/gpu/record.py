@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections import Counter
-from pathlib import Path
 
 from rich.table import Table
 
+from benchmarks.output import digits, table, times_ours
+
 OURS = "fast"
 PEERS = (
-    "fast-graph",
-    "fast-compile",
-    "eager",
-    "sdpa",
-    "compile",
-    "flash-attn",
-    "flash-perceiver",
-    "smart",
-    "smart-compile",
+    "fast-graph", "fast-compile", "eager", "sdpa", "compile", "flash-attn", "flash-perceiver", "smart", "smart-compile",
     "smart-cudnn",
-)
+)  # fmt: skip
 SHORT = {"out of memory": "memory", "not run": "-"}
 CAPTION = (
     "Median of a call; below it how many times as long as fast it takes (red: fast is the slower one). wrong: further "
@@ -31,27 +21,9 @@ CAPTION = (
 )
 
 
-def save(result: dict, path: Path) -> None:
-    """Replace the file at once: a reader, or a run cut short here, finds the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(_strict(result), indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
-
-
-def _strict(value):
-    """JSON has no NaN and no infinity: they become text."""
-    if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def duration(seconds: float) -> str:
     """Three significant digits, in ms or us."""
-    value, unit = (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "us")
-    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{digits(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{digits(seconds * 1e6)} us"
 
 
 def cell(side: dict | None) -> str:
@@ -61,9 +33,8 @@ def cell(side: dict | None) -> str:
     if side["outcome"] != "timed":
         return SHORT.get(side["outcome"], side["outcome"])
     text = duration(side["median"]) + ("*" if side.get("launch_bound") else "")
-    ratio = side.get("over_ours")
-    if ratio is not None:
-        return f"{text}\n{ratio:.2f}x" if ratio >= 1 else f"{text}\n[red]{ratio:.2f}x[/red]"
+    if side.get("over_ours") is not None:
+        return f"{text}\n{times_ours(side['over_ours'])}"
     return f"{text}\nwrong" if side.get("agrees") is False else text
 
 
@@ -78,29 +49,27 @@ def tables(result: dict) -> list[Table]:
     made = []
     for level in ("op", "model"):
         cases = [case for case in result["cases"] if case.get("level") == level]
-        if not cases:
-            continue
-        dry = "DRY RUN, tiny sizes: " if result["dry_run"] else ""
-        table = Table(
-            title=f"{dry}{level} level, {result['conditions'].get('device')}", caption=CAPTION, show_lines=True
-        )
-        table.add_column("geometry\nbatch dtype pass", no_wrap=True)
-        # A side that runs models does not appear as a column of dashes where it cannot.
-        peers = [peer for peer in PEERS if any(shown(case, peer) for case in cases)]
-        for header in ("fast", "pairs/s", "error", *(peer.replace("-", "\n") for peer in peers)):
-            table.add_column(header, justify="right", no_wrap=True)
-        for case in cases:
-            ours = case["sides"].get(OURS)
-            pairs = (ours or {}).get("pairs_per_second")
-            table.add_row(
-                f"{case['geometry']}\n{case['batch']} {case['dtype']} {case['pass']}",
-                cell(ours),
-                f"{pairs / 1e9:.3g} G" if pairs else "-",
-                errors(ours or {}),
-                *(cell(case["sides"].get(peer)) for peer in peers),
-            )
-        made.append(table)
+        if cases:
+            dry = "DRY RUN, tiny sizes: " if result["dry_run"] else ""
+            # A side that runs models does not appear as a column of dashes where it cannot.
+            peers = [peer for peer in PEERS if any(shown(case, peer) for case in cases)]
+            headers = "geometry\nbatch dtype pass", "fast", "pairs/s", "error", *(p.replace("-", "\n") for p in peers)
+            title = f"{dry}{level} level, {result['conditions'].get('device')}"
+            lines = [_line(case, peers) for case in cases]
+            made.append(table(title, headers, lines, caption=CAPTION, show_lines=True))
     return made
+
+
+def _line(case: dict, peers: list[str]) -> list[str]:
+    ours = case["sides"].get(OURS)
+    pairs = (ours or {}).get("pairs_per_second")
+    return [
+        f"{case['geometry']}\n{case['batch']} {case['dtype']} {case['pass']}",
+        cell(ours),
+        f"{pairs / 1e9:.3g} G" if pairs else "-",
+        errors(ours or {}),
+        *(cell(case["sides"].get(peer)) for peer in peers),
+    ]
 
 
 def summary(case: dict) -> str:

@@ -18,60 +18,28 @@ kernel for grid attention has to beat.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import perceiver_fast as pf
 from benchmarks.gpu.problem import Problem
+from benchmarks.sides import OURS, Peer, Side, compiled
+from perceiver_fast.insight.peer import peer_model
 
-OURS = "fast"
 FLASH_HEAD_DIM = 256  # the largest that flash-attn takes
-
-
-@dataclass(frozen=True)
-class Side:
-    """``apply(*inputs) -> output``, and the parameters by perceiver-pytorch's names."""
-
-    apply: Callable[..., Tensor]
-    parameters: dict[str, nn.Parameter]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """How to build a side, and ``reasons(problem) -> str``, why it cannot run ("" where it can).
-
-    ``package`` is imported first: without it the side is absent. ``compiled`` sides take seconds to compile; ``op_only``
-    ones are one cross-attention, no model.
-    """
-
-    build: Callable[[Problem], Side]
-    reasons: Callable[[Problem], str] = lambda problem: ""
-    package: str = ""
-    compiled: bool = False
-    op_only: bool = False
-
-
-def absent(package: str) -> str:
-    """Why ``package`` cannot be imported; "" where it can."""
-    try:
-        importlib.import_module(package)
-    except Exception as error:  # a broken installation raises whatever it likes
-        return f"{package} is not there ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    return ""
+PYTORCH = ("perceiver_pytorch",)
 
 
 def _ours(problem: Problem) -> Side:
     model, layer = problem.model, problem.layer
     if problem.case.level == "model":
-        return Side(model, dict(model.named_parameters()))
-    return Side(lambda x, image: layer(x, context=model.describe(image)), dict(layer.named_parameters()))
+        return Side(model, parameters=dict(model.named_parameters()))
+    return Side(lambda x, image: layer(x, context=model.describe(image)), parameters=dict(layer.named_parameters()))
 
 
 def _ours_graphed(problem: Problem) -> Side:
@@ -82,44 +50,35 @@ def _ours_graphed(problem: Problem) -> Side:
             recorded.append(pf.graph(model, image, copy=False))
         return recorded[0](image)
 
-    return Side(apply, dict(model.named_parameters()))
+    return Side(apply, parameters=dict(model.named_parameters()))
 
 
-def _ours_compiled(problem: Problem) -> Side:
-    return Side(torch.compile(problem.model, dynamic=False), dict(problem.model.named_parameters()))
+def _whole_models(problem: Problem) -> list[str]:
+    return [] if problem.case.level == "model" else ["it is of whole models"]
 
 
-def _whole_models(problem: Problem) -> str:
-    return "" if problem.case.level == "model" else "it is of whole models"
+def _on_cuda(problem: Problem) -> list[str]:
+    return [] if problem.device.type == "cuda" else ["it runs on CUDA tensors"]
 
 
-def _graph_reasons(problem: Problem) -> str:
-    if problem.device.type != "cuda":
-        return "it runs on CUDA tensors"
-    if problem.case.pass_name != "forward":
-        return "it records inference"
-    return _whole_models(problem)
+def _graph_reasons(problem: Problem) -> list[str]:
+    inference = [] if problem.case.pass_name == "forward" else ["it records inference"]
+    return _on_cuda(problem) + inference + _whole_models(problem)
 
 
 def _theirs(problem: Problem, sdpa: bool = False) -> Side:
-    import perceiver_pytorch
-
     with torch.device(problem.device):
-        model = perceiver_pytorch.Perceiver(**problem.arguments)
-    model.load_state_dict(problem.model.state_dict())
+        model = peer_model(problem.geometry, problem.model.state_dict())
     if sdpa:
-        from benchmarks.peers import with_sdpa
+        from benchmarks.sdpa import with_sdpa  # needs perceiver-pytorch
 
         model = with_sdpa(model)
     if problem.case.level == "model":
-        return Side(model, dict(model.named_parameters()))
+        return Side(model, parameters=dict(model.named_parameters()))
     layer = model.layers[0].cross_attn
-    return Side(lambda x, image: layer(x, context=problem.build_tokens(image)), dict(layer.named_parameters()))
-
-
-def _compiled(problem: Problem) -> Side:
-    side = _theirs(problem, sdpa=True)
-    return Side(torch.compile(side.apply, dynamic=False), side.parameters)
+    return Side(
+        lambda x, image: layer(x, context=problem.build_tokens(image)), parameters=dict(layer.named_parameters())
+    )
 
 
 def _dense(problem: Problem, keys_values: Callable[[Tensor], Tensor], attend: Callable[..., Tensor]) -> Side:
@@ -130,7 +89,7 @@ def _dense(problem: Problem, keys_values: Callable[[Tensor], Tensor], attend: Ca
         k, v = keys_values(image).chunk(2, dim=-1)
         return fn.to_out(attend(fn.to_q(layer.norm(x)), k, v))
 
-    return Side(apply, dict(layer.named_parameters()))
+    return Side(apply, parameters=dict(layer.named_parameters()))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) -> Tensor:
@@ -154,10 +113,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _flash_perceiver(problem: Problem) -> Side:
     from flash_perceiver.perceiver import PatchedMHA
 
-    shape, layer = problem.shape, problem.layer
+    geometry, layer = problem.geometry, problem.layer
     attention = PatchedMHA(
-        shape.latent_dim, kv_dim=shape.channels, num_heads=1, head_dim=shape.dim_head, cross_attn=True,
-        qkv_proj_bias=False, use_flash_attn=True,
+        geometry.model["latent_dim"], kv_dim=geometry.token_channels, num_heads=1, head_dim=geometry.dim_head,
+        cross_attn=True, qkv_proj_bias=False, use_flash_attn=True,
     ).to(problem.device)  # fmt: skip
     names = {"Wq": "fn.to_q", "Wkv": "fn.to_kv", "out_proj": "fn.to_out"}
     own = {f"{names[owner]}.{kind}": p for n, p in attention.named_parameters() for owner, kind in [n.rsplit(".", 1)]}
@@ -169,7 +128,7 @@ def _flash_perceiver(problem: Problem) -> Side:
     def apply(x: Tensor, image: Tensor) -> Tensor:
         return attention(layer.norm(x), x_kv=layer.norm_context(problem.build_tokens(image)))
 
-    return Side(apply, theirs | own)
+    return Side(apply, parameters=theirs | own)
 
 
 def _tokens_projected(problem: Problem) -> Callable[[Tensor], Tensor]:
@@ -182,47 +141,51 @@ def _tables_projected(problem: Problem) -> Callable[[Tensor], Tensor]:
     return lambda image: model.describe(image).keys_values(layer.fn.to_kv, layer.norm_context)
 
 
-def _needs_half(problem: Problem) -> str:
-    if problem.device.type != "cuda":
-        return "it runs on CUDA tensors"
-    return "" if problem.case.dtype == "bf16" else "it takes bf16 and fp16, not fp32"
+def _needs_half(problem: Problem) -> list[str]:
+    half = [] if problem.case.dtype == "bf16" else ["it takes bf16 and fp16, not fp32"]
+    return _on_cuda(problem) + half
 
 
-def _flash_reasons(problem: Problem) -> str:
-    if problem.shape.dim_head > FLASH_HEAD_DIM:
-        return f"it takes head dimensions to {FLASH_HEAD_DIM}, not {problem.shape.dim_head}"
-    return _needs_half(problem)
+def _flash_reasons(problem: Problem) -> list[str]:
+    head = problem.geometry.dim_head
+    wide = [] if head <= FLASH_HEAD_DIM else [f"it takes head dimensions to {FLASH_HEAD_DIM}, not {head}"]
+    return wide + _needs_half(problem)
+
+
+def _of_ops(build: Callable[[Problem], Side], **options: object) -> Peer:
+    """A peer that is one cross-attention, no model."""
+    return Peer(build, fits=lambda case: case.level == "op", **options)
 
 
 PEERS = {
     OURS: Peer(_ours),
     "fast-graph": Peer(_ours_graphed, _graph_reasons),
-    "fast-compile": Peer(_ours_compiled, _whole_models, compiled=True),
-    "eager": Peer(_theirs, package="perceiver_pytorch"),
-    "sdpa": Peer(lambda p: _theirs(p, sdpa=True), package="perceiver_pytorch"),
-    "compile": Peer(_compiled, package="perceiver_pytorch", compiled=True),
-    "flash-attn": Peer(lambda p: _dense(p, _tokens_projected(p), _flash), _flash_reasons, "flash_attn", op_only=True),
-    "flash-perceiver": Peer(_flash_perceiver, _flash_reasons, "flash_perceiver", op_only=True),
-    "smart": Peer(lambda p: _dense(p, _tables_projected(p), _sdpa), op_only=True),
-    "smart-compile": Peer(lambda p: _dense(p, p.write_keys_values, _sdpa), compiled=True, op_only=True),
-    "smart-cudnn": Peer(
-        lambda p: _dense(p, p.write_keys_values, _cudnn), _needs_half, compiled=True, op_only=True
+    "fast-compile": compiled(_ours, reasons=_whole_models),
+    "eager": Peer(_theirs, packages=PYTORCH),
+    "sdpa": Peer(lambda p: _theirs(p, sdpa=True), packages=PYTORCH),
+    "compile": compiled(lambda p: _theirs(p, sdpa=True), reasons=lambda p: [], packages=PYTORCH),
+    "flash-attn": _of_ops(
+        lambda p: _dense(p, _tokens_projected(p), _flash), reasons=_flash_reasons, packages=("flash_attn",)
     ),
-}  # fmt: skip
+    "flash-perceiver": _of_ops(_flash_perceiver, reasons=_flash_reasons, packages=("flash_perceiver",)),
+    "smart": _of_ops(lambda p: _dense(p, _tables_projected(p), _sdpa)),
+    "smart-compile": _of_ops(lambda p: _dense(p, p.write_keys_values, _sdpa), compiled=True),
+    "smart-cudnn": _of_ops(lambda p: _dense(p, p.write_keys_values, _cudnn), reasons=_needs_half, compiled=True),
+}
 
 
 def least_bytes(problem: Problem, name: str) -> int:
     """Memory that side ``name`` cannot do without: what it must hold at one time. Real needs are larger."""
-    shape, case = problem.shape, problem.case
-    tokens, size = case.batch * shape.tokens, 2 if case.dtype == "bf16" else 4
+    geometry, case = problem.geometry, problem.case
+    tokens, size = case.batch * geometry.tokens, 2 if case.dtype == "bf16" else 4
     if name.startswith(OURS):
         return 0
-    keys_values = tokens * 2 * shape.dim_head * size
+    keys_values = tokens * 2 * geometry.dim_head * size
     if name.startswith("smart"):
         return keys_values
-    built = 2 * tokens * shape.channels * 4  # and normalised; autocast does both in float32
-    logits = 2 * tokens * shape.latents * size if name == "eager" else 0  # and their softmax
-    layers = problem.arguments["depth"] if case.pass_name == "step" else 1  # the backward needs those of every layer
+    built = 2 * tokens * geometry.token_channels * 4  # and normalised; autocast does both in float32
+    logits = 2 * tokens * geometry.queries * size if name == "eager" else 0  # and their softmax
+    layers = geometry.model["depth"] if case.pass_name == "step" else 1  # the backward needs those of every layer
     return built + layers * (keys_values + logits)
 
 
@@ -234,14 +197,14 @@ def reasons(problem: Problem, name: str, compile_mode: str, memory: int | None) 
         memory: of the device, in bytes, or None where it does not count.
     """
     peer, case = PEERS[name], problem.case
-    if why := peer.package and absent(peer.package):
-        return "absent", why
+    if why := peer.absent():
+        return "absent", why[0]
     if peer.compiled and (compile_mode == "none" or (compile_mode == "headline" and not case.headline)):
         return "not run", f"--compile {compile_mode} leaves it out here"
     if name in ("compile", "fast-compile") and compile_mode == "headline" and case.batch != 8:
         return "not run", "--compile headline has it at batch 8 alone"
     if why := peer.reasons(problem):
-        return "not run", why
+        return "not run", why[0]
     needed = least_bytes(problem, name)
     if memory is not None and needed > memory:
         return "out of memory", f"needs at least {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"

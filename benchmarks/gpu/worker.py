@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from benchmarks.gpu.cases import Case, parse_case
+from benchmarks.process import Ended, Process
 
 START_SECONDS = 180  # importing torch and starting CUDA on a machine that does so for the first time
 STOP_SECONDS = 5
@@ -60,16 +60,12 @@ class Worker:
         self, options: dict, report: Callable[[str], None], serve: Callable[[Connection, dict], None] = _serve
     ):
         self.options, self.report, self.serve = options, report, serve
-        self.process = self.pipe = self.conditions = None
+        self.process = self.conditions = None
 
     def start(self) -> dict:
         """Start the process if there is none; returns the machine's conditions."""
         if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=self.serve, args=(theirs, dict(self.options)))
-            self.process.start()
-            theirs.close()  # so that its end is noticed
+            self.process = Process(self.serve, dict(self.options), method="spawn")
             self.conditions = self._receive(START_SECONDS)
         return self.conditions
 
@@ -83,7 +79,7 @@ class Worker:
         while True:
             try:
                 self.start()
-                self.pipe.send((case.name, exclude))
+                self.process.pipe.send((case.name, exclude))
                 return self._receive(deadline - time.monotonic())
             except (WorkerLost, BrokenPipeError) as error:
                 self.stop(patience=0)
@@ -97,12 +93,11 @@ class Worker:
         end, side = time.monotonic() + seconds, ""
         while True:
             try:
-                if not self.pipe.poll(max(0.0, end - time.monotonic())):
-                    raise WorkerLost(f"stopped after {seconds:.0f} s", side)
-                kind, message = self.pipe.recv()
-            except (EOFError, ConnectionResetError):
-                self.process.join(STOP_SECONDS)
-                raise WorkerLost(f"the measuring process ended with code {self.process.exitcode}", side) from None
+                kind, message = self.process.receive(end - time.monotonic())
+            except TimeoutError:
+                raise WorkerLost(f"stopped after {seconds:.0f} s", side) from None
+            except Ended as error:
+                raise WorkerLost(f"the measuring process ended with code {error.code}", side) from None
             if kind == "lost":
                 raise WorkerLost(message, side)
             if kind == "done":
@@ -112,9 +107,5 @@ class Worker:
     def stop(self, patience: float = STOP_SECONDS) -> None:
         """End the process: an idle one by itself within ``patience`` seconds, one that hangs by force."""
         if self.process is not None:
-            self.pipe.close()
-            self.process.join(patience)
-            if self.process.exitcode is None:
-                self.process.kill()
-                self.process.join()
-        self.process = self.pipe = None
+            self.process.stop(patience)
+        self.process = None

@@ -95,9 +95,32 @@ class Geometry:
         return self.model.get("cross_heads", 1)
 
     @property
+    def dim_head(self) -> int:
+        """Channels of each of these heads, d."""
+        return self.model.get("cross_dim_head", 64)
+
+    @property
+    def encoded(self) -> bool:
+        """Whether tokens have Fourier codes of their positions."""
+        return self.family != "io" and self.model.get("fourier_encode_data", True)
+
+    @property
+    def token_channels(self) -> int:
+        """Channels of a token as perceiver-pytorch builds it, C."""
+        if not self.encoded:
+            return self.channels
+        codes = 2 * self.model["num_freq_bands"] + 1
+        return self.channels * codes if self.family == "points" else self.channels + len(self.sizes) * codes
+
+    @property
     def cross_attentions(self) -> int:
         """How many times the latents attend to the input."""
         return 1 if self.family == "io" else self.model["depth"]  # PerceiverIO does once, whatever its depth
+
+    def one_layer(self) -> Geometry:
+        """The same input and latents with one cross-attention and no layer of the latents alone."""
+        few = {"depth": 0 if self.family == "io" else 1, "self_per_cross_attn": 0, "num_classes": 1}
+        return replace(self, model=self.model | {key: few[key] for key in few.keys() & self.model.keys()})
 
     def build(self) -> nn.Module:
         """perceiver-fast's model, with random weights."""

@@ -1,6 +1,6 @@
 """``python -m benchmarks.base REV``: this checkout beside another of its revisions, in turns, by identical code.
 
-The revision is checked out and built in a temporary folder. Each side is a living process (``base_worker.py``) with the
+The revision is checked out and built in a temporary folder. Each side is a living process (``worker.py``) with the
 same weights and input, and they are timed in turns, base and new, again and again: noise of the machine that lasts longer
 than a turn hits both, and the ratio of a round's two times is free of it. A difference counts when the 95 % confidence
 interval of the rounds' median ratio excludes 1 and the median is beyond the threshold.
@@ -9,33 +9,45 @@ interval of the rounds' median ratio excludes 1 and the median is beyond the thr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from benchmarks import report
-from benchmarks.base_measure import LEAST_ROUNDS, Worker, WorkerError, measure
-from benchmarks.base_tree import CannotMeasure, build, commit_of, is_dirty, stale_source, worktree
-from benchmarks.compare_view import COLOURS, milliseconds
-from benchmarks.measure import DEFAULT_THREADS
-from benchmarks.progress import Report, progress
+from benchmarks.base.measure import Worker, WorkerError, measure
+from benchmarks.base.tree import CannotMeasure, build, commit_of, is_dirty, stale_source, worktree
+from benchmarks.compare_view import coloured
+from benchmarks.environment import ROOT, conditions
+from benchmarks.options import DEFAULT_THREADS, at_least
+from benchmarks.output import (
+    Report,
+    deliver,
+    described,
+    listed,
+    milliseconds,
+    plain,
+    progress,
+    table,
+    warn,
+    wide_console,
+)  # fmt: skip
+from benchmarks.statistic import LEAST_ROUNDS
 from perceiver_fast.insight.geometries import GEOMETRIES
 
-ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY_NAMES, QUICK = ("cross-only", "readme"), ("cross-only",)
 PASSES, DTYPES = ("forward", "step"), ("float32", "bfloat16")
 ROUNDS, QUICK_ROUNDS = 20, 10
 THRESHOLD = 0.05
 TABLE_WIDTH = 120
+HEADERS = ("geometry, pass", "base", "new", "ratio", "95 % interval", "difference:\noutput", "\ngradient", "verdict")
+CAPTION = (
+    "Medians of the rounds; ratio: median of the rounds' ratios, and its interval; difference: of the results, relative"
+)
 
 
 def warnings(facts: dict[str, dict], dirty: bool) -> list[str]:
@@ -59,7 +71,7 @@ def warnings(facts: dict[str, dict], dirty: bool) -> list[str]:
 def run(args: argparse.Namespace, say: Report) -> dict:
     """Check out, build and measure; returns everything, as JSON holds it."""
     result = {
-        "conditions": report.conditions(args.threads),
+        "conditions": conditions(args.threads),
         "base": {"revision": args.revision, "commit": commit_of(ROOT, args.revision)},
         "new": {"commit": commit_of(ROOT, "HEAD"), "dirty": is_dirty(ROOT)},
     }
@@ -92,40 +104,27 @@ def run(args: argparse.Namespace, say: Report) -> dict:
 
 def show(console: Console, result: dict) -> None:
     """Print for people: warnings first."""
-    for line in result["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {escape(line)}", highlight=False)
+    warn(console, result["warnings"])
     base, new = result["base"], result["new"]
     changes = " with changes" if new["dirty"] else ""
-    table = Table(
-        title=escape(f"{base['revision']} ({base['commit'][:9]}) → {new['commit'][:9]}{changes}"),
-        caption="Medians of the rounds; ratio: median of the rounds' ratios, and its interval; difference: of the results, relative",
-    )
-    table.add_column("geometry, pass")
-    for header in ("base", "new", "ratio", "95 % interval", "difference:\noutput", "\ngradient"):
-        table.add_column(header, justify="right")
-    table.add_column("verdict")
-    for row in result["rows"]:
-        apart = ("-" if row[key] is None else f"{row[key]:.1e}" for key in ("output_difference", "gradient_difference"))
-        words = [row["verdict"], *([] if row["same_results"] else ["other results"])]
-        table.add_row(
+    title = escape(f"{base['revision']} ({base['commit'][:9]}) → {new['commit'][:9]}{changes}")
+    rows = [
+        (
             described(row),
             *(milliseconds(row[side]["median"]) for side in ("base", "new")),
             f"{row['ratio']:.3f}x",
             f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
-            *apart,
-            ", ".join(word if word == "same" else f"[{COLOURS.get(word, 'red')}]{word}[/]" for word in words),
+            *(
+                "-" if (apart := row[f"{what}_difference"]) is None else f"{apart:.1e}"
+                for what in ("output", "gradient")
+            ),
+            coloured([row["verdict"], *(["other results"] if not row["same_results"] else [])]),
         )
-    console.print(table)
-    for row in result["missing"]:
-        console.print(f"not measured: {described(row)}: {row['reason']}", highlight=False, markup=False)
-    conditions = ", ".join(f"{key} {value}" for key, value in result["conditions"].items())
-    console.print(conditions, highlight=False, markup=False)
-
-
-def described(row: dict) -> str:
-    """What a row is of; batch and dtype where they are unusual."""
-    batch = f", batch {row['batch']}" if row["batch"] != 1 else ""
-    return f"{row['geometry']} {row['pass']}{batch}" + (f", {row['dtype']}" if row["dtype"] != "float32" else "")
+        for row in result["rows"]
+    ]
+    console.print(table(title, HEADERS, rows, left=(0, len(HEADERS) - 1), caption=CAPTION))
+    plain(console, *(f"not measured: {described(row)}: {row['reason']}" for row in result["missing"]))
+    plain(console, listed(result["conditions"]))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,17 +149,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An argument's type: whole numbers from ``least`` on."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
-        return int(text)
-
-    return number
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
@@ -182,15 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)
-    text = json.dumps(result, indent=1) + "\n"
-    if str(args.json) == "-":
-        print(text, end="")
-    else:
-        console = Console()
-        console.width = console.width if console.is_terminal else max(console.width, TABLE_WIDTH)
-        show(console, result)
-        if args.json:
-            args.json.write_text(text)
+    deliver(result, args.json, lambda: show(wide_console(TABLE_WIDTH), result))
     if not result["rows"]:
         print(f"base: nothing could be measured: {result['missing'][0]['reason']}", file=sys.stderr)
         return 2

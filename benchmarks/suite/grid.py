@@ -1,24 +1,33 @@
-"""One cross-attention as grid attention and as attention over built keys and values: the same numbers, two ways.
+"""Grid attention in C++ and in plain PyTorch, and dense attention that is given its keys and values: the same numbers.
 
 With tokens' scale r, features x and axis tables, keys are ``K = r B Kt^T`` where ``B = [x, onehot, ..]`` is the basis
 and ``Kt [d, L]`` the table of keys; values likewise. Grid attention takes ``q Kt`` and returns ``o`` with
 ``out = o Vt^T``, so outputs and gradients of either side convert into the other's.
+
+The passes are the forward, a step (forward, and backward to the queries, as in training on fixed inputs) and a step with the
+gradients of the tokens too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import perceiver_fast as pf
-from benchmarks.layers import one_layer
+from benchmarks.sides import OURS, Case, Peer, Results, Side, ours
+from benchmarks.suite.layers import one_layer
+from benchmarks.suite.level import Level
+from benchmarks.suite.plans import logits_bytes
+from benchmarks.suite.throughput import Work, scaled
 from perceiver_fast.insight.geometries import Geometry
 
 LAYER_NORM_EPS = 1e-5  # torch's default
+REFERENCE_MATRICES = {"forward": 5, "step": 10, "step+tokens": 10}  # N x M matrices the reference holds at its peak
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,11 @@ class Problem:
     cotangent: Tensor  # [B, N, d]
 
 
+@lru_cache(maxsize=1)  # for all passes and peers
 def problem(geometry: Geometry, batch: int = 1) -> Problem:
     """The cross-attention of ``geometry`` with random queries and a random projection of its tokens."""
     generator = torch.Generator().manual_seed(2)
-    head = geometry.model.get("cross_dim_head", 64)
+    head = geometry.dim_head
     tokens = one_layer(geometry)[1](geometry.input(batch))
     built = tokens.materialize()  # [B, M, C]
     channels = built.shape[-1]
@@ -65,33 +75,18 @@ def problem(geometry: Geometry, batch: int = 1) -> Problem:
     )
 
 
-@dataclass(frozen=True)
-class Side:
-    """``call() -> results`` is what is measured; ``common(results)`` makes them comparable with the other side's."""
-
-    call: Callable[[], tuple[Tensor, ...]]
-    common: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
-
-
-def _runner(attend: Callable, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], wanted: int) -> Callable:
-    """A call of ``attend(*inputs)`` that also returns the gradients of the first ``wanted`` inputs."""
-    inputs = tuple(t.detach().requires_grad_(i < wanted) for i, t in enumerate(inputs))
-
-    def call() -> tuple[Tensor, ...]:
-        with torch.set_grad_enabled(wanted > 0):
-            outputs = attend(*inputs)
-        return (*outputs, *torch.autograd.grad(outputs, inputs[:wanted], cotangents)) if wanted else outputs
-
-    return call
+def _leaves(inputs: tuple[Tensor, ...], wanted: int) -> tuple[Tensor, ...]:
+    """The inputs of a side, the first ``wanted`` of which get gradients."""
+    return tuple(t.detach().contiguous().requires_grad_(i < wanted) for i, t in enumerate(inputs))
 
 
 def dense_side(p: Problem, pass_name: str) -> Side:
     """torch's scaled_dot_product_attention on keys and values built beforehand, at no cost to it."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return (F.scaled_dot_product_attention(q, k, v, scale=1.0),)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
-    def common(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def common(results: Results) -> Results:
         results = tuple(t.squeeze(1) for t in results)
         if pass_name != "step+tokens":
             return results
@@ -102,8 +97,8 @@ def dense_side(p: Problem, pass_name: str) -> Side:
         return out, dq, p.scale.unsqueeze(-1) * per_feature, dscale
 
     wanted = {"forward": 0, "step": 1, "step+tokens": 3}[pass_name]
-    inputs = tuple(t.unsqueeze(1) for t in (p.queries, p.keys, p.values))
-    return Side(_runner(attend, inputs, (p.cotangent.unsqueeze(1),), wanted), common)
+    inputs = _leaves(tuple(t.unsqueeze(1) for t in (p.queries, p.keys, p.values)), wanted)
+    return Side(attend, inputs, cotangents=(p.cotangent.unsqueeze(1),), common=common)
 
 
 def grid_side(p: Problem, pass_name: str, backend: str) -> Side:
@@ -111,13 +106,13 @@ def grid_side(p: Problem, pass_name: str, backend: str) -> Side:
     axes = len(p.sizes)
     parts = [p.feat.shape[-1], *p.sizes]
 
-    def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
+    def attend(*inputs: Tensor) -> Results:
         q_feat, *q_axes, feat, scale = inputs
         with pf.use_backend(backend):
             o_feat, o_axes, _ = pf.ops.grid_attention(q_feat, q_axes, feat, scale)
         return o_feat, *o_axes
 
-    def common(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def common(results: Results) -> Results:
         out = torch.cat(results[: 1 + axes], -1) @ p.value_table.T
         if pass_name == "forward":
             return (out,)
@@ -125,6 +120,41 @@ def grid_side(p: Problem, pass_name: str, backend: str) -> Side:
         return out, dq, *results[2 + 2 * axes :]
 
     wanted = {"forward": 0, "step": 1 + axes, "step+tokens": 3 + axes}[pass_name]
-    inputs = (*(p.queries @ p.key_table).split(parts, -1), p.feat, p.scale)
-    cotangents = (p.cotangent @ p.value_table).split(parts, -1)
-    return Side(_runner(attend, tuple(t.contiguous() for t in inputs), cotangents, wanted), common)
+    inputs = _leaves((*(p.queries @ p.key_table).split(parts, -1), p.feat, p.scale), wanted)
+    return Side(attend, inputs, cotangents=(p.cotangent @ p.value_table).split(parts, -1), common=common)
+
+
+def truth(case: Case) -> Side:
+    """torch's own attention in float64, which shares no code with the op."""
+    p = problem(case.geometry, case.batch)
+    tensors = {f.name: getattr(p, f.name) for f in fields(p) if isinstance(getattr(p, f.name), Tensor)}
+    return dense_side(replace(p, **{name: t.double() for name, t in tensors.items()}), case.pass_name)
+
+
+def work(case: Case) -> Work:
+    """Of one call; torch is given keys and values."""
+    geometry, dense = case.geometry, case.peer == "sdpa"
+    tokens = case.batch * geometry.tokens
+    each = 2 * geometry.dim_head if dense else 2 * geometry.channels + len(geometry.sizes)
+    data = 4 * tokens * (2 * geometry.dim_head if dense else geometry.channels + 1)
+    pairs = geometry.queries * tokens
+    return scaled(Work(case.batch, tokens, pairs, data, float(pairs * each), pairs), case.pass_name)
+
+
+def needs(case: Case) -> dict[str, int]:
+    """The memory of plain PyTorch, which builds the logits."""
+    if case.peer != "reference":
+        return {}
+    return {"the reference": REFERENCE_MATRICES[case.pass_name] * logits_bytes(case.geometry, case.batch)}
+
+
+def _grid(backend: str) -> Callable[[Case], Side]:
+    return lambda case: grid_side(problem(case.geometry, case.batch), case.pass_name, backend)
+
+
+PEERS = {
+    "reference": Peer(_grid("reference")),
+    "sdpa": Peer(lambda case: dense_side(problem(case.geometry, case.batch), case.pass_name)),
+    OURS: ours(_grid("cpu")),
+}
+LEVEL = Level(PEERS, truth, work, needs, passes=("forward", "step", "step+tokens"))

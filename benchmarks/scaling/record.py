@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import linear_regression
 
+from benchmarks.output import replace_file
+
 MEASURED = "measured"
 DECADES = 2.0  # at the large end, which a fit is made over
 
@@ -73,9 +75,7 @@ def write(path: Path, conditions: dict, points: list[Point]) -> None:
     table.writeheader()
     for point in points:
         table.writerow({name: "" if (value := getattr(point, name)) is None else value for name in _TYPES})
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text.getvalue())
-    unfinished.replace(path)
+    replace_file(path, text.getvalue())
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Point]]:

@@ -10,36 +10,44 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
-import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import report
-from benchmarks.base import at_least
-from benchmarks.compare_view import mebibytes, milliseconds
-from benchmarks.measure import DEFAULT_THREADS
-from benchmarks.memory import memory_method
-from benchmarks.peers import compile_reasons
-from benchmarks.progress import progress
-from benchmarks.scaling_plot import draw
-from benchmarks.scaling_point import DTYPES, PASSES, PEERS, Stopped, Task, available_bytes, difference, measure
-from benchmarks.scaling_record import MEASURED, Point, curve, exponent, read, write
+from benchmarks.environment import conditions, slug
+from benchmarks.options import DEFAULT_THREADS, at_least
+from benchmarks.output import (
+    Report,
+    deliver,
+    listed,
+    mebibytes,
+    milliseconds,
+    plain,
+    progress,
+    table,
+    wide_console,
+)  # fmt: skip
+from benchmarks.scaling.plot import draw
+from benchmarks.scaling.point import PEERS, Fingerprint, Limits, Stopped, available_bytes, case_of, difference, measure
+from benchmarks.scaling.record import MEASURED, Point, curve, exponent, read, write
+from benchmarks.sides import OURS, Case, compile_reasons
+from benchmarks.suite.level import DTYPES
+from benchmarks.suite.memory import memory_method
 from perceiver_fast import extension
+from perceiver_fast.insight.machine import cpu_name
 
-HERE = Path(__file__).resolve().parent
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+PASSES = ("forward", "step")
 SIDES = {"tokens": (32, 56, 100, 178, 316, 562, 1000, 1778, 3162), "latents": (224,)}  # squares: half decades of M
 LATENTS = {"tokens": (512,), "latents": (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)}
 QUICK = 5  # the sizes of an axis that --quick keeps
 LIMIT_SECONDS = 60.0
 HOPELESS = 4  # times the allowed memory: a peer expected to need more is not even tried
 SAME = {"float32": 1e-3, "bfloat16": 1e-1}  # what peers' results may differ by
-OURS = "fast"
 TABLE_WIDTH = 120
 VALUES = {"time": "median", "memory": "peak_memory_bytes"}  # what exponents are fitted to
 
@@ -50,47 +58,47 @@ def sizes(axis: str, quick: bool) -> list[tuple[int, int]]:
     return every[:QUICK] if quick else every
 
 
-def sweep(axis: str, args: argparse.Namespace, say: Callable[..., object]) -> Iterator[Point]:
+def sweep(axis: str, args: argparse.Namespace, say: Report) -> Iterator[Point]:
     """Measure the points of an axis, all peers at one size after the other; a peer's last one says why it stopped."""
     going: dict[str, Point | None] = dict.fromkeys(args.peers)  # and the last point of each
     for side, latents in sizes(axis, args.quick):
         truth = None
         for peer, last in list(going.items()):
-            allowed = args.limit_memory or available_bytes()
-            task = Task(peer, side, latents, args.pass_name, args.dtype, args.threads, allowed, args.limit_seconds)
-            what = {"axis": axis, "peer": peer, "tokens": side * side, "latents": latents, "threads": args.threads}
-            what |= {"pass_name": args.pass_name, "dtype": args.dtype}
-            what |= {"input_bytes": side * side * task.geometry.channels * torch.float32.itemsize}
+            case = case_of(peer, side, latents, args.pass_name, args.dtype)
+            limits = Limits(args.threads, args.limit_memory or available_bytes(), args.limit_seconds)
             say(f"{axis}: M = {side * side:,}, N = {latents:,}: {peer}")
-            point, found = _point(task, what, last)
-            if found is not None:
-                if truth is None:
-                    truth = found  # of the first one nothing is known
-                else:
-                    point = Point(**asdict(point) | {"difference": difference(found, truth)})
+            point, found = _point(axis, case, limits, last)
+            if truth is None:
+                truth = found  # of the first one nothing is known
+            elif found is not None:
+                point = replace(point, difference=difference(found, truth))
             going[peer] = point
             if point.status != MEASURED:
                 del going[peer]
             yield point
 
 
-def _point(task: Task, what: dict, last: Point | None) -> tuple[Point, list | None]:
-    """The point of a task, and the fingerprint of its results when it ran; ``last`` is the peer's point before."""
-    needed = None
+def _point(axis: str, case: Case, limits: Limits, last: Point | None) -> tuple[Point, Fingerprint | None]:
+    """The point of a case, and the fingerprint of its results when it ran; ``last`` is the peer's point before."""
+    shape, needed = case.geometry, None
+    point = Point(
+        axis, case.peer, shape.tokens, shape.queries, case.pass_name, case.dtype, limits.threads, MEASURED,
+        input_bytes=shape.tokens * shape.channels * torch.float32.itemsize,
+    )  # fmt: skip
     if last is not None and last.peak_memory_bytes:
-        needed = round(last.peak_memory_bytes * (what["tokens"] * what["latents"]) / (last.tokens * last.latents))
-        if needed > HOPELESS * task.limit_bytes:
-            detail = f"would need about {mebibytes(needed)}, {mebibytes(task.limit_bytes)} are allowed: not run"
-            return Point(**what, status="would not fit", needed_bytes=needed, detail=detail), None
+        needed = round(last.peak_memory_bytes * (shape.tokens * shape.queries) / (last.tokens * last.latents))
+        if needed > HOPELESS * limits.bytes:
+            detail = f"would need about {mebibytes(needed)}, {mebibytes(limits.bytes)} are allowed: not run"
+            return replace(point, status="would not fit", needed_bytes=needed, detail=detail), None
     try:
-        row = measure(task)
+        row = measure(case, limits)
     except Stopped as stop:
         lacking = needed if stop.status == "out of memory" else None
-        return Point(**what, status=stop.status, needed_bytes=lacking, detail=str(stop)), None
-    found, status, detail = row.pop("fingerprint"), MEASURED, ""
-    if row["median"] > task.limit_seconds:
-        status, detail = "too slow", f"a call takes more than {task.limit_seconds:g} s"
-    return Point(**what, **row, status=status, detail=detail), found
+        return replace(point, status=stop.status, needed_bytes=lacking, detail=str(stop)), None
+    found = row.pop("fingerprint")
+    if row["median"] > limits.seconds:
+        row |= {"status": "too slow", "detail": f"a call takes more than {limits.seconds:g} s"}
+    return replace(point, **row), found
 
 
 def exponents(points: list[Point]) -> dict[str, dict[str, float | None]]:
@@ -101,30 +109,27 @@ def exponents(points: list[Point]) -> dict[str, dict[str, float | None]]:
     }
 
 
-def show(console: Console, conditions: dict, points: list[Point]) -> None:
+def show(console: Console, facts: dict, points: list[Point]) -> None:
     """Print points, where peers stopped, and the exponents."""
     for axis in dict.fromkeys(point.axis for point in points):
         here = [point for point in points if point.axis == axis]
-        peers = list(dict.fromkeys(point.peer for point in here))
-        table = Table(title=f"{axis}: {here[0].pass_name}, {here[0].dtype}", show_lines=True)
-        for header in ("M", "N", *peers):
-            table.add_column(header, justify="right")
-        for tokens, latents in dict.fromkeys((point.tokens, point.latents) for point in here):
-            row = {point.peer: _cell(point) for point in here if (point.tokens, point.latents) == (tokens, latents)}
-            table.add_row(f"{tokens:,}", f"{latents:,}", *(row.get(peer, "") for peer in peers))
-        console.print(table)
-    lines = [f"{point.peer} at M = {point.tokens:,}, N = {point.latents:,}: {point.status}: {point.detail}"
-             for point in points if point.status != MEASURED]  # fmt: skip
+        peers, lines = list(dict.fromkeys(point.peer for point in here)), {}
+        for point in here:
+            lines.setdefault((point.tokens, point.latents), {})[point.peer] = _cell(point)
+        rows = [
+            (f"{tokens:,}", f"{latents:,}", *(line.get(peer, "") for peer in peers))
+            for (tokens, latents), line in lines.items()
+        ]
+        title = f"{axis}: {here[0].pass_name}, {here[0].dtype}"
+        console.print(table(title, ("M", "N", *peers), rows, left=(), show_lines=True))
+    where = {point: f"{point.peer} at M = {point.tokens:,}, N = {point.latents:,}" for point in points}
+    plain(console, *(f"{text}: {p.status}: {p.detail}" for p, text in where.items() if p.status != MEASURED))
     for axis, found in exponents(points).items():
-        powers = (f"{name} {'-' if power is None else f'{power:.2f}'}" for name, power in found.items())
-        lines.append(
-            f"ours grows with {axis} to the power of: {', '.join(powers)} (the last two decades; without the input)"
-        )
-    lines += [f"other results than the first peer's: {point.peer} at M = {point.tokens:,}, N = {point.latents:,}: "
-              f"{point.difference:.1e}" for point in points if is_different(point)]  # fmt: skip
-    lines.append(", ".join(f"{key} {value}" for key, value in conditions.items()))
-    for line in lines:
-        console.print(line, highlight=False, markup=False)
+        powers = ", ".join(f"{name} {'-' if power is None else f'{power:.2f}'}" for name, power in found.items())
+        plain(console, f"ours grows with {axis} to the power of: {powers} (the last two decades; without the input)")
+    for point in filter(is_different, points):
+        plain(console, f"other results than the first peer's: {where[point]}: {point.difference:.1e}")
+    plain(console, listed(facts))
 
 
 def _cell(point: Point) -> str:
@@ -153,9 +158,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=at_least(1), default=DEFAULT_THREADS, help="(default: %(default)s)")
     add("--limit-seconds", type=float, default=LIMIT_SECONDS, metavar="S", help="for a call (default: %(default)s)")
     add("--limit-memory", type=at_least(1), metavar="BYTES", help="for a peer (default: 90 %% of what is available)")
-    add(
-        "--out", type=Path, default=HERE / "results", metavar="DIR", help="where files go (default: benchmarks/results)"
-    )
+    add("--out", type=Path, default=RESULTS, metavar="DIR", help="where files go (default: benchmarks/results)")
     add("--redraw", type=Path, metavar="CSV", help="draw this file's points again beside it; nothing is measured")
     add("--json", type=Path, metavar="PATH", help="also points and exponents; -: standard output, instead of the table")
     return top
@@ -163,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
 
 def stem_of(args: argparse.Namespace) -> Path:
     """The path of what is written, without an ending: what is not the usual run says so in its name."""
-    parts = ["scaling", report.slug(report.cpu_name()), datetime.date.today().isoformat()]
+    parts = ["scaling", slug(cpu_name()), datetime.date.today().isoformat()]
     parts += [args.pass_name] * (args.pass_name != "forward") + [args.dtype] * (args.dtype != "float32")
     parts += [args.axis] * (args.axis != "both") + ["quick"] * args.quick
     return args.out / "-".join(parts)
@@ -185,53 +188,55 @@ def reasons(args: argparse.Namespace) -> list[str]:
     return found
 
 
+def measured(args: argparse.Namespace, facts: dict, points: list[Point], stored: Path) -> bool:
+    """Measure into ``points``, which ``stored`` holds after each; returns whether it came to its end."""
+    try:
+        with progress() as say:
+            for axis in ("tokens", "latents") if args.axis == "both" else (args.axis,):
+                for point in sweep(axis, args, say):
+                    points.append(point)
+                    write(stored, facts, points)
+    except KeyboardInterrupt:
+        print(f"scaling: interrupted; {len(points)} points are in {stored}", file=sys.stderr)
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 1 when a peer failed or results differ, or 2 when it could not run to its end."""
     args = parser().parse_args(argv)
-    interrupted, points = False, []
+    points, complete = [], True
     try:
         if why := reasons(args):
             raise ValueError("; ".join(why))
         if args.redraw:
             stem = args.redraw.with_suffix("")
-            conditions, points = read(args.redraw)
+            facts, points = read(args.redraw)
             if not points:
                 raise ValueError(f"{args.redraw}: expected points, got none")
         else:
             args.out.mkdir(parents=True, exist_ok=True)
             stem = stem_of(args)
-            conditions = report.conditions(args.threads) | {"peak_memory_method": memory_method()}
+            facts = conditions(args.threads) | {"peak_memory_method": memory_method()}
     except (OSError, ValueError) as error:
         print(f"scaling: {error}", file=sys.stderr)
         return 2
     stored = stem.with_name(stem.name + ".csv")
     if not args.redraw:
-        try:
-            with progress() as say:
-                for axis in ("tokens", "latents") if args.axis == "both" else (args.axis,):
-                    for point in sweep(axis, args, say):
-                        points.append(point)
-                        write(stored, conditions, points)
-        except KeyboardInterrupt:
-            print(f"scaling: interrupted; {len(points)} points are in {stored}", file=sys.stderr)
-            interrupted = True
+        complete = measured(args, facts, points, stored)
     if not points:
         return 2
-    files = [stored, *draw(conditions, points, stem)]
-    result = {"conditions": conditions, "exponents": exponents(points), "points": [asdict(point) for point in points]}
-    text = json.dumps(result | {"files": [str(path) for path in files]}, indent=1) + "\n"
-    if str(args.json) == "-":
-        print(text, end="")
-    else:
-        console = Console()
-        console.width = console.width if console.is_terminal else max(console.width, TABLE_WIDTH)
-        show(console, conditions, points)
-        for path in files:
-            console.print(str(path), highlight=False, markup=False, soft_wrap=True)
-        if args.json:
-            args.json.write_text(text)
+    files = [str(path) for path in (stored, *draw(facts, points, stem))]
+    result = {"conditions": facts, "exponents": exponents(points), "points": list(map(asdict, points)), "files": files}
+
+    def printed() -> None:
+        console = wide_console(TABLE_WIDTH)
+        show(console, facts, points)
+        plain(console, *files)
+
+    deliver(result, args.json, printed)
     bad = any(point.status == "failed" or is_different(point) for point in points)
-    return 2 if interrupted else int(bad)
+    return int(bad) if complete else 2
 
 
 if __name__ == "__main__":

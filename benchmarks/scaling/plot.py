@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from benchmarks.scaling_record import MEASURED, Point, curve
+from benchmarks.scaling.record import MEASURED, Point, curve
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart; a marker for those who see none.
 LOOKS = {

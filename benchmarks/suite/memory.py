@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from benchmarks.process import Process
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 MAPPED_FROM_BYTES = 64 * 2**10
@@ -19,9 +20,6 @@ METHOD = "rise of VmHWM over VmRSS in a third call, in a process of its own"
 
 _clear_refs = Path("/proc/self/clear_refs")
 _status = Path("/proc/self/status")
-
-_processes = multiprocessing.get_context("forkserver")  # forks from a server that only imports: threads do not fork
-_processes.set_forkserver_preload(["torch", "perceiver_pytorch"])
 
 
 def memory_method() -> str:
@@ -52,21 +50,14 @@ def peak_memory(make: Callable[..., Callable[[], object]], *args: object) -> Mem
         make: builds the call; it and ``args`` are pickled.
 
     Raises:
-        RuntimeError: the process failed, which wrote why to standard error, or was killed.
+        Ended: the process failed, which wrote why to standard error, or was killed.
     """
     if memory_method() != METHOD:
         return None
-    receiver, sender = _processes.Pipe(duplex=False)
-    process = _processes.Process(target=_send_peak, args=(sender, torch.get_num_threads(), make, args))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the process that measures memory ended with exit code {process.exitcode}") from None
-    finally:
-        process.join()
+    with Process(_send_peak, torch.get_num_threads(), make, args) as process:
+        found = process.receive()
+        process.stop(patience=None)  # torch.compile tidies up
+        return found
 
 
 def _send_peak(sender: Connection, threads: int, make: Callable, args: tuple) -> None:

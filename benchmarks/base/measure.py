@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import statistics
@@ -13,17 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from benchmarks.compare import judge
-from benchmarks.progress import Report
+from benchmarks.output import Report
+from benchmarks.sides import errors, excess
+from benchmarks.statistic import judge, median_interval, statistic
 from perceiver_fast.insight.geometries import Geometry
 
-WORKER = Path(__file__).with_name("base_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 TURN_SECONDS, MOST_CALLS = 0.25, 30  # short calls are repeated within a turn
 DIFFERENT = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 2e-1)}  # outputs, gradients: more is no rounding
-CONFIDENCE, LEAST_ROUNDS = 0.95, 6  # of fewer rounds, nothing can be said with it
-ZERO = 1e-6  # of the largest: a tensor below is the rounding of what it was computed from
 STOP_SECONDS = 10.0
 
 
@@ -81,46 +78,15 @@ class Worker:
             self.process.stdin.close()
 
 
-def relative_difference(base: list[Tensor], new: list[Tensor]) -> float:
-    """The largest ``|new - base| / |base|`` in the 2-norm over pairs of tensors; of a tensor near zero, over ZERO."""
-    pairs = [(b.double(), n.double()) for b, n in zip(base, new, strict=True)]
-    least = ZERO * max(b.norm() for b, _ in pairs)
-    return float(torch.stack([(n - b).norm() / b.norm().clamp_min(least) for b, n in pairs]).max())
-
-
-def differences(folder: Path, pass_name: str) -> dict[str, float | None]:
+def differences(folder: Path) -> dict[str, float | None]:
     """How far the results that both sides saved in ``folder`` are apart."""
     base, new = (torch.load(folder / f"{side}.pt", weights_only=True) for side in ("base", "new"))
     if base.keys() != new.keys():
         raise WorkerError(
             f"new: expected gradients of the base's parameters, differs in {sorted(base.keys() ^ new.keys())}"
         )
-    found = {"output_difference": relative_difference([base.pop("output")], [new.pop("output")])}
-    gradients = relative_difference(list(base.values()), list(new.values())) if pass_name == "step" else None
-    return found | {"gradient_difference": gradients}
-
-
-def statistic(seconds: list[float]) -> dict[str, float]:
-    """Median, quartiles and least of at least two values."""
-    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
-    return {"median": median, "q1": q1, "q3": q3, "iqr": q3 - q1, "min": min(seconds)}
-
-
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """Between which two of the values their distribution's median is, with at least 95 % confidence, by the sign test.
-
-    Example:
-        >>> median_interval([1.0, 1.1, 1.2, 1.3, 1.4, 5.0])
-        (1.0, 5.0)
-    """
-    values, tail, count = sorted(values), 0.0, len(values)
-    for cut in range(count):
-        tail += 2 * math.comb(count, cut) / 2**count
-        if tail > 1 - CONFIDENCE:
-            break
-    if not cut:
-        raise ValueError(f"expected at least {LEAST_ROUNDS} values, got {count}")
-    return values[cut - 1], values[-cut]
+    found = errors([new.pop("output"), *new.values()], [base.pop("output"), *base.values()])
+    return {"output_difference": found["relative_error"], "gradient_difference": found["gradient_error"]}
 
 
 def measure(
@@ -132,7 +98,7 @@ def measure(
         sides: base and new.
         case: ``pass``, ``dtype`` and ``batch``.
         rounds: turns of each side, at least LEAST_ROUNDS.
-        threshold: see :func:`benchmarks.compare.judge`.
+        threshold: see :func:`benchmarks.statistic.judge`.
         folder: for weights, input and results.
         say: called with lines of progress.
     """
@@ -146,7 +112,7 @@ def measure(
     for side in sides:
         say(what, f"loading {side.name}")
         slowest = max(slowest, side.ask("load", task | {"results": str(folder / f"{side.name}.pt")}))
-    row = {"geometry": geometry.name, **case, **differences(folder, case["pass"])}
+    apart = differences(folder)
     calls = max(1, min(MOST_CALLS, int(TURN_SECONDS / slowest)))
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     for turn in range(rounds):
@@ -155,9 +121,9 @@ def measure(
             seconds[side.name].append(statistics.median(side.ask("time", calls)))
     ratios = [new / base for base, new in zip(seconds["base"], seconds["new"], strict=True)]
     ratio, (low, high) = statistics.median(ratios), median_interval(ratios)
-    row |= {"rounds": rounds, "calls_a_round": calls, "ratio": ratio, "ratio_low": low, "ratio_high": high}
-    row |= {side: statistic(values) for side, values in seconds.items()}
-    most, most_gradient = DIFFERENT[case["dtype"]]
-    exact = row["output_difference"] <= most and (row["gradient_difference"] or 0.0) <= most_gradient
-    verdict = judge(ratio, low, high, threshold)
-    return row | {"verdict": verdict, "same_results": exact}  # a NaN is not the same
+    return {
+        "geometry": geometry.name, **case, **apart, "rounds": rounds, "calls_a_round": calls,
+        "ratio": ratio, "ratio_low": low, "ratio_high": high,
+        **{side: statistic(values) for side, values in seconds.items()},
+        "verdict": judge(ratio, low, high, threshold), "same_results": not excess(apart, DIFFERENT[case["dtype"]]),
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which geometries of the package are measured, at which level, and how often."""
+"""Which geometries of the package are measured, at which level, how often, and what memory that takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 FLOAT32_BYTES = 4
 QUICK = "cross-only"
-LEAN = ("sdpa", "compile", "smart-dense")  # peers that build no N x M matrix: they fit where the check does
 GRID = ("model", "layer", "grid_attention", "grid_scale")
 DENSE = ("model", "layer", "cross_attention")
 POINTS = (*DENSE, "fourier_projection")
@@ -53,6 +52,7 @@ PLANS = {
     "inverted": Plan(("model",)),
 }
 assert list(PLANS) == [name for name in PLANS if name in GEOMETRIES]
+LEVEL_NAMES = tuple(dict.fromkeys(level for plan in PLANS.values() for level in plan.levels))
 
 
 def select(names: list[str], everything: bool, level: str) -> list[str]:
@@ -66,17 +66,9 @@ def logits_bytes(geometry: Geometry, batch: int) -> int:
     return FLOAT32_BYTES * batch * geometry.heads * geometry.queries * geometry.tokens
 
 
-def token_channels(geometry: Geometry) -> int:
-    """Channels of a token as perceiver-pytorch builds it, C."""
-    if geometry.family == "io" or not geometry.model.get("fourier_encode_data", True):
-        return geometry.channels
-    codes = 2 * geometry.model["num_freq_bands"] + 1
-    return geometry.channels * codes if geometry.family == "points" else geometry.channels + len(geometry.sizes) * codes
-
-
 def truth_bytes(geometry: Geometry, batch: int) -> int:
     """About what perceiver-pytorch's step in float64 holds at once, its attention through torch's."""
-    return 2 * (geometry.cross_attentions + 3) * FLOAT32_BYTES * batch * geometry.tokens * token_channels(geometry)
+    return 2 * (geometry.cross_attentions + 3) * FLOAT32_BYTES * batch * geometry.tokens * geometry.token_channels
 
 
 def eager_bytes(geometry: Geometry, batch: int, layers: int | None = None) -> int:
@@ -85,6 +77,6 @@ def eager_bytes(geometry: Geometry, batch: int, layers: int | None = None) -> in
     Per cross-attention (``layers`` of them; all by default) it keeps the normalised tokens, the logits and the weights for
     the backward pass; the built tokens are shared, and one backward holds about two more of each.
     """
-    built = FLOAT32_BYTES * batch * geometry.tokens * token_channels(geometry)
+    built = FLOAT32_BYTES * batch * geometry.tokens * geometry.token_channels
     layers = geometry.cross_attentions if layers is None else layers
     return (layers + 3) * built + (2 * layers + 3) * logits_bytes(geometry, batch)

@@ -48,8 +48,16 @@ def throughput(work: Work, seconds: float, threads: int) -> dict:
     nothing but inputs and parameters had to pass through memory. ``percent_of_fma_roof``: the implementation's
     counted multiply-adds. ``percent_of_roof``: all it counts, done at the roofs, over the time it took.
     """
-    roofs = measure_roofs(threads)
-    found = {
+    roofs, shares = measure_roofs(threads), dict.fromkeys(("exp", "copy", "fma"))
+    whole = None
+    if roofs is not None:
+        shares["copy"] = work.bytes / roofs.copied_bytes
+        shares["exp"] = work.pairs / roofs.exponentials if work.pairs else None
+        if work.multiply_adds is not None:
+            shares["fma"] = work.multiply_adds / roofs.multiply_adds
+            vectors = shares["fma"] + (work.exponentials or 0) / roofs.exponentials
+            whole = 100 * max(vectors, shares["copy"]) / seconds
+    return {
         "tokens": work.tokens // work.inputs,
         "inputs_per_second": work.inputs / seconds,
         "tokens_per_second": work.tokens / seconds,
@@ -57,23 +65,9 @@ def throughput(work: Work, seconds: float, threads: int) -> dict:
         "multiply_adds": work.multiply_adds,
         "exponentials": work.exponentials,
         "bytes_at_least": work.bytes,
-        "percent_of_exp_roof": None,
-        "percent_of_copy_roof": None,
-        "percent_of_fma_roof": None,
-        "percent_of_roof": None,
+        **{f"percent_of_{name}_roof": s and 100 * s / seconds for name, s in shares.items()},
+        "percent_of_roof": whole,
     }
-    if roofs is None:
-        return found
-    copy = work.bytes / roofs.copied_bytes
-    found["percent_of_copy_roof"] = 100 * copy / seconds
-    if work.pairs:
-        found["percent_of_exp_roof"] = 100 * work.pairs / roofs.exponentials / seconds
-    if work.multiply_adds is not None:
-        products = work.multiply_adds / roofs.multiply_adds
-        found["percent_of_fma_roof"] = 100 * products / seconds
-        vectors = products + (work.exponentials or 0) / roofs.exponentials
-        found["percent_of_roof"] = 100 * max(vectors, copy) / seconds
-    return found
 
 
 def counted(module: Callable, *inputs: torch.Tensor) -> counting.Work:

@@ -1,0 +1,1 @@
+"""This checkout beside another of its commits, in turns: ``python -m benchmarks.base``."""

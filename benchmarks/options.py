@@ -1,0 +1,23 @@
+"""Options that several commands of the benchmarks have."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+DEFAULT_THREADS = min(2, os.cpu_count() or 1)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument's type: whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return int(text)
+
+    return number
+
+
+positive = at_least(1)

@@ -1,0 +1,71 @@
+"""A function in a process of its own, and the messages between it and this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+
+JOIN_SECONDS = 10.0  # for a process that has closed its pipe to end
+
+_forkserver = multiprocessing.get_context("forkserver")  # forks from a server that only imports: threads do not fork
+_forkserver.set_forkserver_preload(["torch", "perceiver_pytorch"])
+
+
+class Ended(RuntimeError):
+    """The process is gone and sends no more; ``code`` is its exit code."""
+
+    def __init__(self, code: int | None):
+        super().__init__(f"the process ended with exit code {code}")
+        self.code = code
+
+    @property
+    def killed(self) -> bool:
+        """Whether it got SIGKILL, which a system without memory sends."""
+        return self.code == -signal.SIGKILL
+
+
+class Process:
+    """Runs ``target(pipe, *args)``, all of which is pickled; at the end of a ``with`` block it is ended by force.
+
+    Args:
+        target: sends its results through the pipe, and may receive messages from it.
+        args: its further arguments.
+        method: how it is started. Default: forked from a process that has imported torch and nothing else.
+    """
+
+    def __init__(self, target: Callable, *args: object, method: str = "forkserver"):
+        context = _forkserver if method == "forkserver" else multiprocessing.get_context(method)
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(theirs, *args))
+        self._process.start()
+        theirs.close()  # so that its end is noticed
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def receive(self, seconds: float | None = None) -> object:
+        """The next message; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: there was none for so many seconds.
+            Ended: there will be none.
+        """
+        try:
+            if not self.pipe.poll(None if seconds is None else max(0.0, seconds)):
+                raise TimeoutError(f"no answer for {seconds:g} s")
+            return self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(JOIN_SECONDS)
+            raise Ended(self._process.exitcode) from None
+
+    def stop(self, patience: float | None = 0.0) -> None:
+        """End the process: by itself within ``patience`` seconds (None: however long it takes), else by force."""
+        self.pipe.close()
+        self._process.join(patience)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()

@@ -1,0 +1,1 @@
+"""The benchmarks proper: every peer at every level, by pytest-benchmark."""

@@ -1,0 +1,114 @@
+"""From pytest-benchmark's record to the rows that are kept and the tables that are read."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from benchmarks.output import described, digits, mebibytes, milliseconds, pass_of, table, times_ours
+from benchmarks.sides import OURS, SMART
+
+PEERS = ("eager", "reference", "sdpa", "compile", "compile-eager", "transformers", "perceiver-io", SMART)
+TITLES = {
+    "model": "Models: perceiver-pytorch (eager, with SDPA, torch.compile of either) and perceiver-fast",
+    "layer": "One cross-attention layer, from latents and raw input: every library that has one",
+    "grid_attention": "grid_attention: in plain PyTorch, dense SDPA given its keys and values, and perceiver-fast",
+}
+CAPTION = (
+    "Median time of a call; below it the rise of resident memory at its peak (and what fast keeps between calls, packed "
+    "weights), and the peer's time over fast's (under 1, in red, fast is the slower one). error: the largest relative to "
+    "float64, of the output, then of a step's gradients. of roof: what fast counts, done at the measured roofs, over its time."
+)
+LAST = ("over\nbest", "error:\npeers\nfast", "fast:\nM tokens\na second", "fast:\nof roof")
+SHOWN_KEPT = 2**27  # bytes; less is what starting threads and libraries leaves, of any peer
+ROW_KEYS = ("level", "geometry", "pass", "batch", "dtype", "peer", "threads")
+STATS = ("median", "min", "q1", "q3", "iqr", "rounds")
+MEASURED_KEYS = (
+    "relative_error", "gradient_error", "peak_memory_bytes", "kept_memory_bytes", "peak_memory_method", "tokens",
+    "inputs_per_second", "tokens_per_second", "pairs_per_second", "multiply_adds", "exponentials", "bytes_at_least",
+    "percent_of_exp_roof", "percent_of_copy_roof", "percent_of_fma_roof", "percent_of_roof",
+)  # fmt: skip
+
+
+def rows(record: dict) -> list[dict]:
+    """One flat row per measurement of pytest-benchmark's ``record``; times in seconds."""
+    return [
+        {key: benchmark["extra_info"][key] for key in ROW_KEYS}
+        | {key: benchmark["stats"][key] for key in STATS}
+        | {key: benchmark["extra_info"][key] for key in MEASURED_KEYS}
+        for benchmark in record["benchmarks"]
+    ]
+
+
+def tables(rows: list[dict], missing: list[dict]) -> list[Table]:
+    """One table per level: a row for every geometry and pass, a column for every peer, and the ratios."""
+    return [_table(level, rows, missing) for level in dict.fromkeys(row["level"] for row in rows)]
+
+
+def _table(level: str, rows: list[dict], missing: list[dict]) -> Table:
+    rows, missing = ([row for row in some if row["level"] == level] for some in (rows, missing))
+    peers = [*(peer for peer in PEERS if any(row["peer"] == peer for row in (*rows, *missing))), OURS]
+    lines = {}
+    for row in (*rows, *missing):
+        name = f"{row['geometry']}\n{pass_of(row)}"
+        lines.setdefault(name, {})[row["peer"]] = row
+    return table(
+        TITLES.get(level, f"{level}: plain PyTorch and perceiver-fast"),
+        ("geometry\npass", *(peer.replace("-", "\n") for peer in peers), *LAST),
+        [_line(name, found, peers) for name, found in lines.items()],
+        caption=CAPTION,
+        show_lines=True,
+    )
+
+
+def _line(name: str, found: dict[str, dict], peers: list[str]) -> list[str]:
+    """A line of a table; ``found`` are rows by their peers, measured or missing."""
+    sides = {peer: row for peer, row in found.items() if "median" in row}
+    outcomes = {peer: row["outcome"] for peer, row in found.items() if peer not in sides}
+    ours = sides.get(OURS, {})
+    others = {peer: row for peer, row in sides.items() if peer not in (OURS, SMART)}
+    over_best = "-"
+    if ours and others:
+        best = min(others, key=lambda peer: others[peer]["median"])
+        over_best = f"{times_ours(others[best]['median'] / ours['median'])}\n{best}"
+    speed, share = ours.get("tokens_per_second"), ours.get("percent_of_roof")
+    return [
+        name,
+        *(_cell(sides[peer], ours) if peer in sides else outcomes.get(peer, "not run") for peer in peers),
+        over_best,
+        "\n".join(map(_errors, (list(others.values()), [ours] if ours else []))),
+        "-" if speed is None else digits(speed / 1e6),
+        "-" if share is None else f"{digits(share)} %",
+    ]
+
+
+def _cell(row: dict, ours: dict) -> str:
+    """A peer's time, its memory and how many times ours its time is."""
+    lines = [milliseconds(row["median"]), mebibytes(row["peak_memory_bytes"])]
+    if row["peer"] != OURS and ours:
+        lines.append(times_ours(row["median"] / ours["median"]))
+    elif (kept := row["kept_memory_bytes"]) and kept > SHOWN_KEPT:
+        lines.append(f"+{digits(kept / 2**20)} kept")
+    return "\n".join(lines)
+
+
+def _errors(rows: list[dict]) -> str:
+    """The largest relative errors; of a step the gradients' after a comma."""
+    found = [[row[key] for row in rows if row[key] is not None] for key in ("relative_error", "gradient_error")]
+    return ", ".join(f"{max(values):.0e}" for values in found if values) or "-"
+
+
+def lost(geometry: str, reason: str, outcome: str = "failed") -> dict:
+    """What is missing when the process that measured ``geometry`` left no record."""
+    every = {"level": "every level", "pass": "every pass", "peer": "every peer", "batch": 1, "dtype": "float32"}
+    return {**every, "geometry": geometry, "outcome": outcome, "reason": reason}
+
+
+def missing_lines(missing: list[dict]) -> list[str]:
+    """What was not measured, and why: one line per reason."""
+    lines = {}
+    for row in missing:
+        lines.setdefault((row["outcome"], row["level"], row["peer"], row["reason"]), []).append(described(row))
+    return [
+        f"{outcome}: {level}, {peer} on {', '.join(where)}: {reason}"
+        for (outcome, level, peer, reason), where in lines.items()
+    ]

@@ -186,8 +186,9 @@ def forward_launches(
     row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
     sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 3)
     common = sizes(grid, cut, tokens) | dict(
-        column_parts=column_parts, row_parts=row_parts, sum_parts=sum_parts, F=grid.features, BJ=config.tokens
-    )
+        column_parts=column_parts, row_parts=row_parts, sum_parts=sum_parts, per_split=cut.rows_per_split,
+        F=grid.features, BJ=config.tokens,
+    )  # fmt: skip
     sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
     programs = cut.queries * cut.columns * cut.splits * grid.batch
     launches.append(Launch(grid_attention_forward_kernel, programs, sweep, config, config.queries * config.tokens))
@@ -204,7 +205,6 @@ def sizes(grid: Grid, cut: Blocks, tokens: TokenArrays) -> dict[str, int]:
     """The sizes that all kernels take."""
     return dict(
         B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns, padded=tokens.padded, splits=cut.splits,
-        per_split=cut.rows_per_split,
     )  # fmt: skip
 
 

@@ -180,10 +180,11 @@ def backward_launches(
         column_parts=q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded),
         row_parts=q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries),
         sum_parts=q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 1),
-        stats=stats, F=grid.features, BJ=config.tokens,
+        stats=stats, F=grid.features,
     )  # fmt: skip
     sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
-    sweep |= dict(d_o=folded_d_o, kept_scale=dropout_scale(dropout), HAS_KEPT=d_kept is not None)
+    sweep |= dict(d_o=folded_d_o, per_split=cut.rows_per_split, kept_scale=dropout_scale(dropout))
+    sweep |= dict(BJ=config.tokens, HAS_KEPT=d_kept is not None)
     programs = cut.queries * cut.columns * cut.splits * grid.batch
     launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
     dq, correction = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1)

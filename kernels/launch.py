@@ -63,8 +63,21 @@ class Launch:
     def run(self) -> None:
         self.kernel[(self.programs,)](**self.arguments, **self.config.options)
 
+    def mismatches(self) -> list[str]:
+        """Names that differ between these arguments and the kernel's: Triton raises at a launch on a GPU, and only there."""
+        kernel, given, taken = self.kernel.__name__, set(self.arguments), set(self.kernel.arg_names)
+        return [f"{kernel} is not given {name}" for name in sorted(taken - given)] + [
+            f"{kernel} takes no {name}" for name in sorted(given - taken)
+        ]
+
     def instance(self, name: str, tensor_cores: bool) -> Instance:
-        """What Triton would compile for these arguments: tensors may be on the meta device."""
+        """What Triton would compile for these arguments: tensors may be on the meta device.
+
+        Raises:
+            TypeError: the arguments are not those of the kernel.
+        """
+        if wrong := self.mismatches():
+            raise TypeError("; ".join(wrong))
         types, constants, divisible = {}, {}, []
         for parameter in self.kernel.params:
             key, value = parameter.name, self.arguments[parameter.name]

@@ -23,12 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
-from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.base2 import LN_2
 from perceiver_fast.kernels.configs import Config
+from perceiver_fast.kernels.dropout import hash_rows, threshold_bits
 from perceiver_fast.kernels.grid import GROUP, Blocks, Grid, blocks, precision_of
 from perceiver_fast.kernels.grid_attention_tokens import (
     HOLE,
-    LN2,
     TokenArrays,
     describe_tokens,
     has_room,
@@ -57,7 +57,7 @@ def place(program, N, columns, splits, BN: tl.constexpr, BJ: tl.constexpr):
 
 @triton.jit(do_not_specialize=["threshold"])
 def grid_attention_forward_kernel(
-    q, planes, scale, keys, values, seed, token_keys, column_parts, row_parts, sum_parts,
+    q, planes, scale, keys, values, seed, token_hashes, column_parts, row_parts, sum_parts,
     B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
     DROPOUT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
@@ -67,10 +67,10 @@ def grid_attention_forward_kernel(
     inside = live[:, None] & (j < columns)[None, :]
     query = q + b * q_batch + n.to(tl.int64) * q_row
     table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)
-    row_key = tl.zeros([BN], tl.uint32)
+    row_hash = tl.zeros([BN], tl.uint32)
     if DROPOUT:
-        row_key = hashing.row_keys(tl.load(seed), b * N + n)
-        token_keys += j
+        row_hash = hash_rows(tl.load(seed), b * N + n)
+        token_hashes += j
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 3)
@@ -88,15 +88,15 @@ def grid_attention_forward_kernel(
         known = tl.where(shift > float("-inf"), shift, 0.0)
         if PRECISION == "fma":
             column_sums, sums, total, kept = sweep_fma(
-                table, query + F, live, g, planes, padded, first, last, known, rows_out, N, row_key, token_keys,
+                table, query + F, live, g, planes, padded, first, last, known, rows_out, N, row_hash, token_hashes,
                 threshold, F, BN, BJ, DROPOUT, HOLES,
             )  # fmt: skip
             for f in tl.static_range(F):
                 tl.store(sums_out + f, sums[f], mask=live)
         else:
             column_sums, acc, total, kept = sweep_mma(
-                table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, N, row_key,
-                token_keys, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
+                table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, N, row_hash,
+                token_hashes, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
             )  # fmt: skip
             c = tl.arange(0, V)
             tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
@@ -120,7 +120,7 @@ def grid_attention_forward_kernel(
 @triton.jit
 def grid_attention_merge_kernel(
     column_parts, row_parts, sum_parts, o, lse, kept,
-    B, N, rows, columns, padded, splits, per_split, column_blocks, kept_scale,
+    B, N, rows, columns, padded, splits, per_split, column_blocks, keep_scale,
     F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query's partial sums, each in units of 2^shift, made one; a part without tokens has a shift of -inf."""
@@ -134,13 +134,13 @@ def grid_attention_merge_kernel(
     top = tl.max(shifts, 0)
     weight = tl.exp2(shifts - top)
     total = tl.sum(weight * tl.load(part + F, mask=there, other=0.0), 0)
-    factor = LN2 * kept_scale / total
+    factor = LN_2 * keep_scale / total
     out = o + row * (F + rows + columns)
     for f in tl.static_range(F):
         tl.store(out + f, tl.sum(weight * tl.load(part + f, mask=there, other=0.0), 0) * factor)
-    tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * 0.6931471805599453)
+    tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * LN_2)
     if kept is not None:
-        tl.store(kept + row, tl.sum(weight * tl.load(part + F + 1, mask=there, other=0.0), 0) * kept_scale / total)
+        tl.store(kept + row, tl.sum(weight * tl.load(part + F + 1, mask=there, other=0.0), 0) * keep_scale / total)
     shift_at = sum_parts + row * (F + 3) + F + 2
     for start in range(0, rows, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -196,7 +196,7 @@ def forward_launches(
     lse = q.new_empty(q.shape[:2], dtype=torch.float64)
     kept = q.new_empty(q.shape[:2] if dropout > 0 else (0,))
     merge = common | dict(o=o, lse=lse, kept=kept if dropout > 0 else None, column_blocks=cut.columns)
-    merge |= dict(kept_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
+    merge |= dict(keep_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
     launches.append(Launch(grid_attention_merge_kernel, grid.batch * grid.queries, merge))
     return o, lse, kept, launches
 
@@ -219,7 +219,7 @@ def sweep_arguments(
     """What the kernels that walk down the rows take beside sizes and sums."""
     return dict(
         q=q, planes=tokens.planes, scale=tokens.scale, keys=tokens.keys, values=tokens.values, seed=seed,
-        token_keys=tokens.token_keys, q_batch=q.stride(0), q_row=q.stride(1), threshold=hashing.threshold_bits(dropout),
+        token_hashes=tokens.token_hashes, q_batch=q.stride(0), q_row=q.stride(1), threshold=threshold_bits(dropout),
         K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, DROPOUT=dropout > 0,
         PRECISION=grid.precision,
     )  # fmt: skip

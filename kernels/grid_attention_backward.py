@@ -20,11 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
-from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.base2 import LN_2, LOG2_E
+from perceiver_fast.kernels.dropout import hash_rows
 from perceiver_fast.kernels.grid import Grid, blocks, precision_of
 from perceiver_fast.kernels.grid_attention import check, holes, place, seen, sizes, sweep_arguments
 from perceiver_fast.kernels.grid_attention_token_grads import token_grads_launch
-from perceiver_fast.kernels.grid_attention_tokens import LN2, describe_tokens
+from perceiver_fast.kernels.grid_attention_tokens import describe_tokens
 from perceiver_fast.kernels.grid_sweep_fma import load_features, sweep_backward_fma
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, sweep_backward_mma
 from perceiver_fast.kernels.launch import Launch
@@ -45,7 +46,7 @@ def grid_attention_delta_kernel(
         grad = tl.load(d_o + row * L + at, mask=at < L, other=0.0).to(tl.float64)
         acc += grad * tl.load(o + row * L + at, mask=at < L, other=0.0)
     delta = tl.sum(acc, 0)
-    lse2 = tl.load(lse + row) * 1.4426950408889634
+    lse2 = tl.load(lse + row) * LOG2_E
     shift = tl.where(tl.abs(lse2) <= UNSHIFTED, 0.0, lse2).to(tl.float32)
     factor = tl.exp2(shift.to(tl.float64) - lse2)
     if d_kept is not None:
@@ -61,10 +62,10 @@ def grid_attention_delta_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def grid_attention_backward_kernel(
-    q, d_o, stats, planes, scale, keys, values, seed, token_keys, column_parts, row_parts, sum_parts,
-    B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold, kept_scale,
+    q, d_o, stats, planes, scale, keys, values, seed, token_hashes, column_parts, row_parts, sum_parts,
+    B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold, keep_scale,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_KEPT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_D_KEPT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n, block, j, split, b = place(tl.program_id(0), N, columns, splits, BN, BJ)
     live = n < N
@@ -74,18 +75,18 @@ def grid_attention_backward_kernel(
     stats += row
     line = b * 0 + B * N
     shift = tl.load(stats, mask=live, other=0.0)
-    own = tl.load(stats + line, mask=live, other=0.0) * kept_scale
+    own = tl.load(stats + line, mask=live, other=0.0) * keep_scale
     delta = tl.load(stats + 2 * line, mask=live, other=0.0)
     d_kept = tl.zeros([BN], tl.float32)
-    if HAS_KEPT:
-        d_kept = tl.load(stats + 3 * line, mask=live, other=0.0) * kept_scale
-    factor = own * LN2  # channels and scale of the tokens carry log2(e)
+    if HAS_D_KEPT:
+        d_kept = tl.load(stats + 3 * line, mask=live, other=0.0) * keep_scale
+    factor = own * LN_2  # channels and scale of the tokens carry log2(e)
     table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)
     d_table = tl.load(d_query[:, None] + F + rows + j[None, :], mask=inside, other=0.0) * factor[:, None]
-    row_key = tl.zeros([BN], tl.uint32)
+    row_hash = tl.zeros([BN], tl.uint32)
     if DROPOUT:
-        row_key = hashing.row_keys(tl.load(seed), row)
-        token_keys += j
+        row_hash = hash_rows(tl.load(seed), row)
+        token_hashes += j
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 1)
@@ -98,7 +99,7 @@ def grid_attention_backward_kernel(
         planes += b * rows * (F + 2) * padded + j
         column_sums, sums, residual = sweep_backward_fma(
             table, d_table, query + F, d_query + F, live, g, d_g, planes, padded, first, last, shift, factor, delta,
-            d_kept, rows_out, N, row_key, token_keys, threshold, F, BN, BJ, DROPOUT, HOLES,
+            d_kept, rows_out, N, row_hash, token_hashes, threshold, F, BN, BJ, DROPOUT, HOLES,
         )  # fmt: skip
         for f in tl.static_range(F):
             tl.store(sums_out + f, sums[f], mask=live)
@@ -109,7 +110,7 @@ def grid_attention_backward_kernel(
         scale, keys, values = scale + 2 * at + j, keys + at * K, values + at * V
         column_sums, acc, residual = sweep_backward_mma(
             table, d_table, query + F, d_query + F, live, g, d_g, scale, keys, values, padded, first, last, j, shift,
-            factor, delta, d_kept, rows_out, N, row_key, token_keys, threshold,
+            factor, delta, d_kept, rows_out, N, row_hash, token_hashes, threshold,
             F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
         )  # fmt: skip
         c = tl.arange(0, V)
@@ -136,7 +137,7 @@ def grid_attention_backward_merge_kernel(
     part = sum_parts + (k * (B * N) + row) * (F + 1)
     out = dq + row * (F + rows + columns)
     for f in tl.static_range(F):
-        tl.store(out + f, tl.sum(tl.load(part + f, mask=there, other=0.0), 0) * LN2)
+        tl.store(out + f, tl.sum(tl.load(part + f, mask=there, other=0.0), 0) * LN_2)
     residual = tl.sum(tl.load(part + F, mask=there, other=0.0), 0)
     if d_lse is not None:
         residual -= tl.load(d_lse + row).to(tl.float32)
@@ -152,13 +153,13 @@ def grid_attention_backward_merge_kernel(
         acc = tl.zeros([BLOCK], tl.float32)
         for block in range(column_blocks):
             acc += tl.load(row_parts + ((block * B + b) * rows + i) * N + n, mask=i < rows, other=0.0)
-        tl.store(out + F + i, acc * LN2, mask=i < rows)
+        tl.store(out + F + i, acc * LN_2, mask=i < rows)
     for start in range(0, columns, BLOCK):
         j = start + tl.arange(0, BLOCK)
         acc = tl.zeros([BLOCK], tl.float32)
         for split in range(splits):
             acc += tl.load(column_parts + (split * (B * N) + row) * padded + j, mask=j < columns, other=0.0)
-        tl.store(out + F + rows + j, acc * LN2, mask=j < columns)
+        tl.store(out + F + rows + j, acc * LN_2, mask=j < columns)
 
 
 def backward_launches(
@@ -183,8 +184,8 @@ def backward_launches(
         stats=stats, F=grid.features,
     )  # fmt: skip
     sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
-    sweep |= dict(d_o=folded_d_o, per_split=cut.rows_per_split, kept_scale=dropout_scale(dropout))
-    sweep |= dict(BJ=config.tokens, HAS_KEPT=d_kept is not None)
+    sweep |= dict(d_o=folded_d_o, per_split=cut.rows_per_split, keep_scale=dropout_scale(dropout))
+    sweep |= dict(BJ=config.tokens, HAS_D_KEPT=d_kept is not None)
     programs = cut.queries * cut.columns * cut.splits * grid.batch
     launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
     dq, correction = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1)

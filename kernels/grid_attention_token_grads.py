@@ -14,9 +14,10 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.base2 import LN_2, LOG2_E
+from perceiver_fast.kernels.dropout import dropout_keep, hash_rows, hash_tokens, threshold_bits
 from perceiver_fast.kernels.grid import FEW, Grid
-from perceiver_fast.kernels.grid_attention_tokens import LN2, LOG2E, TokenArrays, key_width
+from perceiver_fast.kernels.grid_attention_tokens import TokenArrays, key_width
 from perceiver_fast.kernels.grid_sweep_mma import add_keys, load_packed
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.reference.dropout import dropout_scale
@@ -29,13 +30,13 @@ MOST = tl.constexpr(
 
 @triton.jit
 def weights_and_gradients(
-    t, u, r, there, shift, delta, d_kept, row_key, token_key, threshold, DROPOUT: tl.constexpr
+    t, u, r, there, shift, delta, d_kept, row_hash, token_hash, threshold, DROPOUT: tl.constexpr
 ):  # fmt: skip
     """P without its factor, after dropout, and dS, of a tile; r carries log2(e), as everywhere."""
     p = tl.where(there[None, :], tl.exp2(tl.minimum(t * r[None, :] - shift[:, None], MOST)), 0.0)
     d_p = u * r[None, :]
     if DROPOUT:
-        keep = hashing.keep(row_key[:, None], token_key[None, :], threshold)
+        keep = dropout_keep(row_hash[:, None], token_hash[None, :], threshold)
         return tl.where(keep, p, 0.0), p * (tl.where(keep, d_p + d_kept[:, None], 0.0) - delta[:, None])
     else:
         return p, p * (d_p - delta[:, None])
@@ -44,9 +45,9 @@ def weights_and_gradients(
 @triton.jit(do_not_specialize=["threshold"])
 def grid_attention_token_grads_kernel(
     q, d_o, stats, feat, scale, mask, keys, seed, dfeat, dscale,
-    B, N, rows, columns, padded, q_batch, q_row, threshold, kept_scale,
+    B, N, rows, columns, padded, q_batch, q_row, threshold, keep_scale,
     F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_D_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32"
     row_blocks, column_blocks = tl.cdiv(rows, ROWS), tl.cdiv(columns, BJ)
@@ -63,8 +64,8 @@ def grid_attention_token_grads_kernel(
         if mask is not None:
             inside = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
         token, there = token + (at,), there + (inside,)
-        r = r + (tl.load(scale + at, mask=inside, other=0.0) * LOG2E,)
-        key = key + (hashing.token_keys(number, at - b * rows * columns) if DROPOUT else at,)
+        r = r + (tl.load(scale + at, mask=inside, other=0.0) * LOG2_E,)
+        key = key + (hash_tokens(number, at - b * rows * columns) if DROPOUT else at,)
         if PRECISION == "fma":
             channels = ()
             for f in tl.static_range(F):
@@ -90,12 +91,12 @@ def grid_attention_token_grads_kernel(
         query, d_query = q + b * q_batch + n.to(tl.int64) * q_row, d_o + row * (F + rows + columns)
         shift = tl.load(stats + row, mask=live, other=0.0)
         # Multiplied in the order of the backward's walk: saturated weights live off equal bits, times large q.
-        factor = tl.load(stats + line + row, mask=live, other=0.0) * kept_scale * LN2
+        factor = tl.load(stats + line + row, mask=live, other=0.0) * keep_scale * LN_2
         delta = tl.load(stats + 2 * line + row, mask=live, other=0.0)
         d_kept = tl.zeros([BN], tl.float32)
-        if HAS_KEPT:
-            d_kept = tl.load(stats + 3 * line + row, mask=live, other=0.0) * kept_scale
-        row_key = hashing.row_keys(number, row) if DROPOUT else row
+        if HAS_D_KEPT:
+            d_kept = tl.load(stats + 3 * line + row, mask=live, other=0.0) * keep_scale
+        row_hash = hash_rows(number, row) if DROPOUT else row
         tile = live[:, None] & (j < columns)[None, :]
         table = tl.load(query[:, None] + F + rows + j[None, :], mask=tile, other=0.0)
         d_table = tl.load(d_query[:, None] + F + rows + j[None, :], mask=tile, other=0.0) * factor[:, None]
@@ -124,9 +125,9 @@ def grid_attention_token_grads_kernel(
             else:
                 t, u = add_keys(t, packed, x[k], PRECISION), add_keys(u, d_packed, x[k], PRECISION)
             p, ds = weights_and_gradients(
-                t, u, r[k], there[k], shift, delta, d_kept, row_key, key[k], threshold, DROPOUT
+                t, u, r[k], there[k], shift, delta, d_kept, row_hash, key[k], threshold, DROPOUT
             )
-            p *= LOG2E  # against the ln 2 of u and d_g
+            p *= LOG2_E  # against the ln 2 of u and d_g
             new_r = new_r + (d_r[k] + ds * t + p * u,)
             if PRECISION == "fma":
                 grown = ()
@@ -141,11 +142,11 @@ def grid_attention_token_grads_kernel(
         tl.store(dscale + token[k], tl.sum(d_r[k], 0), mask=there[k])
         if PRECISION == "fma":
             for f in tl.static_range(F):
-                total = tl.sum(d_x[k][f], 0) * (r[k] * LN2)
+                total = tl.sum(d_x[k][f], 0) * (r[k] * LN_2)
                 tl.store(dfeat + token[k] * F + f, total.to(dfeat.dtype.element_ty), mask=there[k])
         else:
             c = tl.arange(0, C)
-            total = (d_x[k] * (r[k] * LN2)[:, None]).to(dfeat.dtype.element_ty)
+            total = (d_x[k] * (r[k] * LN_2)[:, None]).to(dfeat.dtype.element_ty)
             tl.store(dfeat + token[k][:, None] * F + c[None, :], total, mask=there[k][:, None] & (c < F)[None, :])
 
 
@@ -166,10 +167,10 @@ def token_grads_launch(
     q = arguments["q"]
     arguments = arguments | dict(
         keys=None if few else tokens.keys, B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns,
-        padded=tokens.padded, q_batch=q.stride(0), q_row=q.stride(1), threshold=hashing.threshold_bits(dropout),
-        kept_scale=dropout_scale(dropout), F=grid.features, K=key_width(grid),
+        padded=tokens.padded, q_batch=q.stride(0), q_row=q.stride(1), threshold=threshold_bits(dropout),
+        keep_scale=dropout_scale(dropout), F=grid.features, K=key_width(grid),
         C=max(16, triton.next_power_of_2(grid.features)), BN=config.queries, BJ=config.tokens, ROWS=rows,
-        DROPOUT=dropout > 0, HAS_KEPT=has_kept, PRECISION=precision,
+        DROPOUT=dropout > 0, HAS_D_KEPT=has_kept, PRECISION=precision,
     )  # fmt: skip
     programs = triton.cdiv(grid.rows, rows) * triton.cdiv(grid.columns, config.tokens) * grid.batch
     weights = config.queries * config.tokens * rows

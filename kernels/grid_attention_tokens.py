@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.base2 import LOG2_E
+from perceiver_fast.kernels.dropout import hash_tokens
 from perceiver_fast.kernels.grid import FEW, GROUP, Grid
 from perceiver_fast.kernels.launch import Launch
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 HOLE = tl.constexpr(-(2.0**100))
 BLOCK = 64  # columns are padded to a multiple of it; no kernel's block is larger
 
@@ -42,7 +41,7 @@ def grid_planes_kernel(
     there = j < columns
     if mask is not None:
         there = there & (tl.load(mask + token, mask=there, other=0) != 0)
-    r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2E, 1.0)
+    r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2_E, 1.0)
     base = planes + row * (F + 2) * padded + j
     for f in tl.static_range(F):
         x = tl.load(feat + token * F + f, mask=there, other=0.0).to(tl.float32)
@@ -69,7 +68,7 @@ def grid_tokens_kernel(
     there = j < columns
     if mask is not None:
         there = there & (tl.load(mask + token, mask=there, other=0) != 0)
-    r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2E, 1.0)
+    r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2_E, 1.0)
     hole = tl.where(there, 0.0, 1.0)
     k = tl.arange(0, K)
     inside = there[:, None] & (k < PIECES * F)[None, :]
@@ -94,11 +93,11 @@ def grid_tokens_kernel(
 
 
 @triton.jit
-def grid_token_keys_kernel(seed, token_keys, columns, padded, across, BLOCK: tl.constexpr):
+def grid_attention_hashes_kernel(seed, token_hashes, columns, padded, across, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // across).to(tl.int64)
     j = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
-    key = hashing.token_keys(tl.load(seed), row * columns + j)
-    tl.store(token_keys + row * padded + j, key.to(tl.int32, bitcast=True))
+    key = hash_tokens(tl.load(seed), row * columns + j)
+    tl.store(token_hashes + row * padded + j, key.to(tl.int32, bitcast=True))
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class TokenArrays:
     """What the kernels read of the tokens; planes, or scale, keys and values."""
 
     padded: int
-    token_keys: Tensor | None
+    token_hashes: Tensor | None
     planes: Tensor | None = None
     scale: Tensor | None = None
     keys: Tensor | None = None
@@ -153,17 +152,17 @@ def describe_tokens(
     block = BLOCK if few else BLOCK // 4
     lines, padded = grid.batch * grid.rows, triton.cdiv(grid.columns, BLOCK) * BLOCK
     across = padded // block
-    launches, token_keys = [], None
+    launches, token_hashes = [], None
     if seed is not None:
-        token_keys = scale.new_empty(grid.rows, padded, dtype=torch.int32)
-        arguments = dict(seed=seed, token_keys=token_keys, columns=grid.columns, padded=padded, across=across)
-        launches.append(Launch(grid_token_keys_kernel, grid.rows * across, arguments | dict(BLOCK=block)))
+        token_hashes = scale.new_empty(grid.rows, padded, dtype=torch.int32)
+        arguments = dict(seed=seed, token_hashes=token_hashes, columns=grid.columns, padded=padded, across=across)
+        launches.append(Launch(grid_attention_hashes_kernel, grid.rows * across, arguments | dict(BLOCK=block)))
     common = dict(feat=feat, scale=scale, mask=mask, columns=grid.columns, padded=padded, across=across)
     common |= dict(F=grid.features, BLOCK=block)
     if grid.precision == "fma":
         planes = scale.new_empty(lines, grid.features + 2, padded)
         launches.append(Launch(grid_planes_kernel, lines * across, common | dict(planes=planes)))
-        return TokenArrays(padded, token_keys, planes=planes), launches
+        return TokenArrays(padded, token_hashes, planes=planes), launches
     pieces, values_dtype = key_pieces(grid), torch.bfloat16 if grid.precision == "bf16" else torch.float32
     keys = scale.new_empty(lines, padded, key_width(grid), dtype=torch.bfloat16 if pieces > 1 else torch.float32)
     values = scale.new_empty(lines, padded, value_width(grid), dtype=values_dtype)
@@ -171,4 +170,4 @@ def describe_tokens(
     common |= dict(keys=keys, values=values, out_scale=scaled, rows=grid.rows, K=key_width(grid), V=value_width(grid))
     common |= dict(GROUP=GROUP, PIECES=pieces, SPLIT=3 if few else 2)
     launches.append(Launch(grid_tokens_kernel, lines * across, common))
-    return TokenArrays(padded, token_keys, None, scaled, keys, values), launches
+    return TokenArrays(padded, token_hashes, None, scaled, keys, values), launches

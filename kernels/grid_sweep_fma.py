@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.dropout import dropout_keep
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def maximum_fma(
 
 @triton.jit
 def sweep_fma(
-    table, query_rows, live, g, planes, padded, first, last, shift, rows_out, N, row_key, token_keys, threshold,
+    table, query_rows, live, g, planes, padded, first, last, shift, rows_out, N, row_hash, token_hashes, threshold,
     F: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr,
 ):  # fmt: skip
     """Sums over these rows: [BN, BJ] by column, F vectors by channel, of all weights, of those that dropout kept."""
@@ -89,7 +89,7 @@ def sweep_fma(
         p = tl.exp2(add_features(t, g, x, F) * r[None, :] - shift[:, None])
         total += fold(p, BN, BJ)
         if DROPOUT:
-            p = tl.where(hashing.keep(row_key[:, None], tl.load(token_keys + i * padded)[None, :], threshold), p, 0.0)
+            p = tl.where(dropout_keep(row_hash[:, None], tl.load(token_hashes + i * padded)[None, :], threshold), p, 0.0)
             kept += fold(p, BN, BJ)
         pr = p * r[None, :]
         column_sums += pr
@@ -107,7 +107,7 @@ def sweep_fma(
 @triton.jit
 def sweep_backward_fma(
     table, d_table, query_rows, d_query_rows, live, g, d_g, planes, padded, first, last, shift, factor, delta, d_kept,
-    rows_out, N, row_key, token_keys, threshold,
+    rows_out, N, row_hash, token_hashes, threshold,
     F: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr,
 ):  # fmt: skip
     """Sums of dS over these rows: [BN, BJ] by column, F vectors by channel, and of dS alone."""
@@ -125,7 +125,7 @@ def sweep_backward_fma(
         d_a = tl.load(d_query_rows + i, mask=live, other=0.0) * factor
         d_t = add_features(d_table + d_a[:, None], d_g, x, F)
         if DROPOUT:
-            keep = hashing.keep(row_key[:, None], tl.load(token_keys + i * padded)[None, :], threshold)
+            keep = dropout_keep(row_hash[:, None], tl.load(token_hashes + i * padded)[None, :], threshold)
             ds = p * (tl.where(keep, d_t * r[None, :] + d_kept[:, None], 0.0) - delta[:, None])
         else:
             ds = p * (d_t * r[None, :] - delta[:, None])

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from perceiver_fast.kernels import dropout as hashing
 from perceiver_fast.kernels import grid
+from perceiver_fast.kernels.dropout import dropout_keep
 from perceiver_fast.kernels.grid_attention_tokens import HOLE
 
 FEW = tl.constexpr(grid.FEW)
@@ -93,7 +93,7 @@ def maximum_mma(
 
 @triton.jit
 def sweep_mma(
-    table, query_rows, live, g, scale, keys, values, padded, first, last, j, shift, rows_out, N, row_key, token_keys,
+    table, query_rows, live, g, scale, keys, values, padded, first, last, j, shift, rows_out, N, row_hash, token_hashes,
     threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
     BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -115,8 +115,8 @@ def sweep_mma(
             p = tl.exp2(t * r[None, :] - shift[:, None])
             if DROPOUT:
                 total += tl.sum(p, 1)
-                token_key = tl.load(token_keys + i * padded)
-                p = tl.where(hashing.keep(row_key[:, None], token_key[None, :], threshold), p, 0.0)
+                token_hash = tl.load(token_hashes + i * padded)
+                p = tl.where(dropout_keep(row_hash[:, None], token_hash[None, :], threshold), p, 0.0)
             column_sums += p * r[None, :]
             acc = product(p, value, acc, PRECISION)
         acc = store_rows(acc, rows_out, N, start + c - F - 1, last, apart, live)
@@ -129,7 +129,7 @@ def sweep_mma(
 @triton.jit
 def sweep_backward_mma(
     table, d_table, query_rows, d_query_rows, live, g, d_g, scale, keys, values, padded, first, last, j, shift, factor,
-    delta, d_kept, rows_out, N, row_key, token_keys, threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    delta, d_kept, rows_out, N, row_hash, token_hashes, threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of dS over these rows: [BN, BJ] by column, [BN, V] by channel, and of dS alone."""
@@ -150,7 +150,7 @@ def sweep_backward_mma(
             p = tl.exp2(t * r[None, :] - shift[:, None])
             d_t = add_keys(d_table + d_a[:, None], d_g, key, PRECISION)
             if DROPOUT:
-                keep = hashing.keep(row_key[:, None], tl.load(token_keys + i * padded)[None, :], threshold)
+                keep = dropout_keep(row_hash[:, None], tl.load(token_hashes + i * padded)[None, :], threshold)
                 ds = p * (tl.where(keep, d_t * r[None, :] + d_kept[:, None], 0.0) - delta[:, None])
             else:
                 ds = p * (d_t * r[None, :] - delta[:, None])

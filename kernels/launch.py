@@ -11,7 +11,7 @@ from torch import Tensor
 from perceiver_fast.gpu import multiprocessors
 from perceiver_fast.kernels.configs import MOST, Config
 
-SMALL = Config(queries=1, tokens=1, warps=4)  # of kernels that hold no tile of weights
+SMALL = Config(queries=1, tokens=1, warps=4)  # of kernels without a tile of attention weights: nothing to choose
 TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8",
@@ -52,7 +52,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel, the number of its programs, and all its arguments; ``weights`` as in :class:`Instance`."""
+    """One kernel, the number of its programs, and all its arguments by name, constants too; others as in :class:`Instance`."""
 
     kernel: object
     programs: int
@@ -96,9 +96,10 @@ class Launch:
 
 
 def share(length: int, tile: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many splits the walk of ``programs`` programs over ``length`` columns is cut, and columns a split.
+    """Into how many splits the walk of ``programs`` programs over ``length`` rows is cut, and rows a split, whole tiles.
 
-    As many as fill every multiprocessor twice, in one wave; with programs enough, one. Depends on nothing but shapes.
+    There are as many as give every multiprocessor two programs, all running at once; one if there are programs enough. They
+    depend on shapes and the device alone, so that results are the same bits every time.
     """
     tiles = triton.cdiv(length, tile)
     most = max(1, 2 * multiprocessors(device) // max(programs, 1))
@@ -107,14 +108,14 @@ def share(length: int, tile: int, programs: int, device: torch.device) -> tuple[
 
 
 def strides(name: str, axes: str, t: Tensor) -> dict[str, int]:
-    """``{q_b: .., q_h: .., q_n: ..}`` of all dimensions but the channels; zero where there is but one of its kind."""
+    """``{q_b: .., q_h: .., q_n: ..}`` of all dimensions but the channels; zero for a dimension of size 1."""
     return {f"{name}_{axis}": stride if size > 1 else 0 for axis, stride, size in zip(axes, t.stride(), t.shape[:-1])}
 
 
 def aligned_rows(t: Tensor) -> Tensor:
-    """``t`` itself where its rows are dense and begin at multiples of 16 channels, as in most views of heads; else a copy.
+    """``t [B, H, rows, channels]`` if its rows are dense and begin at multiples of 16 channels, as most views of heads; or a copy.
 
-    Rows are read again for every tile of the other side, and without alignment two bytes at a time.
+    Rows are read again for every tile of the other matrix, and without alignment by two bytes at a time.
     """
     apart = strides("t", "bhn", t).values()
     if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in apart):

@@ -1,7 +1,7 @@
 """Forward of streaming attention on built keys and values.
 
-A program owns a block of queries of one head and a split of the tokens, and keeps the running maximum, sum and output of
-its softmax (Milakov and Gimelshein 2018; Dao et al. 2022), in units of log2:
+A program owns a block of queries of one head and a split of the tokens, and keeps the running maximum, sum and output
+of its softmax (Milakov and Gimelshein 2018; Dao et al. 2022), in units of log2:
 
     s = scale log2(e) q k^T,    peak' = max(peak, ceil(max s)),    p = 2^(s - peak')
     (total, o)' = 2^(peak - peak') (total, o) + p (1, v)
@@ -11,8 +11,8 @@ p is exact however large s is, as long as rounding the peak leaves p within fp32
 
 With few queries the tokens are split until the GPU is full, and a second kernel merges the splits. Half precision goes
 to the tensor cores as it is, with p rounded to it; scores, softmax and sums are fp32. fp32 is multiplied in fp32
-("ieee"): three TF32 products would do for one tile, but tensor cores truncate as they add, and over tens of thousands of
-tokens that exceeds the error of plain fp32.
+("ieee"): three TF32 products would do for one tile, but tensor cores truncate as they add, and over tens of thousands
+of tokens that exceeds the error of plain fp32.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def cross_attention_hashes_kernel(seed, row_hashes, token_hashes, rows, tokens, 
 def visible(mask, token, tokens, EVEN: tl.constexpr):
     """Whether tokens are there and not masked: ``[M]`` bool, for token indices ``[M]``.
 
-    ``mask`` points to a batch element's bool ``[tokens]``, or is None. EVEN: no index is beyond the last token; else those
-    are read as False.
+    ``mask`` points to a batch element's bool ``[tokens]``, or is None. EVEN: no index is beyond the last token; else
+    those are read as False.
     """
     if mask is None:
         seen = token < tokens
@@ -88,16 +88,16 @@ def cross_attention_fwd_kernel(
 ):  # fmt: skip
     """Output and log-sum-exp of a block of queries of one head, over a split of the tokens; the formula is above.
 
-    Grid: ``blocks * GROUPS * splits * B * H`` programs, see :func:`place`. One computes BLOCK_N queries, for one group of
-    the channels of v; weights are computed again for every group.
+    Grid: ``blocks * GROUPS * splits * B * H`` programs, see :func:`place`. One computes BLOCK_N queries, for one group
+    of the channels of v; weights are computed again for every group.
 
-        q              [B, H, N, D]     in   fp32, fp16 or bf16, the matrices' dtype; strides q_b, q_h, q_n, channels dense
-        k              [B, H, M, D]     in   matrices' dtype; strides k_b, k_h, k_m, channels dense
-        v              [B, H, M, V]     in   matrices' dtype; strides v_b, v_h, v_m, channels dense
+        q              [B, H, N, D]     in   fp32, fp16 or bf16: the dtype of all; strides q_b, q_h, q_n
+        k              [B, H, M, D]     in   dtype of q; strides k_b, k_h, k_m
+        v              [B, H, M, V]     in   dtype of q; strides v_b, v_h, v_m; channels of all three are dense
         mask           [B, M]           in   bool, stride mask_b, tokens dense; or None. False: a logit of -inf
         row_hashes     [B H N]          in   int32, or None without dropout
         token_hashes   [M]              in   int32, or None without dropout
-        o              [B, H, N, V]     out  matrices' dtype, dense. SPLIT: fp32 [splits, B H N, V], not divided by totals
+        o              [B, H, N, V]     out  dtype of q, dense; SPLIT: fp32 [splits, B H N, V], not yet divided
         lse            [B H N]          out  fp64, natural logarithm; not written if SPLIT
         peaks, totals  [splits, B H N]  out  fp32, if SPLIT, else None: largest logit in base 2, and sum of weights
 
@@ -114,9 +114,9 @@ def cross_attention_fwd_kernel(
         HOLD                                 q stays in registers; else it is read again for every tile of tokens
         EVEN                                 M is a multiple of BLOCK_M: no tile needs a bound
 
-    Queries beyond the last read as zeros and are not written. Tokens beyond the last read as zeros and, like masked ones,
-    get a logit of -inf and a weight of 0. Some token has to be left: a batch element that is all masked comes from the op
-    unmasked, with zero queries.
+    Queries beyond the last read as zeros and are not written. Tokens beyond the last read as zeros and, like masked
+    ones, get a logit of -inf and a weight of 0. Some token has to be left: a batch element that is all masked comes
+    from the op unmasked, with zero queries.
     """
     block, group, split, head = place(tl.program_id(0), blocks, splits, GROUPS)
     n = block * BLOCK_N
@@ -224,7 +224,7 @@ def cross_attention_merge_kernel(
 def variant(kernel: str, dtype: torch.dtype, channels: int, arch: int) -> Config:
     """The configuration of a kernel ("forward", "dq" or "dkv") whose widest matrix has ``channels``.
 
-    For fp32 on sm_100 the table has no tile of 64 rows: Triton 3.7 would run its products on tensor cores, "ieee" or not.
+    For fp32 the table has no tile of 64 rows on sm_100: Triton 3.7 would take tensor cores for it, "ieee" or not.
     """
     if dtype == torch.float32:
         return config(f"cross_attention_{kernel}[fp32]", arch)
@@ -240,8 +240,8 @@ def read(channels: int, dtype: torch.dtype) -> Pieces:
 def summed(channels: int, dtype: torch.dtype, dropout: float, arch: int) -> Pieces:
     """How the channels of what is summed are cut: into groups of as many as registers hold.
 
-    Those are fewer in fp32, and fewer beside dropout's hashes. From sm_100 on they are fewer in any case: these tiles are too
-    small for that architecture's tensor memory, and ptxas needs more registers for them than before.
+    Those are fewer in fp32, and fewer beside dropout's hashes. From sm_100 on they are fewer in any case: these tiles
+    are too small for that architecture's tensor memory, and ptxas needs more registers for them than before.
     """
     if dtype == torch.float32:
         return cut(channels, 32, 128)

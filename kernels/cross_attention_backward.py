@@ -4,13 +4,13 @@
     dv = P^T d_o,    dk = scale dS^T q,    dq = scale dS k
 
 One kernel owns queries and walks over tokens for dq, another owns tokens and walks over queries for dk and dv
-(cross_attention_gradients.py); sums that were split are added up in order, so that results are the same bits every time.
-Every matrix is read as it lies.
+(cross_attention_gradients.py); sums that were split are added up in order, so that results are the same bits every
+time. Every matrix is read as it lies.
 
 Over all tokens dS sums to d_lse. By what the sum differs from it, delta is wrong, since it was made of rounded outputs.
-Beside gradients of ordinary size the error is nothing. Where softmax is saturated gradients are tiny, and it shows: so in
-fp32 delta is corrected before dk is computed, and blocks of queries whose delta was wrong compute dq once more. The GPU
-decides which, and the host does not wait for it.
+Beside gradients of ordinary size the error is nothing. Where softmax is saturated gradients are tiny, and it shows: so
+in fp32 delta is corrected before dk is computed, and blocks of queries whose delta was wrong compute dq once more. The
+GPU decides which, and the host does not wait for it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def cross_attention_terms_kernel(
 def cross_attention_settle_kernel(
     residues, sizes, d_lse, delta, flags, queries, blocks, splits, rows, BLOCK_N: tl.constexpr
 ):
-    """Correct delta where the sums of dS say that it is wrong by more than rounding, and flag blocks that have such rows.
+    """Correct delta where the sums of dS say that it is wrong, and flag the blocks of queries that have such rows.
 
         error = sum_s residues[s] - d_lse,    wrong = |error| > TOLERANCE sum_s sizes[s],    delta += error where wrong
 

@@ -1,7 +1,7 @@
 """Gradients of streaming attention: the two kernels that walk over all pairs of queries and tokens.
 
-The formulas are those of cross_attention_backward.py, which launches them. One owns queries and walks over tokens for dq,
-the other owns tokens and walks over queries for dk and dv: no two programs write the same element.
+The formulas are those of cross_attention_backward.py, which launches them. One kernel owns queries and walks over
+tokens for dq, the other owns tokens and walks over queries for dk and dv. No two programs write the same element.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def cross_attention_dq_kernel(
         D, D_CHUNK, D_COUNT, D_TAIL  channels of q and k, and how they are cut for q k^T: dense_tiles.Pieces
         V, V_CHUNK, V_COUNT, V_TAIL  channels of v, and how they are cut for d_o v^T
         CHUNK, COUNT, TAIL, GROUPS   how the channels of dq are cut, of one group
-        BLOCK_N, BLOCK_M             tile of weights, queries x tokens
-        HOLD                         q and d_o stay in registers; else they are read again for every tile of tokens
-        EVEN                         M is a multiple of BLOCK_M: no tile needs a bound
+        BLOCK_N, BLOCK_M     tile of weights, queries x tokens
+        HOLD                 q and d_o stay in registers; else they are read again for every tile of tokens
+        EVEN                 M is a multiple of BLOCK_M: no tile needs a bound
 
-    Queries beyond the last have a weight of 0 and are not written. Masked tokens, and those beyond the last, have a logit of
-    -inf and a weight of 0.
+    Queries beyond the last have a weight of 0 and are not written. Masked tokens, and those beyond the last, have a
+    logit of -inf and a weight of 0.
     """
     block, group, split, head = place(tl.program_id(0), blocks, splits, GROUPS)
     if flags is not None:
@@ -152,18 +152,18 @@ def cross_attention_dkv_kernel(
         log2_scale, scale          scale log2(e), and scale
         threshold, keep_scale      of dropout: p 2^32, and 1 / (1 - p)
 
-        D, D_CHUNK, D_COUNT, D_TAIL          channels of q and k, and how they are cut for k q^T: dense_tiles.Pieces
-        V, V_CHUNK, V_COUNT, V_TAIL          channels of v, and how they are cut for v d_o^T
-        K_SUM, K_SUMS, K_REST                chunk, count and tail of a group of dk's channels
-        V_SUM, V_SUMS, V_REST                chunk, count and tail of a group of dv's channels
-        GROUPS                               of the channels of dk and of dv
-        BLOCK_N, BLOCK_M                     tile of weights, queries x tokens
-        HOLD                                 k and v stay in registers; else they are read again for every tile of queries
-        EVEN                                 N is a multiple of BLOCK_N: no tile needs a bound
+        D, D_CHUNK, D_COUNT, D_TAIL  channels of q and k, and how they are cut for k q^T: dense_tiles.Pieces
+        V, V_CHUNK, V_COUNT, V_TAIL  channels of v, and how they are cut for v d_o^T
+        K_SUM, K_SUMS, K_REST        chunk, count and tail of a group of dk's channels
+        V_SUM, V_SUMS, V_REST        chunk, count and tail of a group of dv's channels
+        GROUPS                       of the channels of dk and of dv
+        BLOCK_N, BLOCK_M             tile of weights, queries x tokens
+        HOLD                         k and v stay in registers; else they are read again for every tile of queries
+        EVEN                         N is a multiple of BLOCK_N: no tile needs a bound
 
-    Tiles are ``[tokens, queries]``, so that P^T and dS^T are what the products want. Queries beyond the last have a weight
-    of 0. Sums of one token take nothing from another's, so those of masked tokens may hold anything: they are written as
-    zeros. Tokens beyond the last are not written.
+    Tiles are ``[tokens, queries]``, so that P^T and dS^T are what the products want. Queries beyond the last have a
+    weight of 0. Sums of one token take nothing from another's, so those of masked tokens may hold anything: they are
+    written as zeros. Tokens beyond the last are not written.
     """
     block, group, split, head = place(tl.program_id(0), blocks, splits, GROUPS)
     b, h, m = (head // heads).to(tl.int64), (head % heads).to(tl.int64), block * BLOCK_M

@@ -1,10 +1,10 @@
 """Matrices of any number of channels, in chunks: what the kernels of cross_attention share.
 
 A program owns a tile of A rows of one matrix (queries, or tokens) and walks over tiles of B rows of another (tokens, or
-queries). Matrices lie in memory as ``[rows, channels]``, channels dense. Two products are needed: ``a b^T [A, B]``, summed
-over all channels (:func:`product`), and a tile of weights ``[A, B]`` times ``b``, whose sums stay in registers, one tensor
-``[A, CHUNK]`` a chunk of channels (:func:`accumulate`). Chunks are powers of two as Triton wants them; the last is as narrow
-as what is left allows, so that 261 channels cost 272 and not 512.
+queries). Matrices lie in memory as ``[rows, channels]``, channels dense. Two products are needed: ``a b^T [A, B]``,
+summed over all channels (:func:`product`), and a tile of weights ``[A, B]`` times ``b``, whose sums stay in registers,
+one tensor ``[A, CHUNK]`` a chunk of channels (:func:`accumulate`). Chunks are powers of two as Triton wants them; the
+last is as narrow as what is left allows, so that 261 channels cost 272 and not 512.
 
 Functions take a matrix as a pointer to its first element of interest, the stride between rows, and how many rows and
 channels there are from there on. What lies beyond reads as zero and is not written. ``ALL_..`` says that nothing does.
@@ -22,8 +22,8 @@ import triton.language as tl
 class Pieces:
     """How channels are cut: ``count`` chunks of ``chunk`` and one of ``tail`` (or 0), times ``groups``.
 
-    Each group is the work of programs of its own, since a thread has no registers for the sums of more. Kernels take the
-    first three as CHUNK, COUNT and TAIL, with a prefix where there are several.
+    Each group is the work of programs of its own, since a thread has no registers for the sums of more. Kernels take
+    the first three as CHUNK, COUNT and TAIL, with a prefix where there are several.
     """
 
     chunk: int

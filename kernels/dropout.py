@@ -1,8 +1,8 @@
 """Attention dropout: which weights are kept, the same on every backend (perceiver_fast/reference/dropout.py states it).
 
-Every query row and every token has a 32-bit hash of its index and the seed, and one more hash, of these two, decides about
-their weight. No random numbers are drawn in turn: a weight's fate does not depend on how tiles are cut, and the backward
-finds it again. Philox, which torch uses, would cost about three times the instructions.
+Every query row and every token has a 32-bit hash of its index and the seed, and one more hash, of these two, decides
+about their weight. No random numbers are drawn in turn: a weight's fate does not depend on how tiles are cut, and the
+backward finds it again. Philox, which torch uses, would cost about three times the instructions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def hash_rows(seed, rows):
 
 @triton.jit
 def hash_tokens(seed, tokens):
-    """uint32 hashes of tokens, by their int64 indices m, of any shape; rows take the even numbers, tokens the odd ones."""
+    """uint32 hashes of tokens, by their int64 indices m, of any shape; their numbers are odd, those of rows even."""
     return (_splitmix64(_splitmix64(seed.to(tl.uint64)) ^ _splitmix64(2 * tokens.to(tl.uint64) + 1)) >> 32).to(
         tl.uint32
     )
@@ -40,7 +40,7 @@ def hash_tokens(seed, tokens):
 def dropout_keep(row_hash, token_hash, threshold):
     """True where a weight is kept: where lowbias32 (Chris Wellons) of ``row_hash ^ token_hash`` is not below threshold.
 
-    The hashes broadcast, as ``[N, 1]`` and ``[1, M]``. They and ``threshold``, a number p 2^32, are 32 bits of any type.
+    The hashes broadcast, as ``[N, 1]`` and ``[1, M]``. They and ``threshold``, p 2^32, are 32 bits of any type.
     """
     x = row_hash.to(tl.uint32, bitcast=True) ^ token_hash.to(tl.uint32, bitcast=True)
     x = x ^ (x >> 16)

@@ -3,9 +3,9 @@
     [value, gate] = h + bias,    u = value gate Phi(gate)
     d_value = d_u gate Phi(gate),    d_gate = d_u value (Phi(gate) + gate phi(gate))
 
-Memory is what a GPU waits for as long as an element takes no more than about 30 instructions, and CUDA's erf alone takes 28.
-Phi is therefore one exponential whose exponent is a polynomial: 13 instructions. Below zero it is more exact than by way of
-erf, since no difference of nearly equal numbers is taken.
+Memory is what a GPU waits for as long as an element takes no more than about 30 instructions, and CUDA's erf alone
+takes 28. Phi is therefore one exponential whose exponent is a polynomial: 13 instructions. Below zero it is more exact
+than by way of erf, since no difference of nearly equal numbers is taken.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BACKWARD = Config(queries=1, tokens=1024, warps=4, registers=96)
 def cumulative(x):
     """The normal distribution's Phi, of any shape, to 6e-8: 2^(-1 + x p(x)) is Phi(-x) for x >= 0.
 
-    Of all polynomials of degree 7, p is the one whose largest error in Phi over 0 .. 6.5 is least, 8e-9. Beyond 6.5 the error
-    only falls.
+    Of all polynomials of degree 7, p is the one whose largest error in Phi over 0 .. 6.5 is least, 8e-9. Beyond 6.5 the
+    error only falls.
     """
     a = tl.abs(x)
     bits = a * -2.8349131753202528e-06 + 3.937769361073151e-05
@@ -50,7 +50,7 @@ def density(x):
 
 @triton.jit
 def biases(bias, column, F: tl.constexpr):
-    """The biases of values and of gates, ``[1, COLS]`` float32 at ``column [1, COLS]``, 0 beyond F; 0.0 without a bias."""
+    """Biases of values and of gates at ``column [1, COLS]``, float32: 0 beyond F, and the number 0.0 without a bias."""
     if bias is None:
         return 0.0, 0.0
     else:
@@ -65,7 +65,7 @@ def geglu_forward_kernel(
 ):  # fmt: skip
     """``[value, gate] = h + bias``, ``u = value gate Phi(gate)`` of a tile.
 
-    Grid: a program for ROWS rows and COLS columns, columns first; entries beyond either read as zero and are not written.
+    Grid: a program for ROWS rows and COLS columns, columns first. What lies beyond reads as zero and is not written.
 
         h     [rows, 2 F]  in   fp32, fp16 or bf16, dense
         bias  [2 F]        in   fp32, fp16 or bf16; or None
@@ -93,8 +93,8 @@ def geglu_backward_kernel(
 ):  # fmt: skip
     """u again, ``d_h = [d_value, d_gate]``, and a share's sums of it over rows, for the gradient of the bias.
 
-    Grid: ``BLOCKS * shares`` programs. One has a block of COLS columns and every ``shares``-th tile of rows; entries beyond
-    the last row or column read as zero, are not written and add nothing to sums.
+    Grid: ``BLOCKS * shares`` programs. One has a block of COLS columns and every ``shares``-th tile of rows; entries
+    beyond the last row or column read as zero, are not written and add nothing to sums.
 
         d_u    [rows, F]         in   dtype of h, dense
         h      [rows, 2 F]       in   fp32, fp16 or bf16, dense
@@ -169,7 +169,7 @@ def backward_launches(d_u: Tensor, h: Tensor, bias: Tensor | None) -> tuple[Tens
 
 
 def forward(h: Tensor, bias: Tensor | None) -> Tensor:
-    """Kernel of the op ``geglu_forward``: h ``[.., 2 F]``, bias ``[2 F]`` or None, to u ``[.., F]`` in the dtype of h."""
+    """Kernel of the op ``geglu_forward``: u ``[.., F]`` of h ``[.., 2 F]``, the same dtype, and bias ``[2 F]``."""
     u, launches = forward_launches(h, bias)
     for launch in launches:
         launch.run()

@@ -1,8 +1,8 @@
 """A grid of any number of axes as rows x columns, and how its work is cut into programs.
 
-Columns are the last axis, or several when it is short; all other axes fold into rows. A query has a table of numbers for
-every axis. Of a row, which is a place on several axes, it has the sum of their entries there; what it collects in a row
-belongs to every one of these entries.
+Columns are the last axis, or several when it is short; all other axes fold into rows. A query has a table of numbers
+for every axis. Of a row, which is a place on several axes, it has the sum of their entries there; what it collects in a
+row belongs to every one of these entries.
 """
 
 from __future__ import annotations

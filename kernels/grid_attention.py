@@ -1,8 +1,8 @@
 """Grid attention, forward: N x M weights from F channels and two table entries a pair, none of them stored.
 
-A program holds a tile of queries x columns and walks down the rows: the columns' table and their sums stay in registers,
-a row costs one table entry a query. Few queries and many tokens: rows are split over programs, and partial sums are
-merged.
+A program holds a tile of queries x columns and walks down the rows: the columns' table and their sums stay in
+registers, a row costs one table entry a query. Few queries and many tokens: rows are split over programs, and partial
+sums are merged.
 
     s = (column[n, j] + row[n, i] + g[n] . x) r        base-2 logits: r carries log2(e)
     p = exp2(s - shift)                                shift is 0: exp2 of logits within +-60 needs no maximum
@@ -14,9 +14,9 @@ maximum, then with it as shift. Nothing waits for the host to decide it, and no 
 With tensor cores (precision "bf16", "tf32", "ieee") the channels' part of the logits is a product with keys, and one
 product with values collects channels, totals and the sums of eight rows apart.
 
-Names: a query is a row n of the folded ``q [B, N, F + rows + columns]``, which holds g, row and column; heads are folded
-into N. A token is at row i and column j, has channels x and a scale r. ``kept`` is the op's: the sum of a query's weights
-after dropout, 1 but for the draw.
+Names: a query is a row n of the folded ``q [B, N, F + rows + columns]``, which holds g, row and column; heads are
+folded into N. A token is at row i and column j, has channels x and a scale r. ``kept`` is the op's: the sum of a
+query's weights after dropout, 1 but for the draw.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LEAST_TOTAL, MOST_TOTAL = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)  # beyo
 
 @triton.jit
 def place(program, N, columns, splits, BN: tl.constexpr, BJ: tl.constexpr):
-    """A program's queries n ``[BN]``, block of columns and its columns j ``[BJ]``, split of the rows, batch element (int64).
+    """A program's queries n ``[BN]``, block of columns, its columns j ``[BJ]``, split of the rows, and batch element.
 
     Blocks of queries follow each other first, then blocks of columns, splits and batch elements: neighbouring programs
     read the same tokens.
@@ -73,14 +73,16 @@ def grid_attention_forward_kernel(
 
     Grid: one program for BN queries, BJ columns, a split and a batch element, see :func:`place`.
 
-        q             [B, N, F + rows + columns]              in   fp32; strides q_batch (may be 0), q_row, the last dense
-        planes, scale, keys, values                           in   tokens, see grid_attention_tokens: planes for precision
-                                                                   "fma", else the other three; those not taken are None
-        seed          [1]                                     in   int64, or None without dropout
-        token_hashes  [rows, padded]                          in   int32, or None without dropout
-        column_parts  [splits, B, N, padded]                  out  fp32: sum of p r by column
-        row_parts     [column blocks, B, rows, N]             out  fp32: sum of p r by row
-        sum_parts     [splits, column blocks, B, N, F + 3]    out  fp32: sums of p r x, of p, of p that dropout keeps; shift
+        q             [B, N, F + rows + columns]            in   fp32; strides q_batch (may be 0), q_row, the last dense
+        planes        [B, rows, F + 2, padded]              in   tokens, see grid_attention_tokens: planes for precision
+        scale         [B, rows, 2, padded]                  in   "fma", else the other three, and None for what is not
+        keys          [B, rows, padded, K]                  in   taken
+        values        [B, rows, padded, V]                  in
+        seed          [1]                                   in   int64, or None without dropout
+        token_hashes  [rows, padded]                        in   int32, or None without dropout
+        column_parts  [splits, B, N, padded]                out  fp32: sum of p r by column
+        row_parts     [column blocks, B, rows, N]           out  fp32: sum of p r by row
+        sum_parts     [splits, column blocks, B, N, F + 3]  out  fp32: sums of p r x, of p, of p that is kept; shift
 
         B, N, rows, columns  sizes
         padded               columns in memory, a multiple of BJ
@@ -88,14 +90,15 @@ def grid_attention_forward_kernel(
         threshold            of dropout: p 2^32
 
         F                channels of a token
-        K, V, GROUP      columns of a key and of a value, rows whose sums stand apart in a product: grid_attention_tokens
+        K, V             columns of a key and of a value
+        GROUP            rows whose sums stand apart in a product with values
         BN, BJ           tile of weights, queries x columns
         DROPOUT          some weights are dropped
         HOLES            there may be holes that keys do not close: grid_sweep_fma, grid_sweep_mma
         PRECISION        of products: grid.Grid
 
-    Queries beyond the last read as zeros, and nothing of theirs is written. What q holds beyond the last column reads as
-    zero; columns up to ``padded`` are holes and collect nothing.
+    Queries beyond the last read as zeros, and nothing of theirs is written. What q holds beyond the last column reads
+    as zero; columns up to ``padded`` are holes and collect nothing.
     """
     n, block, j, split, b = place(tl.program_id(0), N, columns, splits, BN, BJ)
     live = n < N  # [BN]
@@ -219,8 +222,8 @@ def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor 
     Everything is computed on the device, without waiting for it.
 
     Returns:
-        q with zeros for batch elements that are all masked, the mask as dense uint8 ``[B, *sizes]`` without them, and which
-        they are, bool ``[B]``; or q, None and None without a mask.
+        q with zeros for batch elements that are all masked, the mask as dense uint8 ``[B, *sizes]`` without them, and
+        which they are, bool ``[B]``; or q, None and None without a mask.
     """
     if mask is None:
         return q, None, None

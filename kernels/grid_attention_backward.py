@@ -6,8 +6,8 @@
 with ``factor`` multiplied into the gradients once, not into every weight. q's gradients are sums of dS times what the
 forward sums P times; those of the tokens take a kernel of their own (grid_attention_token_grads).
 
-Over all tokens dS sums to the gradient of lse. What it sums to beyond that, the residual, comes from the rounding of delta,
-and is taken out of delta and of q's gradient: where softmax is saturated, there is nothing else in them.
+Over all tokens dS sums to the gradient of lse. What it sums to beyond that, the residual, comes from the rounding of
+delta, and is taken out of delta and of q's gradient: where softmax is saturated, there is nothing else in them.
 """
 
 from __future__ import annotations
@@ -175,9 +175,9 @@ def grid_attention_backward_merge_kernel(
         PARTS  power of two, at least splits * column_blocks; parts beyond the last read as zeros
         BLOCK  rows, or columns, at a time
 
-    In dq every dS is wrong by P times the residual, so that dq is wrong by the residual times sum_m P r [x ; ..], which is
-    o. With dropout o sums only weights that were kept: that sum is about o / kept then, and exactly so where one token has
-    all the weight. A query of which nothing was kept is left as it is.
+    In dq every dS is wrong by P times the residual, so that dq is wrong by the residual times sum_m P r [x ; ..], which
+    is o. With dropout o sums only weights that were kept: that sum is about o / kept then, and exactly so where one
+    token has all the weight. A query of which nothing was kept is left as it is.
     """
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N
@@ -218,8 +218,8 @@ def backward_launches(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Launch]]:  # fmt: skip
     """Folded dq, what to take out of it times o ``[B, N, 1]``, dfeat, dscale, and the launches that compute them.
 
-    q is folded, and d_o is given both folded and as it comes; all are dense but q. The gradients of the tokens are empty
-    without ``token_grads``.
+    q is folded, and d_o is given both folded and as it comes; all are dense but q. The gradients of the tokens are
+    empty without ``token_grads``.
     """
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
     count, length = grid.batch * grid.queries, o.shape[-1]

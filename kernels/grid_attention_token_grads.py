@@ -3,9 +3,9 @@
     t = column[n, j] + row[n, i] + g[n] . x,  u = d_column[n, j] + d_row[n, i] + d_g[n] . x
     dx = r sum_n (dS g[n] + P d_g[n]),  dr = sum_n (dS t + P u)
 
-P and dS are those of grid_attention_backward. No two programs write the same token, so the result is the same every time.
-A thread keeps its own sums over its queries until the end. Rows are taken several at a time, since what a query holds of a
-column is read once for all of them.
+P and dS are those of grid_attention_backward. No two programs write the same token, so the result is the same every
+time. A thread keeps its own sums over its queries until the end. Rows are taken several at a time, since what a query
+holds of a column is read once for all of them.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def grid_attention_token_grads_kernel(
         HAS_D_KEPT  the result ``kept`` has a gradient
         PRECISION   of products: grid.Grid
 
-    Queries beyond the last read as zeros: their P is not 0, but all they multiply is, and dS is. Tokens that are masked, or
-    beyond the last row or column, read as zeros.
+    Queries beyond the last read as zeros: their P is not 0, but all they multiply is, and dS is. Tokens that are
+    masked, or beyond the last row or column, read as zeros.
     """
     FLOAT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32"  # of products of float32
     row_blocks, column_blocks = tl.cdiv(rows, ROWS), tl.cdiv(columns, BJ)
@@ -197,8 +197,7 @@ def token_grads_launch(
     Args:
         grid: the call's sizes and precision.
         tokens: their description for the kernels of the grid's precision.
-        arguments: q and d_o folded, stats (see grid_attention_backward), the call's feat, scale, mask and seed, dfeat and
-            dscale.
+        arguments: q, d_o, stats, feat, scale, mask, seed, dfeat and dscale, as the kernel takes them.
         dropout: probability of a weight being dropped.
         has_d_kept: whether the result ``kept`` has a gradient.
         arch: architecture whose configuration is taken.

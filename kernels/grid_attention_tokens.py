@@ -1,17 +1,17 @@
 """Describes the tokens of a grid for the kernels, once a call: raw channels times scale, laid out as they are read.
 
-Scales are multiplied by log2(e), for logits in base 2. A token that is masked, or lies beyond the last column, is a hole:
-its channels are 0, its scale is 1, and the logit gets a term, HOLE, that leaves no weight, whatever the query. Columns are
-padded to a multiple of BLOCK, all holes.
+Scales are multiplied by log2(e), for logits in base 2. A token that is masked, or lies beyond the last column, is a
+hole: its channels are 0, its scale is 1, and the logit gets a term, HOLE, that leaves no weight, whatever the query.
+Columns are padded to a multiple of BLOCK, all holes.
 
     precision "fma"
         planes        [B, rows, F + 2, padded]   fp32: the channels, the scale, 0 or HOLE
     else
         scale         [B, rows, 2, padded]       fp32: the scale, 0 or HOLE
-        keys          [B, rows, padded, K]       bf16, or fp32 of "ieee": [the channels, once for each piece of a query | 0 |
-                                                 1 in a hole, where there is room for it]
-        values        [B, rows, padded, V]       bf16 of "bf16", else fp32: [scaled channels | 1 | eight columns, of which
-                                                 the one of row mod 8 holds the scale | 0]
+        keys          [B, rows, padded, K]       bf16, or fp32 for "ieee": [the channels, once for each piece of a
+                                                 query | 0 | 1 in a hole, where there is room for it]
+        values        [B, rows, padded, V]       bf16 for "bf16", else fp32: [scaled channels | 1 | eight columns, of
+                                                 which that of row mod 8 holds the scale | 0]
     with dropout
         token_hashes  [rows, padded]             uint32 as int32
 
@@ -84,7 +84,7 @@ def grid_planes_kernel(
 
 @triton.jit
 def nearest_tf32(x):
-    """x raised by half of TF32's last bit: tensor cores ignore the last 13 bits, and what they leave is the nearest TF32."""
+    """x raised by half of TF32's last bit: tensor cores ignore the 13 bits behind it, and see the nearest TF32."""
     return tl.where(x == x, (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True), x)
 
 
@@ -109,7 +109,7 @@ def grid_tokens_kernel(
         F, K, V     channels, of a key and of a value
         GROUP       rows whose sums stand apart in a product with values
         PIECES      how often a channel stands in a key: :func:`key_pieces`
-        SPLIT       pieces that a query's float32 is cut into; further pieces of a key hold what bf16 leaves of a channel
+        SPLIT       pieces that a query is cut into; those of a key beyond them hold what bf16 leaves of a channel
     """
     row, j, token, there, r = token_block(scale, mask, columns, across, BLOCK)
     hole = tl.where(there, 0.0, 1.0)
@@ -137,7 +137,7 @@ def grid_tokens_kernel(
 
 @triton.jit
 def grid_attention_hashes_kernel(seed, token_hashes, columns, padded, across, BLOCK: tl.constexpr):
-    """Dropout's hashes of the tokens, which all batch elements and heads share; beyond the last column they mean nothing.
+    """Dropout's hashes of the tokens, which all batch elements share. Beyond the last column they mean nothing.
 
     Grid: ``rows * across`` programs of BLOCK tokens.
 
@@ -168,8 +168,8 @@ def key_pieces(grid: Grid) -> int:
     """How often a channel stands in a key: once for every piece of a query that it is to meet.
 
     Tensor cores multiply bf16. A query's float32 is cut into three pieces of it, or two if there are many channels. A
-    bfloat16 channel is one piece. A float16 channel is two; the second, which is small, meets all of a query's pieces but
-    the last. "ieee" multiplies float32, and a channel stands there once.
+    bfloat16 channel is one piece. A float16 channel is two; the second, which is small, meets all of a query's pieces
+    but the last. "ieee" multiplies float32, and a channel stands there once.
     """
     split = 3 if grid.features <= FEW else 2
     return {"bf16": split, "tf32": 2 * split - 1}.get(grid.precision, 1)

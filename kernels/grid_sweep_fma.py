@@ -1,7 +1,7 @@
 """One program's walk down its rows without tensor cores: float32 throughout, for few features.
 
-A thread holds four neighbouring columns of several queries. What is summed over columns is first summed within the thread,
-so that a row costs one reduction across threads, for its own sum, and channels cost none until the end.
+A thread holds four neighbouring columns of several queries. What is summed over columns is first summed within the
+thread, so that a row costs one reduction across threads, for its own sum, and channels cost none until the end.
 
 Arguments of the functions, for a program's BN queries and BJ columns:
 
@@ -17,7 +17,7 @@ Arguments of the functions, for a program's BN queries and BJ columns:
     delta, d_kept                      grid_attention_backward
     rows_out                [BN]       pointers to the sums of row 0 in row_parts; N apart from row to row
     row_hash                [BN]       dropout's, as are token_hashes [BJ], pointers to row 0's, and threshold
-    HOLES                              there may be tokens that are none, masked or beyond the last column; they are read as
+    HOLES                              there may be tokens that are masked or beyond the last column: they read as
                                        channels of 0, a scale of 1, and a term of the logit that leaves no weight
 """
 

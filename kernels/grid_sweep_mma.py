@@ -30,10 +30,10 @@ FEW = tl.constexpr(grid.FEW)
 def load_packed(pointers, factor, mask, F: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CLOSE: tl.constexpr):
     """``[BN, K]``: what a block of queries holds of the channels, times ``factor``, packed as the keys are.
 
-    A key holds every channel several times (grid_attention_tokens.key_pieces). bf16 has too few bits for a query's float32,
-    so that it is cut into 2 or 3 pieces of bf16, and every piece meets the channel. With "ieee" it is float32 as it is.
-    ``CLOSE``, for q but not for gradients: a key's last column, where keys have room for it, is 1 for a hole, and HOLE here,
-    which leaves it no weight.
+    A key holds every channel several times (grid_attention_tokens.key_pieces). bf16 has too few bits for a query's
+    float32, so that it is cut into 2 or 3 pieces of bf16, and every piece meets the channel. With "ieee" it is float32
+    as it is. ``CLOSE``, for q but not for gradients: a key's last column, where keys have room for it, is 1 for a hole,
+    and HOLE here, which leaves it no weight.
 
     Args:
         pointers: ``[BN]``, to the first channel.
@@ -59,7 +59,7 @@ def load_packed(pointers, factor, mask, F: tl.constexpr, K: tl.constexpr, PRECIS
 
 @triton.jit
 def product(p, v, acc, PRECISION: tl.constexpr):
-    """``acc [BN, V]`` + p v: p ``[BN, BJ]`` is rounded to bf16, or cut off to TF32, or taken as it is; v is ``[BJ, V]``."""
+    """``acc [BN, V]`` + p v, of v ``[BJ, V]`` and p ``[BN, BJ]``, rounded to bf16, cut off to TF32, or as it is."""
     if PRECISION == "bf16":
         return tl.dot(p.to(tl.bfloat16), v, acc)
     else:
@@ -97,7 +97,10 @@ def store_rows(acc, rows_out, N, rows, last, apart, live):
 
 @triton.jit
 def load_row(scale, keys, values, at, j, k, c, K: tl.constexpr, V: tl.constexpr):
-    """A row's scales ``[BJ]``, keys ``[BJ, K]`` and values ``[BJ, V]``; it begins at token ``at``, k and c are 0 .. K, 0 .. V."""
+    """Scales ``[BJ]``, keys ``[BJ, K]`` and values ``[BJ, V]`` of the row that begins at token ``at``.
+
+    ``k [K]`` and ``c [V]`` count columns of keys and of values.
+    """
     r = tl.load(scale + 2 * at)
     key = tl.load(keys + at * K + (j[:, None] * K + k[None, :]))
     value = tl.load(values + at * V + (j[:, None] * V + c[None, :]))
@@ -166,7 +169,8 @@ def sweep_mma(
 def sweep_backward_mma(
     table, d_table, query_rows, d_query_rows, live, g, d_g, scale, keys, values, padded, first, last, j, shift, factor,
     delta, d_kept, rows_out, N, row_hash, token_hashes, threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over these rows of dS, the gradient by the logits.
 

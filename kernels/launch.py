@@ -1,4 +1,4 @@
-"""Launches as data, so that what is compiled ahead of time, and tested, is what a call launches; and how work is split."""
+"""Launches as data, so that what is compiled ahead of time, and tested, is what a call launches; how work is split."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class Instance:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel, the number of its programs, and all its arguments by name, constants too; others as in :class:`Instance`."""
+    """One kernel, the number of its programs, and all its arguments by name, constants too.
+
+    ``config`` and ``weights`` are those of :class:`Instance`.
+    """
 
     kernel: object
     programs: int
@@ -64,7 +67,7 @@ class Launch:
         self.kernel[(self.programs,)](**self.arguments, **self.config.options)
 
     def mismatches(self) -> list[str]:
-        """Names that differ between these arguments and the kernel's: Triton raises at a launch on a GPU, and only there."""
+        """What is missing or superfluous among the arguments: Triton raises for it at a launch on a GPU, not before."""
         kernel, given, taken = self.kernel.__name__, set(self.arguments), set(self.kernel.arg_names)
         return [f"{kernel} is not given {name}" for name in sorted(taken - given)] + [
             f"{kernel} takes no {name}" for name in sorted(given - taken)
@@ -96,10 +99,10 @@ class Launch:
 
 
 def share(length: int, tile: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many splits the walk of ``programs`` programs over ``length`` rows is cut, and rows a split, whole tiles.
+    """Into how many splits a walk over ``length`` rows is cut, which ``programs`` programs take, and rows a split.
 
-    There are as many as give every multiprocessor two programs, all running at once; one if there are programs enough. They
-    depend on shapes and the device alone, so that results are the same bits every time.
+    A split is of whole tiles. There are as many as give every multiprocessor two programs, all running at once; one if
+    there are programs enough. They depend on shapes and the device alone, so that results are the same bits every time.
     """
     tiles = triton.cdiv(length, tile)
     most = max(1, 2 * multiprocessors(device) // max(programs, 1))
@@ -113,9 +116,11 @@ def strides(name: str, axes: str, t: Tensor) -> dict[str, int]:
 
 
 def aligned_rows(t: Tensor) -> Tensor:
-    """``t [B, H, rows, channels]`` if its rows are dense and begin at multiples of 16 channels, as most views of heads; or a copy.
+    """``t [B, H, rows, channels]`` itself if rows are dense and begin at multiples of 16 channels; else a copy that is
+    so.
 
-    Rows are read again for every tile of the other matrix, and without alignment by two bytes at a time.
+    Most views of heads are. Rows are read again for every tile of the other matrix, without alignment two bytes at a
+    time.
     """
     apart = strides("t", "bhn", t).values()
     if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in apart):

@@ -4,8 +4,8 @@
     g = d_z weight,    d_x = d_y + rstd (g - mean(g) - hat mean(g hat))
 
 Rows up to ``ONE_BLOCK`` wide are held in registers; wider ones are walked over in blocks of columns, three times in the
-forward. The variance is that of the centred row, in two passes. y is rounded to the dtype of x before its statistics are
-taken: they are those of what the backward reads. Kernels take matrices ``[rows, D]``, dense.
+forward. The variance is that of the centred row, in two passes. y is rounded to the dtype of x before its statistics
+are taken: they are those of what the backward reads. Kernels take matrices ``[rows, D]``, dense.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ FORWARD = {
     ONE_BLOCK: Config(queries=1, tokens=4096, warps=8, registers=64),
 }
 FORWARD_WIDE = Config(queries=1, tokens=2048, warps=8, registers=128)  # of rows beyond ONE_BLOCK
-# Every program leaves its sums of 2 or 3 gradients, a number a column, to be added up. So there are few programs, as many as
-# registers hold at a time, and each takes many rows.
+# Every program leaves its sums of 2 or 3 gradients, a number a column, to be added up. So there are few programs, as
+# many as registers hold at a time, and each takes many rows.
 BACKWARD = {
     512: Config(queries=2, tokens=512, warps=1, registers=255),
     2048: Config(queries=1, tokens=2048, warps=4, registers=168),
@@ -116,7 +116,7 @@ def layer_norm_forward_kernel(
         sums, squares = tl.sum(centred, 1, keep_dims=True), tl.sum(centred * centred, 1, keep_dims=True)
         off, scale = corrections(sums, squares, eps, D)
         store_normed(z, (centred - off) * scale, weight, bias, at, column, there, inside)
-    else:  # y is made three times, of inputs that the cache still has: threads do not see what others wrote without a barrier
+    else:  # y is made three times, of inputs that are still cached: without a barrier threads miss what others wrote
         sums = tl.zeros([ROWS, COLS], tl.float32)
         for first in tl.range(0, D, COLS):
             column, inside, there, at = tile_at(first, row, rows, D, COLS)
@@ -198,8 +198,9 @@ def layer_norm_backward_kernel(
 ):  # fmt: skip
     """``d_x = d_y + rstd (g - mean(g) - hat mean(g hat))``, and a share's sums over rows for the gradients of vectors.
 
-    Grid: ``BLOCKS * shares`` programs. One has a block of COLS columns and every ``shares``-th tile of rows. A block is a
-    whole row, or a row's means come as ``terms``. Rows beyond the last read as zeros, rstd too, and add nothing to sums.
+    Grid: ``BLOCKS * shares`` programs. One has a block of COLS columns and every ``shares``-th tile of rows. A block is
+    a whole row, or a row's means come as ``terms``. Rows beyond the last read as zeros, rstd too, and add nothing to
+    sums.
 
         d_y         [rows, D]           in   dtype of y; or None
         d_z         [rows, D]           in   fp32, fp16 or bf16
@@ -264,7 +265,7 @@ def dense(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def forward_launches(x, branch, branch_bias, weight, bias, eps, out_dtype) -> tuple[Tensor, ...]:
-    """``y``, ``z``, ``mean``, ``rstd`` and the launches that compute them; arguments and results as :func:`forward`'s."""
+    """``y``, ``z``, ``mean``, ``rstd`` and the launches that compute them; see :func:`forward`."""
     y, z = x.new_empty((0,) if branch is None else x.shape), x.new_empty(x.shape, dtype=out_dtype)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
@@ -280,7 +281,7 @@ def forward_launches(x, branch, branch_bias, weight, bias, eps, out_dtype) -> tu
 
 
 def backward_launches(d_y, d_z, y, mean, rstd, weight, branch_bias: bool) -> tuple[Tensor, ...]:
-    """``d_x``, ``d_branch``, the gradients of the three vectors, and the launches that compute them; see :func:`backward`."""
+    """``d_x``, ``d_branch``, three vectors' gradients, and the launches that compute them; see :func:`backward`."""
     d_x, d_branch = y.new_empty(y.shape), d_z.new_empty((0,) if d_z.dtype == y.dtype else d_z.shape)
     vectors = [weight.new_empty(weight.shape) for _ in range(2 + branch_bias)]
     results = (d_x, d_branch, *vectors, *([] if branch_bias else [weight.new_empty(0)]))
@@ -358,7 +359,7 @@ def backward(
         branch_bias: whether its gradient is asked for.
 
     Returns:
-        Gradients of x, of branch (empty where it is that of x), of weight, of bias, of branch_bias (empty if not asked for).
+        Gradients of x, branch (empty where it is that of x), weight, bias, and branch_bias (empty if not asked for).
     """
     *results, launches = backward_launches(d_y, d_z, y, mean, rstd, weight, branch_bias)
     for launch in launches:

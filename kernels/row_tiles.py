@@ -26,7 +26,7 @@ MERGED = 64  # parts that it reads at a time, so that its walk is short
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a matrix is cut: into tiles of ``rows x columns``, ``blocks`` of them side by side, ``count`` on top of each other."""
+    """How a matrix is cut: into tiles of ``rows x columns``, ``blocks`` of them to a row and ``count`` to a column."""
 
     rows: int
     columns: int
@@ -56,7 +56,7 @@ def column_sums_kernel(
 ):  # fmt: skip
     """Sums over the first axis of ``parts``, in order; one output a kind.
 
-    Grid: ``KINDS * blocks`` programs; one has BLOCK columns of one kind. Parts and columns beyond the last read as zero.
+    Grid: ``KINDS * blocks`` programs; one has BLOCK columns of one kind. What lies beyond reads as zero.
 
         parts                 [parts_count, KINDS, width]  in   fp32
         first, second, third  [width]                      out  fp32, fp16 or bf16; None from the KINDS-th on

@@ -45,7 +45,7 @@ def cross_attention_hashes_kernel(seed, row_hashes, token_hashes, rows, tokens, 
 
         seed          [1]      in   int64
         row_hashes    [rows]   out  uint32 as int32; rows = B H N
-        token_hashes  [tokens] out  uint32 as int32
+        token_hashes  [tokens] out  uint32 as int32; tokens = M
     """
     number = tl.load(seed)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -86,10 +86,13 @@ def cross_attention_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr, HOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of a block of queries of one head, over a split of the tokens; the formula is above.
+    """Output and log-sum-exp of a block of queries of one head, over a split of the tokens.
 
-    Grid: ``blocks * GROUPS * splits * B * H`` programs, see :func:`place`. One computes BLOCK_N queries, for one group
-    of the channels of v; weights are computed again for every group.
+        s = log2_scale q k^T,    p = 2^(s - peak),    total = sum_m p
+        o = keep_scale sum_m keep p v / total,    lse = ln(2) (peak + log2(total))
+
+    Grid: ``blocks * GROUPS * splits * B * H`` programs, see dense_tiles.place. One computes BLOCK_N queries, for one
+    group of the channels of v; weights are computed again for every group.
 
         q              [B, H, N, D]     in   fp32, fp16 or bf16: the dtype of all; strides q_b, q_h, q_n
         k              [B, H, M, D]     in   dtype of q; strides k_b, k_h, k_m
@@ -99,7 +102,7 @@ def cross_attention_fwd_kernel(
         token_hashes   [M]              in   int32, or None without dropout
         o              [B, H, N, V]     out  dtype of q, dense; SPLIT: fp32 [splits, B H N, V], not yet divided
         lse            [B H N]          out  fp64, natural logarithm; not written if SPLIT
-        peaks, totals  [splits, B H N]  out  fp32, if SPLIT, else None: largest logit in base 2, and sum of weights
+        peaks, totals  [splits, B H N]  out  fp32, if SPLIT, else None: largest s, rounded up, and sum of p
 
         heads, queries, tokens    H, N, M
         blocks                    of BLOCK_N queries

@@ -93,6 +93,8 @@ def geglu_backward_kernel(
 ):  # fmt: skip
     """u again, ``d_h = [d_value, d_gate]``, and a share's sums of it over rows, for the gradient of the bias.
 
+        d_value = d_u gate Phi(gate),    d_gate = d_u value (Phi(gate) + gate phi(gate))
+
     Grid: ``BLOCKS * shares`` programs. One has a block of COLS columns and every ``shares``-th tile of rows; entries
     beyond the last row or column read as zero, are not written and add nothing to sums.
 

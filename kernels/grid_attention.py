@@ -71,13 +71,15 @@ def grid_attention_forward_kernel(
 ):  # fmt: skip
     """Sums over a split of the rows and a block of columns, in units of 2^shift, for a block of queries.
 
+        s = (column + row + g . x) r,    p = 2^(s - shift),    sums of p r, p r x and p; see above
+
     Grid: one program for BN queries, BJ columns, a split and a batch element, see :func:`place`.
 
         q             [B, N, F + rows + columns]            in   fp32; strides q_batch (may be 0), q_row, the last dense
-        planes        [B, rows, F + 2, padded]              in   tokens, see grid_attention_tokens: planes for precision
-        scale         [B, rows, 2, padded]                  in   "fma", else the other three, and None for what is not
-        keys          [B, rows, padded, K]                  in   taken
-        values        [B, rows, padded, V]                  in
+        planes        [B, rows, F + 2, padded]              in   fp32, of grid_attention_tokens; None but for "fma"
+        scale         [B, rows, 2, padded]                  in   fp32, likewise; None for precision "fma"
+        keys          [B, rows, padded, K]                  in   bf16 or fp32, likewise; None for precision "fma"
+        values        [B, rows, padded, V]                  in   bf16 or fp32, likewise; None for precision "fma"
         seed          [1]                                   in   int64, or None without dropout
         token_hashes  [rows, padded]                        in   int32, or None without dropout
         column_parts  [splits, B, N, padded]                out  fp32: sum of p r by column
@@ -162,6 +164,9 @@ def grid_attention_merge_kernel(
     F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query's partial sums, each in units of 2^shift, made one and divided by the total.
+
+        top = max shift,    total = sum 2^(shift - top) total_part,    lse = ln(2) (top + log2(total))
+        o = ln(2) keep_scale / total sum 2^(shift - top) part
 
     Grid: ``B * N`` programs. Every part counts 2^(shift - largest shift); one that met no token has a shift of -inf and
     counts nothing, as do parts beyond the last.

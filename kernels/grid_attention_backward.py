@@ -84,6 +84,8 @@ def grid_attention_backward_kernel(
 ):  # fmt: skip
     """Sums of dS over a split of the rows and a block of columns, for a block of queries, of which dq is made.
 
+        p = 2^(s - shift),    dS = p (keep keep_scale factor (r (d_column + d_row + d_g . x) + d_kept) - factor delta)
+
     Grid: one program for BN queries, BJ columns, a split and a batch element, see grid_attention.place.
 
         q, planes, scale, keys, values, seed, token_hashes    in   as grid_attention_forward_kernel takes them
@@ -160,6 +162,9 @@ def grid_attention_backward_merge_kernel(
 ):  # fmt: skip
     """One query's partial gradients summed, in order; and what rounding of delta left in them is found.
 
+        dq = ln(2) sum of parts,    residual = sum dS - d_lse,    factor delta += factor residual
+        correction = residual, or with dropout residual / kept
+
     Grid: ``B * N`` programs.
 
         column_parts, row_parts, sum_parts                in      as grid_attention_backward_kernel leaves them
@@ -192,8 +197,8 @@ def grid_attention_backward_merge_kernel(
         residual -= tl.load(d_lse + row).to(tl.float32)
     line = row * 0 + B * N  # from one of the stats to the next, int64
     delta = stats + 2 * line + row
-    tl.store(delta, tl.load(delta) + residual * tl.load(stats + line + row))  # sum_m p = 1 / factor
-    if kept is not None:  # dropout
+    tl.store(delta, tl.load(delta) + residual * tl.load(stats + line + row))  # stats hold factor delta
+    if kept is not None:
         share = tl.load(kept + row)
         residual = tl.where(share > 0, residual / share, 0.0)
     tl.store(correction + row, residual)

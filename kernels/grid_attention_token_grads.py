@@ -58,7 +58,7 @@ def grid_attention_token_grads_kernel(
     F: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, ROWS: tl.constexpr,
     DROPOUT: tl.constexpr, HAS_D_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dfeat and dscale of ROWS rows and BJ columns of one batch element; the formula is above.
+    """dfeat and dscale of ROWS rows and BJ columns of one batch element: dx and dr above, summed over all queries.
 
     Grid: one program for BJ columns, ROWS rows and a batch element, columns first.
 
@@ -202,7 +202,7 @@ def token_grads_launch(
         has_d_kept: whether the result ``kept`` has a gradient.
         arch: architecture whose configuration is taken.
     """
-    few = grid.precision == "fma" or grid.features <= FEW  # float32 instructions do for few channels
+    few = grid.precision == "fma" or grid.features <= FEW  # few channels need no tensor cores, whatever the precision
     precision = "fma" if few else grid.precision
     config = replace(grid, precision=precision).config("grid_attention_token_grads", arch, dropout)
     rows = ROWS if few and grid.features <= FEW else 1

@@ -62,7 +62,7 @@ def grid_planes_kernel(
     feat, scale, mask, planes, columns, padded, across,
     F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Planes, one for each channel, for precision "fma".
+    """Planes for precision "fma": one for each channel, then log2(e) scale, and 0 or HOLE.
 
     Grid: ``B * rows * across`` programs of BLOCK tokens.
 
@@ -94,7 +94,7 @@ def grid_tokens_kernel(
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr,
     PIECES: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values and scales, for products.
+    """Keys, values and scales for products, as the head of this file lays them out; scales times log2(e).
 
     Grid: ``B * rows * across`` programs of BLOCK tokens.
 

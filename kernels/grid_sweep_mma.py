@@ -23,7 +23,7 @@ from perceiver_fast.kernels import grid
 from perceiver_fast.kernels.dropout import dropout_keep
 from perceiver_fast.kernels.grid_attention_tokens import HOLE
 
-FEW = tl.constexpr(grid.FEW)
+FEW = tl.constexpr(grid.FEW)  # kernels read no other kind of global
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from perceiver_fast.kernels.launch import Launch
 NARROWEST = 16  # columns of a tile, at least
 TALLEST = 16  # rows of a tile, at most: addresses and statistics of every row take registers
 REGISTERS = 1 << 16  # of a multiprocessor
-COLUMNS = 32  # that a program adds up at the end: 128 bytes, which memory reads at once
+COLUMNS = 32  # that a program adds up at the end: 128 bytes of float32, as much as memory reads at once
 MERGED = 64  # parts that it reads at a time, so that its walk is short
 
 

@@ -2,12 +2,12 @@
 
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from support import needs_extension
-from torch.utils._python_dispatch import TorchDispatchMode
+from support import NoSync, needs_extension
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import perceiver_fast.ops
@@ -84,21 +84,10 @@ def test_torchs_counter_counts_the_declared_work(name, options):
     assert declared.exponentials >= 0
 
 
-class NoSync(TorchDispatchMode):
-    """Refuses whatever makes the host wait for values on the device."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero"), name
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: NOT tested here")
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.instances])
 def test_instances_launch_declared_kernels(name):
     """What is compiled ahead of time has the names that profilers filter by, and its launches ask nothing of the host."""
-    import re
-
     from perceiver_fast.gpu import assumed
     from perceiver_fast.kernels.launch import collected
     from perceiver_fast.ops.declaration import replaced

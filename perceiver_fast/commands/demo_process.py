@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import perceiver_fast as pf
-from perceiver_fast.commands.console import Report
+from perceiver_fast.insight.console import Report
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.insight.peer import peer_model
 

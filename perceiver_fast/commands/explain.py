@@ -15,10 +15,10 @@ import torch
 import perceiver_fast as pf
 from perceiver_fast import extension
 from perceiver_fast.commands import explain_table
-from perceiver_fast.commands.options import positive
 from perceiver_fast.insight import roofs
 from perceiver_fast.insight.explanation import Explanation
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.options import positive
 from perceiver_fast.insight.roofs import Roofs
 from perceiver_fast.insight.shapes import on_shapes
 from perceiver_fast.ops.linear_libraries import wide_bfloat16

@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from perceiver_fast.commands.console import plain_table, wide_console
+from perceiver_fast.insight.console import plain_table, wide_console
 from perceiver_fast.insight.explanation import Explanation, Layers, Line, amount, rejections
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.insight.roofs import Roofs

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 
+from perceiver_fast.commands import CannotRun
 from perceiver_fast.commands.info_kernels import show_kernels
 from perceiver_fast.commands.info_show import show
 from perceiver_fast.insight import roofs
@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code: 1 when something that was built does not load."""
     if args.arch and not args.kernels:
-        print("info: --arch says for what to compile kernels: add --kernels", file=sys.stderr)
-        return 2
+        raise CannotRun("--arch says for what to compile kernels: add --kernels")
     if args.kernels:
         return show_kernels(args.arch, as_json=args.json)
     collected = collect()

@@ -16,8 +16,8 @@ from rich.markup import escape
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from perceiver_fast.commands.console import plain_table, wide_console
 from perceiver_fast.commands.profile_workload import BACKWARD, FORWARD, PROFILED, Prepared
+from perceiver_fast.insight.console import plain_table, wide_console
 from perceiver_fast.ranges import OPS, ranges
 
 PASSES = (PROFILED, FORWARD, BACKWARD)

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from perceiver_fast.commands import CannotRun
-from perceiver_fast.commands.options import positive
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.options import positive
 from perceiver_fast.insight.peer import peer_model
 from perceiver_fast.ranges import layer_range, open_range, ranges
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from perceiver_fast import backends, extension
+from perceiver_fast.insight.machine import cpu_name, package_version
 from perceiver_fast.ops.declaration import OPS, Op
 from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
 from perceiver_fast.ops.linear_libraries import reasons as library_reasons
@@ -42,27 +42,6 @@ def _linear() -> dict:
         "chosen": {f"{name} {kind}": library_of(kind, dtype) for name, dtype in dtypes.items() for kind in KINDS},
         "bfloat16_in_float32": wide_bfloat16(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of what the package works with or is compared to; None where it is not installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def environment() -> dict[str, str]:
@@ -104,7 +83,7 @@ def collect() -> dict:
         "perceiver_fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "packages": package_versions(),
+        "packages": {name: package_version(name) for name in PACKAGES},
         "cpu": cpu_name(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),

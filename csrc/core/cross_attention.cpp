@@ -1,11 +1,8 @@
 #include "cross_attention.h"
 
 #include "cross_attention_plan.h"
-#include "kernel_tables.h"
 
 namespace perceiver_fast {
-
-PF_KERNEL_TABLES(CrossAttentionKernels, cross_attention)
 
 namespace {
 

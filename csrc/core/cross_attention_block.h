@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "dropout.h"
-#include "isa.h"
+#include "kernel_tables.h"
 
 namespace perceiver_fast {
 
@@ -66,7 +66,6 @@ struct CrossAttentionKernels {
   void (*token_delta)(const TokenTile<T>&, const BackwardBlock<T>&, T* sums);
 };
 
-template <class T>
-const CrossAttentionKernels<T>& cross_attention_kernels(Isa isa);
+PF_KERNEL_TABLES(CrossAttentionKernels, cross_attention)
 
 }  // namespace perceiver_fast

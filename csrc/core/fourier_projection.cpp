@@ -4,11 +4,8 @@
 
 #include "aligned.h"
 #include "fourier_projection_tile.h"
-#include "kernel_tables.h"
 
 namespace perceiver_fast {
-
-PF_KERNEL_TABLES(FourierProjectionKernels, fourier_projection)
 
 namespace {
 

@@ -1,12 +1,8 @@
 #include "geglu.h"
 
-#include "kernel_tables.h"
 #include "row_parts.h"
 
 namespace perceiver_fast {
-
-#define PF_GEGLU_TABLE(D, type) PF_KERNEL_TABLE(GegluKernels, geglu, D, type)
-PF_FOR_DTYPES(PF_GEGLU_TABLE)
 
 template <class D>
 void geglu_forward(const GegluForward<D>& call, const Parallel& parallel) {
@@ -31,7 +27,7 @@ void geglu_backward(const GegluBackward<D>& call, const Parallel& parallel) {
   for (int64_t i = 0; i < width; ++i) store_sum(sums.get()[i], call.d_bias + i);
 }
 
-#define PF_INSTANTIATE(D, type)                                                  \
+#define PF_INSTANTIATE(D)                                                  \
   template void geglu_forward<D>(const GegluForward<D>&, const Parallel&);       \
   template void geglu_backward<D>(const GegluBackward<D>&, const Parallel&);
 PF_FOR_DTYPES(PF_INSTANTIATE)

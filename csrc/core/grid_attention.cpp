@@ -1,11 +1,8 @@
 #include "grid_attention.h"
 
 #include "grid_attention_plan.h"
-#include "kernel_tables.h"
 
 namespace perceiver_fast {
-
-PF_KERNEL_TABLES(GridAttentionKernels, grid_attention)
 
 namespace {
 

@@ -16,7 +16,7 @@
 #include <cstdint>
 
 #include "dropout.h"
-#include "isa.h"
+#include "kernel_tables.h"
 
 namespace perceiver_fast {
 
@@ -87,7 +87,6 @@ struct GridAttentionKernels {
   void (*token_delta)(const TokenBox<T>&, const TokenGradient<T>&, T* delta);
 };
 
-template <class T>
-const GridAttentionKernels<T>& grid_attention_kernels(Isa isa);
+PF_KERNEL_TABLES(GridAttentionKernels, grid_attention)
 
 }  // namespace perceiver_fast

@@ -3,7 +3,7 @@
 // same token.
 #pragma once
 
-#include "grid_attention_kernels.h"
+#include "grid_attention_query_kernels.h"
 
 namespace perceiver_fast {
 namespace PF_ISA {
@@ -240,11 +240,6 @@ void token_gradient_any(const TokenBox<T>& box, const TokenGradient<T>& g) {
     default: return token_gradient<T, 0, false>(box, g);
   }
 }
-
-template <class T>
-constexpr GridAttentionKernels<T> kernels{Simd<T>::lanes,        accumulate_any<T, false>, accumulate_any<T, true>,
-                                          maximum<T>,            token_gradient_any<T>,    token_sums_any<T>,
-                                          token_delta_any<T>};
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

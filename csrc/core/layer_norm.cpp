@@ -1,12 +1,8 @@
 #include "layer_norm.h"
 
-#include "kernel_tables.h"
 #include "row_parts.h"
 
 namespace perceiver_fast {
-
-#define PF_LAYER_NORM_TABLE(D, type) PF_KERNEL_TABLE(LayerNormKernels, layer_norm, D, type)
-PF_FOR_DTYPES(PF_LAYER_NORM_TABLE)
 
 template <class D>
 void layer_norm_forward(const LayerNormForward<D>& call, const Parallel& parallel) {
@@ -29,7 +25,7 @@ void layer_norm_backward(const LayerNormBackward<D>& call, const Parallel& paral
     for (int64_t i = 0; gradients[k] != nullptr && i < n; ++i) store_sum(sums.get()[k * n + i], gradients[k] + i);
 }
 
-#define PF_INSTANTIATE(D, type)                                                           \
+#define PF_INSTANTIATE(D)                                                           \
   template void layer_norm_forward<D>(const LayerNormForward<D>&, const Parallel&);       \
   template void layer_norm_backward<D>(const LayerNormBackward<D>&, const Parallel&);
 PF_FOR_DTYPES(PF_INSTANTIATE)

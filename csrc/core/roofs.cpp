@@ -10,13 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernel_tables.h"
-
 namespace perceiver_fast {
-
-template <class T>
-const RoofsKernels<T>& roofs_kernels(Isa isa);
-PF_KERNEL_TABLE(RoofsKernels, roofs, float, f32)
 
 namespace {
 

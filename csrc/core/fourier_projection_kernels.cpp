@@ -2,8 +2,6 @@
 //
 // Batch elements that share positions share their part of the product: forward, its sums; backward, the sum of their
 // gradients takes the place of each.
-#pragma once
-
 #include "fourier_encode.h"
 #include "tile_gemm.h"
 #include "transpose.h"
@@ -240,7 +238,12 @@ void backward(const FourierBackward<T>& call, int64_t tile_begin, int64_t tile_e
 }
 
 template <class T>
-constexpr FourierProjectionKernels<T> kernels{Simd<T>::lanes, int(kPanel<T>), forward<T>, backward<T>};
+const FourierProjectionKernels<T>& fourier_projection_table() {
+  static constexpr FourierProjectionKernels<T> table{Simd<T>::lanes, int(kPanel<T>), forward<T>, backward<T>};
+  return table;
+}
+template const FourierProjectionKernels<float>& fourier_projection_table<float>();
+template const FourierProjectionKernels<double>& fourier_projection_table<double>();
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

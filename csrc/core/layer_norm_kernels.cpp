@@ -1,7 +1,5 @@
 // LayerNorm row by row, forward and backward, for one instruction set. A row is read from memory once: it stays in the
 // first-level cache for the passes that follow.
-#pragma once
-
 #include "elements.h"
 #include "layer_norm.h"
 
@@ -99,7 +97,13 @@ void layer_norm_gradient_rows(const LayerNormBackward<D>& call, int64_t begin, i
 }
 
 template <class D>
-constexpr LayerNormKernels<D> layer_norm_table{layer_norm_rows<D>, layer_norm_gradient_rows<D>};
+const LayerNormKernels<D>& layer_norm_table() {
+  static constexpr LayerNormKernels<D> table{layer_norm_rows<D>, layer_norm_gradient_rows<D>};
+  return table;
+}
+
+#define PF_INSTANTIATE(D) template const LayerNormKernels<D>& layer_norm_table<D>();
+PF_FOR_DTYPES(PF_INSTANTIATE)
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

@@ -1,7 +1,5 @@
 // The inner loops of streaming attention for one instruction set: matrix products of tiles (tile_gemm.h) and, between
 // them, exponentials.
-#pragma once
-
 #include "cross_attention_block.h"
 #include "dropout_mask.h"
 #include "tile_gemm.h"
@@ -222,8 +220,14 @@ void token_delta_any(const TokenTile<T>& tile, const BackwardBlock<T>& block, T*
 }
 
 template <class T>
-constexpr CrossAttentionKernels<T> kernels{Simd<T>::lanes,  int(kQueries<T>), forward_any<T>,    backward_any<T>,
-                                           correct_any<T>, token_sums<T>,    token_delta_any<T>};
+const CrossAttentionKernels<T>& cross_attention_table() {
+  static constexpr CrossAttentionKernels<T> table{
+      Simd<T>::lanes, int(kQueries<T>), forward_any<T>, backward_any<T>, correct_any<T>, token_sums<T>,
+      token_delta_any<T>};
+  return table;
+}
+template const CrossAttentionKernels<float>& cross_attention_table<float>();
+template const CrossAttentionKernels<double>& cross_attention_table<double>();
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

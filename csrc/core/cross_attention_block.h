@@ -24,7 +24,7 @@ struct TokenTile {
   // has a shift of -inf. Inverted attention's backward subtracts delta, in two pieces, from the weights'
   // gradients.
   const T *shift, *weight, *delta, *delta_low;
-  const uint32_t* keys;  // of dropout
+  const uint32_t* hashes;  // of dropout
   uint32_t threshold;    // of dropout; zero: none
 };
 
@@ -34,7 +34,7 @@ struct ForwardBlock {
   const T* q;  // [dim][queries], times scale log2(e)
   T *shift, *total;  // [queries]
   T* out;            // [dim_v][queries]
-  const typename KeyLane<T>::type* keys;
+  const typename HashLane<T>::type* hashes;
   T* scratch;  // [kTileTokens][queries]
 };
 
@@ -48,7 +48,7 @@ struct BackwardBlock {
   T* dq;                         // [dim][queries]
   T *dk, *dv;                    // [count][pad_d], [count][pad_v]
   T *sum, *size;                 // [queries]: sums of dS and of |dS|
-  const typename KeyLane<T>::type* keys;
+  const typename HashLane<T>::type* hashes;
   T *p, *ds;  // scratch [kTileTokens][queries] each
 };
 

@@ -91,7 +91,7 @@ void forward(const TokenTile<T>& tile, const ForwardBlock<T>& block, bool fixed_
       T* at = block.scratch + m * Q + v;
       V p = weight_of<T, Biased>(tile, m, at, shift);
       total += p;
-      if (Dropped) p = keep<T>(p, block.keys + v, tile.keys[m], tile.threshold);
+      if (Dropped) p = keep<T>(p, block.hashes + v, tile.hashes[m], tile.threshold);
       S::store(at, p);
     }
     S::store(block.total + v, S::load(block.total + v) + total);
@@ -122,8 +122,8 @@ void backward(const TokenTile<T>& tile, const BackwardBlock<T>& block) {
       const V p = weight_of<T, Biased>(tile, m, p_at, shift);
       V u = S::load(u_at), kept = p;
       if (Dropped) {
-        kept = keep<T>(p, block.keys + v, tile.keys[m], tile.threshold);
-        u = keep<T>(u, block.keys + v, tile.keys[m], tile.threshold);
+        kept = keep<T>(p, block.hashes + v, tile.hashes[m], tile.threshold);
+        u = keep<T>(u, block.hashes + v, tile.hashes[m], tile.threshold);
       }
       V ds = p * (Biased ? u - delta - tile.delta[m] - tile.delta_low[m] : u - delta);
       sum += ds;
@@ -187,7 +187,7 @@ void token_delta(const TokenTile<T>& tile, const BackwardBlock<T>& block, T* sum
     for (int64_t m = 0; m < tile.count; ++m) {
       const int64_t at = m * Q + v;
       V u = S::load(block.ds + at);
-      if (Dropped) u = keep<T>(u, block.keys + v, tile.keys[m], tile.threshold);
+      if (Dropped) u = keep<T>(u, block.hashes + v, tile.hashes[m], tile.threshold);
       const V p = weight_of<T, true>(tile, m, block.p + at, shift);
       S::store(sums + at, S::load(sums + at) + p * (u - delta - tile.delta[m]));
     }

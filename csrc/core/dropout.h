@@ -17,13 +17,13 @@ inline uint64_t splitmix64(uint64_t x) {
 }
 
 template <class T>
-struct KeyLane;  // an integer as wide as T, to hold a key in a vector's lane
+struct HashLane;  // an integer as wide as T, to hold a key in a vector's lane
 template <>
-struct KeyLane<float> {
+struct HashLane<float> {
   using type = uint32_t;
 };
 template <>
-struct KeyLane<double> {
+struct HashLane<double> {
   using type = uint64_t;
 };
 
@@ -38,8 +38,8 @@ struct Dropout {
   // What kept weights are multiplied by: the exact inverse of the share that is kept.
   double scale() const { return 4294967296.0 / (4294967296.0 - double(threshold)); }
   // Keys by index over batch, heads and queries, and by token.
-  uint32_t query_key(int64_t row) const { return uint32_t(splitmix64(seed ^ splitmix64(2 * uint64_t(row))) >> 32); }
-  uint32_t token_key(int64_t token) const {
+  uint32_t query_hash(int64_t row) const { return uint32_t(splitmix64(seed ^ splitmix64(2 * uint64_t(row))) >> 32); }
+  uint32_t token_hash(int64_t token) const {
     return uint32_t(splitmix64(seed ^ splitmix64(2 * uint64_t(token) + 1)) >> 32);
   }
 };

@@ -24,18 +24,18 @@ struct DropoutLanes<double> {
 
 // p where the weight is kept, zero where it is dropped. The mixer is Chris Wellons' lowbias32.
 template <class T>
-PF_INLINE typename Simd<T>::Vec keep(typename Simd<T>::Vec p, const typename KeyLane<T>::type* keys, uint32_t key,
+PF_INLINE typename Simd<T>::Vec keep(typename Simd<T>::Vec p, const typename HashLane<T>::type* hashes, uint32_t hash,
                                      uint32_t threshold) {
   using D = DropoutLanes<T>;
   typename D::Vec x;
-  std::memcpy(&x, keys, sizeof x);
-  x ^= typename KeyLane<T>::type(key);
+  std::memcpy(&x, hashes, sizeof x);
+  x ^= typename HashLane<T>::type(hash);
   x ^= x >> 16;
   x = D::low32(x * 0x7feb352du);
   x ^= x >> 15;
   x = D::low32(x * 0x846ca68bu);
   x ^= x >> 16;
-  return x >= typename KeyLane<T>::type(threshold) ? p : typename Simd<T>::Vec{};
+  return x >= typename HashLane<T>::type(threshold) ? p : typename Simd<T>::Vec{};
 }
 
 }  // namespace PF_ISA

@@ -34,7 +34,7 @@ struct TokenBox {
   // when masked), what they multiply them by, and what inverted attention's backward subtracts from the weights'
   // gradients, in two pieces: [M] each. Keys are of dropout, and a threshold of zero drops nothing.
   const T *shift, *weight, *delta, *delta_low;
-  const uint32_t* keys;
+  const uint32_t* hashes;
   uint32_t threshold;
 };
 
@@ -51,7 +51,7 @@ struct QueryBlock {
   const T* bonus;  // [lanes], backward with dropout only, times the same weight
   T* out;          // [L + 2][lanes]
   T* scratch;      // [2 * (F + 1)][lanes]
-  const typename KeyLane<T>::type* keys;  // [lanes], of dropout
+  const typename HashLane<T>::type* hashes;  // [lanes], of dropout
 };
 
 // Gradients of the tokens of a box, from all queries of one batch element:
@@ -65,7 +65,7 @@ struct TokenGradient {
   const T* shift;     // [N], integral: p = 2^(S log2(e) + shift)
   const T* delta;     // [N], times the same weight: dS = p (r u - delta)
   const T* bonus;     // [N], with dropout only, times the same weight
-  const uint32_t* keys;  // [N], of dropout
+  const uint32_t* hashes;  // [N], of dropout
   const T* feat;      // [M][F]
   T* dfeat;           // [M][F]
   T* dscale;          // [M]

@@ -79,7 +79,7 @@ struct Step {
   // `m` is the first token; a and g_a are the outer axes' shares of its row.
   static PF_INLINE void run(const TokenBox<T>& box, int64_t m, const T* q_inner, const T* g_inner, T* out_inner,
                             const V* q_feat, const V* g_feat, V* acc, V& total, V& kept, V& row_sum, V a, V g_a,
-                            V shift, V delta, V bonus, const typename KeyLane<T>::type* keys) {
+                            V shift, V delta, V bonus, const typename HashLane<T>::type* hashes) {
     constexpr bool by_token = kind == Variant::inverted || kind == Variant::dropped;
     const int64_t F = FS > 0 ? FS : box.features, K = F + 2;
     const T* tok = box.tokens + m * K;
@@ -103,7 +103,7 @@ struct Step {
       for (int64_t f = 0; f < F; ++f)
         for (int u = 0; u < U; ++u) t[u] += g_feat[f] * tok[u * K + 1 + f];
       for (int u = 0; u < U; ++u) {
-        if (kind == Variant::dropped) t[u] = keep<T>(t[u], keys, box.keys[m + u], box.threshold) - delta;
+        if (kind == Variant::dropped) t[u] = keep<T>(t[u], hashes, box.hashes[m + u], box.threshold) - delta;
         if (by_token) t[u] = t[u] - box.delta[m + u] - box.delta_low[m + u];
         p[u] *= t[u];
       }
@@ -111,7 +111,7 @@ struct Step {
     for (int u = 0; u < U; ++u) {
       total += p[u];
       if (kind == Variant::dropped && !Backward) {
-        p[u] = keep<T>(p[u], keys, box.keys[m + u], box.threshold);
+        p[u] = keep<T>(p[u], hashes, box.hashes[m + u], box.threshold);
         kept += p[u];
       }
       row_sum += p[u] * r[u];
@@ -187,7 +187,7 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
           for (; j + U <= j1; j += U)
             Step<T, FS, U, kind, Backward>::run(box, m + j, q_inner + j * lanes, g_inner + j * lanes,
                                                 tile_sums + (j - j0) * lanes, q_feat, g_feat, row_acc, total, kept,
-                                                row_sum, a, g_a, shift, delta, bonus, block.keys);
+                                                row_sum, a, g_a, shift, delta, bonus, block.hashes);
         };
         step(Count<kUnroll>{});
         step(Count<1>{});

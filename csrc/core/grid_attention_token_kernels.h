@@ -82,13 +82,13 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
   for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
     const V r = tokens.gather(0), bias = tokens.gather(1 + F);
     V token_shift{}, token_weight{}, token_delta{}, delta_low{};
-    alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
+    alignas(64) typename HashLane<T>::type hashes[S::lanes] = {};
     if (ByToken) {
       token_shift = tokens.load(box.shift);
       token_weight = tokens.load(box.weight);
       token_delta = tokens.load(box.delta);
       delta_low = tokens.load(box.delta_low);
-      for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
+      for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) hashes[i] = box.hashes[tokens.m + i];
     }
     for (int64_t f = 0; f < F; ++f) {
       x[f] = tokens.gather(1 + f);
@@ -108,8 +108,8 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
       if (ByToken) {
         kept = p = p * token_weight;
         if (box.threshold != 0) {
-          kept = keep<T>(p, keys, g.keys[n], box.threshold);
-          u = keep<T>(u, keys, g.keys[n], box.threshold);
+          kept = keep<T>(p, hashes, g.hashes[n], box.threshold);
+          u = keep<T>(u, hashes, g.hashes[n], box.threshold);
         }
         u = u - g.delta[n] - token_delta - delta_low;
       }
@@ -195,8 +195,8 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
   for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
     const V r = tokens.gather(0), shift = tokens.load(box.shift), weight = tokens.load(box.weight);
     for (int64_t f = 0; f < F; ++f) x[f] = tokens.gather(1 + f);
-    alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
-    for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
+    alignas(64) typename HashLane<T>::type hashes[S::lanes] = {};
+    for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) hashes[i] = box.hashes[tokens.m + i];
     const V before = tokens.load(box.delta);
     V total{};
     for (int64_t n = 0; n < g.queries; ++n) {
@@ -204,7 +204,7 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
       const V p = exp2<T, true>(token_logits<T, FS>(tokens, g, inner, n, r, x), shift + g.shift[n]) * weight;
       V u = (table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n]) * r + g.bonus[n];
       for (int64_t f = 0; f < F; ++f) u += x[f] * grad[f];
-      if (box.threshold != 0) u = keep<T>(u, keys, g.keys[n], box.threshold);
+      if (box.threshold != 0) u = keep<T>(u, hashes, g.hashes[n], box.threshold);
       total += p * (u - g.delta[n] - before);
     }
     tokens.store(delta, total);

@@ -22,7 +22,7 @@ constexpr double kInvertedEps = 1e-8;
 template <class T>
 struct TokenTerms {
   std::vector<T> shift, weight, delta, delta_low;
-  std::vector<uint32_t> keys;
+  std::vector<uint32_t> hashes;
 
   // `mask` [batch, tokens] and `token_lse` [batch * heads, tokens] may be null.
   TokenTerms(int64_t batch, int64_t heads, int64_t tokens, const uint8_t* mask, const double* token_lse,
@@ -45,8 +45,8 @@ struct TokenTerms {
       }
     }
     if (!dropout) return;
-    keys.resize(tokens);
-    for (int64_t m = 0; m < tokens; ++m) keys[m] = dropout.token_key(m);
+    hashes.resize(tokens);
+    for (int64_t m = 0; m < tokens; ++m) hashes[m] = dropout.token_hash(m);
   }
 
   bool empty() const { return shift.empty(); }

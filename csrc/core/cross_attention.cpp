@@ -1,3 +1,15 @@
+// Forward of streaming attention: o = softmax(scale q k^T) v and its log-sum-exp, without a matrix of N x M.
+//
+// A head's queries are cut into blocks (two vectors wide, one query a lane) and its tokens into tiles of kTileTokens. A
+// task is a group of blocks of one head: it walks the tiles in order and adds p v and p to sums of its own, with
+// p = 2^(S + shift). Where there are too few tasks for the threads, the tokens are cut into parts too, and the sums of
+// the parts are added up in order. How the work is cut depends on shapes and on the number of threads alone, so that
+// the same run gives the same bits.
+//
+// Inverted attention sums exp(S) over the queries first, for every token, head by head and tile by tile.
+//
+// Memory: a thread has the sums and the packed queries of one group, at most half a second-level cache, and a tile's
+// logits. Parts need their sums at once. Masks, dropout and inverted attention need a few numbers a token.
 #include "cross_attention.h"
 
 #include "cross_attention_blocking.h"

@@ -1,7 +1,13 @@
-// Backward of streaming attention: one pass over tiles and blocks computes all three gradients from recomputed weights.
+// Backward of streaming attention: dq, dk and dv in one pass over tiles and blocks, from weights that are recomputed.
 //
-// Work is split over the longer of the two sides (tokens, or queries), so that its gradients have one writer each;
-// the other side's gradients are partial sums, added up in order at the end.
+//   dS = P (v d_o - delta), delta = o d_o - d_lse      dq = scale dS k      dk = scale dS^T q      dv = P^T d_o
+//
+// Heads go to the threads. Unless their number divides evenly, each is cut along the longer of its two sides, tokens or
+// queries (inverted: always tokens), so that the gradients of that side have one writer each. The other side's
+// gradients are then partial sums, one copy a part, which are added up in order at the end.
+//
+// Memory: three numbers a query, the copies just named (one of dq, dk and dv where heads are not cut), and for a thread
+// the packed queries and gradients of one group of blocks, at most half a second-level cache, with a tile's P and dS.
 #include "cross_attention.h"
 #include "cross_attention_blocking.h"
 
@@ -9,7 +15,8 @@ namespace perceiver_fast {
 
 namespace {
 
-// P = 2^(S log2(e) + shift) * weight, dS = P (u - delta); the weight rides on the output's gradient and on delta.
+// P = 2^(S log2(e) + shift) * weight and dS = P (u - delta). No loop multiplies by the weight: the output's gradient
+// and delta are multiplied by it beforehand.
 template <class T>
 struct QueryTerms {
   std::vector<T> shift, weight, delta;
@@ -70,8 +77,8 @@ class Backward {
         packed_(blocking),
         group_(blocking.group_size(packed_.size() + packed_.d * blocking.width)) {}
 
-  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP. The second pass
-  // finds the first one's rounding, so that saturated tokens get their tiny gradients and not its noise.
+  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP. The second pass finds the
+  // rounding error of the first, so that a token that one query has all of gets its tiny gradients and not that error.
   void find_token_delta(int pass) {
     const int64_t W = blocking_.width;
     parallel_.run(blocking_.heads() * blocking_.tiles, [&](int64_t begin, int64_t end) {
@@ -146,7 +153,7 @@ class Backward {
         grad_rows[lane * packed_.pad_v + c] = factor[lane] * d_o_[(row + lane) * in_.dim_v + c];
     }
     for (int64_t lane = 0; lane < W; ++lane) {
-      // No query, no weight.
+      // A lane without a query: its weights become zero.
       packed_.shift(at)[lane] = lane < count ? queries_.shift[row + lane] : -std::numeric_limits<T>::infinity();
       packed_.delta(at)[lane] = lane < count ? queries_.delta[row + lane] : T(0);
       packed_.change(at)[lane] = lane < count && !change_.empty() ? change_[row + lane] : T(0);
@@ -190,7 +197,8 @@ class Backward {
       if (flagged_[head * blocking_.blocks + i]) blocks.push_back(i);
     T* dq = dq_ + (by_tokens_ ? head * parts_ + part : head) * dq_size_;
     const int64_t token_row = (by_tokens_ ? head : head * parts_ + part) * in_.tokens;
-    // A correction adds to what is there: to the sum of all copies, which is the first one; the others start anew.
+    // A correction is added to the results of the first pass. By then the first copy of dq is the sum of all copies, so
+    // the others start at zero again.
     if (!correction) {
       for (int64_t i : blocks) std::fill_n(dq + i * dq_block(), dq_block(), T(0));
     } else if (by_tokens_ && part > 0) {
@@ -226,9 +234,9 @@ class Backward {
     }
   }
 
-  // dS sums to d_lse over the tokens. What is left beside that is the error of delta, which came from rounded outputs.
-  // Beside weights' gradients of ordinary size it is nothing; where softmax is saturated they are tiny, and their
-  // blocks get a second pass that takes the error out.
+  // Over the tokens dS sums to d_lse. What it sums to beside that is the error of delta, which was computed from
+  // rounded outputs. It does not matter beside dS of ordinary size; where softmax is saturated dS is tiny, and the
+  // block gets a second pass that takes the error out.
   bool find_errors(const double* d_lse, int64_t copies) {
     const T tolerance = 16 * std::numeric_limits<T>::epsilon();
     const int64_t W = blocking_.width;

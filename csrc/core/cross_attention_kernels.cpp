@@ -1,5 +1,5 @@
 // The inner loops of streaming attention for one instruction set: matrix products of tiles (tile_gemm.h) and, between
-// them, exponentials.
+// them, exponentials. cross_attention_block.h says what a tile and a block are.
 #include "cross_attention_block.h"
 #include "dropout_mask.h"
 #include "tile_gemm.h"
@@ -31,8 +31,9 @@ PF_INLINE typename Simd<T>::Vec weight_of(const TokenTile<T>& tile, int64_t m, c
   return exp2<T, true>(S::load(logit), shift + tile.shift[m]) * tile.weight[m];
 }
 
-// Moves the shifts of a block so that the weights of a tile with these largest logits are in range, and takes what was
-// summed along. Seldom: on a first tile of large logits, and where a later tile has far larger ones.
+// Changes the shifts of a block where the weights of a tile with these largest logits would leave the range, and scales
+// the sums so far to match. That is seldom: on a first tile of large logits, and where a later tile has far larger
+// ones.
 template <class T>
 void fit_shift(int64_t dim_v, const ForwardBlock<T>& block, const T* largest) {
   using S = Simd<T>;
@@ -168,7 +169,7 @@ void token_sums(const TokenTile<T>& tile, const T* q, const T* bias, T* maximum,
       const int64_t at = m * kQueries<T> + v;
       const V t = S::load(scratch + at) + lane_bias, old = S::load(maximum + at), top = S::max(t, old);
       const V before = S::load(sum + at), rescaled = before * exp2<T, false>(old - top, V{});
-      // 2^0 is one but for rounding, which would add up.
+      // The computed 2^0 is one only up to rounding, which would add up.
       S::store(sum + at, (old == top ? before : rescaled) + exp2<T, false>(t - top, V{}));
       S::store(maximum + at, top);
     }
@@ -194,7 +195,7 @@ void token_delta(const TokenTile<T>& tile, const BackwardBlock<T>& block, T* sum
   }
 }
 
-// Dropout is rare enough to pay for a bias too.
+// With dropout the tokens' shifts are added even where all are zero: one variant less to compile, and dropout is rare.
 template <class T>
 void forward_any(const TokenTile<T>& tile, const ForwardBlock<T>& block, bool fixed_shift) {
   if (tile.threshold != 0) return forward<T, true, true>(tile, block, fixed_shift);

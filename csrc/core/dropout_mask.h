@@ -1,5 +1,5 @@
-// The vector half of dropout.h, for one instruction set: hashes of a vector of queries (or tokens) with one token
-// (or query).
+// The weights that dropout.h keeps, a vector at a time, for one instruction set: the hashes of a vector of queries meet
+// the hash of one token, or the other way round.
 #pragma once
 
 #include "dropout.h"
@@ -8,7 +8,7 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
-// Keys sit in lanes as wide as T; all arithmetic is of 32 bits.
+// Hashes stand in lanes as wide as T; all arithmetic is of 32 bits.
 template <class T>
 struct DropoutLanes;
 template <>

@@ -1,3 +1,12 @@
+// Drivers of the Fourier projection: out = r (z W) + bias with codes z that exist a tile at a time, and its gradients.
+//
+// Forward: tiles of kFourierTile tokens are shared out to the threads. Memory: the weight once more, in panels, and for
+// a thread a tile's codes and two tiles of sums.
+//
+// Backward: the tiles are cut into parts, one a thread at most. Each sums the weight's gradient over its tiles, in T
+// over a few of them and then in double; the parts' sums are added up in order. Gradients of features and positions
+// belong to one tile each. Memory: the weight's gradient twice for every part, kPartBytes in all at most (but always
+// one part), and for a thread a tile's codes, gradients and their transposes.
 #include "fourier_projection.h"
 
 #include <algorithm>

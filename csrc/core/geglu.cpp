@@ -1,3 +1,7 @@
+// Drivers of GEGLU, u = value * gate * Phi(gate) with [value, gate] = h + bias, and its gradients.
+//
+// Rows are shared out to the threads. The gradient of the bias is a sum over rows, by row_parts.h: the same whatever
+// the number of threads. Memory: with a bias, 2 F sums for each of at most kMostParts parts and for each thread.
 #include "geglu.h"
 
 #include "row_parts.h"

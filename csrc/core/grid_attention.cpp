@@ -1,3 +1,16 @@
+// Forward of grid attention: softmax over the tokens of a grid, and the sums that stand in for P times the tokens.
+//
+//   S[n, m] = r_m (q_feat[n] . x_m + sum_a q_axes_a[n, i_a(m)])      o[n] = sum_m P[n, m] r_m [x_m ; onehot ; ..]
+//
+// Tokens are packed once, as records (r, r x, bias). A task is a block of queries of one batch element, one query a
+// vector lane: it walks all tokens, or a part of them where there are too few tasks for the threads, and adds to sums
+// of its own; parts are added up in order. Exponents are shifted by an upper bound of the logits where that is needed
+// at all; if some query's sum vanished because the bound was loose, its block is run again with the exact maximum.
+//
+// Inverted attention sums exp(S) over the queries first: there the tokens are shared out, and the lanes are tokens.
+//
+// Memory: F + 2 numbers a token, shared by all; a task has L + 3 vectors of sums and as many of queries, and with parts
+// all parts' sums exist at once. Dropout and inverted attention need four numbers more a token.
 #include "grid_attention.h"
 
 #include "grid_attention_blocking.h"
@@ -75,7 +88,7 @@ void grid_attention_forward(const GridAttentionInput<T>& in, const GridAttention
   const auto work = [&](int64_t task, int64_t part, int64_t parts, T* sums) {
     const QueryTable<T> table(blocking, packed, task);
     T* shift = sums + (L + 2) * lanes;
-    std::fill(shift, shift + lanes, T(0));  // inverted: the tokens' denominators keep weights below one
+    std::fill(shift, shift + lanes, T(0));  // inverted: divided by the tokens' denominators, weights are at most one
     if (!in.inverted) {
       bound_logits(table.q.get(), in.sizes, in.features, int(lanes), packed.bounds[blocking.token_batch(table.b)],
                    shift);

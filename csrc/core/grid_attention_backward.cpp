@@ -1,4 +1,12 @@
 // Backward of grid attention: gradients of the queries block by block, then of the tokens part by part.
+//
+//   dS = P (r u - delta)      u[n, m] = d_o[n] . [x_m ; onehot(i_1) ; ..]      delta[n] = o[n] . d_o[n] - d_lse[n]
+//
+// dq is a sum over tokens: blocks of queries are tasks, as in the forward. dfeat and dscale are sums over queries: the
+// tokens of every batch element are cut into parts, which are the tasks, and a vector's lanes are tokens. So every
+// result has one writer. Weights are computed again from lse, by the forward's operations in the forward's order.
+//
+// Memory: the forward's, four numbers a query, and for the gradients of tokens a scaled copy of q and of d_o.
 #include "grid_attention.h"
 #include "grid_attention_blocking.h"
 
@@ -6,8 +14,9 @@ namespace perceiver_fast {
 
 namespace {
 
-// What the backward needs of every query, [B * N] each: P = 2^(S log2(e) + shift) * weight, dS = P (r u - delta).
-// With dropout u gets `bonus` before its mask, the gradient of the sum of the weights, and `keep_scale` is in both.
+// What the backward needs of every query, [B * N] each: P = 2^(S log2(e) + shift) * weight and dS = P (r u - delta).
+// With dropout, `bonus` (the gradient of the sum of the weights) is added to u before dropped weights are left out, and
+// u and bonus are multiplied by `keep_scale`.
 template <class T>
 struct QueryStatistics {
   std::vector<T> shift, weight, delta, bonus;
@@ -93,8 +102,9 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
   const int64_t N = in.queries, L = blocking.length, M = blocking.tokens, F = in.features,
                 lanes = blocking.kernels.lanes;
   QueryStatistics<T> stats = query_statistics(blocking, packed, out, grad, parallel);
-  // What the softmax over the queries needs of every token before dS is known; a second pass takes out the rounding of
-  // the first, so that saturated tokens get their tiny gradients and not its noise.
+  // Inverted attention: what the softmax over the queries needs of every token before dS can be computed. The second
+  // pass finds the rounding error of the first, so that a token that one query has all of gets its tiny gradients and
+  // not that error.
   for (int pass = 0; in.inverted && pass < 2; ++pass)
     for_each_part(blocking, packed, terms, stats, grad.o, parallel,
                   [&](const TokenBox<T>& box, const TokenGradient<T>& queries, int64_t b) {
@@ -102,7 +112,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
                     blocking.kernels.token_delta(box, queries, out);
                   });
 
-  // The weight of P rides on the output's gradient, so that the loop multiplies by it nowhere.
+  // The output's gradient, delta and bonus are multiplied by the weight of P here, so that the loop need not do it.
   const auto work = [&](int64_t task, int64_t part, int64_t parts, T* sums) {
     const QueryTable<T> table(blocking, packed, task);
     const int64_t row = table.b * N + table.first;
@@ -120,10 +130,11 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
         part_of(blocking.box(packed, terms, table.b), part, parts),
         {table.q.get(), shift.data(), d_o.get(), delta.data(), bonus.data(), sums, scratch.get(), table.hashes.data()});
   };
-  // dS sums to d_lse over the tokens. What it sums to in floating point is the error of delta, which came from
-  // rounded outputs; with P summing to one that error put err * o into dq. Taking it out leaves an error of second
-  // order, so that saturated queries get their tiny gradients and not the noise of delta. With dropout o is not what P
-  // sums to: where the error would show, the block is run again. (Inverted attention's dS sums to zero over the queries.)
+  // Over the tokens dS sums to d_lse. What it sums to beside that is the error of delta, which was computed from
+  // rounded outputs; since P sums to one, it adds error * o to dq. Taking that out leaves an error of second order, so
+  // that a query with nearly all its weight on one token gets its tiny gradients and not that error. With dropout the
+  // sum of P r [x ; onehot] is not o, so a block where the error would show is run again with the corrected delta.
+  // (Inverted attention's dS sums to zero over the queries instead.)
   const auto errors = [&](int64_t task, T* sums) {
     const int64_t b = task / blocking.blocks, first = task % blocking.blocks * lanes;
     bool shows = false;
@@ -153,12 +164,14 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
       const T error = in.dropout ? T(0) : sums[L * lanes + lane];
       for (int64_t l = 0; l < L; ++l) {
         T& sum = sums[l * lanes + lane];
-        sum = packed.constant[tokens_of] && !in.dropout ? wanted * out.o[row * L + l] : sum - error * out.o[row * L + l];
+        const T o = out.o[row * L + l];
+        sum = packed.constant[tokens_of] && !in.dropout ? wanted * o : sum - error * o;
       }
     }
+    // Weights that do not depend on the queries: no gradient.
     if (in.dropout && !in.inverted &&
         (packed.all_masked[tokens_of] || (packed.constant[tokens_of] && grad.lse == nullptr)))
-      std::fill(sums, sums + L * lanes, T(0));  // weights that do not depend on the queries
+      std::fill(sums, sums + L * lanes, T(0));
     const std::vector<T> factor(lanes, T(1));
     lanes_to_rows(sums, L, lanes, factor.data(), count, dq + (b * N + first) * L, L);
   };

@@ -59,7 +59,7 @@ struct GridBlocking {
   }
 };
 
-// Masked tokens stand in the packed records; here too for the kernels that take terms by token.
+// Masked tokens have a bias of -inf in their packed records. Kernels that take terms by token need it there too.
 template <class T>
 TokenTerms<T> grid_token_terms(const GridBlocking<T>& blocking, const PackedTokens<T>& packed,
                                const double* token_lse) {

@@ -1,11 +1,11 @@
-// The inner loops of grid attention, forward and backward, for one instruction set.
+// The loops of grid attention that sum over tokens, forward and backward, for one instruction set: a lane is a query.
 //
 // S[n,m] = r_m (sum_f q_feat[n,f] x_mf + sum_a q_axes_a[n, i_a(m)]); a token arrives as (r, r x), so a vector of pairs
 // costs an add, a multiply, F fused multiply-adds, one exp2 and F + 3 accumulations: 18 vector instructions for RGB
 // with AVX-512, 24 in the backward.
 //
-// Every float sum is kept short: a tile of columns, then a block of rows, then the blocks. A chain is never
-// longer than a few hundred terms, so the error does not grow with the number of tokens.
+// Every float sum is short: a tile of columns, then a block of rows, then the blocks. No more than a few hundred terms
+// are added one after the other, so the error does not grow with the number of tokens.
 #pragma once
 
 #include "dropout_mask.h"
@@ -17,7 +17,7 @@ namespace PF_ISA {
 
 constexpr int64_t kTileColumns = 128;  // table and sums of a tile: 16 KB of L1 at 64 bytes a vector
 constexpr int64_t kBlockRows = 128;
-constexpr int kUnroll = 4;  // tokens whose dependency chains run side by side: 11 % over 2, 20 % over 1 (AVX-512, F = 3)
+constexpr int kUnroll = 4;  // tokens at a time, to overlap their latencies: 11 % over 2, 20 % over 1 (AVX-512, F = 3)
 
 // Index of every outer axis, advanced row by row; rows are counted in row-major order.
 struct OuterIndex {
@@ -60,8 +60,8 @@ struct OuterIndex {
   }
 };
 
-// What a kernel has to reckon with beside the plain case. A mask and a shift cost an instruction or two a pair, inverted
-// attention four; dropped is all of them and dropout, whose hash costs ten.
+// What a kernel has to do beside the plain case. A mask or a shift costs an instruction or two for every pair of query
+// and token, inverted attention four. `dropped` has all of these and dropout, whose hash costs ten.
 enum class Variant { plain, masked, masked_and_shifted, inverted, dropped };
 
 template <int N>
@@ -95,7 +95,7 @@ struct Step {
       if (by_token) p[u] = exp2<T, true>(t[u], shift + box.shift[m + u]) * box.weight[m + u];
       else p[u] = exp2<T, kind == Variant::masked_and_shifted>(t[u], shift);
     }
-    // Channels are read again from L1 below; kept in registers, the forward would spill.
+    // Makes the compiler read the channels again from L1 below: it would run out of registers in the forward.
     if (FS > 0 && !Backward) asm("" : "+r"(tok));
     if (Backward) {
       const V start = kind == Variant::dropped ? bonus : -delta;
@@ -222,7 +222,7 @@ void accumulate_any(const TokenBox<T>& box, const QueryBlock<T>& block) {
   if (shifted) return accumulate<T, FS, Variant::masked_and_shifted, Backward>(box, block);      \
   if (box.masked) return accumulate<T, FS, Variant::masked, Backward>(box, block);               \
   return accumulate<T, FS, Variant::plain, Backward>(box, block)
-  // The hash outweighs what a fixed number of features saves.
+  // One variant for any number of features: what fixing it saves is little beside the hash.
   if (box.threshold != 0) return accumulate<T, 0, Variant::dropped, Backward>(box, block);
   switch (box.features) {
     case 1: PF_CASE(1);

@@ -1,3 +1,9 @@
+// Drivers of LayerNorm of a residual stream, and its gradients:
+//
+//   y = x + branch + branch_bias      z = (y - mean(y)) / sqrt(var(y) + eps) * weight + bias
+//
+// Rows are shared out to the threads. Gradients of weight, bias and branch_bias are sums over rows, by row_parts.h: the
+// same whatever the number of threads. Memory: 3 n sums for each of at most kMostParts parts and for each thread.
 #include "layer_norm.h"
 
 #include "row_parts.h"

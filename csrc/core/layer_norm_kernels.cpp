@@ -15,7 +15,7 @@ PF_INLINE void statistics(const X* row, int64_t n, T sum, T* mean, T* variance) 
   const T shift = sum / T(n);
   Sum<T> rest, square;
   for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
-    const auto off = at.keep(at.load(row + i) - shift);
+    const auto off = at.inside(at.load(row + i) - shift);
     rest.chain[chain] += off;
     square.chain[chain] += off * off;
   });

@@ -1,4 +1,6 @@
-// torch operators perceiver_fast::cross_attention_forward and _backward for CPU tensors, on torch's stable ABI.
+// torch operators perceiver_fast::cross_attention_{forward,backward} for CPU tensors, on torch's stable ABI: o =
+// softmax(scale q k^T) v with q [B, H, N, d], k [B, H, M, d], v [B, H, M, dv] and a mask [B, M]; csrc/core computes.
+// Shapes and dtypes are checked here. Threads are torch's. Operands whose channels are not dense are copied.
 #include "../core/cross_attention.h"
 
 #include <tuple>

@@ -1,5 +1,7 @@
-// torch operators perceiver_fast::fourier_projection_{forward,backward} for CPU tensors, on torch's stable ABI.
-// perceiver_fast/ops/fourier_projection.py defines the schemas.
+// torch operators perceiver_fast::fourier_projection_{forward,backward} for CPU tensors, on torch's stable ABI: out = r
+// (z W) + bias of Fourier codes z with positions [Bc, M, A] and features [B, M, F]; csrc/core computes.
+// perceiver_fast/ops/fourier_projection.py defines the schemas. Shapes and dtypes are checked here. Threads are
+// torch's. Operands that are not dense are copied.
 #include "../core/fourier_projection.h"
 
 #include "torch_stable.h"
@@ -24,7 +26,7 @@ void expect(const Tensor& t, const char* name, ScalarType dtype, const std::vect
                   shape_of(t));
 }
 
-// Dense inputs, kept alive as long as the raw pointers taken from them.
+// Dense inputs, alive as long as the raw pointers taken from them.
 struct Inputs {
   std::optional<Tensor> feat;
   Tensor coords, frequencies, weight;

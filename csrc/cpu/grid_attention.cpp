@@ -1,5 +1,8 @@
-// torch operators perceiver_fast::grid_attention_{forward,backward} for CPU tensors, on torch's stable ABI.
-// Shapes are checked in perceiver_fast/ops/grid_attention.py, which also defines the schemas.
+// torch operators perceiver_fast::grid_attention_{forward,backward} for CPU tensors, on torch's stable ABI: attention
+// of q [B, N, L] to the tokens of a grid, feat [B, *sizes, F] and scale [B, *sizes]; csrc/core computes.
+// perceiver_fast/ops/grid_attention.py defines the schemas and checks what users pass; here is checked what memory
+// safety needs. Threads are torch's. Operands that are not dense are copied, except queries that the whole batch
+// shares.
 #include "../core/grid_attention.h"
 
 #include "torch_stable.h"
@@ -9,7 +12,7 @@
 namespace perceiver_fast {
 namespace {
 
-// Dense inputs, kept alive as long as the raw pointers taken from them.
+// Dense inputs, alive as long as the raw pointers taken from them.
 struct Inputs {
   Dropout dropout;
   bool inverted;

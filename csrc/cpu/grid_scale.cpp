@@ -1,4 +1,6 @@
-// torch operator perceiver_fast::grid_scale_forward for CPU tensors, on torch's stable ABI.
+// torch operator perceiver_fast::grid_scale_forward for CPU tensors, on torch's stable ABI: LayerNorm's scale of every
+// token of a grid, [B, *sizes], from feat [B, *sizes, F] and statistics of the axes' codes, [sum(sizes)]; csrc/core
+// computes. Shapes and dtypes are checked here. Threads are torch's. Operands that are not dense are copied.
 #include "../core/grid_scale.h"
 
 #include "torch_stable.h"

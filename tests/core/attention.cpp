@@ -56,12 +56,6 @@ void compare(const Guarded<X>& actual, const Numbers& expected, double rounding,
 template <class T>
 constexpr double kRounding = sizeof(T) == 8 ? 1e-13 : 3e-6;
 
-uint32_t lowbias32(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
-}
-
 struct Attended {
   Numbers o, lse;
 };

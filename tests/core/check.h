@@ -11,6 +11,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "../../csrc/core/dtypes.h"
+
 struct Case {
   const char* name;
   void (*run)();
@@ -73,6 +75,22 @@ struct Random {
   }
   int small() { return int((*this)() * 5); }  // -4 to 4: sums of their products are exact in a float
 };
+
+// Chris Wellons' lowbias32, which dropout mixes two hashes with.
+inline uint32_t lowbias32(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+inline float value_of(float x) { return x; }
+inline double value_of(double x) { return x; }
+inline float value_of(perceiver_fast::BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 // The largest of many errors, held against the bound that the tested function's comment states.
 struct Largest {

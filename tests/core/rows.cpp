@@ -18,14 +18,6 @@ const Parallel backwards{3, [](int64_t n, const auto& body) {
                            for (int64_t i = n; i-- > 0;) body(i, i + 1);
                          }};
 
-double value_of(double x) { return x; }
-double value_of(float x) { return x; }
-double value_of(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
 template <class X>
 void set(X& to, double x) {
   to = X(x);

@@ -7,14 +7,6 @@ namespace perceiver_fast {
 namespace PF_ISA {
 namespace {
 
-float value_of(float x) { return x; }
-double value_of(double x) { return x; }
-float value_of(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
 template <class X>
 X element_of(double x) {
   return X(x);
@@ -102,12 +94,6 @@ void bfloat16() {
       CHECK(last.bits == rounded_bits(x), "%08x became %04x, not %04x", bits, last.bits, rounded_bits(x));
       CHECK(loaded == value_of(last) && rounded[F::lanes - 1] == loaded, "%08x read back", bits);
     }
-}
-
-uint32_t lowbias32(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
 }
 
 // A weight stays where the hash of both hashes reaches the threshold: 32-bit integers, alike on every instruction set.

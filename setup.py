@@ -33,9 +33,11 @@ CUDA_ARCHS = ("80", "90", "100")
 CUDA_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA".split()
 # GCC warns about its own intrinsics (maybe-uninitialized) and about vector types as template arguments.
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes", "-Wno-unknown-warning-option"]
-ISA_FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512".split(),
+# Instruction sets that csrc/core/*_kernels.cpp are compiled for, one after the other: bytes of a vector, and flags.
+ISAS = {
+    "baseline": (16, []),
+    "avx2": (32, ["-mavx2", "-mfma"]),
+    "avx512": (64, "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512".split()),
 }
 
 
@@ -90,24 +92,33 @@ def torch_flags(torch):
     return [shlex.quote(f"-I{Path(torch.__file__).parent / 'include'}"), target]
 
 
-def sources_with_flags(torch, pybind11):
-    """Every source of the extension with the flags that are its own."""
+def isa_flags():
+    """Flags of every instruction set for this kind of machine, by name."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return {
+        isa: [f"-DPF_ISA={isa}", f"-DPF_VECTOR_BYTES={vector_bytes}", *flags]
+        for isa, (vector_bytes, flags) in ISAS.items()
+        if x86 or isa == "baseline"
+    }
+
+
+def core_sources():
+    """(name of the object, source, flags) of csrc/core; the kernels' once for every instruction set."""
     for source in sorted((ROOT / "csrc/core").glob("*.cpp")):
-        isa = source.stem.rsplit("_", 1)[-1]
-        if isa not in ISA_FLAGS or x86:
-            yield source, ISA_FLAGS.get(isa, [])
+        if source.stem.endswith("_kernels"):
+            yield from ((f"core_{source.stem}_{isa}", source, flags) for isa, flags in isa_flags().items())
+        else:
+            yield f"core_{source.stem}", source, []
+
+
+def extension_sources(torch, pybind11):
+    """(name of the object, source, flags) of the extension."""
+    yield from core_sources()
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        yield source, torch_flags(torch)
+        yield f"cpu_{source.stem}", source, torch_flags(torch)
+    includes = [shlex.quote(f"-I{path}") for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     info = {"PF_TORCH_VERSION": torch.__version__, "PF_TORCH_TARGET": ".".join(map(str, OLDEST_TORCH))}
-    yield (
-        ROOT / "csrc/module.cpp",
-        [
-            shlex.quote(f"-I{pybind11.get_include()}"),
-            shlex.quote(f"-I{sysconfig.get_paths()['include']}"),
-            *(f'-D{name}=\\"{value}\\"' for name, value in info.items()),
-        ],
-    )
+    yield "module", ROOT / "csrc/module.cpp", [*includes, *(f'-D{name}=\\"{value}\\"' for name, value in info.items())]
 
 
 def find_nvcc(torch):
@@ -134,7 +145,7 @@ def cuda_archs(nvcc):
 
 
 def run_ninja(folder, target, compiler, flags, link, sources):
-    """Compiles what changed and links it into `target`."""
+    """Compiles what changed of (name of the object, source, flags) and links it into `target`."""
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     need(ninja, "ninja was not found (pip install ninja)")
 
@@ -150,14 +161,14 @@ def run_ninja(folder, target, compiler, flags, link, sources):
         "  command = $compiler -MMD -MF $out.d $flags $own -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        "  description = $in",
+        "  description = $out",
         "rule link",
         "  command = $compiler $in $link -o $out",
         "  description = $out",
     ]
     objects = []
-    for source, own in sources:
-        objects.append(path(folder / f"{source.parent.name}_{source.stem}.o"))
+    for name, source, own in sources:
+        objects.append(path(folder / f"{name}.o"))
         lines += [f"build {objects[-1]}: compile {path(source)}", f"  own = {' '.join(own)}"]
     lines += [f"build {path(target)}: link {' '.join(objects)}", f"default {path(target)}", ""]
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +221,7 @@ class BuildWithNinja(build_ext):
         link += [shlex.quote(f"-L{Path(torch.__file__).parent / 'lib'}"), "-ltorch_cpu", os.environ.get("LDFLAGS", "")]
         flags = [*FLAGS, os.environ.get("CXXFLAGS", "")]
         folder = (Path(self.build_temp) / "ninja").resolve()
-        run_ninja(folder, target, compiler, flags, link, sources_with_flags(torch, pybind11))
+        run_ninja(folder, target, compiler, flags, link, extension_sources(torch, pybind11))
         return {"compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
 
     def compile_cuda(self, target):
@@ -227,7 +238,7 @@ class BuildWithNinja(build_ext):
             lib = Path(torch.__file__).parent / "lib"
             libraries = ["-ltorch_cpu", "-ltorch_cuda"] if torch.version.cuda else ["-ltorch_cpu"]
             link = ["-shared", shlex.quote(f"-L{lib}"), *libraries]
-            sources = [(source, []) for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+            sources = [(source.stem, source, []) for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
             folder = (Path(self.build_temp) / "ninja_cuda").resolve()
             run_ninja(folder, target, nvcc, [*CUDA_FLAGS, *torch_flags(torch), *codes], link, sources)
             return {"compiler": version_of(nvcc, -1), "torch": torch.__version__, "archs": archs}
@@ -240,7 +251,8 @@ class BuildWithNinja(build_ext):
             return {"skipped": str(reason)}
 
 
-setup(
-    ext_modules=[Extension("perceiver_fast._C", sources=[])],
-    cmdclass={"build_ext": BuildWithNinja},
-)
+if __name__ == "__main__":  # tests import the flags
+    setup(
+        ext_modules=[Extension("perceiver_fast._C", sources=[])],
+        cmdclass={"build_ext": BuildWithNinja},
+    )

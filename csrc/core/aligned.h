@@ -1,4 +1,4 @@
-// Uninitialised memory aligned for any vector.
+// Uninitialised memory for `count` numbers, aligned for any instruction set's vectors.
 #pragma once
 
 #include <cstdint>

@@ -6,10 +6,12 @@
 
 namespace perceiver_fast {
 
-// All 8-byte words of up to 8 KiB, or some 1,024 words in evenly spread lines of eight; and the last bytes.
+// Hashes all 8-byte words of up to 8 KiB, of more memory some 1,024 words in evenly spread lines of eight, and in
+// either case the last bytes.
 inline uint64_t content_hash(const unsigned char* memory, int64_t bytes) {
   constexpr int64_t kWord = 8, kLine = 64, kLines = 128;
-  // Four lanes, so that their multiplications overlap; each step is a bijection, so no single change is lost.
+  // Four hashes side by side, so that their multiplications overlap. Each step is a bijection of the hash, so a change
+  // of one word changes the result.
   uint64_t lanes[4] = {uint64_t(bytes), 1, 2, 3};
   const auto add = [&](int64_t offset, int64_t size, int lane) {
     uint64_t word = 0;

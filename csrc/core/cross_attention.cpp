@@ -1,11 +1,20 @@
+// Forward of streaming attention: o = softmax(scale q k^T) v and its log-sum-exp, without a matrix of N x M.
+//
+// A head's queries are cut into blocks (two vectors wide, one query a lane) and its tokens into tiles of kTileTokens. A
+// task is a group of blocks of one head: it walks the tiles in order and adds p v and p to sums of its own, with
+// p = 2^(S + shift). Where there are too few tasks for the threads, the tokens are cut into parts too, and the sums of
+// the parts are added up in order. How the work is cut depends on shapes and on the number of threads alone, so that
+// the same run gives the same bits.
+//
+// Inverted attention sums exp(S) over the queries first, for every token, head by head and tile by tile.
+//
+// Memory: a thread has the sums and the packed queries of one group, at most half a second-level cache, and a tile's
+// logits. Parts need their sums at once. Masks, dropout and inverted attention need a few numbers a token.
 #include "cross_attention.h"
 
-#include "cross_attention_plan.h"
-#include "kernel_tables.h"
+#include "cross_attention_blocking.h"
 
 namespace perceiver_fast {
-
-PF_KERNEL_TABLES(CrossAttentionKernels, cross_attention)
 
 namespace {
 
@@ -14,7 +23,7 @@ template <class T>
 struct ForwardState {
   int64_t width, rows;
 
-  ForwardState(const AttentionPlan<T>& plan) : width(plan.width), rows(plan.in.dim_v + 2) {}
+  ForwardState(const CrossAttentionBlocking<T>& blocking) : width(blocking.width), rows(blocking.in.dim_v + 2) {}
   int64_t block_size() const { return rows * width; }
   T* out(T* state, int64_t i) const { return state + i * block_size(); }
   T* total(T* state, int64_t i) const { return out(state, i) + (rows - 2) * width; }
@@ -23,24 +32,24 @@ struct ForwardState {
 
 // Blocks [first, last) of one head over tiles [tile, end).
 template <class T>
-void run_group(const AttentionPlan<T>& plan, const TokenTerms<T>& terms, int64_t head, int64_t first, int64_t last,
-               int64_t tile, int64_t end, T* state) {
-  const ForwardState<T> at(plan);
-  const int64_t width = plan.width, q_size = plan.in.dim * width, count = last - first;
+void run_group(const CrossAttentionBlocking<T>& blocking, const TokenTerms<T>& terms, int64_t head, int64_t first,
+               int64_t last, int64_t tile, int64_t end, T* state) {
+  const ForwardState<T> at(blocking);
+  const int64_t width = blocking.width, q_size = blocking.in.dim * width, count = last - first;
   const Aligned<T> q(count * q_size), scratch(kTileTokens * width);
-  std::vector<typename KeyLane<T>::type> keys(plan.in.dropout ? count * width : 0);
+  std::vector<typename HashLane<T>::type> hashes(blocking.in.dropout ? count * width : 0);
   for (int64_t i = 0; i < count; ++i) {
-    pack_queries(plan, head, first + i, q.get() + i * q_size);
-    if (plan.in.dropout) pack_keys(plan, head, first + i, keys.data() + i * width);
+    pack_queries(blocking, head, first + i, q.get() + i * q_size);
+    if (blocking.in.dropout) pack_hashes(blocking, head, first + i, hashes.data() + i * width);
   }
   std::fill(state, state + count * at.block_size(), T(0));
   for (; tile < end; ++tile) {
-    const TokenTile<T> tokens = tile_of(plan, terms, head, tile);
+    const TokenTile<T> tokens = tile_of(blocking, terms, head, tile);
     for (int64_t i = 0; i < count; ++i)
-      plan.kernels.forward(tokens,
-                           {q.get() + i * q_size, at.shift(state, i), at.total(state, i), at.out(state, i),
-                            keys.data() + (keys.empty() ? 0 : i * width), scratch.get()},
-                           plan.in.inverted);
+      blocking.kernels.forward(tokens,
+                               {q.get() + i * q_size, at.shift(state, i), at.total(state, i), at.out(state, i),
+                                hashes.data() + (hashes.empty() ? 0 : i * width), scratch.get()},
+                               blocking.in.inverted);
   }
 }
 
@@ -66,49 +75,50 @@ void add_state(const ForwardState<T>& at, T* state, T* other, int64_t count) {
 }
 
 template <class T>
-void finish_group(const AttentionPlan<T>& plan, int64_t head, int64_t first, int64_t last, T* state, T* o,
+void finish_group(const CrossAttentionBlocking<T>& blocking, int64_t head, int64_t first, int64_t last, T* state, T* o,
                   double* lse) {
-  const ForwardState<T> at(plan);
-  const CrossAttentionInput<T>& in = plan.in;
-  std::vector<T> factor(plan.width);
+  const ForwardState<T> at(blocking);
+  const CrossAttentionInput<T>& in = blocking.in;
+  std::vector<T> factor(blocking.width);
   for (int64_t block = first; block < last; ++block) {
-    const int64_t i = block - first, row = head * in.queries + block * plan.width, count = plan.count_of(block);
+    const int64_t i = block - first, row = head * in.queries + block * blocking.width, count = blocking.count_of(block);
     for (int64_t lane = 0; lane < count; ++lane) {
       double total = at.total(state, i)[lane];
       if (in.inverted && total < kInvertedEps) total = kInvertedEps;
       factor[lane] = T(in.dropout.scale() / total);
       lse[row + lane] = std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
     }
-    lanes_to_rows(at.out(state, i), in.dim_v, plan.width, factor.data(), count, o + row * in.dim_v, in.dim_v);
+    lanes_to_rows(at.out(state, i), in.dim_v, blocking.width, factor.data(), count, o + row * in.dim_v, in.dim_v);
   }
 }
 
 // Logarithm of the softmax's denominator of every token over the queries.
 template <class T>
-void token_statistics(const AttentionPlan<T>& plan, double* token_lse, const Parallel& parallel) {
-  const CrossAttentionInput<T>& in = plan.in;
+void token_statistics(const CrossAttentionBlocking<T>& blocking, double* token_lse, const Parallel& parallel) {
+  const CrossAttentionInput<T>& in = blocking.in;
   const TokenTerms<T> none(in.batch, in.heads, in.tokens, nullptr, nullptr, Dropout(0, 0));
-  const int64_t width = plan.width, q_size = in.dim * width;
-  parallel.run(plan.heads() * plan.tiles, [&](int64_t begin, int64_t end) {
-    const Aligned<T> q(plan.blocks * q_size), scratch(kTileTokens * width);
+  const int64_t width = blocking.width, q_size = in.dim * width;
+  parallel.run(blocking.heads() * blocking.tiles, [&](int64_t begin, int64_t end) {
+    const Aligned<T> q(blocking.blocks * q_size), scratch(kTileTokens * width);
     const Aligned<T> maximum(kTileTokens * width), sum(kTileTokens * width), bias(width);
     int64_t packed = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / plan.tiles;
+      const int64_t head = task / blocking.tiles;
       if (head != packed)
-        for (int64_t block = 0; block < plan.blocks; ++block)
-          pack_queries(plan, head, block, q.get() + block * q_size);
+        for (int64_t block = 0; block < blocking.blocks; ++block)
+          pack_queries(blocking, head, block, q.get() + block * q_size);
       packed = head;
       std::fill_n(maximum.get(), kTileTokens * width, -std::numeric_limits<T>::max());
       std::fill_n(sum.get(), kTileTokens * width, T(0));
-      TokenTile<T> tile = tile_of(plan, none, head, task % plan.tiles);
+      TokenTile<T> tile = tile_of(blocking, none, head, task % blocking.tiles);
       tile.threshold = 0;  // the denominator is of all weights
-      for (int64_t block = 0; block < plan.blocks; ++block) {
+      for (int64_t block = 0; block < blocking.blocks; ++block) {
         for (int64_t lane = 0; lane < width; ++lane)
-          bias.get()[lane] = lane < plan.count_of(block) ? T(0) : -std::numeric_limits<T>::infinity();
-        plan.kernels.token_sums(tile, q.get() + block * q_size, bias.get(), maximum.get(), sum.get(), scratch.get());
+          bias.get()[lane] = lane < blocking.count_of(block) ? T(0) : -std::numeric_limits<T>::infinity();
+        blocking.kernels.token_sums(tile, q.get() + block * q_size, bias.get(), maximum.get(), sum.get(),
+                                    scratch.get());
       }
-      double* out = token_lse + head * in.tokens + task % plan.tiles * kTileTokens;
+      double* out = token_lse + head * in.tokens + task % blocking.tiles * kTileTokens;
       for (int64_t m = 0; m < tile.count; ++m) {
         const T *top = maximum.get() + m * width, *part = sum.get() + m * width;
         const T most = *std::max_element(top, top + width);
@@ -126,25 +136,26 @@ void token_statistics(const AttentionPlan<T>& plan, double* token_lse, const Par
 template <class T>
 void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse, double* token_lse,
                              const Parallel& parallel) {
-  const AttentionPlan<T> plan(in);
-  if (in.inverted) token_statistics(plan, token_lse, parallel);
+  const CrossAttentionBlocking<T> blocking(in);
+  if (in.inverted) token_statistics(blocking, token_lse, parallel);
   const TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
-  const ForwardState<T> at(plan);
-  const int64_t group = plan.group_size((in.dim + in.dim_v + 2) * plan.width), groups = ceil_div(plan.blocks, group);
-  const int64_t tasks = plan.heads() * groups, size = group * at.block_size();
+  const ForwardState<T> at(blocking);
+  const int64_t group = blocking.group_size((in.dim + in.dim_v + 2) * blocking.width),
+                groups = ceil_div(blocking.blocks, group);
+  const int64_t tasks = blocking.heads() * groups, size = group * at.block_size();
   if (tasks == 0) return;
   // Few tasks: split the tokens too. Depends on shape and thread count alone: the same run gives the same bits.
   int64_t parts = 1;
   if (tasks % parallel.threads != 0 && tasks < 8 * parallel.threads)
-    parts = std::max<int64_t>(1, std::min(ceil_div(4 * parallel.threads, tasks), plan.tiles / 4));
+    parts = std::max<int64_t>(1, std::min(ceil_div(4 * parallel.threads, tasks), blocking.tiles / 4));
   const auto first = [&](int64_t task) { return task % groups * group; };
-  const auto last = [&](int64_t task) { return std::min(first(task) + group, plan.blocks); };
+  const auto last = [&](int64_t task) { return std::min(first(task) + group, blocking.blocks); };
   if (parts == 1) {
     parallel.run(tasks, [&](int64_t begin, int64_t end) {
       const Aligned<T> state(size);
       for (int64_t task = begin; task < end; ++task) {
-        run_group(plan, terms, task / groups, first(task), last(task), 0, plan.tiles, state.get());
-        finish_group(plan, task / groups, first(task), last(task), state.get(), o, lse);
+        run_group(blocking, terms, task / groups, first(task), last(task), 0, blocking.tiles, state.get());
+        finish_group(blocking, task / groups, first(task), last(task), state.get(), o, lse);
       }
     });
     return;
@@ -153,8 +164,8 @@ void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse
   parallel.run(tasks * parts, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t task = i / parts, part = i % parts;
-      run_group(plan, terms, task / groups, first(task), last(task), plan.tiles * part / parts,
-                plan.tiles * (part + 1) / parts, states.get() + i * size);
+      run_group(blocking, terms, task / groups, first(task), last(task), blocking.tiles * part / parts,
+                blocking.tiles * (part + 1) / parts, states.get() + i * size);
     }
   });
   parallel.run(tasks, [&](int64_t begin, int64_t end) {
@@ -162,7 +173,7 @@ void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse
       T* state = states.get() + task * parts * size;
       for (int64_t part = 1; part < parts; ++part)
         add_state(at, state, state + part * size, last(task) - first(task));
-      finish_group(plan, task / groups, first(task), last(task), state, o, lse);
+      finish_group(blocking, task / groups, first(task), last(task), state, o, lse);
     }
   });
 }

@@ -1,15 +1,22 @@
-// Backward of streaming attention: one pass over tiles and blocks computes all three gradients from recomputed weights.
+// Backward of streaming attention: dq, dk and dv in one pass over tiles and blocks, from weights that are recomputed.
 //
-// Work is split over the longer of the two sides (tokens, or queries), so that its gradients have one writer each;
-// the other side's gradients are partial sums, added up in order at the end.
+//   dS = P (v d_o - delta), delta = o d_o - d_lse      dq = scale dS k      dk = scale dS^T q      dv = P^T d_o
+//
+// Heads go to the threads. Unless their number divides evenly, each is cut along the longer of its two sides, tokens or
+// queries (inverted: always tokens), so that the gradients of that side have one writer each. The other side's
+// gradients are then partial sums, one copy a part, which are added up in order at the end.
+//
+// Memory: three numbers a query, the copies just named (one of dq, dk and dv where heads are not cut), and for a thread
+// the packed queries and gradients of one group of blocks, at most half a second-level cache, with a tile's P and dS.
 #include "cross_attention.h"
-#include "cross_attention_plan.h"
+#include "cross_attention_blocking.h"
 
 namespace perceiver_fast {
 
 namespace {
 
-// P = 2^(S log2(e) + shift) * weight, dS = P (u - delta); the weight rides on the output's gradient and on delta.
+// P = 2^(S log2(e) + shift) * weight and dS = P (u - delta). No loop multiplies by the weight: the output's gradient
+// and delta are multiplied by it beforehand.
 template <class T>
 struct QueryTerms {
   std::vector<T> shift, weight, delta;
@@ -38,8 +45,12 @@ template <class T>
 struct PackedBlock {
   int64_t d, v, pad_d, pad_v, width;
 
-  explicit PackedBlock(const AttentionPlan<T>& plan)
-      : d(plan.in.dim), v(plan.in.dim_v), pad_d(plan.padded(d)), pad_v(plan.padded(v)), width(plan.width) {}
+  explicit PackedBlock(const CrossAttentionBlocking<T>& blocking)
+      : d(blocking.in.dim),
+        v(blocking.in.dim_v),
+        pad_d(blocking.padded(d)),
+        pad_v(blocking.padded(v)),
+        width(blocking.width) {}
   int64_t size() const { return (d + v + pad_d + pad_v + 3) * width; }
   T* q(T* at) const { return at; }
   T* grad(T* at) const { return at + d * width; }
@@ -52,33 +63,39 @@ struct PackedBlock {
 
 template <class T>
 class Backward {
-  using Key = typename KeyLane<T>::type;
+  using Hash = typename HashLane<T>::type;
 
  public:
-  Backward(const AttentionPlan<T>& plan, TokenTerms<T>& terms, const QueryTerms<T>& queries, const T* d_o,
+  Backward(const CrossAttentionBlocking<T>& blocking, TokenTerms<T>& terms, const QueryTerms<T>& queries, const T* d_o,
            const Parallel& parallel)
-      : plan_(plan), in_(plan.in), terms_(terms), queries_(queries), d_o_(d_o), parallel_(parallel), packed_(plan),
-        group_(plan.group_size(packed_.size() + packed_.d * plan.width)) {}
+      : blocking_(blocking),
+        in_(blocking.in),
+        terms_(terms),
+        queries_(queries),
+        d_o_(d_o),
+        parallel_(parallel),
+        packed_(blocking),
+        group_(blocking.group_size(packed_.size() + packed_.d * blocking.width)) {}
 
-  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP. The second pass
-  // finds the first one's rounding, so that saturated tokens get their tiny gradients and not its noise.
+  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP. The second pass finds the
+  // rounding error of the first, so that a token that one query has all of gets its tiny gradients and not that error.
   void find_token_delta(int pass) {
-    const int64_t W = plan_.width;
-    parallel_.run(plan_.heads() * plan_.tiles, [&](int64_t begin, int64_t end) {
+    const int64_t W = blocking_.width;
+    parallel_.run(blocking_.heads() * blocking_.tiles, [&](int64_t begin, int64_t end) {
       const int64_t size = packed_.size();
-      const Aligned<T> memory(plan_.blocks * size), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
-      std::vector<Key> keys(plan_.blocks * W);
+      const Aligned<T> memory(blocking_.blocks * size), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
+      std::vector<Hash> hashes(blocking_.blocks * W);
       int64_t packed_head = -1;
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t head = task / plan_.tiles, tile = task % plan_.tiles;
-        const TokenTile<T> tokens = tile_of(plan_, terms_, head, tile);
+        const int64_t head = task / blocking_.tiles, tile = task % blocking_.tiles;
+        const TokenTile<T> tokens = tile_of(blocking_, terms_, head, tile);
         if (head != packed_head)
-          for (int64_t i = 0; i < plan_.blocks; ++i) pack(head, i, memory.get() + i * size, keys.data() + i * W);
+          for (int64_t i = 0; i < blocking_.blocks; ++i) pack(head, i, memory.get() + i * size, hashes.data() + i * W);
         packed_head = head;
         std::fill_n(sums.get(), kTileTokens * W, T(0));
-        for (int64_t i = 0; i < plan_.blocks; ++i)
-          plan_.kernels.token_delta(tokens, view(memory.get() + i * size, keys.data() + i * W, p.get(), ds.get()),
-                                    sums.get());
+        for (int64_t i = 0; i < blocking_.blocks; ++i)
+          blocking_.kernels.token_delta(tokens, view(memory.get() + i * size, hashes.data() + i * W, p.get(), ds.get()),
+                                        sums.get());
         T* delta = (pass == 0 ? terms_.delta : terms_.delta_low).data() + terms_.row(head) + tile * kTileTokens;
         for (int64_t m = 0; m < tokens.count; ++m) {
           T sum = 0;
@@ -90,13 +107,13 @@ class Backward {
   }
 
   void run(const double* d_lse, T* dq, T* dk, T* dv) {
-    const int64_t heads = plan_.heads(), W = plan_.width, M = in_.tokens;
+    const int64_t heads = blocking_.heads(), W = blocking_.width, M = in_.tokens;
     if (heads == 0) return;
     by_tokens_ = in_.inverted || in_.tokens >= in_.queries;
-    const int64_t units = by_tokens_ ? plan_.tiles : plan_.blocks;
+    const int64_t units = by_tokens_ ? blocking_.tiles : blocking_.blocks;
     parts_ = heads % parallel_.threads == 0 ? 1 : std::min(units, ceil_div(2 * parallel_.threads, heads));
     const int64_t dq_copies = by_tokens_ ? parts_ : 1, token_copies = by_tokens_ ? 1 : parts_;
-    dq_size_ = plan_.blocks * (packed_.d + 2) * W;
+    dq_size_ = blocking_.blocks * (packed_.d + 2) * W;
     const Aligned<T> dq_sums(heads * dq_copies * dq_size_);
     // Sums of dk and dv go straight where they belong when rows need no padding and have one writer.
     const bool k_direct = token_copies == 1 && packed_.pad_d == packed_.d;
@@ -107,7 +124,7 @@ class Backward {
     dk_ = k_direct ? dk : dk_sums.get();
     dv_ = v_direct ? dv : dv_sums.get();
 
-    flagged_.assign(heads * plan_.blocks, 1);
+    flagged_.assign(heads * blocking_.blocks, 1);
     each_part(false);
     add_copies(dq_, heads, dq_copies, dq_size_);
     if (!in_.inverted && find_errors(d_lse, dq_copies)) {
@@ -120,10 +137,10 @@ class Backward {
   }
 
  private:
-  void pack(int64_t head, int64_t block, T* at, Key* keys) const {
-    const int64_t W = plan_.width, row = head * in_.queries + block * W, count = plan_.count_of(block);
+  void pack(int64_t head, int64_t block, T* at, Hash* hashes) const {
+    const int64_t W = blocking_.width, row = head * in_.queries + block * W, count = blocking_.count_of(block);
     const T* weight = queries_.weight.data() + row;
-    pack_queries(plan_, head, block, packed_.q(at));
+    pack_queries(blocking_, head, block, packed_.q(at));
     std::vector<T> factor(W, T(0));
     for (int64_t lane = 0; lane < count; ++lane) factor[lane] = weight[lane] * T(in_.dropout.scale());
     rows_to_lanes(d_o_ + row * in_.dim_v, in_.dim_v, count, in_.dim_v, W, factor.data(), packed_.grad(at));
@@ -136,23 +153,35 @@ class Backward {
         grad_rows[lane * packed_.pad_v + c] = factor[lane] * d_o_[(row + lane) * in_.dim_v + c];
     }
     for (int64_t lane = 0; lane < W; ++lane) {
-      // No query, no weight.
+      // A lane without a query: its weights become zero.
       packed_.shift(at)[lane] = lane < count ? queries_.shift[row + lane] : -std::numeric_limits<T>::infinity();
       packed_.delta(at)[lane] = lane < count ? queries_.delta[row + lane] : T(0);
       packed_.change(at)[lane] = lane < count && !change_.empty() ? change_[row + lane] : T(0);
     }
-    if (in_.dropout) pack_keys(plan_, head, block, keys);
+    if (in_.dropout) pack_hashes(blocking_, head, block, hashes);
   }
 
-  BackwardBlock<T> view(T* at, const Key* keys, T* p, T* ds) const {
-    return {packed_.q(at),     packed_.shift(at), packed_.grad(at), packed_.delta(at), packed_.q_rows(at),
-            packed_.grad_rows(at), packed_.pad_d, packed_.pad_v,    nullptr,           nullptr,
-            nullptr,           nullptr,           nullptr,          keys,              p,
+  BackwardBlock<T> view(T* at, const Hash* hashes, T* p, T* ds) const {
+    return {packed_.q(at),
+            packed_.shift(at),
+            packed_.grad(at),
+            packed_.delta(at),
+            packed_.q_rows(at),
+            packed_.grad_rows(at),
+            packed_.pad_d,
+            packed_.pad_v,
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            nullptr,
+            hashes,
+            p,
             ds};
   }
 
   void each_part(bool correction) {
-    parallel_.run(plan_.heads() * parts_, [&](int64_t begin, int64_t end) {
+    parallel_.run(blocking_.heads() * parts_, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) run_part(task / parts_, task % parts_, correction);
     });
   }
@@ -160,15 +189,16 @@ class Backward {
   // One part of a head: all flagged blocks and some tiles, or some of the flagged blocks and all tiles.
   void run_part(int64_t head, int64_t part, bool correction) const {
     const auto share = [&](int64_t n, int64_t i) { return n * i / parts_; };
-    const int64_t tile0 = by_tokens_ ? share(plan_.tiles, part) : 0;
-    const int64_t tile1 = by_tokens_ ? share(plan_.tiles, part + 1) : plan_.tiles;
+    const int64_t tile0 = by_tokens_ ? share(blocking_.tiles, part) : 0;
+    const int64_t tile1 = by_tokens_ ? share(blocking_.tiles, part + 1) : blocking_.tiles;
     std::vector<int64_t> blocks;
-    for (int64_t i = by_tokens_ ? 0 : share(plan_.blocks, part);
-         i < (by_tokens_ ? plan_.blocks : share(plan_.blocks, part + 1)); ++i)
-      if (flagged_[head * plan_.blocks + i]) blocks.push_back(i);
+    for (int64_t i = by_tokens_ ? 0 : share(blocking_.blocks, part);
+         i < (by_tokens_ ? blocking_.blocks : share(blocking_.blocks, part + 1)); ++i)
+      if (flagged_[head * blocking_.blocks + i]) blocks.push_back(i);
     T* dq = dq_ + (by_tokens_ ? head * parts_ + part : head) * dq_size_;
     const int64_t token_row = (by_tokens_ ? head : head * parts_ + part) * in_.tokens;
-    // A correction adds to what is there: to the sum of all copies, which is the first one; the others start anew.
+    // A correction is added to the results of the first pass. By then the first copy of dq is the sum of all copies, so
+    // the others start at zero again.
     if (!correction) {
       for (int64_t i : blocks) std::fill_n(dq + i * dq_block(), dq_block(), T(0));
     } else if (by_tokens_ && part > 0) {
@@ -179,43 +209,44 @@ class Backward {
       std::fill(dk_ + (token_row + m0) * packed_.pad_d, dk_ + (token_row + m1) * packed_.pad_d, T(0));
       std::fill(dv_ + (token_row + m0) * packed_.pad_v, dv_ + (token_row + m1) * packed_.pad_v, T(0));
     }
-    const int64_t W = plan_.width, size = packed_.size();
+    const int64_t W = blocking_.width, size = packed_.size();
     const Aligned<T> memory(group_ * size), p(kTileTokens * W), ds(kTileTokens * W);
-    std::vector<Key> keys(group_ * W);
+    std::vector<Hash> hashes(group_ * W);
     for (size_t first = 0; first < blocks.size(); first += group_) {
       const int64_t count = std::min<int64_t>(group_, int64_t(blocks.size() - first));
-      for (int64_t i = 0; i < count; ++i)
-        pack(head, blocks[first + i], memory.get() + i * size, keys.data() + i * W);
+      for (int64_t i = 0; i < count; ++i) pack(head, blocks[first + i], memory.get() + i * size, hashes.data() + i * W);
       for (int64_t tile = tile0; tile < tile1; ++tile) {
-        const TokenTile<T> tokens = tile_of(plan_, terms_, head, tile);
+        const TokenTile<T> tokens = tile_of(blocking_, terms_, head, tile);
         for (int64_t i = 0; i < count; ++i) {
           T* at = memory.get() + i * size;
-          BackwardBlock<T> block = view(at, keys.data() + i * W, p.get(), ds.get());
+          BackwardBlock<T> block = view(at, hashes.data() + i * W, p.get(), ds.get());
           block.dq = dq + blocks[first + i] * dq_block();
           block.sum = block.dq + packed_.d * W;
           block.size = block.sum + W;
           block.dk = dk_ + (token_row + tile * kTileTokens) * packed_.pad_d;
           block.dv = dv_ + (token_row + tile * kTileTokens) * packed_.pad_v;
-          if (correction) plan_.kernels.correct(tokens, block, packed_.change(at));
-          else plan_.kernels.backward(tokens, block);
+          if (correction)
+            blocking_.kernels.correct(tokens, block, packed_.change(at));
+          else
+            blocking_.kernels.backward(tokens, block);
         }
       }
     }
   }
 
-  // dS sums to d_lse over the tokens. What is left beside that is the error of delta, which came from rounded outputs.
-  // Beside weights' gradients of ordinary size it is nothing; where softmax is saturated they are tiny, and their
-  // blocks get a second pass that takes the error out.
+  // Over the tokens dS sums to d_lse. What it sums to beside that is the error of delta, which was computed from
+  // rounded outputs. It does not matter beside dS of ordinary size; where softmax is saturated dS is tiny, and the
+  // block gets a second pass that takes the error out.
   bool find_errors(const double* d_lse, int64_t copies) {
     const T tolerance = 16 * std::numeric_limits<T>::epsilon();
-    const int64_t W = plan_.width;
+    const int64_t W = blocking_.width;
     change_.assign(queries_.shift.size(), T(0));
-    flagged_.assign(plan_.heads() * plan_.blocks, 0);
+    flagged_.assign(blocking_.heads() * blocking_.blocks, 0);
     bool any = false;
-    for (int64_t i = 0; i < plan_.heads() * plan_.blocks; ++i) {
-      const int64_t head = i / plan_.blocks, block = i % plan_.blocks, row = head * in_.queries + block * W;
+    for (int64_t i = 0; i < blocking_.heads() * blocking_.blocks; ++i) {
+      const int64_t head = i / blocking_.blocks, block = i % blocking_.blocks, row = head * in_.queries + block * W;
       const T* sum = dq_ + head * copies * dq_size_ + block * dq_block() + packed_.d * W;
-      for (int64_t lane = 0; lane < plan_.count_of(block); ++lane) {
+      for (int64_t lane = 0; lane < blocking_.count_of(block); ++lane) {
         const T error = sum[lane] - (d_lse == nullptr ? T(0) : T(d_lse[row + lane]));
         change_[row + lane] = error * queries_.weight[row + lane];
         if (std::abs(error) > tolerance * sum[W + lane]) flagged_[i] = any = true;
@@ -240,17 +271,18 @@ class Backward {
   }
 
   void unpack(int64_t dq_copies, int64_t token_copies, T* dq, T* dk, T* dv) const {
-    const std::vector<T> scale(plan_.width, T(in_.scale));
-    parallel_.run(plan_.heads() * plan_.blocks, [&](int64_t begin, int64_t end) {
+    const std::vector<T> scale(blocking_.width, T(in_.scale));
+    parallel_.run(blocking_.heads() * blocking_.blocks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = i / plan_.blocks, block = i % plan_.blocks;
-        lanes_to_rows(dq_ + head * dq_copies * dq_size_ + block * dq_block(), in_.dim, plan_.width, scale.data(),
-                      plan_.count_of(block), dq + (head * in_.queries + block * plan_.width) * in_.dim, in_.dim);
+        const int64_t head = i / blocking_.blocks, block = i % blocking_.blocks;
+        lanes_to_rows(dq_ + head * dq_copies * dq_size_ + block * dq_block(), in_.dim, blocking_.width, scale.data(),
+                      blocking_.count_of(block), dq + (head * in_.queries + block * blocking_.width) * in_.dim,
+                      in_.dim);
       }
     });
     const auto strip = [&](const T* from, int64_t padded, T* to, int64_t channels) {
       if (to == nullptr) return;
-      parallel_.run(plan_.heads() * in_.tokens, [&](int64_t begin, int64_t end) {
+      parallel_.run(blocking_.heads() * in_.tokens, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const T* row = from + (i / in_.tokens * token_copies * in_.tokens + i % in_.tokens) * padded;
           std::copy(row, row + channels, to + i * channels);
@@ -261,9 +293,9 @@ class Backward {
     strip(dv_, packed_.pad_v, dv, in_.dim_v);
   }
 
-  int64_t dq_block() const { return (packed_.d + 2) * plan_.width; }  // [dim] rows of dq, sums of dS, sums of |dS|
+  int64_t dq_block() const { return (packed_.d + 2) * blocking_.width; }  // [dim] rows of dq, sums of dS, sums of |dS|
 
-  const AttentionPlan<T>& plan_;
+  const CrossAttentionBlocking<T>& blocking_;
   const CrossAttentionInput<T>& in_;
   TokenTerms<T>& terms_;
   const QueryTerms<T>& queries_;
@@ -283,10 +315,10 @@ class Backward {
 template <class T>
 void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
                               const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) {
-  const AttentionPlan<T> plan(in);
+  const CrossAttentionBlocking<T> blocking(in);
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   const QueryTerms<T> queries(in, o, lse, d_o, d_lse, parallel);
-  Backward<T> backward(plan, terms, queries, d_o, parallel);
+  Backward<T> backward(blocking, terms, queries, d_o, parallel);
   for (int pass = 0; in.inverted && pass < 2; ++pass) backward.find_token_delta(pass);
   backward.run(d_lse, dq, dk, dv);
 }

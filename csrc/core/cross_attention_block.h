@@ -1,15 +1,15 @@
 // What the per-ISA kernels of streaming attention work on, and the table they are reached through.
 //
 // A block is `queries` queries of one batch element and head (two vectors), transposed so that a query is a lane; a
-// tile is up to kTileTokens tokens, read where they lie. Logits and weights of one tile and block are a [tokens][queries]
-// scratch that stays in L1. Exponents are of two and shifted by integers, which costs no bit, so that forward and
-// backward agree on every weight.
+// tile is up to kTileTokens tokens, read where they lie. Logits and weights of one tile and block are a
+// [tokens][queries] scratch that stays in L1. Exponents are of two and shifted by integers, which costs no bit, so that
+// forward and backward agree on every weight.
 #pragma once
 
 #include <cstdint>
 
 #include "dropout.h"
-#include "isa.h"
+#include "kernel_tables.h"
 
 namespace perceiver_fast {
 
@@ -20,21 +20,22 @@ struct TokenTile {
   int64_t dim, dim_v, count;
   const T *k, *v;
   int64_t k_row, v_row;
-  // What tokens add to the exponents of their weights, and what they multiply them by; null: nothing. A masked token
-  // has a shift of -inf. Inverted attention's backward subtracts delta, in two pieces, from the weights'
-  // gradients.
+  // What is added to the exponents of a token's weights and what they are multiplied by, or null where no token has
+  // either. A masked token has a shift of -inf. Inverted attention's backward subtracts delta, a sum of two numbers,
+  // from the gradients of the weights.
   const T *shift, *weight, *delta, *delta_low;
-  const uint32_t* keys;  // of dropout
+  const uint32_t* hashes;  // of dropout
   uint32_t threshold;    // of dropout; zero: none
 };
 
-// out += p v, total += p with p = 2^(S + shift); a shift that turns out too small is changed, and out and total with it.
+// out += p v and total += p with p = 2^(S + shift). Where the shift turns out to be unfit for a tile's logits, it is
+// changed, and out and total are scaled to match.
 template <class T>
 struct ForwardBlock {
   const T* q;  // [dim][queries], times scale log2(e)
   T *shift, *total;  // [queries]
   T* out;            // [dim_v][queries]
-  const typename KeyLane<T>::type* keys;
+  const typename HashLane<T>::type* hashes;
   T* scratch;  // [kTileTokens][queries]
 };
 
@@ -44,11 +45,11 @@ struct BackwardBlock {
   const T *q, *shift;            // as in the forward
   const T *grad, *delta;         // [dim_v][queries], [queries]: times the weight that makes P of p
   const T *q_rows, *grad_rows;   // [queries][pad_d], [queries][pad_v]: q times the logits' scale
-  int64_t pad_d, pad_v;          // dim and dim_v rounded up to vectors
+  int64_t pad_d, pad_v;          // dim and dim_v rounded up to whole vectors
   T* dq;                         // [dim][queries]
   T *dk, *dv;                    // [count][pad_d], [count][pad_v]
   T *sum, *size;                 // [queries]: sums of dS and of |dS|
-  const typename KeyLane<T>::type* keys;
+  const typename HashLane<T>::type* hashes;
   T *p, *ds;  // scratch [kTileTokens][queries] each
 };
 
@@ -66,7 +67,6 @@ struct CrossAttentionKernels {
   void (*token_delta)(const TokenTile<T>&, const BackwardBlock<T>&, T* sums);
 };
 
-template <class T>
-const CrossAttentionKernels<T>& cross_attention_kernels(Isa isa);
+PF_KERNEL_TABLES(CrossAttentionKernels, cross_attention)
 
 }  // namespace perceiver_fast

@@ -1,7 +1,8 @@
 // Which attention weights dropout drops: a pure function of the seed and of the weight's indices, so that the same
-// seed drops the same weights however the work is tiled or split over threads, and the backward need store nothing.
+// seed drops the same weights however the work is tiled or split over threads, and nothing is stored for the backward.
 //
-// A query and a token have a 32-bit key each, a weight has the hash of both. reference/dropout.py states the same.
+// A query and a token have a 32-bit hash each, of their index and the seed; a weight has the hash of these two.
+// perceiver_fast/reference/dropout.py states the same.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +18,13 @@ inline uint64_t splitmix64(uint64_t x) {
 }
 
 template <class T>
-struct KeyLane;  // an integer as wide as T, to hold a key in a vector's lane
+struct HashLane;  // an integer as wide as T, to hold a hash in a vector's lane
 template <>
-struct KeyLane<float> {
+struct HashLane<float> {
   using type = uint32_t;
 };
 template <>
-struct KeyLane<double> {
+struct HashLane<double> {
   using type = uint64_t;
 };
 
@@ -37,9 +38,9 @@ struct Dropout {
   explicit operator bool() const { return threshold != 0; }
   // What kept weights are multiplied by: the exact inverse of the share that is kept.
   double scale() const { return 4294967296.0 / (4294967296.0 - double(threshold)); }
-  // Keys by index over batch, heads and queries, and by token.
-  uint32_t query_key(int64_t row) const { return uint32_t(splitmix64(seed ^ splitmix64(2 * uint64_t(row))) >> 32); }
-  uint32_t token_key(int64_t token) const {
+  // Hashes of a query, by its index over batch, heads and queries, and of a token.
+  uint32_t query_hash(int64_t row) const { return uint32_t(splitmix64(seed ^ splitmix64(2 * uint64_t(row))) >> 32); }
+  uint32_t token_hash(int64_t token) const {
     return uint32_t(splitmix64(seed ^ splitmix64(2 * uint64_t(token) + 1)) >> 32);
   }
 };

@@ -1,5 +1,5 @@
-// The vector half of dropout.h, for one instruction set: hashes of a vector of queries (or tokens) with one token
-// (or query).
+// The weights that dropout.h keeps, a vector at a time, for one instruction set: the hashes of a vector of queries meet
+// the hash of one token, or the other way round.
 #pragma once
 
 #include "dropout.h"
@@ -8,7 +8,7 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
-// Keys sit in lanes as wide as T; all arithmetic is of 32 bits.
+// Hashes stand in lanes as wide as T; all arithmetic is of 32 bits.
 template <class T>
 struct DropoutLanes;
 template <>
@@ -24,18 +24,18 @@ struct DropoutLanes<double> {
 
 // p where the weight is kept, zero where it is dropped. The mixer is Chris Wellons' lowbias32.
 template <class T>
-PF_INLINE typename Simd<T>::Vec keep(typename Simd<T>::Vec p, const typename KeyLane<T>::type* keys, uint32_t key,
+PF_INLINE typename Simd<T>::Vec keep(typename Simd<T>::Vec p, const typename HashLane<T>::type* hashes, uint32_t hash,
                                      uint32_t threshold) {
   using D = DropoutLanes<T>;
   typename D::Vec x;
-  std::memcpy(&x, keys, sizeof x);
-  x ^= typename KeyLane<T>::type(key);
+  std::memcpy(&x, hashes, sizeof x);
+  x ^= typename HashLane<T>::type(hash);
   x ^= x >> 16;
   x = D::low32(x * 0x7feb352du);
   x ^= x >> 15;
   x = D::low32(x * 0x846ca68bu);
   x ^= x >> 16;
-  return x >= typename KeyLane<T>::type(threshold) ? p : typename Simd<T>::Vec{};
+  return x >= typename HashLane<T>::type(threshold) ? p : typename Simd<T>::Vec{};
 }
 
 }  // namespace PF_ISA

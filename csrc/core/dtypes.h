@@ -32,9 +32,9 @@ using BF16 = Dtypes<BFloat16, BFloat16>;
 using F32BF16 = Dtypes<float, BFloat16>;
 
 #define PF_FOR_DTYPES(MACRO) \
-  MACRO(F64, f64)            \
-  MACRO(F32, f32)            \
-  MACRO(BF16, bf16)          \
-  MACRO(F32BF16, f32_bf16)
+  MACRO(F64)                 \
+  MACRO(F32)                 \
+  MACRO(BF16)                \
+  MACRO(F32BF16)
 
 }  // namespace perceiver_fast

@@ -1,4 +1,5 @@
-// Arrays of any dtype as vectors of what is computed in, for one instruction set.
+// Arrays of any dtype as vectors of the type that arithmetic is done in, for one instruction set: loads, stores and
+// conversions, loops over arrays whose length is no multiple of a vector's, and sums.
 #pragma once
 
 #include "dtypes.h"
@@ -69,7 +70,7 @@ struct Whole {
   PF_INLINE Vec load(const X* p) const { return Elements<X>::load(p); }
   template <class X>
   PF_INLINE void store(X* p, Vec v) const { Elements<X>::store(p, v); }
-  PF_INLINE Vec keep(Vec v) const { return v; }
+  PF_INLINE Vec inside(Vec v) const { return v; }  // lanes of elements that there are; the others become zero
 };
 template <class T>
 struct Ragged {
@@ -87,15 +88,15 @@ struct Ragged {
     Elements<X>::store(buffer, v);
     std::memcpy(p, buffer, sizeof(X) * count);
   }
-  PF_INLINE Vec keep(Vec v) const {
+  PF_INLINE Vec inside(Vec v) const {
     T buffer[Simd<T>::lanes];
     Simd<T>::store(buffer, v);
     return load(buffer);
   }
 };
 
-// body(i, chain, at) for the vectors of [0, n): they start at i, `at` accesses them, and successive ones have another
-// chain, so that sums over them need not wait for one another.
+// Calls body(i, chain, at) for the vectors of [0, n): a vector starts at i, `at` loads and stores it, and one vector's
+// chain is not the next one's, so that sums by chain need not wait for one another.
 template <class T, int Chains, class Body>
 PF_INLINE void for_vectors(int64_t n, Body body) {
   constexpr int64_t lanes = Simd<T>::lanes;
@@ -130,7 +131,7 @@ PF_INLINE double sum_lanes(Simd<double>::Vec v) {
 #endif
 }
 
-// A sum over for_vectors' chains.
+// A sum by for_vectors' chains.
 template <class T>
 struct Sum {
   typename Simd<T>::Vec chain[kChains] = {};

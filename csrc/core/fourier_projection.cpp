@@ -1,14 +1,20 @@
+// Drivers of the Fourier projection: out = r (z W) + bias with codes z that exist a tile at a time, and its gradients.
+//
+// Forward: tiles of kFourierTile tokens are shared out to the threads. Memory: the weight once more, in panels, and for
+// a thread a tile's codes and two tiles of sums.
+//
+// Backward: the tiles are cut into parts, one a thread at most. Each sums the weight's gradient over its tiles, in T
+// over a few of them and then in double; the parts' sums are added up in order. Gradients of features and positions
+// belong to one tile each. Memory: the weight's gradient twice for every part, kPartBytes in all at most (but always
+// one part), and for a thread a tile's codes, gradients and their transposes.
 #include "fourier_projection.h"
 
 #include <algorithm>
 
 #include "aligned.h"
 #include "fourier_projection_tile.h"
-#include "kernel_tables.h"
 
 namespace perceiver_fast {
-
-PF_KERNEL_TABLES(FourierProjectionKernels, fourier_projection)
 
 namespace {
 
@@ -17,11 +23,11 @@ constexpr int64_t kPartBytes = int64_t(256) << 20;
 constexpr int64_t kPartTiles = 4;  // a part with fewer tiles spends its time on clearing and adding its sums
 
 template <class T>
-struct Plan {
+struct Blocking {
   const FourierProjectionKernels<T>& kernels;
   int64_t channels, row, tiles;  // C, D padded to whole vectors, tiles over all sets of positions
 
-  explicit Plan(const FourierProjectionInput<T>& in)
+  explicit Blocking(const FourierProjectionInput<T>& in)
       : kernels(fourier_projection_kernels<T>(active_isa())),
         channels(in.features + in.axes * (2 * in.bands + 1)),
         row((in.outputs + kernels.lanes - 1) / kernels.lanes * kernels.lanes),
@@ -30,12 +36,12 @@ struct Plan {
 
 // The weight in panels of columns, zeros beyond the last one.
 template <class T>
-Aligned<T> pack_panels(const FourierProjectionInput<T>& in, const Plan<T>& plan) {
-  const int64_t D = in.outputs, width = plan.kernels.panel;
-  Aligned<T> panels((plan.row + width - 1) / width * width * plan.channels);
+Aligned<T> pack_panels(const FourierProjectionInput<T>& in, const Blocking<T>& blocking) {
+  const int64_t D = in.outputs, width = blocking.kernels.panel;
+  Aligned<T> panels((blocking.row + width - 1) / width * width * blocking.channels);
   T* to = panels.get();
-  for (int64_t x = 0; x < plan.row; x += width)
-    for (int64_t c = 0; c < plan.channels; ++c, to += width) {
+  for (int64_t x = 0; x < blocking.row; x += width)
+    for (int64_t c = 0; c < blocking.channels; ++c, to += width) {
       const int64_t count = std::max<int64_t>(0, std::min(D - x, width));
       std::copy_n(in.weight + c * D + x, count, to);
       std::fill(to + count, to + width, T(0));
@@ -48,45 +54,46 @@ Aligned<T> pack_panels(const FourierProjectionInput<T>& in, const Plan<T>& plan)
 template <class T>
 void fourier_projection_forward(const FourierProjectionInput<T>& in, const T* bias, double eps, T* out, T* scale,
                                 const Parallel& parallel) {
-  const Plan<T> plan(in);
-  const Aligned<T> panels = pack_panels(in, plan), padded_bias(plan.row);
-  std::fill_n(padded_bias.get(), plan.row, T(0));
+  const Blocking<T> blocking(in);
+  const Aligned<T> panels = pack_panels(in, blocking), padded_bias(blocking.row);
+  std::fill_n(padded_bias.get(), blocking.row, T(0));
   if (bias != nullptr) std::copy_n(bias, in.outputs, padded_bias.get());
-  parallel.run(plan.tiles, [&](int64_t begin, int64_t end) {
-    const Aligned<T> codes(plan.channels * kFourierTile), sums(kFourierTile * plan.row), base(kFourierTile * plan.row);
-    plan.kernels.forward({in, panels.get(), padded_bias.get(), plan.row, eps, out, scale, codes.get(), sums.get(),
-                          base.get()},
-                         begin, end);
+  parallel.run(blocking.tiles, [&](int64_t begin, int64_t end) {
+    const Aligned<T> codes(blocking.channels * kFourierTile), sums(kFourierTile * blocking.row),
+        base(kFourierTile * blocking.row);
+    blocking.kernels.forward(
+        {in, panels.get(), padded_bias.get(), blocking.row, eps, out, scale, codes.get(), sums.get(), base.get()},
+        begin, end);
   });
 }
 
 template <class T>
 void fourier_projection_backward(const FourierProjectionInput<T>& in, const T* scale, const T* d_out, T* dweight,
                                  T* dfeat, double* dcoords, const Parallel& parallel) {
-  const Plan<T> plan(in);
-  const int64_t size = plan.channels * plan.row, square = kFourierTile * plan.row;
+  const Blocking<T> blocking(in);
+  const int64_t size = blocking.channels * blocking.row, square = kFourierTile * blocking.row;
   const int64_t affordable = std::max<int64_t>(1, kPartBytes / (size * int64_t(sizeof(T) + sizeof(double))));
-  const int64_t wanted = std::min<int64_t>(parallel.threads, plan.tiles / kPartTiles);
+  const int64_t wanted = std::min<int64_t>(parallel.threads, blocking.tiles / kPartTiles);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, affordable));
   const Aligned<double> totals(parts * size);
   parallel.run(parts, [&](int64_t begin, int64_t end) {
     const int64_t columns = dcoords == nullptr ? 0 : kFourierTile;
-    const Aligned<T> sums(size), codes(plan.channels * kFourierTile), grad(square), grad_sum(square);
-    const Aligned<T> d_codes(plan.channels * columns), grad_columns(in.outputs * columns),
+    const Aligned<T> sums(size), codes(blocking.channels * kFourierTile), grad(square), grad_sum(square);
+    const Aligned<T> d_codes(blocking.channels * columns), grad_columns(in.outputs * columns),
         projected(in.outputs * columns);
     for (int64_t part = begin; part < end; ++part) {
       double* total = totals.get() + part * size;
       std::fill_n(total, size, 0.0);
-      plan.kernels.backward({in, plan.row, scale, d_out, dfeat, dcoords, total, sums.get(), codes.get(), grad.get(),
-                             grad_sum.get(), d_codes.get(), grad_columns.get(), projected.get()},
-                            plan.tiles * part / parts, plan.tiles * (part + 1) / parts);
+      blocking.kernels.backward({in, blocking.row, scale, d_out, dfeat, dcoords, total, sums.get(), codes.get(),
+                                 grad.get(), grad_sum.get(), d_codes.get(), grad_columns.get(), projected.get()},
+                                blocking.tiles * part / parts, blocking.tiles * (part + 1) / parts);
     }
   });
-  parallel.run(plan.channels, [&](int64_t begin, int64_t end) {
+  parallel.run(blocking.channels, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c)
       for (int64_t x = 0; x < in.outputs; ++x) {
         double sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += totals.get()[part * size + c * plan.row + x];
+        for (int64_t part = 0; part < parts; ++part) sum += totals.get()[part * size + c * blocking.row + x];
         dweight[c * in.outputs + x] = T(sum);
       }
   });

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "fourier_projection.h"
-#include "isa.h"
+#include "kernel_tables.h"
 
 namespace perceiver_fast {
 
@@ -60,7 +60,6 @@ struct FourierProjectionKernels {
   void (*backward)(const FourierBackward<T>&, int64_t tile_begin, int64_t tile_end);
 };
 
-template <class T>
-const FourierProjectionKernels<T>& fourier_projection_kernels(Isa isa);
+PF_KERNEL_TABLES(FourierProjectionKernels, fourier_projection)
 
 }  // namespace perceiver_fast

@@ -1,12 +1,12 @@
+// Drivers of GEGLU, u = value * gate * Phi(gate) with [value, gate] = h + bias, and its gradients.
+//
+// Rows are shared out to the threads. The gradient of the bias is a sum over rows, by row_parts.h: the same whatever
+// the number of threads. Memory: with a bias, 2 F sums for each of at most kMostParts parts and for each thread.
 #include "geglu.h"
 
-#include "kernel_tables.h"
 #include "row_parts.h"
 
 namespace perceiver_fast {
-
-#define PF_GEGLU_TABLE(D, type) PF_KERNEL_TABLE(GegluKernels, geglu, D, type)
-PF_FOR_DTYPES(PF_GEGLU_TABLE)
 
 template <class D>
 void geglu_forward(const GegluForward<D>& call, const Parallel& parallel) {
@@ -31,7 +31,7 @@ void geglu_backward(const GegluBackward<D>& call, const Parallel& parallel) {
   for (int64_t i = 0; i < width; ++i) store_sum(sums.get()[i], call.d_bias + i);
 }
 
-#define PF_INSTANTIATE(D, type)                                                  \
+#define PF_INSTANTIATE(D)                                                  \
   template void geglu_forward<D>(const GegluForward<D>&, const Parallel&);       \
   template void geglu_backward<D>(const GegluBackward<D>&, const Parallel&);
 PF_FOR_DTYPES(PF_INSTANTIATE)

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "dtypes.h"
-#include "isa.h"
+#include "kernel_tables.h"
 #include "parallel.h"
 
 namespace perceiver_fast {
@@ -44,7 +44,6 @@ struct GegluKernels {
   void (*backward)(const GegluBackward<D>& call, int64_t begin, int64_t end, typename D::T* sums);
 };
 
-template <class D>
-const GegluKernels<D>& geglu_kernels(Isa isa);
+PF_KERNEL_TABLES(GegluKernels, geglu)
 
 }  // namespace perceiver_fast

@@ -15,7 +15,7 @@ namespace perceiver_fast {
 template <class T>
 struct GridAttentionInput {
   int64_t batch, queries, features;
-  int64_t heads;  // consecutive batch elements that share one element's tokens and mask: inverted attention, heads apart
+  int64_t heads;  // consecutive batch elements with the same tokens and mask: the heads of inverted attention; else 1
   std::vector<int64_t> sizes;
   const T* q;              // [B, N, L]: q_feat, then q_axes joined
   int64_t q_batch_stride;  // N * L, or 0 when the whole batch shares its queries
@@ -30,7 +30,7 @@ template <class T>
 struct GridAttentionOutput {
   T* o;               // [B, N, L]
   double* lse;        // [B, N]: natural logarithm; double because logits of 1e4 leave a float lse four digits
-  T* kept;            // [B, N]: sum of the weights, with dropout or inverted; else null
+  T* kept;            // [B, N]: sum of the weights that dropout keeps, with dropout or inverted; else null
   double* token_lse;  // [B, M]: of inverted attention's softmax over the queries; else null
 };
 

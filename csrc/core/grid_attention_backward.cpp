@@ -1,13 +1,22 @@
 // Backward of grid attention: gradients of the queries block by block, then of the tokens part by part.
+//
+//   dS = P (r u - delta)      u[n, m] = d_o[n] . [x_m ; onehot(i_1) ; ..]      delta[n] = o[n] . d_o[n] - d_lse[n]
+//
+// dq is a sum over tokens: blocks of queries are tasks, as in the forward. dfeat and dscale are sums over queries: the
+// tokens of every batch element are cut into parts, which are the tasks, and a vector's lanes are tokens. So every
+// result has one writer. Weights are computed again from lse, by the forward's operations in the forward's order.
+//
+// Memory: the forward's, four numbers a query, and for the gradients of tokens a scaled copy of q and of d_o.
 #include "grid_attention.h"
-#include "grid_attention_plan.h"
+#include "grid_attention_blocking.h"
 
 namespace perceiver_fast {
 
 namespace {
 
-// What the backward needs of every query, [B * N] each: P = 2^(S log2(e) + shift) * weight, dS = P (r u - delta).
-// With dropout u gets `bonus` before its mask, the gradient of the sum of the weights, and `keep_scale` is in both.
+// What the backward needs of every query, [B * N] each: P = 2^(S log2(e) + shift) * weight and dS = P (r u - delta).
+// With dropout, `bonus` (the gradient of the sum of the weights) is added to u before dropped weights are left out, and
+// u and bonus are multiplied by `keep_scale`.
 template <class T>
 struct QueryStatistics {
   std::vector<T> shift, weight, delta, bonus;
@@ -17,18 +26,18 @@ struct QueryStatistics {
 };
 
 template <class T>
-QueryStatistics<T> query_statistics(const GridPlan<T>& plan, const PackedTokens<T>& packed,
+QueryStatistics<T> query_statistics(const GridBlocking<T>& blocking, const PackedTokens<T>& packed,
                                     const GridAttentionOutput<T>& out, const GridAttentionGradient<T>& grad,
                                     const Parallel& parallel) {
-  const GridAttentionInput<T>& in = plan.in;
-  const int64_t N = in.queries, rows = in.batch * N, L = plan.length;
+  const GridAttentionInput<T>& in = blocking.in;
+  const int64_t N = in.queries, rows = in.batch * N, L = blocking.length;
   const double clamped = std::log(kInvertedEps);
   QueryStatistics<T> stats{std::vector<T>(rows), std::vector<T>(rows), std::vector<T>(rows), std::vector<T>(rows),
                            T(in.dropout ? in.dropout.scale() : 1)};
   parallel.run(rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const bool uniform = packed.all_masked[plan.token_batch(i / N)];
-      const double lse2 = uniform ? std::log2(double(plan.tokens)) : out.lse[i] * kLog2OfE;
+      const bool uniform = packed.all_masked[blocking.token_batch(i / N)];
+      const double lse2 = uniform ? std::log2(double(blocking.tokens)) : out.lse[i] * kLog2OfE;
       stats.shift[i] = in.inverted ? T(0) : shift_for<T>(lse2);
       stats.weight[i] = T(std::exp2(-lse2 - double(stats.shift[i])));
       double delta = 0;
@@ -47,34 +56,35 @@ QueryStatistics<T> query_statistics(const GridPlan<T>& plan, const PackedTokens<
 
 // Runs body(box, queries, b) for every part of the tokens of every batch element; `queries` has the outputs left out.
 template <class T, class Body>
-void for_each_part(const GridPlan<T>& plan, const PackedTokens<T>& packed, const TokenTerms<T>& terms,
+void for_each_part(const GridBlocking<T>& blocking, const PackedTokens<T>& packed, const TokenTerms<T>& terms,
                    const QueryStatistics<T>& stats, const T* d_o, const Parallel& parallel, const Body& body) {
-  const GridAttentionInput<T>& in = plan.in;
-  const int64_t N = in.queries, F = in.features, M = plan.tokens, L = plan.length;
+  const GridAttentionInput<T>& in = blocking.in;
+  const int64_t N = in.queries, F = in.features, M = blocking.tokens, L = blocking.length;
   const Aligned<T> q(in.batch * N * L), grad(in.batch * N * L);
   std::vector<T> delta(in.batch * N);
-  std::vector<uint32_t> keys(in.dropout ? in.batch * N : 0);
+  std::vector<uint32_t> hashes(in.dropout ? in.batch * N : 0);
   parallel.run(in.batch * N, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const T* row = plan.q(i / N) + i % N * L;
-      const T weight = stats.grad_weight(i), log2e = packed.all_masked[plan.token_batch(i / N)] ? T(0) : T(kLog2OfE);
+      const T* row = blocking.q(i / N) + i % N * L;
+      const T weight = stats.grad_weight(i),
+              log2e = packed.all_masked[blocking.token_batch(i / N)] ? T(0) : T(kLog2OfE);
       for (int64_t l = 0; l < L; ++l) {
         q.get()[i * L + l] = row[l] * log2e;
         grad.get()[i * L + l] = d_o[i * L + l] * weight;
       }
       delta[i] = stats.delta[i] * stats.weight[i];
-      if (in.dropout) keys[i] = in.dropout.query_key(i);
+      if (in.dropout) hashes[i] = in.dropout.query_hash(i);
     }
   });
-  const int64_t parts = part_count(plan.rows, plan.columns, std::min<int64_t>(4 * parallel.threads, M / 512));
+  const int64_t parts = part_count(blocking.rows, blocking.columns, std::min<int64_t>(4 * parallel.threads, M / 512));
   parallel.run(in.batch * parts, [&](int64_t begin, int64_t end) {
-    const Aligned<T> row_sums(2 * N), columns(3 * F * plan.kernels.lanes);
+    const Aligned<T> row_sums(2 * N), columns(3 * F * blocking.kernels.lanes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / parts, n = b * N;
-      body(part_of(plan.box(packed, terms, b), task % parts, parts),
+      body(part_of(blocking.box(packed, terms, b), task % parts, parts),
            TokenGradient<T>{N, L, q.get() + n * L, grad.get() + n * L, stats.shift.data() + n, delta.data() + n,
-                            stats.bonus.data() + n, keys.empty() ? nullptr : keys.data() + n,
-                            in.feat + plan.token_batch(b) * M * F, nullptr, nullptr, row_sums.get(), columns.get()},
+                            stats.bonus.data() + n, hashes.empty() ? nullptr : hashes.data() + n,
+                            in.feat + blocking.token_batch(b) * M * F, nullptr, nullptr, row_sums.get(), columns.get()},
            b);
     }
   });
@@ -86,23 +96,25 @@ template <class T>
 void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentionOutput<T>& out,
                              const GridAttentionGradient<T>& grad, T* dq, T* dfeat, T* dscale,
                              const Parallel& parallel) {
-  const GridPlan<T> plan(in);
-  const PackedTokens<T> packed = pack_tokens(in, plan.tokens, parallel);
-  TokenTerms<T> terms = grid_token_terms(plan, packed, in.inverted ? out.token_lse : nullptr);
-  const int64_t N = in.queries, L = plan.length, M = plan.tokens, F = in.features, lanes = plan.kernels.lanes;
-  QueryStatistics<T> stats = query_statistics(plan, packed, out, grad, parallel);
-  // What the softmax over the queries needs of every token before dS is known; a second pass takes out the rounding of
-  // the first, so that saturated tokens get their tiny gradients and not its noise.
+  const GridBlocking<T> blocking(in);
+  const PackedTokens<T> packed = pack_tokens(in, blocking.tokens, parallel);
+  TokenTerms<T> terms = grid_token_terms(blocking, packed, in.inverted ? out.token_lse : nullptr);
+  const int64_t N = in.queries, L = blocking.length, M = blocking.tokens, F = in.features,
+                lanes = blocking.kernels.lanes;
+  QueryStatistics<T> stats = query_statistics(blocking, packed, out, grad, parallel);
+  // Inverted attention: what the softmax over the queries needs of every token before dS can be computed. The second
+  // pass finds the rounding error of the first, so that a token that one query has all of gets its tiny gradients and
+  // not that error.
   for (int pass = 0; in.inverted && pass < 2; ++pass)
-    for_each_part(plan, packed, terms, stats, grad.o, parallel,
+    for_each_part(blocking, packed, terms, stats, grad.o, parallel,
                   [&](const TokenBox<T>& box, const TokenGradient<T>& queries, int64_t b) {
                     T* out = (pass == 0 ? terms.delta : terms.delta_low).data() + terms.row(b);
-                    plan.kernels.token_delta(box, queries, out);
+                    blocking.kernels.token_delta(box, queries, out);
                   });
 
-  // The weight of P rides on the output's gradient, so that the loop multiplies by it nowhere.
+  // The output's gradient, delta and bonus are multiplied by the weight of P here, so that the loop need not do it.
   const auto work = [&](int64_t task, int64_t part, int64_t parts, T* sums) {
-    const QueryTable<T> table(plan, packed, task);
+    const QueryTable<T> table(blocking, packed, task);
     const int64_t row = table.b * N + table.first;
     const Aligned<T> d_o(L * lanes), scratch(2 * (F + 1) * lanes);
     std::vector<T> shift(lanes), delta(lanes), bonus(lanes), weight(lanes);
@@ -114,20 +126,21 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
     }
     rows_to_lanes(grad.o + row * L, L, table.count, L, lanes, weight.data(), d_o.get());
     std::fill(sums, sums + (L + 3) * lanes, T(0));
-    plan.kernels.backward(part_of(plan.box(packed, terms, table.b), part, parts),
-                          {table.q.get(), shift.data(), d_o.get(), delta.data(), bonus.data(), sums, scratch.get(),
-                           table.keys.data()});
+    blocking.kernels.backward(
+        part_of(blocking.box(packed, terms, table.b), part, parts),
+        {table.q.get(), shift.data(), d_o.get(), delta.data(), bonus.data(), sums, scratch.get(), table.hashes.data()});
   };
-  // dS sums to d_lse over the tokens. What it sums to in floating point is the error of delta, which came from
-  // rounded outputs; with P summing to one that error put err * o into dq. Taking it out leaves an error of second
-  // order, so that saturated queries get their tiny gradients and not the noise of delta. With dropout o is not what P
-  // sums to: where the error would show, the block is run again. (Inverted attention's dS sums to zero over the queries.)
+  // Over the tokens dS sums to d_lse. What it sums to beside that is the error of delta, which was computed from
+  // rounded outputs; since P sums to one, it adds error * o to dq. Taking that out leaves an error of second order, so
+  // that a query with nearly all its weight on one token gets its tiny gradients and not that error. With dropout the
+  // sum of P r [x ; onehot] is not o, so a block where the error would show is run again with the corrected delta.
+  // (Inverted attention's dS sums to zero over the queries instead.)
   const auto errors = [&](int64_t task, T* sums) {
-    const int64_t b = task / plan.blocks, first = task % plan.blocks * lanes;
+    const int64_t b = task / blocking.blocks, first = task % blocking.blocks * lanes;
     bool shows = false;
     for (int64_t lane = 0; lane < std::min<int64_t>(lanes, N - first); ++lane) {
       const int64_t row = b * N + first + lane;
-      const bool none = grad.lse == nullptr || packed.all_masked[plan.token_batch(b)];
+      const bool none = grad.lse == nullptr || packed.all_masked[blocking.token_batch(b)];
       T& error = sums[L * lanes + lane];
       error -= none ? T(0) : T(grad.lse[row]);
       stats.delta[row] += error;
@@ -141,7 +154,8 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
     return shows;
   };
   const auto finish = [&](int64_t task, T* sums) {
-    const int64_t b = task / plan.blocks, first = task % plan.blocks * lanes, tokens_of = plan.token_batch(b);
+    const int64_t b = task / blocking.blocks, first = task % blocking.blocks * lanes,
+                  tokens_of = blocking.token_batch(b);
     const int64_t count = std::min<int64_t>(lanes, N - first);
     if (!in.inverted && errors(task, sums) && in.dropout) work(task, 0, 1, sums);
     for (int64_t lane = 0; !in.inverted && lane < count; ++lane) {
@@ -150,22 +164,24 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
       const T error = in.dropout ? T(0) : sums[L * lanes + lane];
       for (int64_t l = 0; l < L; ++l) {
         T& sum = sums[l * lanes + lane];
-        sum = packed.constant[tokens_of] && !in.dropout ? wanted * out.o[row * L + l] : sum - error * out.o[row * L + l];
+        const T o = out.o[row * L + l];
+        sum = packed.constant[tokens_of] && !in.dropout ? wanted * o : sum - error * o;
       }
     }
+    // Weights that do not depend on the queries: no gradient.
     if (in.dropout && !in.inverted &&
         (packed.all_masked[tokens_of] || (packed.constant[tokens_of] && grad.lse == nullptr)))
-      std::fill(sums, sums + L * lanes, T(0));  // weights that do not depend on the queries
+      std::fill(sums, sums + L * lanes, T(0));
     const std::vector<T> factor(lanes, T(1));
     lanes_to_rows(sums, L, lanes, factor.data(), count, dq + (b * N + first) * L, L);
   };
-  for_each_block(plan, parallel, work, finish);
+  for_each_block(blocking, parallel, work, finish);
   if (dfeat == nullptr) return;
-  for_each_part(plan, packed, terms, stats, grad.o, parallel,
+  for_each_part(blocking, packed, terms, stats, grad.o, parallel,
                 [&](const TokenBox<T>& box, TokenGradient<T> queries, int64_t b) {
                   queries.dfeat = dfeat + b * M * F;
                   queries.dscale = dscale + b * M;
-                  plan.kernels.token_gradient(box, queries);
+                  blocking.kernels.token_gradient(box, queries);
                 });
 }
 

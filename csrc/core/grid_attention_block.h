@@ -16,7 +16,7 @@
 #include <cstdint>
 
 #include "dropout.h"
-#include "isa.h"
+#include "kernel_tables.h"
 
 namespace perceiver_fast {
 
@@ -30,18 +30,20 @@ struct TokenBox {
   int64_t row_begin, row_end;  // rows: indices over the product of the outer axes
   int64_t col_begin, col_end;
   bool masked;
-  // Inverted attention and dropout; null otherwise. What tokens add to the exponents of their weights (an integer, -inf
-  // when masked), what they multiply them by, and what inverted attention's backward subtracts from the weights'
-  // gradients, in two pieces: [M] each. Keys are of dropout, and a threshold of zero drops nothing.
+  // With inverted attention or dropout, [M] each, else null: what is added to the exponents of a token's weights (an
+  // integer, or -inf for a masked token), what they are multiplied by, and what inverted attention's backward subtracts
+  // from the gradients of the weights, a sum of two numbers. The hashes are dropout's; a threshold of zero drops
+  // nothing.
   const T *shift, *weight, *delta, *delta_low;
-  const uint32_t* keys;
+  const uint32_t* hashes;
   uint32_t threshold;
 };
 
-// Forward:  out[:L] += sum_m kept r [x, onehot], out[L] += sum_m p, out[L + 1] += sum_m kept, with p = 2^(S + shift) and
-//           kept what dropout leaves of p (out[L + 1] is written with dropout alone).
-// Backward: out[:L] += sum_m dS r [x, onehot], out[L] += sum_m dS, with dS = p (r grad.[x, onehot] - delta); with
-//           dropout the gradient, bonus added, counts where p is kept.
+// With p = 2^(S + shift) and p' = p without the weights that dropout drops:
+//
+// Forward:  out[:L] += sum_m p' r [x, onehot], out[L] += sum_m p, and with dropout out[L + 1] += sum_m p'.
+// Backward: out[:L] += sum_m dS r [x, onehot], out[L] += sum_m dS, with dS = p (u - delta) and
+//           u = r grad.[x, onehot]; with dropout u = r grad.[x, onehot] + bonus, or zero for a weight that is dropped.
 template <class T>
 struct QueryBlock {
   const T* q;      // [L][lanes]
@@ -50,8 +52,8 @@ struct QueryBlock {
   const T* delta;  // [lanes], backward only, times the same weight
   const T* bonus;  // [lanes], backward with dropout only, times the same weight
   T* out;          // [L + 2][lanes]
-  T* scratch;      // [2 * (F + 1)][lanes]
-  const typename KeyLane<T>::type* keys;  // [lanes], of dropout
+  T* scratch;      // [2 * (F + 1)][lanes], sums of a row and of a block of rows
+  const typename HashLane<T>::type* hashes;  // [lanes], of dropout
 };
 
 // Gradients of the tokens of a box, from all queries of one batch element:
@@ -65,7 +67,7 @@ struct TokenGradient {
   const T* shift;     // [N], integral: p = 2^(S log2(e) + shift)
   const T* delta;     // [N], times the same weight: dS = p (r u - delta)
   const T* bonus;     // [N], with dropout only, times the same weight
-  const uint32_t* keys;  // [N], of dropout
+  const uint32_t* hashes;  // [N], of dropout
   const T* feat;      // [M][F]
   T* dfeat;           // [M][F]
   T* dscale;          // [M]
@@ -80,14 +82,13 @@ struct GridAttentionKernels {
   void (*backward)(const TokenBox<T>&, const QueryBlock<T>&);
   void (*maximum)(const TokenBox<T>&, const T* q, T* max);  // max [lanes] is raised to the largest S
   void (*token_gradient)(const TokenBox<T>&, const TokenGradient<T>&);
-  // Inverted attention, [M] each. log2 of the sum over the queries of 2^S, as a maximum and a sum of 2^(S - maximum);
-  // and the sum over the queries of P times (its gradient - the box's delta). Of TokenGradient, the latter needs no
-  // feat and no outputs.
+  // Inverted attention, [M] each. token_sums: log2 of the sum over the queries of 2^S, as a maximum and a sum of 2^(S -
+  // maximum). token_delta: the sum over the queries of P times (its gradient - the box's delta); it needs neither feat
+  // nor the outputs of TokenGradient.
   void (*token_sums)(const TokenBox<T>&, const TokenGradient<T>&, T* maximum, T* sum);
   void (*token_delta)(const TokenBox<T>&, const TokenGradient<T>&, T* delta);
 };
 
-template <class T>
-const GridAttentionKernels<T>& grid_attention_kernels(Isa isa);
+PF_KERNEL_TABLES(GridAttentionKernels, grid_attention)
 
 }  // namespace perceiver_fast

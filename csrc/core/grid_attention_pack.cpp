@@ -1,3 +1,7 @@
+// Packing the tokens of grid attention, and bounds of its logits.
+//
+// Tokens are packed by chunks of kTokenChunk, which are shared out to the threads; every chunk finds the extremes of
+// its tokens, and those of the chunks are joined in order. Memory: F + 2 numbers a token, and 2 F + 3 a chunk.
 #include "grid_attention_pack.h"
 
 #include <algorithm>

@@ -1,9 +1,9 @@
 // The loops of grid attention that sum over queries, for one instruction set. Here the lanes are consecutive columns
-// of a row and the queries run in the loop, so that sums over queries stay in registers and no two threads write the
-// same token.
+// of a row and the loop runs over the queries, so that sums over queries stay in registers and every token has one
+// writer.
 #pragma once
 
-#include "grid_attention_kernels.h"
+#include "grid_attention_query_kernels.h"
 
 namespace perceiver_fast {
 namespace PF_ISA {
@@ -34,8 +34,8 @@ struct TokenLanes {
 };
 
 // Calls body(tokens, inner) for every vector of tokens of a box, with g.row_sums holding every query's sums over the
-// outer axes of that row: of q, then (when there is one) of the gradient. `inner` is where the vector's columns stand in
-// a query's table.
+// outer axes of that row: of q, then (when there is one) of the gradient. `inner` is where the vector's columns stand
+// in a query's table.
 template <class T, class Body>
 PF_INLINE void for_each_vector(const TokenBox<T>& box, const TokenGradient<T>& g, const Body& body) {
   int64_t outer_total = 0;
@@ -59,7 +59,8 @@ PF_INLINE void for_each_vector(const TokenBox<T>& box, const TokenGradient<T>& g
   }
 }
 
-// A vector of a query's table; a vector that the row ends in is copied, since the last row's table ends in the array.
+// A vector of a query's table. The last vector of a row may reach beyond the table, which ends where the array does:
+// its elements are copied one by one.
 template <class T>
 PF_INLINE typename Simd<T>::Vec table_at(const T* at, int64_t count) {
   if (count == Simd<T>::lanes) return Simd<T>::load(at);
@@ -82,13 +83,13 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
   for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
     const V r = tokens.gather(0), bias = tokens.gather(1 + F);
     V token_shift{}, token_weight{}, token_delta{}, delta_low{};
-    alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
+    alignas(64) typename HashLane<T>::type hashes[S::lanes] = {};
     if (ByToken) {
       token_shift = tokens.load(box.shift);
       token_weight = tokens.load(box.weight);
       token_delta = tokens.load(box.delta);
       delta_low = tokens.load(box.delta_low);
-      for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
+      for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) hashes[i] = box.hashes[tokens.m + i];
     }
     for (int64_t f = 0; f < F; ++f) {
       x[f] = tokens.gather(1 + f);
@@ -108,8 +109,8 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
       if (ByToken) {
         kept = p = p * token_weight;
         if (box.threshold != 0) {
-          kept = keep<T>(p, keys, g.keys[n], box.threshold);
-          u = keep<T>(u, keys, g.keys[n], box.threshold);
+          kept = keep<T>(p, hashes, g.hashes[n], box.threshold);
+          u = keep<T>(u, hashes, g.hashes[n], box.threshold);
         }
         u = u - g.delta[n] - token_delta - delta_low;
       }
@@ -121,7 +122,7 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
       ds_t += ds * q_axes;
       p_u += kept * g_axes;
     }
-    // Sums are over q log2(e). Channels reach dscale through x, not through r x / r: a scale may be zero.
+    // The sums had q log2(e) for q. Channels enter dscale as x, not as r x / r, since a scale may be zero.
     V dr = ds_t * ln2 + p_u;
     alignas(64) T column[S::lanes] = {};
     for (int64_t f = 0; f < F; ++f) {
@@ -146,7 +147,7 @@ PF_INLINE typename Simd<T>::Vec token_logits(const TokenLanes<T>& tokens, const 
   return t;
 }
 
-// Queries arrive a few at a time; the sum is rescaled when one of them exceeds the maximum so far.
+// Adds U queries to a running maximum and the sum of 2^(S - maximum), which is rescaled when one exceeds the maximum.
 template <class T, int FS, int U>
 PF_INLINE void add_queries(const TokenLanes<T>& tokens, const TokenGradient<T>& g, int64_t inner, int64_t n,
                            typename Simd<T>::Vec r, const typename Simd<T>::Vec* x, typename Simd<T>::Vec& top,
@@ -157,7 +158,7 @@ PF_INLINE void add_queries(const TokenLanes<T>& tokens, const TokenGradient<T>& 
   for (int u = 0; u < U; ++u) t[u] = token_logits<T, FS>(tokens, g, inner, n + u, r, x);
   for (int u = 0; u < U; ++u) most = S::max(t[u], most);
   const V rescaled = total * exp2<T, false>(top - most, V{});
-  total = top == most ? total : rescaled;  // 2^0 is one but for rounding, which would add up
+  total = top == most ? total : rescaled;  // the computed 2^0 is one only up to rounding, which would add up
   top = most;
   V part{};
   for (int u = 0; u < U; ++u) part += exp2<T, false>(t[u] - most, V{});
@@ -195,8 +196,8 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
   for_each_vector(box, g, [&](const TokenLanes<T>& tokens, int64_t inner) {
     const V r = tokens.gather(0), shift = tokens.load(box.shift), weight = tokens.load(box.weight);
     for (int64_t f = 0; f < F; ++f) x[f] = tokens.gather(1 + f);
-    alignas(64) typename KeyLane<T>::type keys[S::lanes] = {};
-    for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) keys[i] = box.keys[tokens.m + i];
+    alignas(64) typename HashLane<T>::type hashes[S::lanes] = {};
+    for (int64_t i = 0; i < tokens.count && box.threshold != 0; ++i) hashes[i] = box.hashes[tokens.m + i];
     const V before = tokens.load(box.delta);
     V total{};
     for (int64_t n = 0; n < g.queries; ++n) {
@@ -204,7 +205,7 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
       const V p = exp2<T, true>(token_logits<T, FS>(tokens, g, inner, n, r, x), shift + g.shift[n]) * weight;
       V u = (table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n]) * r + g.bonus[n];
       for (int64_t f = 0; f < F; ++f) u += x[f] * grad[f];
-      if (box.threshold != 0) u = keep<T>(u, keys, g.keys[n], box.threshold);
+      if (box.threshold != 0) u = keep<T>(u, hashes, g.hashes[n], box.threshold);
       total += p * (u - g.delta[n] - before);
     }
     tokens.store(delta, total);
@@ -214,8 +215,8 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
 template <class T>
 void token_sums_any(const TokenBox<T>& box, const TokenGradient<T>& g, T* maximum, T* sum) {
   switch (box.features) {
-    case 2: return token_sums<T, 2>(box, g, maximum, sum);  // one channel and the keys' bias
-    case 4: return token_sums<T, 4>(box, g, maximum, sum);  // RGB and the keys' bias
+    case 2: return token_sums<T, 2>(box, g, maximum, sum);  // one channel and the bias of the keys
+    case 4: return token_sums<T, 4>(box, g, maximum, sum);  // RGB and the bias of the keys
     default: return token_sums<T, 0>(box, g, maximum, sum);
   }
 }
@@ -240,11 +241,6 @@ void token_gradient_any(const TokenBox<T>& box, const TokenGradient<T>& g) {
     default: return token_gradient<T, 0, false>(box, g);
   }
 }
-
-template <class T>
-constexpr GridAttentionKernels<T> kernels{Simd<T>::lanes,        accumulate_any<T, false>, accumulate_any<T, true>,
-                                          maximum<T>,            token_gradient_any<T>,    token_sums_any<T>,
-                                          token_delta_any<T>};
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

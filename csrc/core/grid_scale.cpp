@@ -1,3 +1,10 @@
+// LayerNorm's scale of every token of a grid, r = 1 / sqrt(var + eps), from raw channels and per-axis statistics:
+//
+//   mu_m = (sum_f x_mf + sum_a C_a mean_a) / C
+//   r_m  = 1 / sqrt((sum_f (x_mf - mu_m)^2 + sum_a (square_a + C_a (mean_a - mu_m)^2)) / C + eps)
+//
+// Rows of tokens (all axes but the last) are shared out to the threads; the outer axes' terms are summed once a row.
+// Memory: one number an axis for a thread.
 #include "grid_scale.h"
 
 #include <cmath>

@@ -1,3 +1,4 @@
+// Which instruction set runs: what the CPU says it has, and what PERCEIVER_FAST_CPU_ISA asks for.
 #include "isa.h"
 
 #include <cstdlib>

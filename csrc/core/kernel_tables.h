@@ -1,33 +1,36 @@
-// How a driver reaches the kernels that were compiled once per instruction set.
+// How drivers reach kernels that were compiled once for every instruction set.
 //
-// A translation unit <op>_<isa>.cpp defines <op>_<isa>_f32 and <op>_<isa>_f64, tables of type Table<float> and
-// Table<double>; PF_KERNEL_TABLES(Table, op) in the driver defines op_kernels<T>(isa), which picks one. An op made for
-// other types than these has a PF_KERNEL_TABLE(Table, op, T, type) for each, its tables named <op>_<isa>_<type>.
+// <op>_kernels.cpp is compiled for each of them, with PF_ISA its name and PF_VECTOR_BYTES the size of its vectors. It
+// defines PF_ISA::<op>_table<T>(), the table of the op's kernels, and instantiates it for the types T that there are
+// kernels for. PF_KERNEL_TABLES(Table, op), in the header that defines Table, declares these functions and defines
+// <op>_kernels<T>(isa), which calls one of them.
 #pragma once
 
 #include "isa.h"
 
-#if defined(__x86_64__)
-#define PF_DECLARE_X86_TABLES(Table, op, T, type) \
-  extern const Table<T> op##_avx2_##type;         \
-  extern const Table<T> op##_avx512_##type;
-#define PF_PICK_X86_TABLE(op, type)                  \
-  if (isa == Isa::avx512) return op##_avx512_##type; \
-  if (isa == Isa::avx2) return op##_avx2_##type;
-#else
-#define PF_DECLARE_X86_TABLES(Table, op, T, type)
-#define PF_PICK_X86_TABLE(op, type) (void)isa;
-#endif
-
-#define PF_KERNEL_TABLE(Table, op, T, type)    \
-  extern const Table<T> op##_baseline_##type;  \
-  PF_DECLARE_X86_TABLES(Table, op, T, type)    \
-  template <>                                  \
-  const Table<T>& op##_kernels<T>(Isa isa) {   \
-    PF_PICK_X86_TABLE(op, type)                \
-    return op##_baseline_##type;               \
+#define PF_DECLARE_TABLE(Table, op, isa) \
+  namespace isa {                        \
+  template <class T>                     \
+  const Table<T>& op##_table();          \
   }
 
-#define PF_KERNEL_TABLES(Table, op)       \
-  PF_KERNEL_TABLE(Table, op, float, f32)  \
-  PF_KERNEL_TABLE(Table, op, double, f64)
+#if defined(__x86_64__)
+#define PF_DECLARE_X86_TABLES(Table, op) \
+  PF_DECLARE_TABLE(Table, op, avx2)      \
+  PF_DECLARE_TABLE(Table, op, avx512)
+#define PF_PICK_X86_TABLE(op)                             \
+  if (isa == Isa::avx512) return avx512::op##_table<T>(); \
+  if (isa == Isa::avx2) return avx2::op##_table<T>();
+#else
+#define PF_DECLARE_X86_TABLES(Table, op)
+#define PF_PICK_X86_TABLE(op) (void)isa;
+#endif
+
+#define PF_KERNEL_TABLES(Table, op)          \
+  PF_DECLARE_TABLE(Table, op, baseline)      \
+  PF_DECLARE_X86_TABLES(Table, op)           \
+  template <class T>                         \
+  const Table<T>& op##_kernels(Isa isa) {    \
+    PF_PICK_X86_TABLE(op)                    \
+    return baseline::op##_table<T>();        \
+  }

@@ -1,4 +1,4 @@
-// Rows of queries to tables with one query a vector lane, and back.
+// Rows of queries to tables with one query a vector lane, [channels][lanes], and back.
 #pragma once
 
 #include <algorithm>

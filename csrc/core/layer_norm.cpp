@@ -1,12 +1,14 @@
+// Drivers of LayerNorm of a residual stream, and its gradients:
+//
+//   y = x + branch + branch_bias      z = (y - mean(y)) / sqrt(var(y) + eps) * weight + bias
+//
+// Rows are shared out to the threads. Gradients of weight, bias and branch_bias are sums over rows, by row_parts.h: the
+// same whatever the number of threads. Memory: 3 n sums for each of at most kMostParts parts and for each thread.
 #include "layer_norm.h"
 
-#include "kernel_tables.h"
 #include "row_parts.h"
 
 namespace perceiver_fast {
-
-#define PF_LAYER_NORM_TABLE(D, type) PF_KERNEL_TABLE(LayerNormKernels, layer_norm, D, type)
-PF_FOR_DTYPES(PF_LAYER_NORM_TABLE)
 
 template <class D>
 void layer_norm_forward(const LayerNormForward<D>& call, const Parallel& parallel) {
@@ -29,7 +31,7 @@ void layer_norm_backward(const LayerNormBackward<D>& call, const Parallel& paral
     for (int64_t i = 0; gradients[k] != nullptr && i < n; ++i) store_sum(sums.get()[k * n + i], gradients[k] + i);
 }
 
-#define PF_INSTANTIATE(D, type)                                                           \
+#define PF_INSTANTIATE(D)                                                           \
   template void layer_norm_forward<D>(const LayerNormForward<D>&, const Parallel&);       \
   template void layer_norm_backward<D>(const LayerNormBackward<D>&, const Parallel&);
 PF_FOR_DTYPES(PF_INSTANTIATE)

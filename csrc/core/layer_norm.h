@@ -6,7 +6,7 @@
 #pragma once
 
 #include "dtypes.h"
-#include "isa.h"
+#include "kernel_tables.h"
 #include "parallel.h"
 
 namespace perceiver_fast {
@@ -57,7 +57,6 @@ struct LayerNormKernels {
   void (*backward)(const LayerNormBackward<D>& call, int64_t begin, int64_t end, typename D::T* sums);
 };
 
-template <class D>
-const LayerNormKernels<D>& layer_norm_kernels(Isa isa);
+PF_KERNEL_TABLES(LayerNormKernels, layer_norm)
 
 }  // namespace perceiver_fast

@@ -1,4 +1,4 @@
-// How a caller runs work in parallel, so that core needs no thread pool of its own.
+// How a caller runs work in parallel, so that core needs no thread pool of its own: the bindings pass torch's threads.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,6 @@
+// Measures what this CPU can do at most, with threads of its own: multiply-adds and exponentials a second by loops of
+// the instruction set in registers, copied bytes a second by memcpy between buffers that no cache holds. The best of
+// several passes counts. Memory: kCopied bytes, or two buffers of kLeastCopied a thread where that is more.
 #include "roofs.h"
 
 #include <algorithm>
@@ -10,19 +13,14 @@
 #include <thread>
 #include <vector>
 
-#include "kernel_tables.h"
-
 namespace perceiver_fast {
-
-template <class T>
-const RoofsKernels<T>& roofs_kernels(Isa isa);
-PF_KERNEL_TABLE(RoofsKernels, roofs, float, f32)
 
 namespace {
 
 constexpr double kPassSeconds = 0.01;
-constexpr int kPasses = 5, kTurns = 2;  // a turn measures one rate after the other: a busy moment spoils one of them
-constexpr int64_t kCopied = int64_t(512) << 20, kLeastCopied = int64_t(8) << 20;  // bytes of all buffers (less would fit caches), and of one
+constexpr int kPasses = 5, kTurns = 2;  // a turn measures all rates one after the other: a busy moment spoils only one
+constexpr int64_t kCopied = int64_t(512) << 20;     // bytes of all buffers; less would fit into caches
+constexpr int64_t kLeastCopied = int64_t(8) << 20;  // bytes of one buffer at least
 
 volatile float sink;  // keeps what the loops compute
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "kernel_tables.h"
 
 namespace perceiver_fast {
 
@@ -20,6 +20,8 @@ struct RoofsKernels {
   T (*exponentials)(int64_t rounds);
   int64_t multiply_adds_step, exponentials_step;
 };
+
+PF_KERNEL_TABLES(RoofsKernels, roofs)
 
 // Of `threads` threads together; takes about half a second. Throws std::invalid_argument below one thread.
 Roofs measure_roofs(Isa isa, int threads);

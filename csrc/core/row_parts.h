@@ -11,9 +11,9 @@
 
 namespace perceiver_fast {
 
-constexpr int64_t kGrain = 16384;   // elements of a share of the work: less is done before another thread has woken
-constexpr int64_t kSumRows = 32;    // terms of the longest chain of a sum over rows
-constexpr int64_t kMostParts = 256;
+constexpr int64_t kGrain = 16384;    // elements of a thread's share at least: less is done before a thread has woken up
+constexpr int64_t kSumRows = 32;     // rows that are added one after the other, the longest such sum
+constexpr int64_t kMostParts = 256;  // of a sum over rows, each with memory of its own
 
 // body(begin, end) for ranges of rows of `columns` elements.
 template <class Body>
@@ -25,8 +25,9 @@ void for_rows(int64_t rows, int64_t columns, const Parallel& parallel, Body body
 // Sums over rows of `count` terms each; block(begin, end, sums) adds those of some rows, kSumRows at most, to sums.
 // Rows are of `columns` elements.
 //
-// They fall into parts by their number and length alone, a part into blocks. Sums of blocks meet in their part's, and
-// those of parts in pairs, always in the same order: no chain is long, and no bit depends on threads.
+// The rows are cut into parts, and these into blocks, depending on the number and the length of the rows alone. Sums of
+// blocks are added to their part's, and sums of parts are added in pairs, always in the same order: so roundings do not
+// pile up, and no bit depends on the number of threads.
 template <class T, class Block>
 Aligned<T> sum_rows(int64_t rows, int64_t columns, int64_t count, const Parallel& parallel, Block block) {
   const int64_t blocks = (rows + kSumRows - 1) / kSumRows;
@@ -46,7 +47,7 @@ Aligned<T> sum_rows(int64_t rows, int64_t columns, int64_t count, const Parallel
       }
     }
   });
-  // Neighbours meet in the place of the left one.
+  // The sum of two neighbours takes the place of the left one.
   for_rows(count, parts, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t step = 1; step < parts; step *= 2)
       for (int64_t part = 0; part + step < parts; part += 2 * step) {

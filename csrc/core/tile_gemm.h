@@ -7,9 +7,9 @@
 // registers: sixteen independent sums, more than two multiply-add units of latency four need, and ten loads for
 // sixteen multiply-adds.
 //
-// An element's sum runs over k in order, whatever the block it falls into: two calls that compute the same product agree
-// to the last bit. Every kGemmDepth steps it begins anew from zero and is added to what came before: rounding grows with
-// the length of a chain, and BLAS libraries cut theirs too.
+// An element's sum runs over k in order, whatever the block it falls into: two calls that compute the same product
+// agree to the last bit. Every kGemmDepth steps a new sum begins at zero and is then added to what came before, since
+// rounding grows with the length of a sum. BLAS libraries cut theirs too.
 #pragma once
 
 #include "simd.h"
@@ -26,7 +26,7 @@ template <class T, int Rows, int Vectors, bool Accumulate>
 PF_INLINE void tile_gemm_block(int64_t depth, const T* w, int64_t w_row, int64_t w_step, const T* b, int64_t b_row,
                                T* c, int64_t c_row) {
   using S = Simd<T>;
-  bool add = Accumulate;  // tile by tile, so that chains stay short
+  bool add = Accumulate;  // to what c holds; after the first kGemmDepth steps, in any case
   for (int64_t first = 0; first == 0 || first < depth; first += kGemmDepth, add = true) {
     const int64_t steps = depth - first < kGemmDepth ? depth - first : kGemmDepth;
     typename S::Vec sum[Rows][Vectors] = {};

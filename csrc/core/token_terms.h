@@ -14,15 +14,17 @@ constexpr double kLog2OfE = 1.4426950408889634;
 // The normaliser of inverted attention is at least this, as torch.nn.functional.normalize has it in perceiver-pytorch.
 constexpr double kInvertedEps = 1e-8;
 
-// Exponents of weights get `shift`, an integer or -inf (masked); weights are multiplied by `weight`. Inverted attention
-// divides by the softmax's denominator over the queries that way, exactly for logits of any size, and its backward
-// subtracts `delta`, then its rounding `delta_low`, from the gradients of weights: where one query has all of a token's
-// weight nothing else is left of them. (What a query's own sum contributes is rounded once: a query whose weight is on
-// a token it hardly owns gets gradients to a few 1e-5 of the whole.) Empty when nothing needs them.
+// `shift`, an integer or -inf (a masked token), is added to the exponents of a token's weights, and the weights are
+// multiplied by `weight`. In that way inverted attention divides by the softmax's denominator over the queries, exactly
+// for logits of any size. Its backward subtracts `delta` and then `delta_low`, the rounding error of delta, from the
+// gradients of the weights: where one query has all of a token's weight, the difference is nothing but rounding
+// otherwise. (A query's own sum is rounded once. A query that attends to a token which belongs to others nearly
+// entirely gets its gradients to a few 1e-5 of the whole.) All vectors are empty when nothing needs them. `hashes` are
+// dropout's.
 template <class T>
 struct TokenTerms {
   std::vector<T> shift, weight, delta, delta_low;
-  std::vector<uint32_t> keys;
+  std::vector<uint32_t> hashes;
 
   // `mask` [batch, tokens] and `token_lse` [batch * heads, tokens] may be null.
   TokenTerms(int64_t batch, int64_t heads, int64_t tokens, const uint8_t* mask, const double* token_lse,
@@ -45,8 +47,8 @@ struct TokenTerms {
       }
     }
     if (!dropout) return;
-    keys.resize(tokens);
-    for (int64_t m = 0; m < tokens; ++m) keys[m] = dropout.token_key(m);
+    hashes.resize(tokens);
+    for (int64_t m = 0; m < tokens; ++m) hashes[m] = dropout.token_hash(m);
   }
 
   bool empty() const { return shift.empty(); }

@@ -1,4 +1,6 @@
-// torch operators perceiver_fast::cross_attention_forward and _backward for CPU tensors, on torch's stable ABI.
+// torch operators perceiver_fast::cross_attention_{forward,backward} for CPU tensors, on torch's stable ABI: o =
+// softmax(scale q k^T) v with q [B, H, N, d], k [B, H, M, d], v [B, H, M, dv] and a mask [B, M]; csrc/core computes.
+// Shapes and dtypes are checked here. Threads are torch's. Operands whose channels are not dense are copied.
 #include "../core/cross_attention.h"
 
 #include <tuple>
@@ -45,16 +47,14 @@ struct Inputs {
 
   template <class T>
   static HeadMatrix<T> matrix(const Tensor& t) {
-    return {static_cast<const T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+    return {data<const T>(t), t.stride(0), t.stride(1), t.stride(2)};
   }
 
   template <class T>
   CrossAttentionInput<T> view() const {
-    return {q.size(0),    q.size(1),    q.size(2),
-            k.size(2),    q.size(3),    v.size(3),
-            matrix<T>(q), matrix<T>(k), matrix<T>(v),
-            mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr,
-            scale,        dropout,      inverted};
+    return {q.size(0), q.size(1),    q.size(2),    k.size(2),    q.size(3),
+            v.size(3), matrix<T>(q), matrix<T>(k), matrix<T>(v), data<const uint8_t>(mask),
+            scale,     dropout,      inverted};
   }
 };
 
@@ -67,13 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   Tensor lse = torch::stable::new_empty(q, {B, H, N}, ScalarType::Double);
   Tensor token_lse = torch::stable::new_empty(
       q, inverted ? std::vector<int64_t>{B, H, M} : std::vector<int64_t>{0}, ScalarType::Double);
-  const auto run = [&](auto zero) {
+  with_type(q, [&](auto zero) {
     using T = decltype(zero);
-    cross_attention_forward<T>(inputs.view<T>(), static_cast<T*>(o.data_ptr()), static_cast<double*>(lse.data_ptr()),
-                               static_cast<double*>(token_lse.data_ptr()), torch_parallel());
-  };
-  if (q.scalar_type() == ScalarType::Double) run(0.0);
-  else run(0.0f);
+    cross_attention_forward<T>(inputs.view<T>(), data<T>(o), data<double>(lse), data<double>(token_lse),
+                               torch_parallel());
+  });
   return {o, lse, token_lse};
 }
 
@@ -103,16 +101,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   if (d_lse) grad_lse = statistics(*d_lse, "d_lse");
   Tensor dq = torch::stable::new_empty(q, sizes_of(q)), dk = torch::stable::new_empty(k, sizes_of(k));
   Tensor dv = torch::stable::new_empty(v, sizes_of(v));
-  const auto run = [&](auto zero) {
+  with_type(q, [&](auto zero) {
     using T = decltype(zero);
-    cross_attention_backward<T>(
-        inputs.view<T>(), static_cast<const T*>(out.data_ptr()), static_cast<const double*>(stats.data_ptr()),
-        static_cast<const double*>(token_stats.data_ptr()), static_cast<const T*>(grad.data_ptr()),
-        grad_lse ? static_cast<const double*>(grad_lse->data_ptr()) : nullptr, static_cast<T*>(dq.data_ptr()),
-        static_cast<T*>(dk.data_ptr()), static_cast<T*>(dv.data_ptr()), torch_parallel());
-  };
-  if (q.scalar_type() == ScalarType::Double) run(0.0);
-  else run(0.0f);
+    cross_attention_backward<T>(inputs.view<T>(), data<const T>(out), data<const double>(stats),
+                                data<const double>(token_stats), data<const T>(grad), data<const double>(grad_lse),
+                                data<T>(dq), data<T>(dk), data<T>(dv), torch_parallel());
+  });
   return {dq, dk, dv};
 }
 

@@ -36,15 +36,6 @@ inline std::optional<Tensor> dense(const char* op, const char* name, const std::
   return dense(op, name, *t, count, dtype);
 }
 
-template <class X>
-X* data(const Tensor& t) {
-  return static_cast<X*>(t.data_ptr());
-}
-template <class X>
-X* data(const std::optional<Tensor>& t) {
-  return t ? data<X>(*t) : nullptr;
-}
-
 inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -1,5 +1,7 @@
-// torch operators perceiver_fast::fourier_projection_{forward,backward} for CPU tensors, on torch's stable ABI.
-// perceiver_fast/ops/fourier_projection.py defines the schemas.
+// torch operators perceiver_fast::fourier_projection_{forward,backward} for CPU tensors, on torch's stable ABI: out = r
+// (z W) + bias of Fourier codes z with positions [Bc, M, A] and features [B, M, F]; csrc/core computes.
+// perceiver_fast/ops/fourier_projection.py defines the schemas. Shapes and dtypes are checked here. Threads are
+// torch's. Operands that are not dense are copied.
 #include "../core/fourier_projection.h"
 
 #include "torch_stable.h"
@@ -24,7 +26,7 @@ void expect(const Tensor& t, const char* name, ScalarType dtype, const std::vect
                   shape_of(t));
 }
 
-// Dense inputs, kept alive as long as the raw pointers taken from them.
+// Dense inputs, alive as long as the raw pointers taken from them.
 struct Inputs {
   std::optional<Tensor> feat;
   Tensor coords, frequencies, weight;
@@ -61,10 +63,17 @@ struct Inputs {
 
   template <class T>
   FourierProjectionInput<T> view() const {
-    return {batch, coords.size(0), tokens, features, coords.size(2), frequencies.size(1), weight.size(1),
-            features > 0 ? static_cast<const T*>(feat->data_ptr()) : nullptr,
-            static_cast<const double*>(coords.data_ptr()), static_cast<const double*>(frequencies.data_ptr()),
-            static_cast<const T*>(weight.data_ptr())};
+    return {batch,
+            coords.size(0),
+            tokens,
+            features,
+            coords.size(2),
+            frequencies.size(1),
+            weight.size(1),
+            features > 0 ? data<const T>(*feat) : nullptr,
+            data<const double>(coords),
+            data<const double>(frequencies),
+            data<const T>(weight)};
   }
 };
 
@@ -80,14 +89,11 @@ std::tuple<Tensor, Tensor> forward(const std::optional<Tensor>& feat, const Tens
   Tensor out = torch::stable::new_empty(weight, {inputs.batch, inputs.tokens, outputs});
   Tensor scale = torch::stable::new_empty(
       weight, eps ? std::vector<int64_t>{inputs.batch, inputs.tokens} : std::vector<int64_t>{0});
-  const auto run = [&](auto zero) {
+  with_type(weight, [&](auto zero) {
     using T = decltype(zero);
-    fourier_projection_forward<T>(inputs.view<T>(), offset ? static_cast<const T*>(offset->data_ptr()) : nullptr,
-                                  eps.value_or(0), static_cast<T*>(out.data_ptr()),
-                                  eps ? static_cast<T*>(scale.data_ptr()) : nullptr, torch_parallel());
-  };
-  if (weight.scalar_type() == ScalarType::Double) run(0.0);
-  else run(0.0f);
+    fourier_projection_forward<T>(inputs.view<T>(), data<const T>(offset), eps.value_or(0), data<T>(out),
+                                  eps ? data<T>(scale) : nullptr, torch_parallel());
+  });
   return {out, scale};
 }
 
@@ -104,16 +110,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const std::opti
   Tensor dcoords = torch::stable::new_empty(coords, token_grads ? sizes_of(coords) : std::vector<int64_t>{0});
   // Without axes there are no positions to write to, and yet gradients of the tokens.
   double none;
-  double* d_coords = dcoords.numel() > 0 ? static_cast<double*>(dcoords.data_ptr()) : &none;
-  const auto run = [&](auto zero) {
+  double* d_coords = dcoords.numel() > 0 ? data<double>(dcoords) : &none;
+  with_type(weight, [&](auto zero) {
     using T = decltype(zero);
-    fourier_projection_backward<T>(inputs.view<T>(), eps ? static_cast<const T*>(r.data_ptr()) : nullptr,
-                                   static_cast<const T*>(grad.data_ptr()), static_cast<T*>(dweight.data_ptr()),
-                                   static_cast<T*>(dfeat.data_ptr()),
-                                   token_grads ? d_coords : nullptr, torch_parallel());
-  };
-  if (weight.scalar_type() == ScalarType::Double) run(0.0);
-  else run(0.0f);
+    fourier_projection_backward<T>(inputs.view<T>(), eps ? data<const T>(r) : nullptr, data<const T>(grad),
+                                   data<T>(dweight), data<T>(dfeat), token_grads ? d_coords : nullptr,
+                                   torch_parallel());
+  });
   return {dweight, dfeat, dcoords};
 }
 

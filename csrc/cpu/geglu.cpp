@@ -1,4 +1,6 @@
-// torch operators perceiver_fast::geglu_forward and _backward for CPU tensors, on torch's stable ABI.
+// torch operators perceiver_fast::geglu_{forward,backward} for CPU tensors, on torch's stable ABI: u = value * gate *
+// Phi(gate) with [value, gate] = h + bias, h [.., 2 F] and bias [2 F]; csrc/core computes. Shapes and dtypes are
+// checked here. Threads are torch's. Operands that are not dense are copied.
 #include "../core/geglu.h"
 
 #include <tuple>

@@ -1,5 +1,8 @@
-// torch operators perceiver_fast::grid_attention_{forward,backward} for CPU tensors, on torch's stable ABI.
-// Shapes are checked in perceiver_fast/ops/grid_attention.py, which also defines the schemas.
+// torch operators perceiver_fast::grid_attention_{forward,backward} for CPU tensors, on torch's stable ABI: attention
+// of q [B, N, L] to the tokens of a grid, feat [B, *sizes, F] and scale [B, *sizes]; csrc/core computes.
+// perceiver_fast/ops/grid_attention.py defines the schemas and checks what users pass; here is checked what memory
+// safety needs. Threads are torch's. Operands that are not dense are copied, except queries that the whole batch
+// shares.
 #include "../core/grid_attention.h"
 
 #include "torch_stable.h"
@@ -9,7 +12,7 @@
 namespace perceiver_fast {
 namespace {
 
-// Dense inputs, kept alive as long as the raw pointers taken from them.
+// Dense inputs, alive as long as the raw pointers taken from them.
 struct Inputs {
   Dropout dropout;
   bool inverted;
@@ -77,20 +80,19 @@ struct Inputs {
     }
     STD_TORCH_CHECK(length == q.size(2), "grid_attention: expected q of length F + sum(sizes) = ", length, ", got ",
                     q.size(2));
-    in.q = static_cast<const T*>(q.data_ptr());
+    in.q = data<const T>(q);
     in.q_batch_stride = q.stride(0) == 0 ? 0 : q.size(1) * q.size(2);
-    in.feat = static_cast<const T*>(feat.data_ptr());
-    in.scale = static_cast<const T*>(scale.data_ptr());
-    in.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
+    in.feat = data<const T>(feat);
+    in.scale = data<const T>(scale);
+    in.mask = data<const uint8_t>(mask);
     return in;
   }
 };
 
 template <class T>
 GridAttentionOutput<T> outputs(const Tensor& o, const Tensor& lse, const Tensor& kept, const Tensor& token_lse) {
-  return {static_cast<T*>(o.data_ptr()), static_cast<double*>(lse.data_ptr()),
-          kept.dim() == 2 ? static_cast<T*>(kept.data_ptr()) : nullptr,
-          token_lse.dim() == 2 ? static_cast<double*>(token_lse.data_ptr()) : nullptr};
+  return {data<T>(o), data<double>(lse), kept.dim() == 2 ? data<T>(kept) : nullptr,
+          token_lse.dim() == 2 ? data<double>(token_lse) : nullptr};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& feat, const Tensor& scale,
@@ -105,12 +107,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
   std::vector<int64_t> token_shape{0};
   if (inverted) token_shape = {B, scale.numel() / (heads > 0 && B > 0 ? B / heads : 1)};
   Tensor token_lse = torch::stable::new_empty(q, token_shape, ScalarType::Double);
-  const auto run = [&](auto zero) {
+  with_type(q, [&](auto zero) {
     using T = decltype(zero);
     grid_attention_forward<T>(inputs.view<T>(), outputs<T>(o, lse, kept, token_lse), torch_parallel());
-  };
-  if (q.scalar_type() == ScalarType::Double) run(0.0);
-  else run(0.0f);
+  });
   return {o, lse, kept, token_lse};
 }
 
@@ -140,17 +140,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   Tensor dq = torch::stable::new_empty(q, sizes_of(q));
   Tensor dfeat = torch::stable::new_empty(q, token_grads ? feat_shape : std::vector<int64_t>{0});
   Tensor dscale = torch::stable::new_empty(q, token_grads ? scale_shape : std::vector<int64_t>{0});
-  const auto run = [&](auto zero) {
+  with_type(q, [&](auto zero) {
     using T = decltype(zero);
-    grid_attention_backward<T>(
-        inputs.view<T>(), outputs<T>(out, stats, sums, token_stats),
-        {static_cast<const T*>(grad.data_ptr()), grad_lse ? static_cast<const double*>(grad_lse->data_ptr()) : nullptr,
-         grad_kept ? static_cast<const T*>(grad_kept->data_ptr()) : nullptr},
-        static_cast<T*>(dq.data_ptr()), token_grads ? static_cast<T*>(dfeat.data_ptr()) : nullptr,
-        token_grads ? static_cast<T*>(dscale.data_ptr()) : nullptr, torch_parallel());
-  };
-  if (dtype == ScalarType::Double) run(0.0);
-  else run(0.0f);
+    grid_attention_backward<T>(inputs.view<T>(), outputs<T>(out, stats, sums, token_stats),
+                               {data<const T>(grad), data<const double>(grad_lse), data<const T>(grad_kept)},
+                               data<T>(dq), token_grads ? data<T>(dfeat) : nullptr,
+                               token_grads ? data<T>(dscale) : nullptr, torch_parallel());
+  });
   return {dq, dfeat, dscale};
 }
 

@@ -1,4 +1,6 @@
-// torch operator perceiver_fast::grid_scale_forward for CPU tensors, on torch's stable ABI.
+// torch operator perceiver_fast::grid_scale_forward for CPU tensors, on torch's stable ABI: LayerNorm's scale of every
+// token of a grid, [B, *sizes], from feat [B, *sizes, F] and statistics of the axes' codes, [sum(sizes)]; csrc/core
+// computes. Shapes and dtypes are checked here. Threads are torch's. Operands that are not dense are copied.
 #include "../core/grid_scale.h"
 
 #include "torch_stable.h"
@@ -26,14 +28,11 @@ Tensor forward(const Tensor& feat, const Tensor& axis_mean, const Tensor& axis_s
   STD_TORCH_CHECK(feat.scalar_type() == ScalarType::Float || feat.scalar_type() == ScalarType::Double,
                   "grid_scale: expected float32 or float64");
   Tensor scale = torch::stable::new_empty(feat, shape);
-  const auto run = [&](auto zero) {
+  with_type(feat, [&](auto zero) {
     using T = decltype(zero);
-    grid_scale_forward<T>(static_cast<const T*>(x.data_ptr()), shape[0], sizes, features,
-                          static_cast<const T*>(mean.data_ptr()), static_cast<const T*>(square.data_ptr()),
-                          axis_channels, eps, static_cast<T*>(scale.data_ptr()), torch_parallel());
-  };
-  if (feat.scalar_type() == ScalarType::Double) run(0.0);
-  else run(0.0f);
+    grid_scale_forward<T>(data<const T>(x), shape[0], sizes, features, data<const T>(mean), data<const T>(square),
+                          axis_channels, eps, data<T>(scale), torch_parallel());
+  });
   return scale;
 }
 

@@ -1,4 +1,6 @@
-// torch operators perceiver_fast::layer_norm_forward and _backward for CPU tensors, on torch's stable ABI.
+// torch operators perceiver_fast::layer_norm_{forward,backward} for CPU tensors, on torch's stable ABI: y = x + branch
+// + branch_bias and its LayerNorm z over the last dimension; csrc/core computes. Shapes and dtypes are checked here.
+// Threads are torch's. Operands that are not dense are copied.
 #include "../core/layer_norm.h"
 
 #include <tuple>

@@ -35,4 +35,23 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
+// The first element; null for a tensor that is not there.
+template <class X>
+X* data(const Tensor& t) {
+  return static_cast<X*>(t.data_ptr());
+}
+template <class X>
+X* data(const std::optional<Tensor>& t) {
+  return t ? data<X>(*t) : nullptr;
+}
+
+// Calls run with a zero of a tensor's type, float or double; that it is one of the two has been checked before.
+template <class Run>
+void with_type(const Tensor& t, const Run& run) {
+  if (t.scalar_type() == ScalarType::Double)
+    run(0.0);
+  else
+    run(0.0f);
+}
+
 }  // namespace perceiver_fast

@@ -11,7 +11,7 @@
 namespace perceiver_fast {
 namespace {
 
-// Dense inputs of one device, kept alive as long as the raw pointers taken from them.
+// Dense inputs of one device, alive as long as the raw pointers taken from them.
 struct Inputs {
   std::optional<Tensor> feat;
   Tensor coords, frequencies, weight;

@@ -5,7 +5,7 @@
 //   E_a = e_p + sum_k pi f (e_sin cos - e_cos sin),   S_a = sum_k pi f (sin - cos)
 //
 // dp_a is that short because the products sin cos of z itself cancel. So one sweep over the channels is enough: dr and
-// mu are known at its end, and only E_a and S_a are kept until then.
+// mu are known at its end, and only E_a and S_a are stored until then.
 #pragma once
 
 #include "fourier_projection_dweight.cuh"
@@ -24,7 +24,7 @@ struct TokenRows {
 
 // The sums of one token while its channels go by in order of place; all of it is one thread's.
 template <class T>
-struct TokenGradient {
+struct TokenSums {
   TokenRows<T> at;
   double dr = 0, sum = 0, along = 0, apart = 0;
   int axis = 0;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kTokenBlocks)
   __shared__ Memory memory;
   const int64_t x0 = int64_t(blockIdx.x) * Out::rows, x = x0 + threadIdx.x;
   const bool owner = threadIdx.x < Out::rows && x < tokens.tokens;
-  TokenGradient<T> token;
+  TokenSums<T> token;
   if (owner)
     token.at = {tokens.features_of(x), tokens.position(x), dfeat + x * tokens.features, dposition + x * tokens.axes,
                 spread ? spread + x * tokens.axes : nullptr};

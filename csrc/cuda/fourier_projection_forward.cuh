@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads) fourier_scale_kernel(FourierTokens<T
 }
 
 // A block owns a tile of tokens and 64 columns of the output. It makes 32 channels of its tokens in shared memory,
-// reads the 32 rows of the weight, multiplies, and so on. Every 64 columns make the encoding anew: about 25 instructions
-// for a sine and a cosine, against 128 multiply-adds.
+// reads the 32 rows of the weight, multiplies, and so on. Every 64 columns make the encoding anew: about 25
+// instructions for a sine and a cosine, against 128 multiply-adds.
 template <class T>
 __global__ void __launch_bounds__(kThreads, TileShape<T>::blocks)
     fourier_projection_kernel(FourierTokens<T> tokens, const T* weight, const T* bias, const T* scale, int columns,

@@ -30,9 +30,9 @@ PF_HOST_DEVICE int count_of_halves(double shifted) {
 #endif
 }
 
-// rest = t - n/2 with n = rint(2 t), of t = position * frequency before it is rounded. Adding 1.5 * 2^51, whose last
-// bit is worth a half, rounds to halves and leaves n in the low word: no conversion. For |t| < 2^50; above, a double's
-// phase itself is lost.
+// rest = t - n/2 with n = rint(2 t), where t = position * frequency is not rounded itself. Adding 1.5 * 2^51, whose
+// last bit is worth a half, rounds to halves and leaves n in the low word, so no conversion is needed. For |t| < 2^50:
+// above, a double cannot tell halves.
 PF_HOST_DEVICE double reduce_phase(double position, double frequency, int& n) {
   const double magic = 3377699720527872.0;
   const double shifted = fma(position, frequency, magic);
@@ -40,8 +40,9 @@ PF_HOST_DEVICE double reduce_phase(double position, double frequency, int& n) {
   return fma(position, frequency, magic - shifted);
 }
 
-// sin(pi r) and cos(pi r) for |r| <= 1/4. Interpolated at Chebyshev nodes: 5e-11 and 2e-10 off in float32 before
-// rounding, 2e-20 and 1e-19 in float64. pi is split in two, since the sine's error is relative.
+// sin(pi r) and cos(pi r) for |r| <= 1/4, by polynomials that interpolate at Chebyshev nodes: 5e-11 and 2e-10 off in
+// float32 before rounding, 2e-20 and 1e-19 in float64. pi is a sum of two constants, so that a sine near zero keeps its
+// digits.
 PF_HOST_DEVICE void sin_cos_pi_small(float r, float& sine, float& cosine) {
   const float u = r * r;
   float s = fmaf(u, 0.08122956722f, -0.59922879548f);
@@ -75,6 +76,10 @@ PF_HOST_DEVICE void sin_cos_pi_small(double r, double& sine, double& cosine) {
 }
 
 // sin(pi t) and cos(pi t) of t = position * frequency.
+//
+// Max error, in proportion to the next power of two above the result: 9.6e-8 for float32, 3.4e-16 for float64
+// (tests/ops/test_fourier_projection_emulated.py holds it).
+// Valid range: |t| < 2^50. Special values: an infinite or NaN position or frequency gives NaN.
 template <class T>
 PF_HOST_DEVICE void sin_cos_pi(double position, double frequency, T& sine, T& cosine) {
   int n;

@@ -1,11 +1,11 @@
-// The inner loops of grid attention, forward and backward, for one instruction set.
+// The loops of grid attention that sum over tokens, forward and backward, for one instruction set: a lane is a query.
 //
 // S[n,m] = r_m (sum_f q_feat[n,f] x_mf + sum_a q_axes_a[n, i_a(m)]); a token arrives as (r, r x), so a vector of pairs
 // costs an add, a multiply, F fused multiply-adds, one exp2 and F + 3 accumulations: 18 vector instructions for RGB
 // with AVX-512, 24 in the backward.
 //
-// Every float sum is kept short: a tile of columns, then a block of rows, then the blocks. A chain is never
-// longer than a few hundred terms, so the error does not grow with the number of tokens.
+// Every float sum is short: a tile of columns, then a block of rows, then the blocks. No more than a few hundred terms
+// are added one after the other, so the error does not grow with the number of tokens.
 #pragma once
 
 #include "dropout_mask.h"
@@ -17,7 +17,7 @@ namespace PF_ISA {
 
 constexpr int64_t kTileColumns = 128;  // table and sums of a tile: 16 KB of L1 at 64 bytes a vector
 constexpr int64_t kBlockRows = 128;
-constexpr int kUnroll = 4;  // tokens whose dependency chains run side by side: 11 % over 2, 20 % over 1 (AVX-512, F = 3)
+constexpr int kUnroll = 4;  // tokens at a time, to overlap their latencies: 11 % over 2, 20 % over 1 (AVX-512, F = 3)
 
 // Index of every outer axis, advanced row by row; rows are counted in row-major order.
 struct OuterIndex {
@@ -60,8 +60,8 @@ struct OuterIndex {
   }
 };
 
-// What a kernel has to reckon with beside the plain case. A mask and a shift cost an instruction or two a pair, inverted
-// attention four; dropped is all of them and dropout, whose hash costs ten.
+// What a kernel has to do beside the plain case. A mask or a shift costs an instruction or two for every pair of query
+// and token, inverted attention four. `dropped` has all of these and dropout, whose hash costs ten.
 enum class Variant { plain, masked, masked_and_shifted, inverted, dropped };
 
 template <int N>
@@ -79,7 +79,7 @@ struct Step {
   // `m` is the first token; a and g_a are the outer axes' shares of its row.
   static PF_INLINE void run(const TokenBox<T>& box, int64_t m, const T* q_inner, const T* g_inner, T* out_inner,
                             const V* q_feat, const V* g_feat, V* acc, V& total, V& kept, V& row_sum, V a, V g_a,
-                            V shift, V delta, V bonus, const typename KeyLane<T>::type* keys) {
+                            V shift, V delta, V bonus, const typename HashLane<T>::type* hashes) {
     constexpr bool by_token = kind == Variant::inverted || kind == Variant::dropped;
     const int64_t F = FS > 0 ? FS : box.features, K = F + 2;
     const T* tok = box.tokens + m * K;
@@ -95,7 +95,7 @@ struct Step {
       if (by_token) p[u] = exp2<T, true>(t[u], shift + box.shift[m + u]) * box.weight[m + u];
       else p[u] = exp2<T, kind == Variant::masked_and_shifted>(t[u], shift);
     }
-    // Channels are read again from L1 below; kept in registers, the forward would spill.
+    // Makes the compiler read the channels again from L1 below: it would run out of registers in the forward.
     if (FS > 0 && !Backward) asm("" : "+r"(tok));
     if (Backward) {
       const V start = kind == Variant::dropped ? bonus : -delta;
@@ -103,7 +103,7 @@ struct Step {
       for (int64_t f = 0; f < F; ++f)
         for (int u = 0; u < U; ++u) t[u] += g_feat[f] * tok[u * K + 1 + f];
       for (int u = 0; u < U; ++u) {
-        if (kind == Variant::dropped) t[u] = keep<T>(t[u], keys, box.keys[m + u], box.threshold) - delta;
+        if (kind == Variant::dropped) t[u] = keep<T>(t[u], hashes, box.hashes[m + u], box.threshold) - delta;
         if (by_token) t[u] = t[u] - box.delta[m + u] - box.delta_low[m + u];
         p[u] *= t[u];
       }
@@ -111,7 +111,7 @@ struct Step {
     for (int u = 0; u < U; ++u) {
       total += p[u];
       if (kind == Variant::dropped && !Backward) {
-        p[u] = keep<T>(p[u], keys, box.keys[m + u], box.threshold);
+        p[u] = keep<T>(p[u], hashes, box.hashes[m + u], box.threshold);
         kept += p[u];
       }
       row_sum += p[u] * r[u];
@@ -187,7 +187,7 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
           for (; j + U <= j1; j += U)
             Step<T, FS, U, kind, Backward>::run(box, m + j, q_inner + j * lanes, g_inner + j * lanes,
                                                 tile_sums + (j - j0) * lanes, q_feat, g_feat, row_acc, total, kept,
-                                                row_sum, a, g_a, shift, delta, bonus, block.keys);
+                                                row_sum, a, g_a, shift, delta, bonus, block.hashes);
         };
         step(Count<kUnroll>{});
         step(Count<1>{});
@@ -222,7 +222,7 @@ void accumulate_any(const TokenBox<T>& box, const QueryBlock<T>& block) {
   if (shifted) return accumulate<T, FS, Variant::masked_and_shifted, Backward>(box, block);      \
   if (box.masked) return accumulate<T, FS, Variant::masked, Backward>(box, block);               \
   return accumulate<T, FS, Variant::plain, Backward>(box, block)
-  // The hash outweighs what a fixed number of features saves.
+  // One variant for any number of features: what fixing it saves is little beside the hash.
   if (box.threshold != 0) return accumulate<T, 0, Variant::dropped, Backward>(box, block);
   switch (box.features) {
     case 1: PF_CASE(1);

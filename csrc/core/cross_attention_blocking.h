@@ -17,14 +17,17 @@ namespace perceiver_fast {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
-struct AttentionPlan {
+struct CrossAttentionBlocking {
   const CrossAttentionInput<T>& in;
   const CrossAttentionKernels<T>& kernels;
   int64_t width, blocks, tiles;  // queries of a block; blocks of queries and tiles of tokens of one head
 
-  explicit AttentionPlan(const CrossAttentionInput<T>& input)
-      : in(input), kernels(cross_attention_kernels<T>(active_isa())), width(kernels.queries),
-        blocks(ceil_div(input.queries, width)), tiles(ceil_div(input.tokens, kTileTokens)) {}
+  explicit CrossAttentionBlocking(const CrossAttentionInput<T>& input)
+      : in(input),
+        kernels(cross_attention_kernels<T>(active_isa())),
+        width(kernels.queries),
+        blocks(ceil_div(input.queries, width)),
+        tiles(ceil_div(input.tokens, kTileTokens)) {}
 
   int64_t heads() const { return in.batch * in.heads; }
   int64_t count_of(int64_t block) const { return std::min(width, in.queries - block * width); }
@@ -40,8 +43,9 @@ struct AttentionPlan {
 };
 
 template <class T>
-TokenTile<T> tile_of(const AttentionPlan<T>& plan, const TokenTerms<T>& terms, int64_t head, int64_t tile) {
-  const CrossAttentionInput<T>& in = plan.in;
+TokenTile<T> tile_of(const CrossAttentionBlocking<T>& blocking, const TokenTerms<T>& terms, int64_t head,
+                     int64_t tile) {
+  const CrossAttentionInput<T>& in = blocking.in;
   const int64_t b = head / in.heads, h = head % in.heads, m = tile * kTileTokens;
   const int64_t row = terms.row(head) + m;
   const bool biased = !terms.empty();
@@ -56,23 +60,24 @@ TokenTile<T> tile_of(const AttentionPlan<T>& plan, const TokenTerms<T>& terms, i
           biased ? terms.weight.data() + row : nullptr,
           biased ? terms.delta.data() + row : nullptr,
           biased ? terms.delta_low.data() + row : nullptr,
-          terms.keys.empty() ? nullptr : terms.keys.data() + m,
+          terms.hashes.empty() ? nullptr : terms.hashes.data() + m,
           in.dropout.threshold};
 }
 
 // Queries of a block as the kernels take them: times scale log2(e).
 template <class T>
-void pack_queries(const AttentionPlan<T>& plan, int64_t head, int64_t block, T* q) {
-  const CrossAttentionInput<T>& in = plan.in;
-  const std::vector<T> factor(plan.width, T(in.scale * kLog2OfE));
-  rows_to_lanes(in.q.at(head / in.heads, head % in.heads, block * plan.width), in.q.row_stride, plan.count_of(block),
-                in.dim, plan.width, factor.data(), q);
+void pack_queries(const CrossAttentionBlocking<T>& blocking, int64_t head, int64_t block, T* q) {
+  const CrossAttentionInput<T>& in = blocking.in;
+  const std::vector<T> factor(blocking.width, T(in.scale * kLog2OfE));
+  rows_to_lanes(in.q.at(head / in.heads, head % in.heads, block * blocking.width), in.q.row_stride,
+                blocking.count_of(block), in.dim, blocking.width, factor.data(), q);
 }
 
 template <class T>
-void pack_keys(const AttentionPlan<T>& plan, int64_t head, int64_t block, typename KeyLane<T>::type* keys) {
-  for (int64_t lane = 0; lane < plan.width; ++lane)
-    keys[lane] = plan.in.dropout.query_key(head * plan.in.queries + block * plan.width + lane);
+void pack_hashes(const CrossAttentionBlocking<T>& blocking, int64_t head, int64_t block,
+                 typename HashLane<T>::type* hashes) {
+  for (int64_t lane = 0; lane < blocking.width; ++lane)
+    hashes[lane] = blocking.in.dropout.query_hash(head * blocking.in.queries + block * blocking.width + lane);
 }
 
 }  // namespace perceiver_fast

@@ -1,7 +1,5 @@
 // The inner loops of streaming attention for one instruction set: matrix products of tiles (tile_gemm.h) and, between
-// them, exponentials.
-#pragma once
-
+// them, exponentials. cross_attention_block.h says what a tile and a block are.
 #include "cross_attention_block.h"
 #include "dropout_mask.h"
 #include "tile_gemm.h"
@@ -33,8 +31,9 @@ PF_INLINE typename Simd<T>::Vec weight_of(const TokenTile<T>& tile, int64_t m, c
   return exp2<T, true>(S::load(logit), shift + tile.shift[m]) * tile.weight[m];
 }
 
-// Moves the shifts of a block so that the weights of a tile with these largest logits are in range, and takes what was
-// summed along. Seldom: on a first tile of large logits, and where a later tile has far larger ones.
+// Changes the shifts of a block where the weights of a tile with these largest logits would leave the range, and scales
+// the sums so far to match. That is seldom: on a first tile of large logits, and where a later tile has far larger
+// ones.
 template <class T>
 void fit_shift(int64_t dim_v, const ForwardBlock<T>& block, const T* largest) {
   using S = Simd<T>;
@@ -93,7 +92,7 @@ void forward(const TokenTile<T>& tile, const ForwardBlock<T>& block, bool fixed_
       T* at = block.scratch + m * Q + v;
       V p = weight_of<T, Biased>(tile, m, at, shift);
       total += p;
-      if (Dropped) p = keep<T>(p, block.keys + v, tile.keys[m], tile.threshold);
+      if (Dropped) p = keep<T>(p, block.hashes + v, tile.hashes[m], tile.threshold);
       S::store(at, p);
     }
     S::store(block.total + v, S::load(block.total + v) + total);
@@ -124,8 +123,8 @@ void backward(const TokenTile<T>& tile, const BackwardBlock<T>& block) {
       const V p = weight_of<T, Biased>(tile, m, p_at, shift);
       V u = S::load(u_at), kept = p;
       if (Dropped) {
-        kept = keep<T>(p, block.keys + v, tile.keys[m], tile.threshold);
-        u = keep<T>(u, block.keys + v, tile.keys[m], tile.threshold);
+        kept = keep<T>(p, block.hashes + v, tile.hashes[m], tile.threshold);
+        u = keep<T>(u, block.hashes + v, tile.hashes[m], tile.threshold);
       }
       V ds = p * (Biased ? u - delta - tile.delta[m] - tile.delta_low[m] : u - delta);
       sum += ds;
@@ -170,7 +169,7 @@ void token_sums(const TokenTile<T>& tile, const T* q, const T* bias, T* maximum,
       const int64_t at = m * kQueries<T> + v;
       const V t = S::load(scratch + at) + lane_bias, old = S::load(maximum + at), top = S::max(t, old);
       const V before = S::load(sum + at), rescaled = before * exp2<T, false>(old - top, V{});
-      // 2^0 is one but for rounding, which would add up.
+      // The computed 2^0 is one only up to rounding, which would add up.
       S::store(sum + at, (old == top ? before : rescaled) + exp2<T, false>(t - top, V{}));
       S::store(maximum + at, top);
     }
@@ -189,14 +188,14 @@ void token_delta(const TokenTile<T>& tile, const BackwardBlock<T>& block, T* sum
     for (int64_t m = 0; m < tile.count; ++m) {
       const int64_t at = m * Q + v;
       V u = S::load(block.ds + at);
-      if (Dropped) u = keep<T>(u, block.keys + v, tile.keys[m], tile.threshold);
+      if (Dropped) u = keep<T>(u, block.hashes + v, tile.hashes[m], tile.threshold);
       const V p = weight_of<T, true>(tile, m, block.p + at, shift);
       S::store(sums + at, S::load(sums + at) + p * (u - delta - tile.delta[m]));
     }
   }
 }
 
-// Dropout is rare enough to pay for a bias too.
+// With dropout the tokens' shifts are added even where all are zero: one variant less to compile, and dropout is rare.
 template <class T>
 void forward_any(const TokenTile<T>& tile, const ForwardBlock<T>& block, bool fixed_shift) {
   if (tile.threshold != 0) return forward<T, true, true>(tile, block, fixed_shift);
@@ -222,8 +221,14 @@ void token_delta_any(const TokenTile<T>& tile, const BackwardBlock<T>& block, T*
 }
 
 template <class T>
-constexpr CrossAttentionKernels<T> kernels{Simd<T>::lanes,  int(kQueries<T>), forward_any<T>,    backward_any<T>,
-                                           correct_any<T>, token_sums<T>,    token_delta_any<T>};
+const CrossAttentionKernels<T>& cross_attention_table() {
+  static constexpr CrossAttentionKernels<T> table{
+      Simd<T>::lanes, int(kQueries<T>), forward_any<T>, backward_any<T>, correct_any<T>, token_sums<T>,
+      token_delta_any<T>};
+  return table;
+}
+template const CrossAttentionKernels<float>& cross_attention_table<float>();
+template const CrossAttentionKernels<double>& cross_attention_table<double>();
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

@@ -1,7 +1,5 @@
 // LayerNorm row by row, forward and backward, for one instruction set. A row is read from memory once: it stays in the
 // first-level cache for the passes that follow.
-#pragma once
-
 #include "elements.h"
 #include "layer_norm.h"
 
@@ -17,7 +15,7 @@ PF_INLINE void statistics(const X* row, int64_t n, T sum, T* mean, T* variance) 
   const T shift = sum / T(n);
   Sum<T> rest, square;
   for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
-    const auto off = at.keep(at.load(row + i) - shift);
+    const auto off = at.inside(at.load(row + i) - shift);
     rest.chain[chain] += off;
     square.chain[chain] += off * off;
   });
@@ -99,7 +97,13 @@ void layer_norm_gradient_rows(const LayerNormBackward<D>& call, int64_t begin, i
 }
 
 template <class D>
-constexpr LayerNormKernels<D> layer_norm_table{layer_norm_rows<D>, layer_norm_gradient_rows<D>};
+const LayerNormKernels<D>& layer_norm_table() {
+  static constexpr LayerNormKernels<D> table{layer_norm_rows<D>, layer_norm_gradient_rows<D>};
+  return table;
+}
+
+#define PF_INSTANTIATE(D) template const LayerNormKernels<D>& layer_norm_table<D>();
+PF_FOR_DTYPES(PF_INSTANTIATE)
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

@@ -1,11 +1,8 @@
 // Loops that do one thing as fast as an instruction set can.
-#pragma once
-
 #include "roofs.h"
 #include "simd.h"
 
 namespace perceiver_fast {
-
 namespace PF_ISA {
 
 // Enough chains to hide the latency on two ports (four or five cycles of one instruction, some forty of an
@@ -48,8 +45,12 @@ T exponentials(int64_t rounds) {
 }
 
 template <class T>
-constexpr RoofsKernels<T> roofs_table = {multiply_adds<T>, exponentials<T>, kMultiplyAddChains* Simd<T>::lanes,
-                                         kExponentialChains* Simd<T>::lanes};
+const RoofsKernels<T>& roofs_table() {
+  static constexpr RoofsKernels<T> table{multiply_adds<T>, exponentials<T>, kMultiplyAddChains * Simd<T>::lanes,
+                                         kExponentialChains * Simd<T>::lanes};
+  return table;
+}
+template const RoofsKernels<float>& roofs_table<float>();
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

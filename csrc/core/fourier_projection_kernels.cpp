@@ -1,9 +1,7 @@
 // The Fourier projection tile by tile, forward and backward, for one instruction set.
 //
-// Batch elements that share positions share their part of the product: forward, its sums; backward, the sum of their
-// gradients takes the place of each.
-#pragma once
-
+// Batch elements that share positions share the positions' part of the product. The forward computes its sums once; the
+// backward adds up the elements' gradients first and multiplies that sum once.
 #include "fourier_encode.h"
 #include "tile_gemm.h"
 #include "transpose.h"
@@ -14,8 +12,8 @@ namespace PF_ISA {
 template <class T>
 constexpr int64_t kPanel = kGemmVectors * Simd<T>::lanes;
 constexpr int64_t kDepth = 192;      // channels of a panel at a time: 24 KB, which stay in L1
-constexpr int64_t kSumBlock = 64;    // terms of the longest chain of a sum over channels
-constexpr int64_t kFlushTiles = 32;  // tiles whose float sums of the weight's gradient meet before they go to double
+constexpr int64_t kSumBlock = 64;    // channels that are added one after the other, the longest such sum
+constexpr int64_t kFlushTiles = 32;  // tiles of which the weight's gradient is summed in T, then added in double
 
 // Tokens of one tile.
 template <class T>
@@ -47,7 +45,7 @@ void to_columns(const T* rows, int64_t row, const Tile<T>& tile, int64_t length,
     for (int64_t x = 0; x < length; ++x) columns[x * kFourierTile + t] = 0;
 }
 
-// total[t] = sum over channels of term(channel, t), each chain short.
+// total[t] = sum over channels of term(channel, t), in blocks so that no sum is long.
 template <class T, class Term>
 PF_INLINE void sum_channels(int64_t channels, int64_t width, T* total, Term term) {
   for (int64_t t = 0; t < width; ++t) total[t] = 0;
@@ -240,7 +238,12 @@ void backward(const FourierBackward<T>& call, int64_t tile_begin, int64_t tile_e
 }
 
 template <class T>
-constexpr FourierProjectionKernels<T> kernels{Simd<T>::lanes, int(kPanel<T>), forward<T>, backward<T>};
+const FourierProjectionKernels<T>& fourier_projection_table() {
+  static constexpr FourierProjectionKernels<T> table{Simd<T>::lanes, int(kPanel<T>), forward<T>, backward<T>};
+  return table;
+}
+template const FourierProjectionKernels<float>& fourier_projection_table<float>();
+template const FourierProjectionKernels<double>& fourier_projection_table<double>();
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

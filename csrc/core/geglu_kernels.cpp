@@ -1,6 +1,4 @@
 // GEGLU row by row, forward and backward in one pass each, for one instruction set.
-#pragma once
-
 #include "elements.h"
 #include "geglu.h"
 #include "normal_distribution.h"
@@ -70,7 +68,13 @@ void geglu_gradient_rows(const GegluBackward<D>& call, int64_t begin, int64_t en
 }
 
 template <class D>
-constexpr GegluKernels<D> geglu_table{geglu_rows<D>, geglu_gradient_rows<D>};
+const GegluKernels<D>& geglu_table() {
+  static constexpr GegluKernels<D> table{geglu_rows<D>, geglu_gradient_rows<D>};
+  return table;
+}
+
+#define PF_INSTANTIATE(D) template const GegluKernels<D>& geglu_table<D>();
+PF_FOR_DTYPES(PF_INSTANTIATE)
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

@@ -20,12 +20,12 @@ template <class T>
 constexpr double kSafe = sizeof(T) == 8 ? 400 : 60;
 
 template <class T>
-struct GridPlan {
+struct GridBlocking {
   const GridAttentionInput<T>& in;
   const GridAttentionKernels<T>& kernels;
   int64_t rows, columns, tokens, length, blocks;  // length is L; blocks of `lanes` queries per batch element
 
-  explicit GridPlan(const GridAttentionInput<T>& input)
+  explicit GridBlocking(const GridAttentionInput<T>& input)
       : in(input), kernels(grid_attention_kernels<T>(active_isa())), rows(1), columns(input.sizes.back()) {
     for (size_t a = 0; a + 1 < input.sizes.size(); ++a) rows *= input.sizes[a];
     tokens = rows * columns;
@@ -54,20 +54,22 @@ struct GridPlan {
             by_token ? terms.weight.data() + row : nullptr,
             by_token ? terms.delta.data() + row : nullptr,
             by_token ? terms.delta_low.data() + row : nullptr,
-            terms.keys.empty() ? nullptr : terms.keys.data(),
+            terms.hashes.empty() ? nullptr : terms.hashes.data(),
             in.dropout.threshold};
   }
 };
 
-// Masked tokens stand in the packed records; here too for the kernels that take terms by token.
+// Masked tokens have a bias of -inf in their packed records. Kernels that take terms by token need it there too.
 template <class T>
-TokenTerms<T> grid_token_terms(const GridPlan<T>& plan, const PackedTokens<T>& packed, const double* token_lse) {
-  const GridAttentionInput<T>& in = plan.in;
+TokenTerms<T> grid_token_terms(const GridBlocking<T>& blocking, const PackedTokens<T>& packed,
+                               const double* token_lse) {
+  const GridAttentionInput<T>& in = blocking.in;
   const bool needed = in.inverted || in.dropout;
-  TokenTerms<T> terms(in.batch / in.heads, in.heads, plan.tokens, needed ? in.mask : nullptr, token_lse, in.dropout);
+  TokenTerms<T> terms(in.batch / in.heads, in.heads, blocking.tokens, needed ? in.mask : nullptr, token_lse,
+                      in.dropout);
   for (int64_t b = 0; needed && b < in.batch; ++b)
-    if (packed.all_masked[plan.token_batch(b)])
-      std::fill_n(terms.shift.begin() + terms.row(b), plan.tokens, T(0));
+    if (packed.all_masked[blocking.token_batch(b)])
+      std::fill_n(terms.shift.begin() + terms.row(b), blocking.tokens, T(0));
   return terms;
 }
 
@@ -92,10 +94,10 @@ TokenBox<T> part_of(TokenBox<T> box, int64_t part, int64_t parts) {
 // Parts to cut each query block's tokens into, so that every thread has work (few latents, many tokens).
 // Depends on shape and thread count alone: the same run gives the same bits.
 template <class T>
-int64_t token_parts(const GridPlan<T>& plan, int64_t block_tasks, int threads) {
+int64_t token_parts(const GridBlocking<T>& blocking, int64_t block_tasks, int threads) {
   if (block_tasks % threads == 0 || block_tasks >= 8 * threads) return 1;
   const int64_t wanted = (4 * threads + block_tasks - 1) / block_tasks;
-  return part_count(plan.rows, plan.columns, std::min<int64_t>(wanted, plan.tokens / 2048));
+  return part_count(blocking.rows, blocking.columns, std::min<int64_t>(wanted, blocking.tokens / 2048));
 }
 
 // Accumulators of a query block: [L][lanes] sums, [lanes] sum of p, [lanes] of what dropout kept of p, and [lanes] the
@@ -103,10 +105,10 @@ int64_t token_parts(const GridPlan<T>& plan, int64_t block_tasks, int threads) {
 // `work(task, part, parts, sums)` fills them for one part of the tokens; the parts are added up in order, and
 // `finish(task, sums)` turns the total into results. One task is one query block of one batch element.
 template <class T, class Work, class Finish>
-void for_each_block(const GridPlan<T>& plan, const Parallel& parallel, Work work, Finish finish) {
-  const int64_t lanes = plan.kernels.lanes, added = (plan.length + 2) * lanes, size = added + lanes;
-  const int64_t tasks = plan.in.batch * plan.blocks;
-  const int64_t parts = token_parts(plan, tasks, parallel.threads);
+void for_each_block(const GridBlocking<T>& blocking, const Parallel& parallel, Work work, Finish finish) {
+  const int64_t lanes = blocking.kernels.lanes, added = (blocking.length + 2) * lanes, size = added + lanes;
+  const int64_t tasks = blocking.in.batch * blocking.blocks;
+  const int64_t parts = token_parts(blocking, tasks, parallel.threads);
   if (parts == 1) {
     parallel.run(tasks, [&](int64_t begin, int64_t end) {
       Aligned<T> sums(size);
@@ -136,18 +138,21 @@ template <class T>
 struct QueryTable {
   int64_t b, first, count;  // batch element, first query, number of queries (at most `lanes`)
   Aligned<T> q;
-  std::vector<typename KeyLane<T>::type> keys;  // of dropout
+  std::vector<typename HashLane<T>::type> hashes;  // of dropout
 
-  QueryTable(const GridPlan<T>& plan, const PackedTokens<T>& packed, int64_t task)
-      : b(task / plan.blocks), first(task % plan.blocks * plan.kernels.lanes),
-        count(std::min<int64_t>(plan.kernels.lanes, plan.in.queries - first)), q(plan.length * plan.kernels.lanes) {
-    const int lanes = plan.kernels.lanes;
+  QueryTable(const GridBlocking<T>& blocking, const PackedTokens<T>& packed, int64_t task)
+      : b(task / blocking.blocks),
+        first(task % blocking.blocks * blocking.kernels.lanes),
+        count(std::min<int64_t>(blocking.kernels.lanes, blocking.in.queries - first)),
+        q(blocking.length * blocking.kernels.lanes) {
+    const int lanes = blocking.kernels.lanes;
     const std::vector<T> log2e(lanes, T(kLog2OfE));  // the kernels take exponents of two
-    const int64_t rows = packed.all_masked[plan.token_batch(b)] ? 0 : count;  // zero queries attend uniformly
-    rows_to_lanes(plan.q(b) + first * plan.length, plan.length, rows, plan.length, lanes, log2e.data(), q.get());
-    if (!plan.in.dropout) return;
+    const int64_t rows = packed.all_masked[blocking.token_batch(b)] ? 0 : count;  // zero queries attend uniformly
+    rows_to_lanes(blocking.q(b) + first * blocking.length, blocking.length, rows, blocking.length, lanes, log2e.data(),
+                  q.get());
+    if (!blocking.in.dropout) return;
     for (int lane = 0; lane < lanes; ++lane)
-      keys.push_back(plan.in.dropout.query_key(b * plan.in.queries + first + lane));
+      hashes.push_back(blocking.in.dropout.query_hash(b * blocking.in.queries + first + lane));
   }
 };
 

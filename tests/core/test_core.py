@@ -1,0 +1,75 @@
+"""csrc/core by itself, in C++, on every instruction set that this machine has: its parts, and its ops against loops.
+
+Files named here are compiled like those of csrc/core: vectors, functions and tiles once for every instruction set.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("setuptools", reason="setuptools is missing: the tests in C++ were NOT run")
+
+HERE = Path(__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("perceiver_fast_setup", HERE.parents[1] / "setup.py")
+setup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup)
+
+ONCE_AN_ISA = ("functions", "tiles", "vectors")
+ONCE = ("attention", "main", "rows")
+
+
+def sources():
+    """(name of the object, source, flags) of core and of its tests."""
+    yield from (source for source in setup.core_sources() if "roofs" not in source[0])
+    yield from ((f"test_{name}", HERE / f"{name}.cpp", []) for name in ONCE)
+    for name in ONCE_AN_ISA:
+        yield from ((f"test_{name}_{isa}", HERE / f"{name}.cpp", flags) for isa, flags in setup.isa_flags().items())
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """A folder with objects, and the program."""
+    try:
+        compiler = setup.find_compiler()
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+        setup.need(ninja, "ninja was not found")
+    except setup.CannotBuild as reason:
+        pytest.skip(f"the tests in C++ were NOT run: {reason}")
+    folder = tmp_path_factory.mktemp("core")
+    # GCC warns about its own intrinsics where it optimises less.
+    flags = [flag for flag in setup.FLAGS if flag != "-O3"] + ["-O1", "-Wno-uninitialized"]
+    setup.run_ninja(folder, folder / "core_tests", compiler, flags, [], sources())
+    return folder
+
+
+def run(build, *arguments, **env):
+    return subprocess.run([build / "core_tests", *arguments], env=os.environ | env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("group", [*ONCE_AN_ISA, "attention", "rows"])
+@pytest.mark.parametrize("isa", setup.ISAS)
+def test_core(build, isa, group):
+    available = run(build, "isas").stdout.split()
+    if isa not in available:
+        pytest.skip(f"this machine runs {', '.join(available)}, not {isa}: it was NOT tested")
+    done = run(build, group, PERCEIVER_FAST_CPU_ISA=isa)
+    assert done.returncode == 0, (done.returncode, done.stdout[-4000:], done.stderr)
+    print(done.stdout)  # the errors that were found, beside those that are stated
+
+
+def test_an_instruction_set_keeps_to_itself(build):
+    """What is compiled for one defines no symbol that could be taken for the same function compiled for another."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm was not found: the symbols were NOT looked at")
+    for isa in setup.isa_flags():
+        for file in build.glob(f"*_{isa}.o"):
+            lines = subprocess.run([nm, "-C", "--defined-only", "-g", file], capture_output=True, text=True).stdout
+            symbols = [line.split(maxsplit=2)[2] for line in lines.splitlines()]
+            strangers = [name for name in symbols if f"perceiver_fast::{isa}::" not in name and "DW.ref" not in name]
+            assert symbols and not strangers, (file.name, strangers)

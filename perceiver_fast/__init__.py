@@ -40,5 +40,4 @@ __all__ = [
     "reference",
     "use_backend",
     "use_linear",
-    "__version__",
 ]

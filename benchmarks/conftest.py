@@ -14,9 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `from benchmarks...`, also under a bare `pytest`
 
 from benchmarks.options import DEFAULT_THREADS, positive  # noqa: E402
-from benchmarks.sides import Case  # noqa: E402
+from benchmarks.sides import DTYPES, Case  # noqa: E402
 from benchmarks.suite import measure  # noqa: E402
-from benchmarks.suite.level import DTYPES  # noqa: E402
 from benchmarks.suite.levels import LEVELS  # noqa: E402
 from benchmarks.suite.plans import LEVEL_NAMES, PLANS, QUICK, select  # noqa: E402
 from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402

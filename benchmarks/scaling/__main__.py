@@ -34,8 +34,7 @@ from benchmarks.output import (
 from benchmarks.scaling.plot import draw
 from benchmarks.scaling.point import PEERS, Fingerprint, Limits, Stopped, available_bytes, case_of, difference, measure
 from benchmarks.scaling.record import MEASURED, Point, curve, exponent, read, write
-from benchmarks.sides import OURS, Case, compile_reasons
-from benchmarks.suite.level import DTYPES
+from benchmarks.sides import DTYPES, OURS, Case, compile_reasons
 from benchmarks.suite.memory import memory_method
 from perceiver_fast import extension
 from perceiver_fast.insight.machine import cpu_name

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import nn
 
 from benchmarks.sdpa import with_sdpa
-from benchmarks.sides import OURS, Case, Peer, Side, compiled, ours, parameters
-from benchmarks.suite.level import DTYPES, Level
-from benchmarks.suite.plans import eager_bytes, truth_bytes
-from benchmarks.suite.throughput import Work, module_work
+from benchmarks.sides import DTYPES, OURS, Case, Level, Peer, Side, compiled, ours, parameters
+from benchmarks.suite.plans import needs
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.insight.peer import peer_model
 
@@ -44,25 +40,6 @@ def truth(case: Case) -> Side:
     return Side(model, (case.geometry.input(case.batch).double(),), parameters(model))
 
 
-@lru_cache(maxsize=2)
-def _work(is_ours: bool, pass_name: str, geometry: Geometry, batch: int) -> Work:
-    model = geometry.build() if is_ours else eager(geometry)
-    return module_work(geometry, batch, pass_name, model, geometry.cross_attentions, geometry.input(batch))
-
-
-def work(case: Case) -> Work:
-    """What one call of our model, or of perceiver-pytorch's, amounts to."""
-    return _work(case.peer == OURS, case.pass_name, case.geometry, case.batch)
-
-
-def needs(case: Case) -> dict[str, int]:
-    """Memory that the check and the model take, in bytes."""
-    found = {"the check against float64": truth_bytes(case.geometry, case.batch)}
-    if "eager" in case.peer:
-        found["perceiver-pytorch"] = eager_bytes(case.geometry, case.batch)
-    return found
-
-
 PEERS = {
     "eager": Peer(lambda case: _side(eager(case.geometry), case)),
     "sdpa": Peer(lambda case: _side(sdpa(case.geometry), case)),
@@ -70,4 +47,4 @@ PEERS = {
     "compile": compiled(lambda case: _side(sdpa(case.geometry), case)),
     "compile-eager": compiled(lambda case: _side(eager(case.geometry), case)),
 }
-LEVEL = Level(PEERS, truth, work, needs, dtypes=DTYPES)
+LEVEL = Level(PEERS, truth, lambda geometry: geometry.cross_attentions, op=False, needs=needs, dtypes=DTYPES)

@@ -15,6 +15,7 @@ from perceiver_pytorch.perceiver_pytorch import fourier_encode
 from torch import Tensor
 
 from benchmarks.sides import OURS, Case, Level, Peer, Side, compiled, ours
+from benchmarks.suite.layers import one_layer
 from perceiver_fast import ops
 from perceiver_fast.cache import ParameterCache
 from perceiver_fast.insight.geometries import Geometry

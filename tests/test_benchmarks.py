@@ -20,12 +20,11 @@ pytest.importorskip("perceiver_pytorch")
 from rich.console import Console  # noqa: E402
 
 from benchmarks import environment  # noqa: E402
-from benchmarks.sdpa import SDPAAttention  # noqa: E402
 from benchmarks.sides import Case, Level, Peer, Side, errors, excess, parameters  # noqa: E402
 from benchmarks.suite import measure, report, test_levels  # noqa: E402
 from benchmarks.suite.levels import LEVELS  # noqa: E402
 from benchmarks.suite.memory import Memory, memory_method, peak_memory  # noqa: E402
-from benchmarks.suite.models import PEERS, eager, sdpa  # noqa: E402
+from benchmarks.suite.models import PEERS, SDPAAttention, eager, sdpa  # noqa: E402
 from benchmarks.suite.plans import PLANS, eager_bytes, select  # noqa: E402
 from benchmarks.suite.throughput import Work, step_of, throughput, work_of  # noqa: E402
 from perceiver_fast.insight import roofs  # noqa: E402

@@ -70,7 +70,7 @@ def _theirs(problem: Problem, sdpa: bool = False) -> Side:
     with torch.device(problem.device):
         model = peer_model(problem.geometry, problem.model.state_dict())
     if sdpa:
-        from benchmarks.sdpa import with_sdpa  # needs perceiver-pytorch
+        from benchmarks.suite.models import with_sdpa  # needs perceiver-pytorch
 
         model = with_sdpa(model)
     if problem.case.level == "model":

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from perceiver_pytorch.perceiver_pytorch import Attention, PreNorm, fourier_encode
 from torch import Tensor, nn
 
-from benchmarks.sdpa import with_sdpa
 from benchmarks.sides import (
     DTYPES,
     OURS,
@@ -38,6 +37,7 @@ from benchmarks.sides import (
     parameters,
     perturb,
 )  # fmt: skip
+from benchmarks.suite.models import with_sdpa
 from benchmarks.suite.plans import needs
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.tokens import DenseTokens

@@ -19,23 +19,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from benchmarks import output
 from benchmarks.base.measure import Worker, WorkerError, measure
 from benchmarks.base.tree import CannotMeasure, build, commit_of, is_dirty, stale_source, worktree
 from benchmarks.compare_view import coloured
 from benchmarks.environment import ROOT, conditions
 from benchmarks.options import DEFAULT_THREADS, at_least
-from benchmarks.output import (
-    Report,
-    deliver,
-    described,
-    listed,
-    milliseconds,
-    plain,
-    progress,
-    table,
-    warn,
-    wide_console,
-)  # fmt: skip
 from benchmarks.statistic import LEAST_ROUNDS
 from perceiver_fast.insight.geometries import GEOMETRIES
 
@@ -68,7 +57,7 @@ def warnings(facts: dict[str, dict], dirty: bool) -> list[str]:
     return lines
 
 
-def run(args: argparse.Namespace, say: Report) -> dict:
+def run(args: argparse.Namespace, say: output.Report) -> dict:
     """Check out, build and measure; returns everything, as JSON holds it."""
     result = {
         "conditions": conditions(args.threads),
@@ -104,14 +93,14 @@ def run(args: argparse.Namespace, say: Report) -> dict:
 
 def show(console: Console, result: dict) -> None:
     """Print for people: warnings first."""
-    warn(console, result["warnings"])
+    output.warn(console, result["warnings"])
     base, new = result["base"], result["new"]
     changes = " with changes" if new["dirty"] else ""
     title = escape(f"{base['revision']} ({base['commit'][:9]}) → {new['commit'][:9]}{changes}")
     rows = [
         (
-            described(row),
-            *(milliseconds(row[side]["median"]) for side in ("base", "new")),
+            output.described(row),
+            *(output.milliseconds(row[side]["median"]) for side in ("base", "new")),
             f"{row['ratio']:.3f}x",
             f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
             *(
@@ -122,9 +111,9 @@ def show(console: Console, result: dict) -> None:
         )
         for row in result["rows"]
     ]
-    console.print(table(title, HEADERS, rows, left=(0, len(HEADERS) - 1), caption=CAPTION))
-    plain(console, *(f"not measured: {described(row)}: {row['reason']}" for row in result["missing"]))
-    plain(console, listed(result["conditions"]))
+    console.print(output.table(title, HEADERS, rows, left=(0, len(HEADERS) - 1), caption=CAPTION))
+    output.plain(console, *(f"not measured: {output.described(row)}: {row['reason']}" for row in result["missing"]))
+    output.plain(console, output.listed(result["conditions"]))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -160,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.json and str(args.json) != "-":
             args.json.parent.mkdir(parents=True, exist_ok=True)
-        with progress() as say:
+        with output.progress() as say:
             result = run(args, say)
     except (CannotMeasure, OSError) as error:
         print(f"base: {error}", file=sys.stderr)
@@ -170,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)
-    deliver(result, args.json, lambda: show(wide_console(TABLE_WIDTH), result))
+    output.deliver(result, args.json, lambda: show(output.wide_console(TABLE_WIDTH), result))
     if not result["rows"]:
         print(f"base: nothing could be measured: {result['missing'][0]['reason']}", file=sys.stderr)
         return 2

@@ -18,19 +18,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks import output
 from benchmarks.environment import conditions, slug
 from benchmarks.options import DEFAULT_THREADS, at_least
-from benchmarks.output import (
-    Report,
-    deliver,
-    listed,
-    mebibytes,
-    milliseconds,
-    plain,
-    progress,
-    table,
-    wide_console,
-)  # fmt: skip
 from benchmarks.scaling.plot import draw
 from benchmarks.scaling.point import PEERS, Fingerprint, Limits, Stopped, available_bytes, case_of, difference, measure
 from benchmarks.scaling.record import MEASURED, Point, curve, exponent, read, write
@@ -57,7 +47,7 @@ def sizes(axis: str, quick: bool) -> list[tuple[int, int]]:
     return every[:QUICK] if quick else every
 
 
-def sweep(axis: str, args: argparse.Namespace, say: Report) -> Iterator[Point]:
+def sweep(axis: str, args: argparse.Namespace, say: output.Report) -> Iterator[Point]:
     """Measure the points of an axis, all peers at one size after the other; a peer's last one says why it stopped."""
     going: dict[str, Point | None] = dict.fromkeys(args.peers)  # and the last point of each
     for side, latents in sizes(axis, args.quick):
@@ -87,7 +77,9 @@ def _point(axis: str, case: Case, limits: Limits, last: Point | None) -> tuple[P
     if last is not None and last.peak_memory_bytes:
         needed = round(last.peak_memory_bytes * (shape.tokens * shape.queries) / (last.tokens * last.latents))
         if needed > HOPELESS * limits.bytes:
-            detail = f"would need about {mebibytes(needed)}, {mebibytes(limits.bytes)} are allowed: not run"
+            detail = (
+                f"would need about {output.mebibytes(needed)}, {output.mebibytes(limits.bytes)} are allowed: not run"
+            )
             return replace(point, status="would not fit", needed_bytes=needed, detail=detail), None
     try:
         row = measure(case, limits)
@@ -120,21 +112,23 @@ def show(console: Console, facts: dict, points: list[Point]) -> None:
             for (tokens, latents), line in lines.items()
         ]
         title = f"{axis}: {here[0].pass_name}, {here[0].dtype}"
-        console.print(table(title, ("M", "N", *peers), rows, left=(), show_lines=True))
+        console.print(output.table(title, ("M", "N", *peers), rows, left=(), show_lines=True))
     where = {point: f"{point.peer} at M = {point.tokens:,}, N = {point.latents:,}" for point in points}
-    plain(console, *(f"{text}: {p.status}: {p.detail}" for p, text in where.items() if p.status != MEASURED))
+    output.plain(console, *(f"{text}: {p.status}: {p.detail}" for p, text in where.items() if p.status != MEASURED))
     for axis, found in exponents(points).items():
         powers = ", ".join(f"{name} {'-' if power is None else f'{power:.2f}'}" for name, power in found.items())
-        plain(console, f"ours grows with {axis} to the power of: {powers} (the last two decades; without the input)")
+        output.plain(
+            console, f"ours grows with {axis} to the power of: {powers} (the last two decades; without the input)"
+        )
     for point in filter(is_different, points):
-        plain(console, f"other results than the first peer's: {where[point]}: {point.difference:.1e}")
-    plain(console, listed(facts))
+        output.plain(console, f"other results than the first peer's: {where[point]}: {point.difference:.1e}")
+    output.plain(console, output.listed(facts))
 
 
 def _cell(point: Point) -> str:
     if point.median is None:
         return point.status
-    return f"{milliseconds(point.median)}\n{mebibytes(point.peak_memory_bytes)}"
+    return f"{output.milliseconds(point.median)}\n{output.mebibytes(point.peak_memory_bytes)}"
 
 
 def is_different(point: Point) -> bool:
@@ -190,7 +184,7 @@ def reasons(args: argparse.Namespace) -> list[str]:
 def measured(args: argparse.Namespace, facts: dict, points: list[Point], stored: Path) -> bool:
     """Measure into ``points``, which ``stored`` holds after each; returns whether it came to its end."""
     try:
-        with progress() as say:
+        with output.progress() as say:
             for axis in ("tokens", "latents") if args.axis == "both" else (args.axis,):
                 for point in sweep(axis, args, say):
                     points.append(point)
@@ -229,11 +223,11 @@ def main(argv: list[str] | None = None) -> int:
     result = {"conditions": facts, "exponents": exponents(points), "points": list(map(asdict, points)), "files": files}
 
     def printed() -> None:
-        console = wide_console(TABLE_WIDTH)
+        console = output.wide_console(TABLE_WIDTH)
         show(console, facts, points)
-        plain(console, *files)
+        output.plain(console, *files)
 
-    deliver(result, args.json, printed)
+    output.deliver(result, args.json, printed)
     bad = any(point.status == "failed" or is_different(point) for point in points)
     return int(bad) if complete else 2
 

@@ -23,20 +23,7 @@ import torch.nn.functional as F
 from perceiver_pytorch.perceiver_pytorch import Attention, PreNorm, fourier_encode
 from torch import Tensor, nn
 
-from benchmarks.sides import (
-    DTYPES,
-    OURS,
-    SMART,
-    Case,
-    Level,
-    Peer,
-    Results,
-    Side,
-    compiled,
-    ours,
-    parameters,
-    perturb,
-)  # fmt: skip
+from benchmarks.sides import DTYPES, OURS, SMART, Case, Level, Peer, Results, Side, compiled, ours, parameters, perturb
 from benchmarks.suite.models import with_sdpa
 from benchmarks.suite.plans import needs
 from perceiver_fast.insight.geometries import Geometry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import sys
 from dataclasses import replace
@@ -261,12 +260,3 @@ def test_without_the_extension_ours_is_not_measured(monkeypatch, capsys):
     monkeypatch.setattr(scaling.extension, "error", "not built")
     assert scaling.main([]) == 2
     assert "not built; or leave fast out of --peers" in capsys.readouterr().err
-
-
-def test_examples_of_the_documentation():
-    for module in (
-        plot,
-        record,
-    ):
-        found = doctest.testmod(module)
-        assert found.attempted and not found.failed

@@ -69,10 +69,8 @@ def run(args: argparse.Namespace, say: output.Report) -> dict:
         folder = stack.enter_context(worktree(ROOT, result["base"]["commit"]))
         say(f"building {args.revision}", "minutes")
         build(folder / "tree", folder / "build", lambda line: say(f"building {args.revision}", line))
-        sides = []
-        for name, tree in (("base", folder / "tree"), ("new", ROOT)):
-            sides.append(Worker(name, tree, folder / name, args.threads))
-            stack.callback(sides[-1].close)
+        trees = {"base": folder / "tree", "new": ROOT}
+        sides = [stack.enter_context(Worker(*side, folder / side[0], args.threads)) for side in trees.items()]
         try:
             facts = {side.name: side.ask("facts") for side in sides}
         except WorkerError as error:

@@ -6,7 +6,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,8 +109,9 @@ class Case:
 
     def call(self, side: Side) -> Call:
         """A call of ``side``: bfloat16 is autocast of float32 weights."""
-        bfloat16 = self.dtype == "bfloat16"
-        return lambda: run(side, self.step, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16))
+        if self.dtype == "bfloat16":
+            return lambda: run(side, self.step, torch.autocast("cpu", torch.bfloat16))
+        return lambda: run(side, self.step, nullcontext())
 
     def record(self) -> dict:
         """As results hold it."""

@@ -24,9 +24,9 @@ from benchmarks.options import DEFAULT_THREADS, at_least
 from benchmarks.scaling.plot import draw
 from benchmarks.scaling.point import PEERS, Fingerprint, Limits, Stopped, available_bytes, case_of, difference, measure
 from benchmarks.scaling.record import MEASURED, Point, curve, exponent, read, write
-from benchmarks.sides import DTYPES, OURS, Case, compile_reasons
+from benchmarks.sides import DTYPES, OURS, Case
 from benchmarks.suite.memory import memory_method
-from perceiver_fast import extension
+from benchmarks.suite.models import PEERS as MODELS
 from perceiver_fast.insight.machine import cpu_name
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -172,10 +172,8 @@ def reasons(args: argparse.Namespace) -> list[str]:
         found.append("the pictures need matplotlib: pip install matplotlib")
     if args.redraw is None and not Path("/proc/self/statm").exists():
         found.append("this system has no /proc, by which memory is limited and measured: run it on Linux")
-    if args.redraw is None and OURS in args.peers and extension.error:
-        found.append(f"{extension.error}; or leave {OURS} out of --peers")
-    if args.redraw is None and "compile" in args.peers and (why := compile_reasons()):
-        found.append(f"{'; '.join(why)}; or leave compile out of --peers")
+    for peer in args.peers if args.redraw is None else ():
+        found += [f"{why}; or leave {peer} out of --peers" for why in MODELS[peer].reasons(None)]
     if not args.limit_seconds > 0:
         found.append(f"--limit-seconds: expected more than 0, got {args.limit_seconds:g}")
     return found

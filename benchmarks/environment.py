@@ -33,13 +33,8 @@ def conditions(threads: int) -> dict:
         "perceiver-fast": perceiver_fast.__version__,
         "forced_backend": backends.forced_backend(),
         "git_commit": git_commit(),
-        "date": now(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def now() -> str:
-    """Date and time in UTC, to the second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def git_commit() -> str | None:

@@ -128,7 +128,7 @@ def picture_of_work(plt):
     """Counted multiply-adds and bytes of one cross-attention: with tokens built, and on the way taken."""
     rows = counts.work()
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, constrained_layout=True)
-    for axis, unit, kind in ((axes[0], 1e9, "operations"), (axes[1], 2**20, "bytes")):
+    for axis, unit, kind in ((axes[0], 1e9, "arithmetic"), (axes[1], 2**20, "bytes")):
         for at, row in enumerate(rows):
             dense, fast = getattr(row.dense, kind), getattr(row.fast, kind)
             axis.plot([fast / unit, dense / unit], [at, at], color="0.8", linewidth=3, zorder=1)

@@ -37,8 +37,8 @@ def train_quickly(seed: int, steps: int) -> dict:
     return model.state_dict()
 
 
-def choose(probabilities: Tensor, labels: Tensor, count: int) -> list[int]:
-    """Indices of the first digits, and in the end of one that is told wrong, where there is one."""
+def pick(probabilities: Tensor, labels: Tensor, count: int) -> list[int]:
+    """Indices of the first ``count`` digits; the last of them is a digit that the model got wrong, if there is one."""
     wrong = (probabilities.argmax(1) != labels).nonzero().flatten().tolist()
     chosen = list(range(min(count, len(labels))))
     return chosen if not wrong or wrong[0] in chosen else [*chosen[:-1], wrong[0]]
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for model in models:
             model.eval().load_state_dict(weights)
         ours, theirs = (model(images).softmax(1) for model in models)
-    chosen = choose(ours, labels, args.digits)
+    chosen = pick(ours, labels, args.digits)
     print_table(ours, labels, chosen)
     report(ours.argmax(1), labels, [str(digit) for digit in range(10)], "held-out digits")
     difference = float((ours - theirs).abs().max())

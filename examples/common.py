@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 console = Console(highlight=False)
 if not console.is_terminal:
-    console.width = max(console.width, 120)  # a file or a pipe has no width of its own
+    console.width = max(console.width, 120)  # rich assumes 80 columns for a file or a pipe
 
 # draw(batch size) -> the model's positional arguments, and labels [batch]
 Draw = Callable[[int], tuple[tuple, Tensor]]
@@ -27,11 +27,17 @@ def parse(
     argv: Sequence[str] | None = None,
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> argparse.Namespace:
-    """The options of every example and its own, read and obeyed: the seed is set, the folder for pictures exists."""
+    """Read an example's options, set the seed and the number of threads, and make the folder for pictures.
+
+    Args:
+        description: of the example, for ``--help``.
+        argv: the command line. Default: that of the process.
+        add_options: adds the example's own options to those of every example.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few training steps, enough to see that it learns")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: %(default)s)")
-    # These models are small: on a busy machine a second thread is waited for more than it helps.
+    # These models are small: on a busy machine, waiting for a second thread takes longer than it saves.
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR", help="where pictures go (default: %(default)s)"
@@ -64,8 +70,34 @@ def summarize(losses: Sequence[float], batch: int, seconds: float) -> None:
     console.print(f"{len(losses)} steps of {batch} in {seconds:.1f} s; loss {first:.3f} at first, {last:.3f} at last")
 
 
+class Learner:
+    """A model, what trains it (AdamW and a one-cycle schedule), and the loss of every step.
+
+    Args:
+        model: from inputs to logits.
+        steps: how many there will be; the learning rate follows one cycle over them.
+        rate: highest learning rate.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, rate: float):
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=steps, pct_start=0.1)
+        self.losses: list[float] = []
+
+    def step(self, inputs: tuple, labels: Tensor) -> None:
+        """One step of training: ``inputs`` are the model's positional arguments."""
+        loss = F.cross_entropy(self.model(*inputs), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.losses.append(loss.item())
+
+
 def train(model: nn.Module, draw: Draw, steps: int, batch: int, rate: float = 3e-3) -> list[float]:
-    """Minimise the cross-entropy with AdamW and a one-cycle schedule.
+    """Minimise the cross-entropy, see :class:`Learner`.
 
     Args:
         model: called with the arguments that ``draw`` returns; gives logits.
@@ -76,22 +108,14 @@ def train(model: nn.Module, draw: Draw, steps: int, batch: int, rate: float = 3e
     Returns:
         The loss of every step.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    losses: list[float] = []
+    learner = Learner(model, steps, rate)
+    losses = learner.losses
     start = time.perf_counter()
     model.train()
     with show_progress() as progress:
         task = progress.add_task("", total=steps, loss="")
         for _ in range(steps):
-            inputs, labels = draw(batch)
-            loss = F.cross_entropy(model(*inputs), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
+            learner.step(*draw(batch))
             progress.update(task, advance=1, loss=f"{sum(losses[-10:]) / len(losses[-10:]):.3f}")
     summarize(losses, batch, time.perf_counter() - start)
     return losses
@@ -131,7 +155,7 @@ def accuracy(predicted: Tensor, true: Tensor, classes: int, what: str = "accurac
 
 def new_figure(width: float, height: float):
     """A matplotlib figure that needs no display."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here, as importing it takes a second that other parts need not wait
 
     return Figure(figsize=(width, height), layout="constrained")
 

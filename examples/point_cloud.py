@@ -22,6 +22,9 @@ MODEL = dict(
 )  # fmt: skip
 
 
+# Surfaces: every function maps random u and v [..] in [0, 1) to points [.., 3].
+
+
 def sphere(u: Tensor, v: Tensor) -> Tensor:
     z, angle = 2 * u - 1, 2 * math.pi * v
     r = (1 - z.square()).sqrt()

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import perceiver_pytorch
 import torch
-import torch.nn.functional as F
-from common import accuracy, console, new_figure, parse, positive, save, show_progress, summarize
+from common import Learner, accuracy, console, new_figure, parse, positive, save, show_progress, summarize
 from rich.table import Table
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 
 import perceiver_fast as pf
 
@@ -40,37 +39,16 @@ def load(seed: int) -> tuple[Tensor, Tensor]:
     return images[order], torch.from_numpy(digits.target)[order]
 
 
-class Learner:
-    """A model, what trains it, and the loss of every step.
-
-    Args:
-        model: from images to logits.
-        steps: how many there will be; the learning rate follows one cycle over them.
-    """
-
-    def __init__(self, model: nn.Module, steps: int):
-        self.model = model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-2)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, RATE, total_steps=steps, pct_start=0.1)
-        self.losses: list[float] = []
-
-    def step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of training."""
-        loss = F.cross_entropy(self.model(images), labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.losses.append(loss.item())
+class ResumableLearner(Learner):
+    """A learner whose state can be saved and restored."""
 
     def state(self) -> dict:
-        """All that its next step depends on, and its losses."""
+        """All that the next step depends on, and the losses so far."""
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
         return parts | {"losses": self.losses}
 
     def restore(self, state: dict) -> None:
-        """Be where :meth:`state` was taken."""
+        """Go on from what :meth:`state` returned."""
         for name in ("model", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.losses = list(state["losses"])
@@ -93,7 +71,8 @@ class Training:
         torch.manual_seed(seed)
         theirs, ours = perceiver_pytorch.Perceiver(**MODEL), pf.Perceiver(**MODEL)
         ours.load_state_dict(theirs.state_dict())
-        self.learners = {OURS: Learner(ours, steps)} | ({THEIRS: Learner(theirs, steps)} if compare else {})
+        models = {OURS: ours} | ({THEIRS: theirs} if compare else {})
+        self.learners = {name: ResumableLearner(model, steps, RATE) for name, model in models.items()}
         self.step = 0
         self.saved: int | None = None  # the step that the checkpoint is of
 
@@ -102,7 +81,7 @@ class Training:
         chosen = torch.randint(len(self.images), (BATCH,))
         for name, learner in self.learners.items():
             if name == OURS or self.step < self.settings["compare"]:
-                learner.step(self.images[chosen], self.labels[chosen])
+                learner.step((self.images[chosen],), self.labels[chosen])
         self.step += 1
 
     def write(self, path: Path) -> None:

@@ -6,16 +6,10 @@ it does not say how fast a kernel is.
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.launch import Instance
 
-MODULES = ("grid_attention_instances", "cross_attention_instances", "pointwise_instances")
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 
@@ -57,12 +49,6 @@ class Compiled:
     def instructions(self) -> int:
         """All instructions in the loop."""
         return self.loop.total()
-
-
-def instances(architecture: int) -> Iterator[Instance]:
-    """All that ships for an architecture."""
-    for module in MODULES:
-        yield from importlib.import_module(f"perceiver_fast.kernels.{module}").instances(architecture)
 
 
 def compile_instance(instance: Instance, architecture: int) -> Compiled:
@@ -125,42 +111,6 @@ def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[st
     if instance.tensor_cores and not compiled.matrix_instructions:
         found.append("no tensor-core instruction in its loop")
     return found
-
-
-@dataclass(frozen=True)
-class Report:
-    """A kernel that ships, what it needs, and what is wrong with it; ``exponentials`` are what it has to compute a turn."""
-
-    name: str
-    config: Config
-    compiled: Compiled
-    exponentials: int
-    faults: list[str]
-
-    def as_dict(self) -> dict[str, object]:
-        """For a table or JSON; tile and instructions a weight are None for kernels that make no weights."""
-        tile = f"{self.config.queries} x {self.config.tokens}" if self.exponentials else None
-        per_weight = round(self.compiled.instructions / self.exponentials, 1) if self.exponentials else None
-        return dict(
-            kernel=self.name, tile=tile, warps=self.config.warps, registers=self.compiled.registers,
-            shared=self.compiled.shared, instructions=per_weight, faults=self.faults,
-        )  # fmt: skip
-
-
-def _report(architecture: int, index: int) -> Report:
-    """On the index-th instance of an architecture: in a process of its own, to which kernels do not travel."""
-    instance = next(itertools.islice(instances(architecture), index, None))
-    compiled = compile_instance(instance, architecture)
-    found = faults(instance, compiled, architecture)
-    return Report(instance.name, instance.config, compiled, instance.exponentials, found)
-
-
-def compile_all(architecture: int, jobs: int | None = None) -> Iterator[Report]:
-    """Compile all that ships for an architecture, in ``jobs`` processes: as many as there are cores, if not said."""
-    count = sum(1 for _ in instances(architecture))
-    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_report, itertools.repeat(architecture, count), range(count))
 
 
 def _cuobjdump(option: str, file: str) -> str:

@@ -1,7 +1,7 @@
 """Forward of streaming attention on built keys and values.
 
-A program owns a block of queries of one head and a split of the tokens, and keeps the running maximum, sum and output of
-its softmax (Milakov and Gimelshein 2018; Dao et al. 2022), in units of log2:
+A program owns a block of queries of one head and a split of the tokens, and keeps the running maximum, sum and output
+of its softmax (Milakov and Gimelshein 2018; Dao et al. 2022), in units of log2:
 
     s = scale log2(e) q k^T,    peak' = max(peak, ceil(max s)),    p = 2^(s - peak')
     (total, o)' = 2^(peak - peak') (total, o) + p (1, v)
@@ -11,14 +11,11 @@ p is exact however large s is, as long as rounding the peak leaves p within fp32
 
 With few queries the tokens are split until the GPU is full, and a second kernel merges the splits. Half precision goes
 to the tensor cores as it is, with p rounded to it; scores, softmax and sums are fp32. fp32 is multiplied in fp32
-("ieee"): three TF32 products would do for one tile, but tensor cores truncate as they add, and over tens of thousands of
-tokens that exceeds the error of plain fp32.
+("ieee"): three TF32 products would do for one tile, but tensor cores truncate as they add, and over tens of thousands
+of tokens that exceeds the error of plain fp32.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -26,31 +23,41 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
-from perceiver_fast.kernels import dropout as drop
+from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.configs import Config, config
-from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, product, scaled, store, zeros
-from perceiver_fast.kernels.launch import Instance, Launch, aligned_rows, share, strides
+from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, place, product, scaled, store, zeros
+from perceiver_fast.kernels.dropout import dropout_keep, hash_rows, hash_tokens, threshold_bits
+from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 from perceiver_fast.reference.dropout import dropout_scale
 
-LOG2_E = math.log2(math.e)
-LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: below every logit, and finite, so that differences are no NaN
-NARROW = 128  # channels up to which a tile of queries is held, and the narrow configurations are for
+NARROW = 128  # up to so many channels a program holds its tile of queries, and takes the configuration for narrow heads
 MERGED = 16  # splits that a program of the merges reads at a time
 
 
 @triton.jit
-def cross_attention_keys_kernel(seed, row_keys, token_keys, rows, tokens, BLOCK: tl.constexpr):
-    """Dropout's keys of all query rows and tokens: once a call, since they cost more than a weight does."""
+def cross_attention_hashes_kernel(seed, row_hashes, token_hashes, rows, tokens, BLOCK: tl.constexpr):
+    """Dropout's hashes of all query rows and tokens: once a call, since a hash costs more than a weight does.
+
+    Grid: a program a ``BLOCK`` of indices, of rows and of tokens; indices beyond the last of either are not written.
+
+        seed          [1]      in   int64
+        row_hashes    [rows]   out  uint32 as int32; rows = B H N
+        token_hashes  [tokens] out  uint32 as int32; tokens = M
+    """
     number = tl.load(seed)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(row_keys + i, drop.row_keys(number, i).to(tl.int32, bitcast=True), mask=i < rows)
-    tl.store(token_keys + i, drop.token_keys(number, i).to(tl.int32, bitcast=True), mask=i < tokens)
+    tl.store(row_hashes + i, hash_rows(number, i).to(tl.int32, bitcast=True), mask=i < rows)
+    tl.store(token_hashes + i, hash_tokens(number, i).to(tl.int32, bitcast=True), mask=i < tokens)
 
 
 @triton.jit
 def visible(mask, token, tokens, EVEN: tl.constexpr):
-    """Whether tokens are there and not masked."""
+    """Whether tokens are there and not masked: ``[M]`` bool, for token indices ``[M]``.
+
+    ``mask`` points to a batch element's bool ``[tokens]``, or is None. EVEN: no index is beyond the last token; else
+    those are read as False.
+    """
     if mask is None:
         seen = token < tokens
     elif EVEN:
@@ -68,7 +75,7 @@ def power_of_two(x):
 
 @triton.jit(do_not_specialize=["threshold"])
 def cross_attention_fwd_kernel(
-    q, k, v, mask, row_keys, token_keys, o, lse, peaks, totals,
+    q, k, v, mask, row_hashes, token_hashes, o, lse, peaks, totals,
     heads, queries, tokens, blocks, splits, tokens_per_split,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b,
     log2_scale, threshold, keep_scale,
@@ -77,50 +84,80 @@ def cross_attention_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr, HOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    # Programs that read the same keys and values follow each other: blocks of queries, groups of channels, splits, heads.
-    pid = tl.program_id(0)
-    n = pid % blocks * BLOCK_N
-    group = pid // blocks % GROUPS
-    split = pid // (blocks * GROUPS) % splits
-    head = pid // (blocks * GROUPS) // splits
+    """Output and log-sum-exp of a block of queries of one head, over a split of the tokens.
+
+        s = log2_scale q k^T,    p = 2^(s - peak),    total = sum_m p
+        o = keep_scale sum_m keep p v / total,    lse = ln(2) (peak + log2(total))
+
+    Grid: ``blocks * GROUPS * splits * B * H`` programs, see dense_tiles.place. One computes BLOCK_N queries, for one
+    group of the channels of v; weights are computed again for every group.
+
+        q              [B, H, N, D]     in   fp32, fp16 or bf16: the dtype of all; strides q_b, q_h, q_n
+        k              [B, H, M, D]     in   dtype of q; strides k_b, k_h, k_m
+        v              [B, H, M, V]     in   dtype of q; strides v_b, v_h, v_m; channels of all three are dense
+        mask           [B, M]           in   bool, stride mask_b, tokens dense; or None. False: a logit of -inf
+        row_hashes     [B H N]          in   int32, or None without dropout
+        token_hashes   [M]              in   int32, or None without dropout
+        o              [B, H, N, V]     out  dtype of q, dense; SPLIT: fp32 [splits, B H N, V], not yet divided
+        lse            [B H N]          out  fp64, natural logarithm; not written if SPLIT
+        peaks, totals  [splits, B H N]  out  fp32, if SPLIT, else None: largest s, rounded up, and sum of p
+
+        heads, queries, tokens    H, N, M
+        blocks                    of BLOCK_N queries
+        splits, tokens_per_split  how the tokens are cut; whole tiles but for the last split
+        log2_scale                scale log2(e), positive
+        threshold, keep_scale     of dropout: p 2^32, and 1 / (1 - p)
+
+        D, D_CHUNK, D_COUNT, D_TAIL          channels of q and k, and how they are cut: dense_tiles.Pieces
+        V, V_CHUNK, V_COUNT, V_TAIL, GROUPS  channels of v, and how a group of them is cut
+        BLOCK_N, BLOCK_M                     tile of weights, queries x tokens
+        SPLIT                                there are several splits
+        HOLD                                 q stays in registers; else it is read again for every tile of tokens
+        EVEN                                 M is a multiple of BLOCK_M: no tile needs a bound
+
+    Queries beyond the last read as zeros and are not written. Tokens beyond the last read as zeros and, like masked
+    ones, get a logit of -inf and a weight of 0. Some token has to be left: a batch element that is all masked comes
+    from the op unmasked, with zero queries.
+    """
+    block, group, split, head = place(tl.program_id(0), blocks, splits, GROUPS)
+    n = block * BLOCK_N
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, tokens)
     channel = group * (V_COUNT * V_CHUNK + V_TAIL)
 
-    rows = n + tl.arange(0, BLOCK_N)
+    rows = n + tl.arange(0, BLOCK_N)  # [BLOCK_N], within the head
     row = head.to(tl.int64) * queries + rows
     q += b * q_b + h * q_h + n.to(tl.int64) * q_n
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h + channel
     if mask is not None:
         mask += b * mask_b
-    if row_keys is not None:
-        row_key = tl.load(row_keys + row, mask=rows < queries, other=0).to(tl.uint32, bitcast=True)
+    if row_hashes is not None:
+        row_hash = tl.load(row_hashes + row, mask=rows < queries, other=0)
 
     held = hold(q, q_n, queries - n, BLOCK_N, D, D_CHUNK, D_COUNT, D_TAIL, HOLD)
-    sums = zeros(BLOCK_N, V_CHUNK, V_COUNT, V_TAIL)
+    sums = zeros(BLOCK_N, V_CHUNK, V_COUNT, V_TAIL)  # of p v: V_COUNT times [BLOCK_N, V_CHUNK], [BLOCK_N, V_TAIL]
     peak = tl.full([BLOCK_N], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     for m in tl.range(first, last, BLOCK_M):
         at = tl.cast(m, tl.int64)
         k_tile, v_tile = k + at * k_m, v + at * v_m
-        s = product(
+        s = product(  # [BLOCK_N, BLOCK_M]
             q, q_n, queries - n, held, k_tile, k_m, tokens - m,
             BLOCK_N, BLOCK_M, D, D_CHUNK, D_COUNT, D_TAIL, HOLD, EVEN,
         )  # fmt: skip
         token = m + tl.arange(0, BLOCK_M)
         if mask is not None or not EVEN:
             s = tl.where(visible(mask, token, tokens, EVEN)[None, :], s, float("-inf"))
-        higher = tl.maximum(peak, tl.ceil(tl.max(s, 1) * log2_scale))
+        higher = tl.maximum(peak, tl.ceil(tl.max(s, 1) * log2_scale))  # [BLOCK_N]
         p = tl.math.exp2(s * log2_scale - higher[:, None])
-        fade = power_of_two(peak - higher)
+        fade = power_of_two(peak - higher)  # [BLOCK_N]: what earlier sums are worth now
         total = total * fade + tl.sum(p, 1)
         peak = higher
-        if row_keys is not None:  # after the sum: the log-sum-exp is that of all weights
-            token_key = tl.load(token_keys + token, mask=token < tokens, other=0).to(tl.uint32, bitcast=True)
-            kept = drop.keep(row_key[:, None], token_key[None, :], threshold)
-            p = tl.where(kept, p, 0.0)
+        if row_hashes is not None:  # after the sum: the log-sum-exp is that of all weights
+            token_hash = tl.load(token_hashes + token, mask=token < tokens, other=0)
+            p = tl.where(dropout_keep(row_hash[:, None], token_hash[None, :], threshold), p, 0.0)
         sums = accumulate(
             scaled(sums, fade), p, v_tile, v_m, tokens - m, V - channel,
             BLOCK_M, V_CHUNK, V_COUNT, V_TAIL, EVEN, GROUPS * V_COUNT * V_CHUNK <= V,
@@ -148,10 +185,23 @@ def cross_attention_merge_kernel(
     parts, peaks, totals, o, lse, rows, splits, blocks,
     V: tl.constexpr, BLOCK_V: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """``sum_s 2^(peak_s - peak) (o_s, total_s)``, in the order of the splits, and o divided by the total."""
+    """``(o, total) = sum_s 2^(peak_s - peak) (o_s, total_s)``, in the order of the splits, and o divided by the total.
+
+    Grid: ``rows * blocks`` programs; one has BLOCK_V channels of one query row.
+
+        parts          [splits, rows, V]  in   fp32, what cross_attention_fwd_kernel left in o
+        peaks, totals  [splits, rows]     in   fp32; splits beyond the last read as LOWEST and 0, and weigh nothing
+        o              [rows, V]          out  fp32, fp16 or bf16; channels beyond V are not written
+        lse            [rows]             out  fp64, natural logarithm
+
+        rows, splits     B H N, and how many splits there are
+        blocks           of BLOCK_V channels
+        V, BLOCK_V       channels of v, and how many of them a program has
+        MERGED           splits read at a time
+    """
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
-    column = pid % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = pid % blocks * BLOCK_V + tl.arange(0, BLOCK_V)  # channels
     peak = tl.full([], LOWEST, tl.float32)
     for s in tl.range(0, splits, MERGED):
         split = s + tl.arange(0, MERGED)
@@ -163,7 +213,7 @@ def cross_attention_merge_kernel(
     for s in tl.range(0, splits, MERGED):
         split = s + tl.arange(0, MERGED)
         at, there = split.to(tl.int64) * rows + row, split < splits
-        weight = tl.math.exp2(tl.load(peaks + at, mask=there, other=LOWEST) - peak)
+        weight = tl.math.exp2(tl.load(peaks + at, mask=there, other=LOWEST) - peak)  # [MERGED]
         total += tl.sum(weight * tl.load(totals + at, mask=there, other=0.0))
         part = tl.load(parts + at[:, None] * V + column, mask=there[:, None] & (column < V), other=0.0)
         sums += tl.sum(part * weight[:, None], 0)
@@ -173,9 +223,9 @@ def cross_attention_merge_kernel(
 
 
 def variant(kernel: str, dtype: torch.dtype, channels: int, arch: int) -> Config:
-    """The configuration of a kernel whose widest matrix has ``channels``.
+    """The configuration of a kernel ("forward", "dq" or "dkv") whose widest matrix has ``channels``.
 
-    Of fp32 no tile has 64 rows on sm_100: Triton 3.7 would put its products on tensor cores, "ieee" or not.
+    For fp32 the table has no tile of 64 rows on sm_100: Triton 3.7 would take tensor cores for it, "ieee" or not.
     """
     if dtype == torch.float32:
         return config(f"cross_attention_{kernel}[fp32]", arch)
@@ -184,14 +234,15 @@ def variant(kernel: str, dtype: torch.dtype, channels: int, arch: int) -> Config
 
 
 def read(channels: int, dtype: torch.dtype) -> Pieces:
-    """How the channels of scores are cut: wide ones are streamed, in small pieces."""
+    """How the channels that a product of rows sums over are cut: wide rows are streamed, in small pieces."""
     return cut(channels, 64 if channels <= NARROW and dtype != torch.float32 else 32)
 
 
 def summed(channels: int, dtype: torch.dtype, dropout: float, arch: int) -> Pieces:
-    """How the channels of sums are cut: all that registers hold, which is less of fp32, and less with dropout's hashes.
+    """How the channels of what is summed are cut: into groups of as many as registers hold.
 
-    From sm_100 on ptxas needs some more, where tiles are too small for that architecture's own tensor memory.
+    Those are fewer in fp32, and fewer beside dropout's hashes. From sm_100 on they are fewer in any case: these tiles
+    are too small for that architecture's tensor memory, and ptxas needs more registers for them than before.
     """
     if dtype == torch.float32:
         return cut(channels, 32, 128)
@@ -201,29 +252,32 @@ def summed(channels: int, dtype: torch.dtype, dropout: float, arch: int) -> Piec
 def common(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float, seed: Tensor | None
 ) -> tuple[list[Launch], dict[str, object]]:
-    """What precedes every pass, and the arguments that all of them take. ``q``, ``k`` and ``v`` have aligned rows."""
+    """The launches that come first, dropout's hashes, and the arguments that all passes take.
+
+    ``q``, ``k`` and ``v`` have aligned rows; V_CHUNK, V_COUNT and V_TAIL cut the channels of v for a product of rows.
+    """
     (batch, heads, queries, dim), (tokens, value_dim) = q.shape, v.shape[2:]
-    rows, first, keys = batch * heads * queries, [], dict(row_keys=None, token_keys=None)
+    rows, first, hashes = batch * heads * queries, [], dict(row_hashes=None, token_hashes=None)
     if dropout > 0:
-        keys = {n: q.new_empty(size, dtype=torch.int32) for n, size in (("row_keys", rows), ("token_keys", tokens))}
+        hashes = dict(zip(hashes, (q.new_empty(size, dtype=torch.int32) for size in (rows, tokens))))
         numbers = dict(seed=seed, rows=rows, tokens=tokens, BLOCK=256)
-        first.append(Launch(cross_attention_keys_kernel, triton.cdiv(max(rows, tokens), 256), keys | numbers))
+        first.append(Launch(cross_attention_hashes_kernel, triton.cdiv(max(rows, tokens), 256), hashes | numbers))
     if mask is not None and mask.stride(1) != 1:
         mask = mask.contiguous()
     cut_d, cut_v = read(dim, q.dtype), read(value_dim, q.dtype)
     arguments = dict(
         q=q, k=k, v=v, mask=mask, heads=heads, queries=queries, tokens=tokens,
         mask_b=0 if mask is None else mask.stride(0),
-        log2_scale=scale * LOG2_E, keep_scale=dropout_scale(dropout),
-        threshold=drop.threshold_bits(dropout),
+        log2_scale=scale * LOG2_E.value, keep_scale=dropout_scale(dropout),
+        threshold=threshold_bits(dropout),
         D=dim, D_CHUNK=cut_d.chunk, D_COUNT=cut_d.count, D_TAIL=cut_d.tail,
         V=value_dim, V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail,
     )  # fmt: skip
-    return first, arguments | keys | strides("q", "bhn", q) | strides("k", "bhm", k) | strides("v", "bhm", v)
+    return first, arguments | hashes | strides("q", "bhn", q) | strides("k", "bhm", k) | strides("v", "bhm", v)
 
 
 def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Tensor, Tensor, list[Launch]]:
-    """``o``, ``lse`` and the launches that compute them."""
+    """``o [B, H, N, V]``, ``lse [B, H, N]`` and the launches that compute them."""
     q, k, v = (aligned_rows(t) for t in (q, k, v))
     (batch, heads, queries, dim), (tokens, value_dim) = q.shape, v.shape[2:]
     o, lse = q.new_empty(batch, heads, queries, value_dim), q.new_empty(batch, heads, queries, dtype=torch.float64)
@@ -257,7 +311,11 @@ def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Te
 
 
 def check(q: Tensor, v: Tensor, scale: float, inverted: bool) -> None:
-    """What :func:`perceiver_fast.ops.cross_attention.cross_attention` sees to, of those who call the ops themselves."""
+    """Raises what these kernels cannot do: the public function never asks for it, who calls the registered op may.
+
+    Raises:
+        RuntimeError: inverted attention, a scale that is not positive, values without channels, or another dtype.
+    """
     if inverted:
         raise RuntimeError("cross_attention: the Triton kernels expected a softmax over tokens, got inverted attention")
     if not scale > 0:
@@ -278,16 +336,26 @@ def forward(
     seed: Tensor | None,
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of the op ``cross_attention_forward``; the last result is empty."""
+    """Kernel of the op ``cross_attention_forward``.
+
+    Args:
+        q: ``[B, H, N, D]`` float32, bfloat16 or float16, of any strides, as k and v.
+        k: ``[B, H, M, D]``, the dtype of q.
+        v: ``[B, H, M, V]``, the dtype of q.
+        mask: bool ``[B, M]``, False for tokens that get no weight, or None. No batch element is all False.
+        scale: of the logits, positive.
+        dropout: probability of a weight being dropped.
+        seed: int64 ``[1]``, or None without dropout.
+        inverted: has to be False.
+
+    Returns:
+        o ``[B, H, N, V]``, the dtype of q, lse ``[B, H, N]`` float64, and an empty tensor.
+
+    Raises:
+        RuntimeError: see :func:`check`.
+    """
     check(q, v, scale, inverted)
     o, lse, launches = forward_launches(q, k, v, mask, scale, dropout, seed, architecture(q.device))
     for launch in launches:
         launch.run()
     return o, lse, lse.new_empty(0)
-
-
-def instances(architecture: int) -> Iterator[Instance]:
-    """What is compiled ahead of time: forward and backward."""
-    from perceiver_fast.kernels import cross_attention_instances  # needs the backward, which needs this module
-
-    return cross_attention_instances.instances(architecture)

@@ -1,9 +1,13 @@
 """Matrices of any number of channels, in chunks: what the kernels of cross_attention share.
 
-A program owns a tile of rows (queries, or tokens), and walks over tiles of columns (the other). Both are matrices
-``[rows, channels]`` in memory. It needs two products: ``rows columns^T`` over all channels, and ``tile columns``, whose
-sums it keeps as one tensor a chunk of channels. Chunks are powers of two as Triton wants them; the last is as narrow as
-what is left allows, so that 261 channels cost 272 and not 512.
+A program owns a tile of A rows of one matrix (queries, or tokens) and walks over tiles of B rows of another (tokens, or
+queries). Matrices lie in memory as ``[rows, channels]``, channels dense. Two products are needed: ``a b^T [A, B]``,
+summed over all channels (:func:`product`), and a tile of weights ``[A, B]`` times ``b``, whose sums stay in registers,
+one tensor ``[A, CHUNK]`` a chunk of channels (:func:`accumulate`). Chunks are powers of two as Triton wants them; the
+last is as narrow as what is left allows, so that 261 channels cost 272 and not 512.
+
+Functions take a matrix as a pointer to its first element of interest, the stride between rows, and how many rows and
+channels there are from there on. What lies beyond reads as zero and is not written. ``ALL_..`` says that nothing does.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import triton.language as tl
 class Pieces:
     """How channels are cut: ``count`` chunks of ``chunk`` and one of ``tail`` (or 0), times ``groups``.
 
-    Each group is the work of programs of its own, since a thread has no registers for the sums of more.
+    Each group is the work of programs of its own, since a thread has no registers for the sums of more. Kernels take
+    the first three as CHUNK, COUNT and TAIL, with a prefix where there are several.
     """
 
     chunk: int
@@ -38,11 +43,24 @@ def cut(channels: int, chunk: int, most: int | None = None) -> Pieces:
 
 
 @triton.jit
+def place(program, blocks, splits, GROUPS: tl.constexpr):
+    """A program's block of rows, group of channels, split of the walk, and head ``b H + h``.
+
+    Blocks follow each other first, then groups, splits and heads: neighbouring programs read the same tiles.
+    """
+    block = program % blocks
+    group = program // blocks % GROUPS
+    split = program // (blocks * GROUPS) % splits
+    head = program // (blocks * GROUPS) // splits
+    return block, group, split, head
+
+
+@triton.jit
 def load(
     base, stride, rows, channel, channels,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """``[ROWS, WIDTH]`` from row 0 and ``channel`` of a matrix at ``base``; zero beyond its rows and channels."""
+    """``[ROWS, WIDTH]`` from row 0 and ``channel`` of a ``[rows, channels]`` matrix at ``base``; zero beyond it."""
     row, column = tl.arange(0, ROWS)[:, None], channel + tl.arange(0, WIDTH)[None, :]
     at = base + row * stride + column
     if ALL_ROWS and ALL_CHANNELS:
@@ -61,7 +79,10 @@ def hold(
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr,
     HOLD: tl.constexpr,
 ):  # fmt: skip
-    """All chunks of a tile, for :func:`product`; none without HOLD."""
+    """All chunks of a tile of ROWS rows, for :func:`product`: COUNT of ``[ROWS, CHUNK]``, one ``[ROWS, TAIL]``.
+
+    None without HOLD: the tile is to be read again.
+    """
     held = ()
     if HOLD:
         for i in tl.static_range(COUNT):
@@ -78,7 +99,11 @@ def product(
     CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr,
     HOLD: tl.constexpr, ALL_B: tl.constexpr,
 ):  # fmt: skip
-    """``a b^T [A, B]`` in fp32. ``held`` are a's chunks, if they fit; else they are read again, by way of the cache."""
+    """``a b^T [A, B]`` in fp32, summed over CHANNELS.
+
+    ``held`` are the chunks of a, which fit into registers if HOLD; else they are read again, from the cache mostly.
+    ALL_B: b has B rows or more.
+    """
     total = tl.zeros([A, B], tl.float32)
     if HOLD:
         for i in tl.static_range(COUNT):
@@ -101,7 +126,7 @@ def product(
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr):
-    """Sums of a group: one tensor ``[ROWS, CHUNK]`` a chunk."""
+    """Sums of a group, empty: COUNT tensors ``[ROWS, CHUNK]`` and one ``[ROWS, TAIL]``, fp32."""
     sums = ()
     for _ in tl.static_range(COUNT):
         sums = sums + (tl.zeros([ROWS, CHUNK], tl.float32),)
@@ -112,7 +137,7 @@ def zeros(ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl
 
 @triton.jit
 def scaled(sums, factor):
-    """Sums, each row times its factor."""
+    """Sums, each row times its factor ``[ROWS]``."""
     out = ()
     for i in tl.static_range(len(sums)):
         out = out + (sums[i] * factor[:, None],)
@@ -125,7 +150,10 @@ def accumulate(
     B: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr,
     ALL_B: tl.constexpr, ALL_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """``sums + tile b``: tile ``[A, B]`` is rounded to b's dtype, as tensor cores want it; ``channels`` b has from here on."""
+    """``sums + tile b``: a tile of weights ``[A, B]``, rounded to the dtype of b as tensor cores want it.
+
+    ``channels`` are those b has from here on, where the group begins. ALL_CHANNELS: all whole chunks are within them.
+    """
     tile = tile.to(b.dtype.element_ty)
     out = ()
     for i in tl.static_range(COUNT):
@@ -142,7 +170,10 @@ def store(
     sums, out, stride, rows, channels, factor, seen,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Write sums times a factor (a number, or ``[ROWS, 1]``) to a matrix at ``out``; zero in rows that are not seen."""
+    """Write sums times a factor (a number, or ``[ROWS, 1]``) to a ``[rows, channels]`` matrix at ``out``, in its dtype.
+
+    ``seen`` is bool ``[ROWS]`` or None; rows that are not seen become zero.
+    """
     row = tl.arange(0, ROWS)[:, None]
     for i in tl.static_range(len(sums)):
         column = i * CHUNK + tl.arange(0, CHUNK if i < COUNT else TAIL)[None, :]

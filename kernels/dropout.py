@@ -1,7 +1,8 @@
 """Attention dropout: which weights are kept, the same on every backend (perceiver_fast/reference/dropout.py states it).
 
-A hash of indices rather than a stream of random numbers: a weight's fate does not depend on tiles, and the backward
-finds it again. Philox would cost about three times the instructions.
+Every query row and every token has a 32-bit hash of its index and the seed, and one more hash, of these two, decides
+about their weight. No random numbers are drawn in turn: a weight's fate does not depend on how tiles are cut, and the
+backward finds it again. Philox, which torch uses, would cost about three times the instructions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from perceiver_fast.reference.dropout import dropout_threshold
 
 @triton.jit
 def _splitmix64(x):
+    """64 bits out of 64 bits (Sebastiano Vigna's generator), of any shape."""
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
@@ -21,23 +23,26 @@ def _splitmix64(x):
 
 
 @triton.jit
-def row_keys(seed, rows):
-    """32-bit keys of query rows: int64 indices ``b H N + h N + n``."""
+def hash_rows(seed, rows):
+    """uint32 hashes of query rows, by their int64 indices ``(b H + h) N + n``, of any shape; ``seed`` is one int64."""
     return (_splitmix64(_splitmix64(seed.to(tl.uint64)) ^ _splitmix64(2 * rows.to(tl.uint64))) >> 32).to(tl.uint32)
 
 
 @triton.jit
-def token_keys(seed, tokens):
-    """32-bit keys of tokens: int64 indices m."""
+def hash_tokens(seed, tokens):
+    """uint32 hashes of tokens, by their int64 indices m, of any shape; their numbers are odd, those of rows even."""
     return (_splitmix64(_splitmix64(seed.to(tl.uint64)) ^ _splitmix64(2 * tokens.to(tl.uint64) + 1)) >> 32).to(
         tl.uint32
     )
 
 
 @triton.jit
-def keep(row_key, token_key, threshold):
-    """True where a weight is kept; keys broadcast; they and ``threshold``, p 2^32, are 32 bits of any type."""
-    x = row_key.to(tl.uint32, bitcast=True) ^ token_key.to(tl.uint32, bitcast=True)
+def dropout_keep(row_hash, token_hash, threshold):
+    """True where a weight is kept: where lowbias32 (Chris Wellons) of ``row_hash ^ token_hash`` is not below threshold.
+
+    The hashes broadcast, as ``[N, 1]`` and ``[1, M]``. They and ``threshold``, p 2^32, are 32 bits of any type.
+    """
+    x = row_hash.to(tl.uint32, bitcast=True) ^ token_hash.to(tl.uint32, bitcast=True)
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -47,6 +52,6 @@ def keep(row_key, token_key, threshold):
 
 
 def threshold_bits(probability: float) -> int:
-    """p 2^32 as kernels take it: its 32 bits as a signed number, one type of argument for all p."""
+    """p 2^32 as kernels take it: its 32 bits as a signed number, so that it is an int32 argument for every p."""
     threshold = dropout_threshold(probability)
     return threshold - (threshold >> 31 << 32)

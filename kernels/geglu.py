@@ -3,9 +3,9 @@
     [value, gate] = h + bias,    u = value gate Phi(gate)
     d_value = d_u gate Phi(gate),    d_gate = d_u value (Phi(gate) + gate phi(gate))
 
-A GPU has to compute an element in about 30 instructions for memory to be what it waits for, and CUDA's erf alone is 28.
-Phi is therefore made of one exponential whose exponent is a polynomial: 13 instructions, and below zero it is the more
-exact, since nothing cancels.
+Memory is what a GPU waits for as long as an element takes no more than about 30 instructions, and CUDA's erf alone
+takes 28. Phi is therefore one exponential whose exponent is a polynomial: 13 instructions. Below zero it is more exact
+than by way of erf, since no difference of nearly equal numbers is taken.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ BACKWARD = Config(queries=1, tokens=1024, warps=4, registers=96)
 
 @triton.jit
 def cumulative(x):
-    """The normal distribution's Phi, to 6e-8: 2^(-1 + x p(x)) is Phi(-x) for x >= 0.
+    """The normal distribution's Phi, of any shape, to 6e-8: 2^(-1 + x p(x)) is Phi(-x) for x >= 0.
 
-    p is the polynomial of degree 7 whose largest error of Phi, 8e-9, is least over 0 .. 6.5. From there it only falls.
+    Of all polynomials of degree 7, p is the one whose largest error in Phi over 0 .. 6.5 is least, 8e-9. Beyond 6.5 the
+    error only falls.
     """
     a = tl.abs(x)
     bits = a * -2.8349131753202528e-06 + 3.937769361073151e-05
@@ -49,7 +50,7 @@ def density(x):
 
 @triton.jit
 def biases(bias, column, F: tl.constexpr):
-    """Of values and of gates; zero without a bias."""
+    """Biases of values and of gates at ``column [1, COLS]``, float32: 0 beyond F, and the number 0.0 without a bias."""
     if bias is None:
         return 0.0, 0.0
     else:
@@ -62,6 +63,18 @@ def biases(bias, column, F: tl.constexpr):
 def geglu_forward_kernel(
     h, bias, u, rows, F: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
+    """``[value, gate] = h + bias``, ``u = value gate Phi(gate)`` of a tile.
+
+    Grid: a program for ROWS rows and COLS columns, columns first. What lies beyond reads as zero and is not written.
+
+        h     [rows, 2 F]  in   fp32, fp16 or bf16, dense
+        bias  [2 F]        in   fp32, fp16 or bf16; or None
+        u     [rows, F]    out  dtype of h, dense
+
+        rows        number of rows
+        BLOCKS      of COLS columns
+        ROWS, COLS  tile
+    """
     pid = tl.program_id(0)
     column = pid % BLOCKS * COLS + tl.arange(0, COLS)[None, :]
     row = (pid // BLOCKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -78,7 +91,24 @@ def geglu_backward_kernel(
     d_u, h, bias, u, d_h, parts, rows, count, shares,
     F: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Every program has a block of columns and each ``shares``-th tile of rows."""
+    """u again, ``d_h = [d_value, d_gate]``, and a share's sums of it over rows, for the gradient of the bias.
+
+        d_value = d_u gate Phi(gate),    d_gate = d_u value (Phi(gate) + gate phi(gate))
+
+    Grid: ``BLOCKS * shares`` programs. One has a block of COLS columns and every ``shares``-th tile of rows; entries
+    beyond the last row or column read as zero, are not written and add nothing to sums.
+
+        d_u    [rows, F]         in   dtype of h, dense
+        h      [rows, 2 F]       in   fp32, fp16 or bf16, dense
+        bias   [2 F]             in   fp32, fp16 or bf16; or None
+        u      [rows, F]         out  dtype of h, dense
+        d_h    [rows, 2 F]       out  dtype of h, dense
+        parts  [shares, 1, 2 F]  out  fp32; None without a bias
+
+        rows, count, shares  number of rows, of tiles of ROWS rows, and of programs that share them
+        BLOCKS               of COLS columns
+        ROWS, COLS           tile
+    """
     pid = tl.program_id(0)
     share = pid // BLOCKS
     column = pid % BLOCKS * COLS + tl.arange(0, COLS)[None, :]
@@ -109,7 +139,7 @@ def geglu_backward_kernel(
 
 
 def forward_launches(h: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Launch]]:
-    """``u`` and the launches that compute it."""
+    """``u [.., F]`` and the launches that compute it."""
     width = h.shape[-1] // 2
     u = h.new_empty(*h.shape[:-1], width)
     if u.numel() == 0:
@@ -122,7 +152,7 @@ def forward_launches(h: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Launc
 
 
 def backward_launches(d_u: Tensor, h: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
-    """``u``, ``d_h``, ``d_bias`` and the launches that compute them."""
+    """``u``, ``d_h``, ``d_bias`` and the launches that compute them; see :func:`backward`."""
     u, d_h = h.new_empty(d_u.shape), h.new_empty(h.shape)
     d_bias = h.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     if u.numel() == 0:
@@ -141,7 +171,7 @@ def backward_launches(d_u: Tensor, h: Tensor, bias: Tensor | None) -> tuple[Tens
 
 
 def forward(h: Tensor, bias: Tensor | None) -> Tensor:
-    """Kernel of the op ``geglu_forward``."""
+    """Kernel of the op ``geglu_forward``: u ``[.., F]`` of h ``[.., 2 F]``, the same dtype, and bias ``[2 F]``."""
     u, launches = forward_launches(h, bias)
     for launch in launches:
         launch.run()
@@ -149,7 +179,11 @@ def forward(h: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def backward(d_u: Tensor, h: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of the op ``geglu_backward``."""
+    """Kernel of the op ``geglu_backward``: from d_u ``[.., F]`` and the forward's arguments.
+
+    Returns:
+        u ``[.., F]`` again, d_h ``[.., 2 F]``, d_bias ``[2 F]`` in the dtype of bias (empty without one).
+    """
     *results, launches = backward_launches(d_u, h, bias)
     for launch in launches:
         launch.run()

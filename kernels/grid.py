@@ -1,7 +1,8 @@
 """A grid of any number of axes as rows x columns, and how its work is cut into programs.
 
-Columns are the last axis, or several when it is short; all other axes fold into rows. What a query knows of a row is the
-sum of its tables' entries there, and what it collects there goes to every one of them.
+Columns are the last axis, or several when it is short; all other axes fold into rows. A query has a table of numbers
+for every axis. Of a row, which is a place on several axes, it has the sum of their entries there; what it collects in a
+row belongs to every one of these entries.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from perceiver_fast.gpu import multiprocessors
 from perceiver_fast.kernels.configs import MOST, Config, config
 
 NARROW = 32  # axes are joined until there are as many columns
-FEW = 4  # channels up to which tiles may be large: an image's
-FLOAT32 = 8  # channels up to which float32 needs no products: one instruction each
-GROUP = 8  # rows whose sums share one accumulator: its columns F + 1 ..
+FEW = 4  # up to so many channels, an image's, tiles may be large
+FLOAT32 = 8  # up to so many channels float32 is multiplied without products of matrices: an instruction a channel
+GROUP = 8  # rows whose sums one accumulator of a product holds apart, in its columns F + 1 ..
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Grid:
         return len(self.sizes) == 2
 
     def config(self, kernel: str, architecture: int, dropout: float) -> Config:
-        """A kernel's configuration. Dropout's hash needs registers of its own: no bound then."""
+        """A kernel's configuration. With dropout its bound on registers is lifted: hashes need some."""
         wide = "" if self.features <= FEW else ", wide"
         found = config(f"{kernel}[{self.precision}{wide}]", architecture)
         return replace(found, registers=MOST) if dropout > 0 else found
@@ -105,7 +106,7 @@ def precision_of(dtype: torch.dtype, features: int) -> str:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a sweep over a grid is cut: blocks of queries, blocks of columns, and splits of the rows."""
+    """How a sweep over a grid is cut: into so many blocks of queries and of columns, and so many splits of the rows."""
 
     queries: int
     columns: int
@@ -118,11 +119,11 @@ class Blocks:
         return self.columns * self.splits
 
 
-PROGRAMS = 4  # a multiprocessor is to hold, so that one computes while others wait
+PROGRAMS = 4  # that a multiprocessor is to hold, so that one computes while others wait
 
 
 def blocks(grid: Grid, config: Config, device: torch.device) -> Blocks:
-    """Rows are split until the GPU is full, in whole groups."""
+    """How a call is cut: rows are split until the GPU is full, and every split is of whole groups of rows."""
     queries = math.ceil(grid.queries / config.queries)
     columns = math.ceil(grid.columns / config.tokens)
     groups = math.ceil(grid.rows / GROUP)

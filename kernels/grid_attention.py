@@ -1,8 +1,8 @@
 """Grid attention, forward: N x M weights from F channels and two table entries a pair, none of them stored.
 
-A program holds a tile of queries x columns and walks down the rows: the columns' table and their sums stay in registers,
-a row costs one table entry a query. Few queries and many tokens: rows are split over programs, and partial sums are
-merged.
+A program holds a tile of queries x columns and walks down the rows: the columns' table and their sums stay in
+registers, a row costs one table entry a query. Few queries and many tokens: rows are split over programs, and partial
+sums are merged.
 
     s = (column[n, j] + row[n, i] + g[n] . x) r        base-2 logits: r carries log2(e)
     p = exp2(s - shift)                                shift is 0: exp2 of logits within +-60 needs no maximum
@@ -13,6 +13,10 @@ maximum, then with it as shift. Nothing waits for the host to decide it, and no 
 
 With tensor cores (precision "bf16", "tf32", "ieee") the channels' part of the logits is a product with keys, and one
 product with values collects channels, totals and the sums of eight rows apart.
+
+Names: a query is a row n of the folded ``q [B, N, F + rows + columns]``, which holds g, row and column; heads are
+folded into N. A token is at row i and column j, has channels x and a scale r. ``kept`` is the op's: the sum of a
+query's weights after dropout, 1 but for the draw.
 """
 
 from __future__ import annotations
@@ -23,12 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
-from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.base2 import LN_2
 from perceiver_fast.kernels.configs import Config
+from perceiver_fast.kernels.dropout import hash_rows, threshold_bits
 from perceiver_fast.kernels.grid import GROUP, Blocks, Grid, blocks, precision_of
 from perceiver_fast.kernels.grid_attention_tokens import (
     HOLE,
-    LN2,
     TokenArrays,
     describe_tokens,
     has_room,
@@ -40,13 +44,16 @@ from perceiver_fast.kernels.grid_sweep_mma import load_packed, maximum_mma, swee
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.reference.dropout import dropout_scale
 
-LEAST = tl.constexpr(2.0**-60)
-MOST = tl.constexpr(2.0**100)
+LEAST_TOTAL, MOST_TOTAL = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)  # beyond, a walk is taken again with a shift
 
 
 @triton.jit
 def place(program, N, columns, splits, BN: tl.constexpr, BJ: tl.constexpr):
-    """A program's queries n, block of columns and its columns j, split of the rows, and batch element (int64)."""
+    """A program's queries n ``[BN]``, block of columns, its columns j ``[BJ]``, split of the rows, and batch element.
+
+    Blocks of queries follow each other first, then blocks of columns, splits and batch elements: neighbouring programs
+    read the same tokens.
+    """
     query_blocks, column_blocks = tl.cdiv(N, BN), tl.cdiv(columns, BJ)
     n = (program % query_blocks) * BN + tl.arange(0, BN)
     block = program // query_blocks % column_blocks
@@ -57,20 +64,53 @@ def place(program, N, columns, splits, BN: tl.constexpr, BJ: tl.constexpr):
 
 @triton.jit(do_not_specialize=["threshold"])
 def grid_attention_forward_kernel(
-    q, planes, scale, keys, values, seed, token_keys, column_parts, row_parts, sum_parts,
+    q, planes, scale, keys, values, seed, token_hashes, column_parts, row_parts, sum_parts,
     B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
     DROPOUT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Sums over a split of the rows and a block of columns, in units of 2^shift, for a block of queries.
+
+        s = (column + row + g . x) r,    p = 2^(s - shift),    sums of p r, p r x and p; see above
+
+    Grid: one program for BN queries, BJ columns, a split and a batch element, see :func:`place`.
+
+        q             [B, N, F + rows + columns]            in   fp32; strides q_batch (may be 0), q_row, the last dense
+        planes        [B, rows, F + 2, padded]              in   fp32, of grid_attention_tokens; None but for "fma"
+        scale         [B, rows, 2, padded]                  in   fp32, likewise; None for precision "fma"
+        keys          [B, rows, padded, K]                  in   bf16 or fp32, likewise; None for precision "fma"
+        values        [B, rows, padded, V]                  in   bf16 or fp32, likewise; None for precision "fma"
+        seed          [1]                                   in   int64, or None without dropout
+        token_hashes  [rows, padded]                        in   int32, or None without dropout
+        column_parts  [splits, B, N, padded]                out  fp32: sum of p r by column
+        row_parts     [column blocks, B, rows, N]           out  fp32: sum of p r by row
+        sum_parts     [splits, column blocks, B, N, F + 3]  out  fp32: sums of p r x, of p, of p that is kept; shift
+
+        B, N, rows, columns  sizes
+        padded               columns in memory, a multiple of BJ
+        splits, per_split    how many splits, and rows of one
+        threshold            of dropout: p 2^32
+
+        F                channels of a token
+        K, V             columns of a key and of a value
+        GROUP            rows whose sums stand apart in a product with values
+        BN, BJ           tile of weights, queries x columns
+        DROPOUT          some weights are dropped
+        HOLES            there may be holes that keys do not close: grid_sweep_fma, grid_sweep_mma
+        PRECISION        of products: grid.Grid
+
+    Queries beyond the last read as zeros, and nothing of theirs is written. What q holds beyond the last column reads
+    as zero; columns up to ``padded`` are holes and collect nothing.
+    """
     n, block, j, split, b = place(tl.program_id(0), N, columns, splits, BN, BJ)
-    live = n < N
+    live = n < N  # [BN]
     inside = live[:, None] & (j < columns)[None, :]
     query = q + b * q_batch + n.to(tl.int64) * q_row
-    table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)
-    row_key = tl.zeros([BN], tl.uint32)
+    table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)  # [BN, BJ]
+    row_hash = tl.zeros([BN], tl.uint32)
     if DROPOUT:
-        row_key = hashing.row_keys(tl.load(seed), b * N + n)
-        token_keys += j
+        row_hash = hash_rows(tl.load(seed), b * N + n)
+        token_hashes += j
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 3)
@@ -85,28 +125,28 @@ def grid_attention_forward_kernel(
         at = b * rows * padded
         scale, keys, values = scale + 2 * at + j, keys + at * K, values + at * V
     while attempt < attempts:  # once, but for extreme logits
-        known = tl.where(shift > float("-inf"), shift, 0.0)
+        known = tl.where(shift > float("-inf"), shift, 0.0)  # a query that met holes alone has no maximum
         if PRECISION == "fma":
-            column_sums, sums, total, kept = sweep_fma(
-                table, query + F, live, g, planes, padded, first, last, known, rows_out, N, row_key, token_keys,
+            column_sums, sums, total, kept_total = sweep_fma(
+                table, query + F, live, g, planes, padded, first, last, known, rows_out, N, row_hash, token_hashes,
                 threshold, F, BN, BJ, DROPOUT, HOLES,
             )  # fmt: skip
             for f in tl.static_range(F):
                 tl.store(sums_out + f, sums[f], mask=live)
         else:
-            column_sums, acc, total, kept = sweep_mma(
-                table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, N, row_key,
-                token_keys, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
+            column_sums, acc, total, kept_total = sweep_mma(
+                table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, N, row_hash,
+                token_hashes, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
             )  # fmt: skip
             c = tl.arange(0, V)
             tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
         tl.store(column_parts + part[:, None] * padded + j[None, :], column_sums, mask=live[:, None])
         tl.store(sums_out + F, total, mask=live)
-        tl.store(sums_out + F + 1, kept, mask=live)
+        tl.store(sums_out + F + 1, kept_total, mask=live)
         tl.store(sums_out + F + 2, shift, mask=live)
         attempt += 1
         if attempt == 1:
-            if tl.min(((total >= LEAST) & (total <= MOST) | (live == 0)).to(tl.int32), 0) == 0:
+            if tl.min(((total >= LEAST_TOTAL) & (total <= MOST_TOTAL) | (live == 0)).to(tl.int32), 0) == 0:
                 attempts = 2
                 if PRECISION == "fma":
                     shift = maximum_fma(table, query + F, live, g, planes, padded, first, last, F, BN, HOLES)
@@ -114,33 +154,52 @@ def grid_attention_forward_kernel(
                     shift = maximum_mma(
                         table, query + F, live, g, scale, keys, padded, first, last, j, K, BN, HOLES, PRECISION
                     )
-                shift = tl.where(shift > HOLE / 2, shift, float("-inf"))  # nothing but holes
+                shift = tl.where(shift > HOLE / 2, shift, float("-inf"))  # -inf: nothing but holes
 
 
 @triton.jit
 def grid_attention_merge_kernel(
     column_parts, row_parts, sum_parts, o, lse, kept,
-    B, N, rows, columns, padded, splits, per_split, column_blocks, kept_scale,
+    B, N, rows, columns, padded, splits, per_split, column_blocks, keep_scale,
     F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query's partial sums, each in units of 2^shift, made one; a part without tokens has a shift of -inf."""
+    """One query's partial sums, each in units of 2^shift, made one and divided by the total.
+
+        top = max shift,    total = sum 2^(shift - top) total_part,    lse = ln(2) (top + log2(total))
+        o = ln(2) keep_scale / total sum 2^(shift - top) part
+
+    Grid: ``B * N`` programs. Every part counts 2^(shift - largest shift); one that met no token has a shift of -inf and
+    counts nothing, as do parts beyond the last.
+
+        column_parts, row_parts, sum_parts                in   as grid_attention_forward_kernel leaves them
+        o     [B, N, F + rows + columns]                  out  fp32, dense
+        lse   [B, N]                                      out  fp64, natural logarithm
+        kept  [B, N]                                      out  fp32, or None without dropout
+
+        B, N, rows, columns, padded, splits, per_split    as there
+        column_blocks                                     blocks of BJ columns
+        keep_scale                                        of dropout: 1 / (1 - p)
+
+        PARTS  power of two, at least splits * column_blocks
+        BLOCK  rows, or columns, at a time
+    """
     row = tl.program_id(0).to(tl.int64)  # b N + n
     b, n = row // N, row % N
-    line = (row * 0 + B) * N * (F + 3)  # int64, though B or N may be the constant 1
+    line = (row * 0 + B) * N * (F + 3)  # from part to part; int64, though B or N may be the constant 1
     k = tl.arange(0, PARTS)
     there = k < splits * column_blocks
-    part = sum_parts + (k * (B * N) + row) * (F + 3)
+    part = sum_parts + (k * (B * N) + row) * (F + 3)  # [PARTS]
     shifts = tl.load(part + F + 2, mask=there, other=float("-inf"))
     top = tl.max(shifts, 0)
     weight = tl.exp2(shifts - top)
     total = tl.sum(weight * tl.load(part + F, mask=there, other=0.0), 0)
-    factor = LN2 * kept_scale / total
+    factor = LN_2 * keep_scale / total
     out = o + row * (F + rows + columns)
     for f in tl.static_range(F):
         tl.store(out + f, tl.sum(weight * tl.load(part + f, mask=there, other=0.0), 0) * factor)
-    tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * 0.6931471805599453)
+    tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * LN_2)
     if kept is not None:
-        tl.store(kept + row, tl.sum(weight * tl.load(part + F + 1, mask=there, other=0.0), 0) * kept_scale / total)
+        tl.store(kept + row, tl.sum(weight * tl.load(part + F + 1, mask=there, other=0.0), 0) * keep_scale / total)
     shift_at = sum_parts + row * (F + 3) + F + 2
     for start in range(0, rows, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -165,7 +224,11 @@ def grid_attention_merge_kernel(
 def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Queries, mask, and which batch elements are all masked: those attend uniformly, as zero queries unmasked do.
 
-    Nothing is asked of the host: both are computed on the device.
+    Everything is computed on the device, without waiting for it.
+
+    Returns:
+        q with zeros for batch elements that are all masked, the mask as dense uint8 ``[B, *sizes]`` without them, and
+        which they are, bool ``[B]``; or q, None and None without a mask.
     """
     if mask is None:
         return q, None, None
@@ -177,7 +240,10 @@ def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor 
 def forward_launches(
     q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None, dropout: float, seed: Tensor | None, arch: int
 ) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
-    """Folded o, lse, kept and the launches that compute them; q folded, mask as :func:`seen` gives it."""
+    """o ``[B, N, F + rows + columns]``, lse ``[B, N]``, kept ``[B, N]`` or empty, and the launches that compute them.
+
+    q is folded (``Grid.fold``), the mask as :func:`seen` gives it, feat and scale dense; seed is None without dropout.
+    """
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
     config = grid.config("grid_attention_forward", arch, dropout)
     cut = blocks(grid, config, q.device)
@@ -186,8 +252,9 @@ def forward_launches(
     row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
     sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 3)
     common = sizes(grid, cut, tokens) | dict(
-        column_parts=column_parts, row_parts=row_parts, sum_parts=sum_parts, F=grid.features, BJ=config.tokens
-    )
+        column_parts=column_parts, row_parts=row_parts, sum_parts=sum_parts, per_split=cut.rows_per_split,
+        F=grid.features, BJ=config.tokens,
+    )  # fmt: skip
     sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
     programs = cut.queries * cut.columns * cut.splits * grid.batch
     launches.append(Launch(grid_attention_forward_kernel, programs, sweep, config, config.queries * config.tokens))
@@ -195,21 +262,20 @@ def forward_launches(
     lse = q.new_empty(q.shape[:2], dtype=torch.float64)
     kept = q.new_empty(q.shape[:2] if dropout > 0 else (0,))
     merge = common | dict(o=o, lse=lse, kept=kept if dropout > 0 else None, column_blocks=cut.columns)
-    merge |= dict(kept_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
+    merge |= dict(keep_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
     launches.append(Launch(grid_attention_merge_kernel, grid.batch * grid.queries, merge))
     return o, lse, kept, launches
 
 
 def sizes(grid: Grid, cut: Blocks, tokens: TokenArrays) -> dict[str, int]:
-    """The sizes that all kernels take."""
+    """The sizes that sweeps and merges take."""
     return dict(
         B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns, padded=tokens.padded, splits=cut.splits,
-        per_split=cut.rows_per_split,
     )  # fmt: skip
 
 
 def holes(grid: Grid, mask: Tensor | None, config: Config) -> bool:
-    """Whether a block may hold tokens that are none, masked or beyond the last column, and keys do not say so."""
+    """Whether a block may hold tokens that are none, masked or beyond the last column, and no key closes them."""
     return not has_room(grid) and (mask is not None or grid.columns % config.tokens != 0)
 
 
@@ -219,14 +285,18 @@ def sweep_arguments(
     """What the kernels that walk down the rows take beside sizes and sums."""
     return dict(
         q=q, planes=tokens.planes, scale=tokens.scale, keys=tokens.keys, values=tokens.values, seed=seed,
-        token_keys=tokens.token_keys, q_batch=q.stride(0), q_row=q.stride(1), threshold=hashing.threshold_bits(dropout),
+        token_hashes=tokens.token_hashes, q_batch=q.stride(0), q_row=q.stride(1), threshold=threshold_bits(dropout),
         K=key_width(grid), V=value_width(grid), GROUP=GROUP, BN=config.queries, DROPOUT=dropout > 0,
         PRECISION=grid.precision,
     )  # fmt: skip
 
 
 def check(q: Tensor, inverted: bool) -> None:
-    """What :mod:`perceiver_fast.ops.grid_attention` sees to, of those who call the ops themselves."""
+    """Raises what these kernels cannot do: the public function never asks for it, who calls the registered op may.
+
+    Raises:
+        RuntimeError: inverted attention, or queries that are not float32.
+    """
     if inverted:
         raise RuntimeError("grid_attention: the Triton kernels expected a softmax over tokens, got inverted attention")
     if q.dtype != torch.float32:
@@ -249,9 +319,13 @@ def forward(
         feat: ``[B, *sizes, F]``: float32, or a half-precision dtype, which then is that of weights and values.
         scale: ``[B, *sizes]`` float32.
         mask, dropout, seed: see :mod:`perceiver_fast.ops.grid_attention`.
+        inverted: has to be False.
 
     Returns:
         o ``[B, N, L]`` float32, lse ``[B, N]`` float64, kept ``[B, N]`` (empty without dropout), and an empty tensor.
+
+    Raises:
+        RuntimeError: see :func:`check`.
     """
     check(q, inverted)
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))

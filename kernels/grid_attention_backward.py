@@ -3,11 +3,11 @@
     p = exp2(s - shift),  P = factor p                  shift is 0 but for extreme logits; factor = 2^(shift - lse)
     dS = P (r (d_column[n, j] + d_row[n, i] + d_g[n] . x) - delta[n])
 
-with ``factor`` multiplied into the gradients once, not into every weight. Sums over tokens of dS times what the forward
-summed P times are the gradients of q; those of the tokens take a kernel of their own (grid_attention_token_grads).
+with ``factor`` multiplied into the gradients once, not into every weight. q's gradients are sums of dS times what the
+forward sums P times; those of the tokens take a kernel of their own (grid_attention_token_grads).
 
-sum_m dS is the gradient of lse; what it is beyond that comes from the rounding of delta, and is taken out of both: where
-softmax is saturated, that is all there is.
+Over all tokens dS sums to the gradient of lse. What it sums to beyond that, the residual, comes from the rounding of
+delta, and is taken out of delta and of q's gradient: where softmax is saturated, there is nothing else in them.
 """
 
 from __future__ import annotations
@@ -20,24 +20,40 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
-from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.base2 import LN_2, LOG2_E
+from perceiver_fast.kernels.dropout import hash_rows
 from perceiver_fast.kernels.grid import Grid, blocks, precision_of
 from perceiver_fast.kernels.grid_attention import check, holes, place, seen, sizes, sweep_arguments
 from perceiver_fast.kernels.grid_attention_token_grads import token_grads_launch
-from perceiver_fast.kernels.grid_attention_tokens import LN2, describe_tokens
+from perceiver_fast.kernels.grid_attention_tokens import describe_tokens
 from perceiver_fast.kernels.grid_sweep_fma import load_features, sweep_backward_fma
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, sweep_backward_mma
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.reference.dropout import dropout_scale
 
-UNSHIFTED = tl.constexpr(60.0)
+UNSHIFTED = tl.constexpr(60.0)  # up to this log-sum-exp, in base 2, weights are computed without a shift
 
 
 @triton.jit
 def grid_attention_delta_kernel(
     d_o, o, d_lse, lse, d_kept, kept, stats, rows, L, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of every query, ``stats [4, rows]``: shift, factor, factor (d_o . o - d_lse), factor d_kept."""
+    """What the backward has to know of every query: ``stats``.
+
+        lse2 = log2(e) lse,    shift = lse2 where it is extreme, else 0,    factor = 2^(shift - lse2)
+        delta = d_o . o + d_kept kept - d_lse,    stats = shift, factor, factor delta, factor d_kept
+
+    Grid: ``rows`` programs, one a query.
+
+        d_o, o        [rows, L]  in   fp32, dense, of all axes, not folded
+        lse           [rows]     in   fp64
+        d_lse         [rows]     in   fp64, or None
+        d_kept, kept  [rows]     in   fp32; d_kept may be None, and then kept is not read
+        stats         [4, rows]  out  fp32; the last is written only with d_kept
+
+        rows, L  B N, and entries of a query: F + sum(sizes)
+        BLOCK    entries at a time
+    """
     row = tl.program_id(0).to(tl.int64)
     acc = tl.zeros([BLOCK], tl.float64)
     for start in range(0, L, BLOCK):
@@ -45,7 +61,7 @@ def grid_attention_delta_kernel(
         grad = tl.load(d_o + row * L + at, mask=at < L, other=0.0).to(tl.float64)
         acc += grad * tl.load(o + row * L + at, mask=at < L, other=0.0)
     delta = tl.sum(acc, 0)
-    lse2 = tl.load(lse + row) * 1.4426950408889634
+    lse2 = tl.load(lse + row) * LOG2_E
     shift = tl.where(tl.abs(lse2) <= UNSHIFTED, 0.0, lse2).to(tl.float32)
     factor = tl.exp2(shift.to(tl.float64) - lse2)
     if d_kept is not None:
@@ -61,31 +77,51 @@ def grid_attention_delta_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def grid_attention_backward_kernel(
-    q, d_o, stats, planes, scale, keys, values, seed, token_keys, column_parts, row_parts, sum_parts,
-    B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold, kept_scale,
+    q, d_o, stats, planes, scale, keys, values, seed, token_hashes, column_parts, row_parts, sum_parts,
+    B, N, rows, columns, padded, q_batch, q_row, splits, per_split, threshold, keep_scale,
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_KEPT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_D_KEPT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Sums of dS over a split of the rows and a block of columns, for a block of queries, of which dq is made.
+
+        p = 2^(s - shift),    dS = p (keep keep_scale factor (r (d_column + d_row + d_g . x) + d_kept) - factor delta)
+
+    Grid: one program for BN queries, BJ columns, a split and a batch element, see grid_attention.place.
+
+        q, planes, scale, keys, values, seed, token_hashes    in   as grid_attention_forward_kernel takes them
+        d_o           [B, N, F + rows + columns]              in   fp32, dense, folded
+        stats         [4, B N]                                in   fp32, of grid_attention_delta_kernel
+        column_parts  [splits, B, N, padded]                  out  fp32: sum of dS r by column
+        row_parts     [column blocks, B, rows, N]             out  fp32: sum of dS r by row
+        sum_parts     [splits, column blocks, B, N, F + 1]    out  fp32: sums of dS r x, and of dS
+
+        B .. threshold  as in grid_attention_forward_kernel
+        keep_scale      of dropout: 1 / (1 - p)
+        F .. PRECISION  as there
+        HAS_D_KEPT      the result ``kept`` has a gradient
+
+    Queries beyond the last read as zeros, also in ``stats``, and nothing of theirs is written.
+    """
     n, block, j, split, b = place(tl.program_id(0), N, columns, splits, BN, BJ)
-    live = n < N
+    live = n < N  # [BN]
     inside = live[:, None] & (j < columns)[None, :]
     row = b * N + n
     query, d_query = q + b * q_batch + n.to(tl.int64) * q_row, d_o + row * (F + rows + columns)
     stats += row
-    line = b * 0 + B * N
+    line = b * 0 + B * N  # from one of the stats to the next, int64
     shift = tl.load(stats, mask=live, other=0.0)
-    own = tl.load(stats + line, mask=live, other=0.0) * kept_scale
+    own = tl.load(stats + line, mask=live, other=0.0) * keep_scale
     delta = tl.load(stats + 2 * line, mask=live, other=0.0)
     d_kept = tl.zeros([BN], tl.float32)
-    if HAS_KEPT:
-        d_kept = tl.load(stats + 3 * line, mask=live, other=0.0) * kept_scale
-    factor = own * LN2  # channels and scale of the tokens carry log2(e)
+    if HAS_D_KEPT:
+        d_kept = tl.load(stats + 3 * line, mask=live, other=0.0) * keep_scale
+    factor = own * LN_2  # ln(2) against the log2(e) that the tokens' scales carry
     table = tl.load(query[:, None] + F + rows + j[None, :], mask=inside, other=0.0)
     d_table = tl.load(d_query[:, None] + F + rows + j[None, :], mask=inside, other=0.0) * factor[:, None]
-    row_key = tl.zeros([BN], tl.uint32)
+    row_hash = tl.zeros([BN], tl.uint32)
     if DROPOUT:
-        row_key = hashing.row_keys(tl.load(seed), row)
-        token_keys += j
+        row_hash = hash_rows(tl.load(seed), row)
+        token_hashes += j
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 1)
@@ -98,7 +134,7 @@ def grid_attention_backward_kernel(
         planes += b * rows * (F + 2) * padded + j
         column_sums, sums, residual = sweep_backward_fma(
             table, d_table, query + F, d_query + F, live, g, d_g, planes, padded, first, last, shift, factor, delta,
-            d_kept, rows_out, N, row_key, token_keys, threshold, F, BN, BJ, DROPOUT, HOLES,
+            d_kept, rows_out, N, row_hash, token_hashes, threshold, F, BN, BJ, DROPOUT, HOLES,
         )  # fmt: skip
         for f in tl.static_range(F):
             tl.store(sums_out + f, sums[f], mask=live)
@@ -109,7 +145,7 @@ def grid_attention_backward_kernel(
         scale, keys, values = scale + 2 * at + j, keys + at * K, values + at * V
         column_sums, acc, residual = sweep_backward_mma(
             table, d_table, query + F, d_query + F, live, g, d_g, scale, keys, values, padded, first, last, j, shift,
-            factor, delta, d_kept, rows_out, N, row_key, token_keys, threshold,
+            factor, delta, d_kept, rows_out, N, row_hash, token_hashes, threshold,
             F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
         )  # fmt: skip
         c = tl.arange(0, V)
@@ -124,10 +160,29 @@ def grid_attention_backward_merge_kernel(
     B, N, rows, columns, padded, splits, column_blocks,
     F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query's partial gradients summed; delta in ``stats`` loses its rounding, and ``correction`` times o is dq's.
+    """One query's partial gradients summed, in order; and what rounding of delta left in them is found.
 
-    What dq needs is the residual times sum_m P r [x ; ..], which is o. Under dropout it is o over what was kept but for
-    the draw, and exactly that where one token has all the weight, or many have some.
+        dq = ln(2) sum of parts,    residual = sum dS - d_lse,    factor delta += factor residual
+        correction = residual, or with dropout residual / kept
+
+    Grid: ``B * N`` programs.
+
+        column_parts, row_parts, sum_parts                in      as grid_attention_backward_kernel leaves them
+        d_lse       [B, N]                                in      fp64, or None
+        kept        [B, N]                                in      fp32, or None without dropout
+        stats       [4, B N]                              in out  fp32: delta is corrected
+        dq          [B, N, F + rows + columns]            out     fp32, dense, folded; correction times o is still in it
+        correction  [B, N, 1]                             out     fp32
+
+        B, N, rows, columns, padded, splits               as in grid_attention_forward_kernel
+        column_blocks                                     blocks of columns of grid_attention_backward_kernel
+
+        PARTS  power of two, at least splits * column_blocks; parts beyond the last read as zeros
+        BLOCK  rows, or columns, at a time
+
+    In dq every dS is wrong by P times the residual, so that dq is wrong by the residual times sum_m P r [x ; ..], which
+    is o. With dropout o sums only weights that were kept: that sum is about o / kept then, and exactly so where one
+    token has all the weight. A query of which nothing was kept is left as it is.
     """
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N
@@ -136,14 +191,14 @@ def grid_attention_backward_merge_kernel(
     part = sum_parts + (k * (B * N) + row) * (F + 1)
     out = dq + row * (F + rows + columns)
     for f in tl.static_range(F):
-        tl.store(out + f, tl.sum(tl.load(part + f, mask=there, other=0.0), 0) * LN2)
+        tl.store(out + f, tl.sum(tl.load(part + f, mask=there, other=0.0), 0) * LN_2)
     residual = tl.sum(tl.load(part + F, mask=there, other=0.0), 0)
     if d_lse is not None:
         residual -= tl.load(d_lse + row).to(tl.float32)
-    line = row * 0 + B * N
+    line = row * 0 + B * N  # from one of the stats to the next, int64
     delta = stats + 2 * line + row
-    tl.store(delta, tl.load(delta) + residual * tl.load(stats + line + row))  # sum_m p = 1 / factor
-    if kept is not None:  # dropout
+    tl.store(delta, tl.load(delta) + residual * tl.load(stats + line + row))  # stats hold factor delta
+    if kept is not None:
         share = tl.load(kept + row)
         residual = tl.where(share > 0, residual / share, 0.0)
     tl.store(correction + row, residual)
@@ -152,13 +207,13 @@ def grid_attention_backward_merge_kernel(
         acc = tl.zeros([BLOCK], tl.float32)
         for block in range(column_blocks):
             acc += tl.load(row_parts + ((block * B + b) * rows + i) * N + n, mask=i < rows, other=0.0)
-        tl.store(out + F + i, acc * LN2, mask=i < rows)
+        tl.store(out + F + i, acc * LN_2, mask=i < rows)
     for start in range(0, columns, BLOCK):
         j = start + tl.arange(0, BLOCK)
         acc = tl.zeros([BLOCK], tl.float32)
         for split in range(splits):
             acc += tl.load(column_parts + (split * (B * N) + row) * padded + j, mask=j < columns, other=0.0)
-        tl.store(out + F + rows + j, acc * LN2, mask=j < columns)
+        tl.store(out + F + rows + j, acc * LN_2, mask=j < columns)
 
 
 def backward_launches(
@@ -166,7 +221,11 @@ def backward_launches(
     mask: Tensor | None, dropout: float, seed: Tensor | None, o: Tensor, folded_d_o: Tensor, lse: Tensor, kept: Tensor,
     token_grads: bool, arch: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Launch]]:  # fmt: skip
-    """Folded dq, what to take out of it times o, dfeat, dscale, and the launches; q folded, o and d_o as they come."""
+    """Folded dq, what to take out of it times o ``[B, N, 1]``, dfeat, dscale, and the launches that compute them.
+
+    q is folded, and d_o is given both folded and as it comes; all are dense but q. The gradients of the tokens are
+    empty without ``token_grads``.
+    """
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
     count, length = grid.batch * grid.queries, o.shape[-1]
     stats = q.new_empty(4, count)
@@ -180,10 +239,11 @@ def backward_launches(
         column_parts=q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded),
         row_parts=q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries),
         sum_parts=q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 1),
-        stats=stats, F=grid.features, BJ=config.tokens,
+        stats=stats, F=grid.features,
     )  # fmt: skip
     sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
-    sweep |= dict(d_o=folded_d_o, kept_scale=dropout_scale(dropout), HAS_KEPT=d_kept is not None)
+    sweep |= dict(d_o=folded_d_o, per_split=cut.rows_per_split, keep_scale=dropout_scale(dropout))
+    sweep |= dict(BJ=config.tokens, HAS_D_KEPT=d_kept is not None)
     programs = cut.queries * cut.columns * cut.splits * grid.batch
     launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
     dq, correction = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1)
@@ -218,7 +278,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of the op ``grid_attention_backward``: gradients of q, and of feat and scale if asked for.
 
-    Arguments as the forward's, and its results; d_o ``[B, N, L]``, d_lse ``[B, N]`` float64, d_kept ``[B, N]`` or None.
+    Args:
+        d_o: ``[B, N, L]`` float32.
+        d_lse: ``[B, N]`` float64, or None.
+        d_kept: ``[B, N]`` float32, or None.
+        q, feat, scale, mask, dropout, seed, inverted: as the forward's.
+        o, lse, kept, token_lse: what the forward returned; the last is not read.
+        token_grads: whether the gradients of feat and scale are asked for; they are empty otherwise.
+
+    Raises:
+        RuntimeError: see :func:`perceiver_fast.kernels.grid_attention.check`.
     """
     check(q, inverted)
     if q.shape[0] * q.shape[1] == 0:

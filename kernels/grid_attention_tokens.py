@@ -1,15 +1,21 @@
 """Describes the tokens of a grid for the kernels, once a call: raw channels times scale, laid out as they are read.
 
-Scales are multiplied by log2(e), for logits in base 2. A token that is masked, or lies beyond the last column, is a hole:
-its channels are 0, its scale 1, and what its hole adds to a logit leaves no weight, whatever the query.
+Scales are multiplied by log2(e), for logits in base 2. A token that is masked, or lies beyond the last column, is a
+hole: its channels are 0, its scale is 1, and the logit gets a term, HOLE, that leaves no weight, whatever the query.
+Columns are padded to a multiple of BLOCK, all holes.
 
-    fma    planes [B, rows, F + 2, columns]      float32: the channels, the scale, the hole
-    else   scale  [B, rows, 2, columns]          float32: the scale, the hole
-           keys   [B, rows, columns, K]          [channels in bf16, once for each of a query's pieces | 0 | hole], the hole
-                                                 where there is room for it
-           values [B, rows, columns, V]          [scaled channels | one | scale at row mod 8 | 0]: the last eight are what
-                                                 makes a product of weights and values sum eight rows apart
-    with dropout also the tokens' 32-bit keys [rows, columns]
+    precision "fma"
+        planes        [B, rows, F + 2, padded]   fp32: the channels, the scale, 0 or HOLE
+    else
+        scale         [B, rows, 2, padded]       fp32: the scale, 0 or HOLE
+        keys          [B, rows, padded, K]       bf16, or fp32 for "ieee": [the channels, once for each piece of a
+                                                 query | 0 | 1 in a hole, where there is room for it]
+        values        [B, rows, padded, V]       bf16 for "bf16", else fp32: [scaled channels | 1 | eight columns, of
+                                                 which that of row mod 8 holds the scale | 0]
+    with dropout
+        token_hashes  [rows, padded]             uint32 as int32
+
+A product of weights and values thus sums channels, the weights themselves, and weights times scale of eight rows apart.
 """
 
 from __future__ import annotations
@@ -21,14 +27,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perceiver_fast.kernels import dropout as hashing
+from perceiver_fast.kernels.base2 import LOG2_E
+from perceiver_fast.kernels.dropout import hash_tokens
 from perceiver_fast.kernels.grid import FEW, GROUP, Grid
 from perceiver_fast.kernels.launch import Launch
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-HOLE = tl.constexpr(-(2.0**100))
+HOLE = tl.constexpr(-(2.0**100))  # far below all logits, and finite: no difference with it is NaN
 BLOCK = 64  # columns are padded to a multiple of it; no kernel's block is larger
+
+
+@triton.jit
+def token_block(scale, mask, columns, across, BLOCK: tl.constexpr):
+    """A program's block of tokens: ``across`` programs share a row.
+
+    Returns:
+        row: int64, counted over all batch elements.
+        j: ``[BLOCK]``, columns.
+        token: int64 ``[BLOCK]``, indices into feat, scale and mask.
+        there: bool ``[BLOCK]``, False for holes.
+        r: ``[BLOCK]``, scales times log2(e); 1 for holes.
+    """
+    row = (tl.program_id(0) // across).to(tl.int64)
+    j = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    token = row * columns + j
+    there = j < columns
+    if mask is not None:
+        there = there & (tl.load(mask + token, mask=there, other=0) != 0)
+    r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2_E, 1.0)
+    return row, j, token, there, r
 
 
 @triton.jit
@@ -36,13 +62,18 @@ def grid_planes_kernel(
     feat, scale, mask, planes, columns, padded, across,
     F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // across).to(tl.int64)  # of all batch elements
-    j = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
-    token = row * columns + j
-    there = j < columns
-    if mask is not None:
-        there = there & (tl.load(mask + token, mask=there, other=0) != 0)
-    r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2E, 1.0)
+    """Planes for precision "fma": one for each channel, then log2(e) scale, and 0 or HOLE.
+
+    Grid: ``B * rows * across`` programs of BLOCK tokens.
+
+        feat    [B, rows, columns, F]       in   fp32, fp16 or bf16, dense
+        scale   [B, rows, columns]          in   fp32, dense
+        mask    [B, rows, columns]          in   uint8, dense, 0 for masked tokens; or None
+        planes  [B, rows, F + 2, padded]    out  fp32, see above
+
+        columns, padded, across  columns, columns in memory, and padded / BLOCK
+    """
+    row, j, token, there, r = token_block(scale, mask, columns, across, BLOCK)
     base = planes + row * (F + 2) * padded + j
     for f in tl.static_range(F):
         x = tl.load(feat + token * F + f, mask=there, other=0.0).to(tl.float32)
@@ -53,7 +84,7 @@ def grid_planes_kernel(
 
 @triton.jit
 def nearest_tf32(x):
-    """x, such that what is left of it when tensor cores ignore its last 13 bits is the nearest TF32."""
+    """x raised by half of TF32's last bit: tensor cores ignore the 13 bits behind it, and see the nearest TF32."""
     return tl.where(x == x, (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True), x)
 
 
@@ -63,17 +94,28 @@ def grid_tokens_kernel(
     F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr,
     PIECES: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // across).to(tl.int64)
-    j = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
-    token = row * columns + j
-    there = j < columns
-    if mask is not None:
-        there = there & (tl.load(mask + token, mask=there, other=0) != 0)
-    r = tl.where(there, tl.load(scale + token, mask=there, other=0.0) * LOG2E, 1.0)
+    """Keys, values and scales for products, as the head of this file lays them out; scales times log2(e).
+
+    Grid: ``B * rows * across`` programs of BLOCK tokens.
+
+        feat       [B, rows, columns, F]  in   fp32, fp16 or bf16, dense
+        scale      [B, rows, columns]     in   fp32, dense
+        mask       [B, rows, columns]     in   uint8, dense, 0 for masked tokens; or None
+        keys       [B, rows, padded, K]   out  bf16 or fp32, see above
+        values     [B, rows, padded, V]   out  bf16 or fp32
+        out_scale  [B, rows, 2, padded]   out  fp32
+
+        rows, columns, padded, across  rows, columns, columns in memory, and padded / BLOCK
+        F, K, V     channels, of a key and of a value
+        GROUP       rows whose sums stand apart in a product with values
+        PIECES      how often a channel stands in a key: :func:`key_pieces`
+        SPLIT       pieces that a query is cut into; those of a key beyond them hold what bf16 leaves of a channel
+    """
+    row, j, token, there, r = token_block(scale, mask, columns, across, BLOCK)
     hole = tl.where(there, 0.0, 1.0)
     k = tl.arange(0, K)
     inside = there[:, None] & (k < PIECES * F)[None, :]
-    x = tl.load(feat + token[:, None] * F + (k % F)[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(feat + token[:, None] * F + (k % F)[None, :], mask=inside, other=0.0).to(tl.float32)  # [BLOCK, K]
     at = row * padded + j
     if PIECES > 1:
         first = x.to(tl.bfloat16).to(tl.float32)
@@ -83,7 +125,7 @@ def grid_tokens_kernel(
     tl.store(keys + at[:, None] * K + k[None, :], x.to(keys.dtype.element_ty))
     c = tl.arange(0, V)
     v = tl.load(feat + token[:, None] * F + c[None, :], mask=there[:, None] & (c < F)[None, :], other=0.0)
-    v = v.to(tl.float32) * r[:, None]
+    v = v.to(tl.float32) * r[:, None]  # [BLOCK, V]
     v = tl.where((c == F)[None, :], 1.0, v)
     v = tl.where((c == F + 1 + (row % rows) % GROUP)[None, :], r[:, None], v)
     if PIECES > SPLIT:  # values in float32 for products in TF32
@@ -94,19 +136,28 @@ def grid_tokens_kernel(
 
 
 @triton.jit
-def grid_token_keys_kernel(seed, token_keys, columns, padded, across, BLOCK: tl.constexpr):
+def grid_attention_hashes_kernel(seed, token_hashes, columns, padded, across, BLOCK: tl.constexpr):
+    """Dropout's hashes of the tokens, which all batch elements share. Beyond the last column they mean nothing.
+
+    Grid: ``rows * across`` programs of BLOCK tokens.
+
+        seed          [1]             in   int64
+        token_hashes  [rows, padded]  out  uint32 as int32
+
+        columns, padded, across  columns, columns in memory, and padded / BLOCK
+    """
     row = (tl.program_id(0) // across).to(tl.int64)
     j = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
-    key = hashing.token_keys(tl.load(seed), row * columns + j)
-    tl.store(token_keys + row * padded + j, key.to(tl.int32, bitcast=True))
+    token_hash = hash_tokens(tl.load(seed), row * columns + j)
+    tl.store(token_hashes + row * padded + j, token_hash.to(tl.int32, bitcast=True))
 
 
 @dataclass(frozen=True)
 class TokenArrays:
-    """What the kernels read of the tokens; planes, or scale, keys and values."""
+    """What the kernels read of the tokens: planes, or scale, keys and values; shapes are above."""
 
     padded: int
-    token_keys: Tensor | None
+    token_hashes: Tensor | None
     planes: Tensor | None = None
     scale: Tensor | None = None
     keys: Tensor | None = None
@@ -114,17 +165,18 @@ class TokenArrays:
 
 
 def key_pieces(grid: Grid) -> int:
-    """How often a channel stands in a key.
+    """How often a channel stands in a key: once for every piece of a query that it is to meet.
 
-    Tensor cores multiply bf16. A query's float32 is three pieces of it (of many channels two), a bf16 channel one, a
-    float16 channel two, whose second meets all of a query's pieces but the last. "ieee" is float32.
+    Tensor cores multiply bf16. A query's float32 is cut into three pieces of it, or two if there are many channels. A
+    bfloat16 channel is one piece. A float16 channel is two; the second, which is small, meets all of a query's pieces
+    but the last. "ieee" multiplies float32, and a channel stands there once.
     """
     split = 3 if grid.features <= FEW else 2
     return {"bf16": split, "tf32": 2 * split - 1}.get(grid.precision, 1)
 
 
 def key_width(grid: Grid) -> int:
-    """K: channels of a key, padded to what a product needs."""
+    """K: columns of a key, at least the 16 that a product needs."""
     return max(16, triton.next_power_of_2(grid.features * key_pieces(grid)))
 
 
@@ -134,7 +186,7 @@ def has_room(grid: Grid) -> bool:
 
 
 def value_width(grid: Grid) -> int:
-    """V: channels, one, and a column for every row of a group."""
+    """V: columns of a value: channels, one for the weights, and one for every row of a group."""
     return max(16, triton.next_power_of_2(grid.features + 1 + GROUP))
 
 
@@ -153,17 +205,17 @@ def describe_tokens(
     block = BLOCK if few else BLOCK // 4
     lines, padded = grid.batch * grid.rows, triton.cdiv(grid.columns, BLOCK) * BLOCK
     across = padded // block
-    launches, token_keys = [], None
+    launches, token_hashes = [], None
     if seed is not None:
-        token_keys = scale.new_empty(grid.rows, padded, dtype=torch.int32)
-        arguments = dict(seed=seed, token_keys=token_keys, columns=grid.columns, padded=padded, across=across)
-        launches.append(Launch(grid_token_keys_kernel, grid.rows * across, arguments | dict(BLOCK=block)))
+        token_hashes = scale.new_empty(grid.rows, padded, dtype=torch.int32)
+        arguments = dict(seed=seed, token_hashes=token_hashes, columns=grid.columns, padded=padded, across=across)
+        launches.append(Launch(grid_attention_hashes_kernel, grid.rows * across, arguments | dict(BLOCK=block)))
     common = dict(feat=feat, scale=scale, mask=mask, columns=grid.columns, padded=padded, across=across)
     common |= dict(F=grid.features, BLOCK=block)
     if grid.precision == "fma":
         planes = scale.new_empty(lines, grid.features + 2, padded)
         launches.append(Launch(grid_planes_kernel, lines * across, common | dict(planes=planes)))
-        return TokenArrays(padded, token_keys, planes=planes), launches
+        return TokenArrays(padded, token_hashes, planes=planes), launches
     pieces, values_dtype = key_pieces(grid), torch.bfloat16 if grid.precision == "bf16" else torch.float32
     keys = scale.new_empty(lines, padded, key_width(grid), dtype=torch.bfloat16 if pieces > 1 else torch.float32)
     values = scale.new_empty(lines, padded, value_width(grid), dtype=values_dtype)
@@ -171,4 +223,4 @@ def describe_tokens(
     common |= dict(keys=keys, values=values, out_scale=scaled, rows=grid.rows, K=key_width(grid), V=value_width(grid))
     common |= dict(GROUP=GROUP, PIECES=pieces, SPLIT=3 if few else 2)
     launches.append(Launch(grid_tokens_kernel, lines * across, common))
-    return TokenArrays(padded, token_keys, None, scaled, keys, values), launches
+    return TokenArrays(padded, token_hashes, None, scaled, keys, values), launches

@@ -1,7 +1,10 @@
-"""Launches as data, so that what is compiled ahead of time, and tested, is what a call launches; and how work is split."""
+"""Launches as data, so that what is compiled ahead of time, and tested, is what a call launches; how work is split."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 from perceiver_fast.gpu import multiprocessors
 from perceiver_fast.kernels.configs import MOST, Config
 
-SMALL = Config(queries=1, tokens=1, warps=4)  # of kernels that hold no tile of weights
+SMALL = Config(queries=1, tokens=1, warps=4)  # of kernels without a tile of attention weights: nothing to choose
 TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8",
@@ -50,9 +53,25 @@ class Instance:
         return self.weights // (32 * self.config.warps)
 
 
+_collected: ContextVar[list[Launch] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collected() -> Iterator[list[Launch]]:
+    """Within, and in this thread, launches are listed rather than run; tensors may be on the meta device."""
+    token = _collected.set([])
+    try:
+        yield _collected.get()
+    finally:
+        _collected.reset(token)
+
+
 @dataclass(frozen=True)
 class Launch:
-    """One kernel, the number of its programs, and all its arguments; ``weights`` as in :class:`Instance`."""
+    """One kernel, the number of its programs, and all its arguments by name, constants too.
+
+    ``config`` and ``weights`` are those of :class:`Instance`.
+    """
 
     kernel: object
     programs: int
@@ -61,10 +80,34 @@ class Launch:
     weights: int = 0
 
     def run(self) -> None:
+        """Launch the kernel, or list it where launches are :func:`collected`."""
+        launches = _collected.get()
+        if launches is not None:
+            launches.append(self)
+            return
         self.kernel[(self.programs,)](**self.arguments, **self.config.options)
 
-    def instance(self, name: str, tensor_cores: bool) -> Instance:
-        """What Triton would compile for these arguments: tensors may be on the meta device."""
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether its products are to run on tensor cores: as PRECISION says, or else wherever a tensor is in half precision."""
+        half = any(torch.is_tensor(t) and t.dtype in (torch.bfloat16, torch.float16) for t in self.arguments.values())
+        return self.weights > 0 and self.arguments.get("PRECISION", "bf16" if half else "ieee") in ("bf16", "tf32")
+
+    def mismatches(self) -> list[str]:
+        """What is missing or superfluous among the arguments: Triton raises for it at a launch on a GPU, not before."""
+        kernel, given, taken = self.kernel.__name__, set(self.arguments), set(self.kernel.arg_names)
+        return [f"{kernel} is not given {name}" for name in sorted(taken - given)] + [
+            f"{kernel} takes no {name}" for name in sorted(given - taken)
+        ]
+
+    def instance(self, name: str) -> Instance:
+        """What Triton would compile for these arguments: tensors may be on the meta device.
+
+        Raises:
+            TypeError: the arguments are not those of the kernel.
+        """
+        if wrong := self.mismatches():
+            raise TypeError("; ".join(wrong))
         types, constants, divisible = {}, {}, []
         for parameter in self.kernel.params:
             key, value = parameter.name, self.arguments[parameter.name]
@@ -78,14 +121,15 @@ class Launch:
                 divisible += [key] * (value % 16 == 0 and not parameter.do_not_specialize)
         return Instance(
             f"{self.kernel.__name__.removesuffix('_kernel')}[{name}]", self.kernel, types, constants, self.config,
-            self.weights, tensor_cores and self.weights > 0, self.config.registers or MOST, tuple(divisible),
+            self.weights, self.tensor_cores, self.config.registers or MOST, tuple(divisible),
         )  # fmt: skip
 
 
 def share(length: int, tile: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many splits the walk of ``programs`` programs over ``length`` columns is cut, and columns a split.
+    """Into how many splits a walk over ``length`` rows is cut, which ``programs`` programs take, and rows a split.
 
-    As many as fill every multiprocessor twice, in one wave; with programs enough, one. Depends on nothing but shapes.
+    A split is of whole tiles. There are as many as give every multiprocessor two programs, all running at once; one if
+    there are programs enough. They depend on shapes and the device alone, so that results are the same bits every time.
     """
     tiles = triton.cdiv(length, tile)
     most = max(1, 2 * multiprocessors(device) // max(programs, 1))
@@ -94,14 +138,16 @@ def share(length: int, tile: int, programs: int, device: torch.device) -> tuple[
 
 
 def strides(name: str, axes: str, t: Tensor) -> dict[str, int]:
-    """``{q_b: .., q_h: .., q_n: ..}`` of all dimensions but the channels; zero where there is but one of its kind."""
+    """``{q_b: .., q_h: .., q_n: ..}`` of all dimensions but the channels; zero for a dimension of size 1."""
     return {f"{name}_{axis}": stride if size > 1 else 0 for axis, stride, size in zip(axes, t.stride(), t.shape[:-1])}
 
 
 def aligned_rows(t: Tensor) -> Tensor:
-    """``t`` itself where its rows are dense and begin at multiples of 16 channels, as in most views of heads; else a copy.
+    """``t [B, H, rows, channels]`` itself if rows are dense and begin at multiples of 16 channels; else a copy that is
+    so.
 
-    Rows are read again for every tile of the other side, and without alignment two bytes at a time.
+    Most views of heads are. Rows are read again for every tile of the other matrix, without alignment two bytes at a
+    time.
     """
     apart = strides("t", "bhn", t).values()
     if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in apart):

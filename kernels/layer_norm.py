@@ -4,8 +4,8 @@
     g = d_z weight,    d_x = d_y + rstd (g - mean(g) - hat mean(g hat))
 
 Rows up to ``ONE_BLOCK`` wide are held in registers; wider ones are walked over in blocks of columns, three times in the
-forward. The variance is that of the centred row, in two passes. y is rounded to the dtype of x before its statistics are
-taken: they are those of what the backward reads.
+forward. The variance is that of the centred row, in two passes. y is rounded to the dtype of x before its statistics
+are taken: they are those of what the backward reads. Kernels take matrices ``[rows, D]``, dense.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.kernels.row_tiles import column_sums, tiles
 
 ONE_BLOCK = 4096
-# By the widest row: narrow ones within a warp, whose sums need no barrier; the last for rows beyond ONE_BLOCK.
+# By the widest row that takes it. Narrow rows stay within a warp, whose sums need no barrier.
 FORWARD = {
     1024: Config(queries=1, tokens=1024, warps=1, registers=168),
     2048: Config(queries=1, tokens=2048, warps=4, registers=64),
     ONE_BLOCK: Config(queries=1, tokens=4096, warps=8, registers=64),
 }
-FORWARD_WIDE = Config(queries=1, tokens=2048, warps=8, registers=128)
-# Of the sums of columns every program leaves 2 or 3 numbers a column: few programs, as many as registers hold at a time.
+FORWARD_WIDE = Config(queries=1, tokens=2048, warps=8, registers=128)  # of rows beyond ONE_BLOCK
+# Every program leaves its sums of 2 or 3 gradients, a number a column, to be added up. So there are few programs, as
+# many as registers hold at a time, and each takes many rows.
 BACKWARD = {
     512: Config(queries=2, tokens=512, warps=1, registers=255),
     2048: Config(queries=1, tokens=2048, warps=4, registers=168),
@@ -37,8 +38,25 @@ BACKWARD_WIDE = Config(queries=2, tokens=1024, warps=4, registers=128)
 
 
 @triton.jit
+def tile_at(first, row, rows, D: tl.constexpr, COLS: tl.constexpr):
+    """A tile from column ``first``, of rows ``row [ROWS, 1]``.
+
+    Returns:
+        column: ``[1, COLS]``.
+        inside: bool ``[1, COLS]``, the column is one of D.
+        there: bool ``[ROWS, COLS]``, and the row is one of ``rows``: else entries read as zero and are not written.
+        at: int64 ``[ROWS, COLS]``, indices into a matrix ``[rows, D]``.
+    """
+    column = first + tl.arange(0, COLS)[None, :]
+    inside = column < D
+    there = (row < rows) & inside
+    at = row * D + column
+    return column, inside, there, at
+
+
+@triton.jit
 def joined(x, branch, branch_bias, at, column, there, inside):
-    """The stream with its branch at a tile, in float32 and rounded to the stream's dtype."""
+    """The stream joined by its branch, at a tile of :func:`tile_at`: float32, rounded to the stream's dtype."""
     stream = tl.load(x + at, mask=there, other=0.0)
     if branch is not None:
         added = tl.load(branch + at, mask=there, other=0.0).to(tl.float32)
@@ -50,6 +68,7 @@ def joined(x, branch, branch_bias, at, column, there, inside):
 
 @triton.jit
 def store_normed(z, values, weight, bias, at, column, there, inside):
+    """Writes ``values weight + bias`` to a tile of z, in its dtype."""
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(z + at, (values * w + b).to(z.dtype.element_ty), mask=there)
@@ -57,7 +76,10 @@ def store_normed(z, values, weight, bias, at, column, there, inside):
 
 @triton.jit
 def corrections(sums, squares, eps, D: tl.constexpr):
-    """What a mean is off, by the sums of the row centred by it: a large one's last bits are not small; and ``rstd``."""
+    """What a row's mean is wrong by, and ``rstd``, from the sums of the row centred by that mean and of its squares.
+
+    A mean that is large beside the deviations is rounded by something that is not small beside them.
+    """
     off = sums / D
     return off, tl.math.rsqrt(tl.maximum(squares / D - off * off, 0.0) + eps)
 
@@ -67,12 +89,25 @@ def layer_norm_forward_kernel(
     x, branch, branch_bias, weight, bias, y, z, mean, rstd, rows, eps,
     D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """``y = x + (branch + branch_bias)``, ``z = (y - mean) rstd weight + bias`` of ROWS rows.
+
+    Grid: a program for ROWS rows; rows beyond the last read as zeros and are not written.
+
+        x            [rows, D]  in   the stream: fp32, fp16 or bf16
+        branch       [rows, D]  in   fp32, fp16 or bf16; or None
+        branch_bias  [D]        in   likewise; or None
+        weight       [D]        in   fp32, fp16 or bf16
+        bias         [D]        in   likewise
+        y            [rows, D]  out  dtype of x; None without a branch, where y is x
+        z            [rows, D]  out  fp32, fp16 or bf16
+        mean, rstd   [rows]     out  fp32
+
+        rows, eps   number of rows, and what is added to the variance
+        ROWS, COLS  tile; rows of D <= COLS are held, wider ones walked over
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     if D <= COLS:
-        column = tl.arange(0, COLS)[None, :]
-        inside = column < D
-        there = (row < rows) & inside
-        at = row * D + column
+        column, inside, there, at = tile_at(0, row, rows, D, COLS)
         values = joined(x, branch, branch_bias, at, column, there, inside)
         if branch is not None:
             tl.store(y + at, values.to(y.dtype.element_ty), mask=there)
@@ -81,13 +116,10 @@ def layer_norm_forward_kernel(
         sums, squares = tl.sum(centred, 1, keep_dims=True), tl.sum(centred * centred, 1, keep_dims=True)
         off, scale = corrections(sums, squares, eps, D)
         store_normed(z, (centred - off) * scale, weight, bias, at, column, there, inside)
-    else:  # y is made three times, of what the cache still has: threads do not see what others of them have written
+    else:  # y is made three times, of inputs that are still cached: without a barrier threads miss what others wrote
         sums = tl.zeros([ROWS, COLS], tl.float32)
         for first in tl.range(0, D, COLS):
-            column = first + tl.arange(0, COLS)[None, :]
-            inside = column < D
-            there = (row < rows) & inside
-            at = row * D + column
+            column, inside, there, at = tile_at(first, row, rows, D, COLS)
             values = joined(x, branch, branch_bias, at, column, there, inside)
             if branch is not None:
                 tl.store(y + at, values.to(y.dtype.element_ty), mask=there)
@@ -96,19 +128,14 @@ def layer_norm_forward_kernel(
         sums = tl.zeros([ROWS, COLS], tl.float32)
         squares = tl.zeros([ROWS, COLS], tl.float32)
         for first in tl.range(0, D, COLS):
-            column = first + tl.arange(0, COLS)[None, :]
-            inside = column < D
-            there = (row < rows) & inside
-            values = joined(x, branch, branch_bias, row * D + column, column, there, inside)
+            column, inside, there, at = tile_at(first, row, rows, D, COLS)
+            values = joined(x, branch, branch_bias, at, column, there, inside)
             centred = tl.where(inside, values - middle, 0.0)
             sums += centred
             squares += centred * centred
         off, scale = corrections(tl.sum(sums, 1, keep_dims=True), tl.sum(squares, 1, keep_dims=True), eps, D)
         for first in tl.range(0, D, COLS):
-            column = first + tl.arange(0, COLS)[None, :]
-            inside = column < D
-            there = (row < rows) & inside
-            at = row * D + column
+            column, inside, there, at = tile_at(first, row, rows, D, COLS)
             values = joined(x, branch, branch_bias, at, column, there, inside)
             store_normed(z, (values - middle - off) * scale, weight, bias, at, column, there, inside)
     tl.store(mean + row, middle + off, mask=row < rows)
@@ -117,7 +144,7 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def normed(d_z, y, at, middle, scale, weights, there):
-    """``d_z``, ``hat`` and ``g`` at a tile."""
+    """``d_z``, ``hat`` and ``g`` at a tile ``[ROWS, COLS]``; all zero where nothing is ``there``, but hat."""
     grad = tl.load(d_z + at, mask=there, other=0.0).to(tl.float32)
     hat = (tl.load(y + at, mask=there, other=0.0).to(tl.float32) - middle) * scale
     return grad, hat, grad * weights
@@ -127,16 +154,27 @@ def normed(d_z, y, at, middle, scale, weights, there):
 def layer_norm_terms_kernel(
     d_z, y, mean, rstd, weight, terms, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """``mean(g)`` and ``mean(g hat)`` of rows that no tile holds."""
+    """``mean(g)`` and ``mean(g hat)`` of rows that are wider than a tile.
+
+    Grid: a program for ROWS rows; rows beyond the last read as zeros and are not written.
+
+        d_z         [rows, D]  in   fp32, fp16 or bf16
+        y           [rows, D]  in   fp32, fp16 or bf16
+        mean, rstd  [rows]     in   fp32
+        weight      [D]        in   fp32, fp16 or bf16
+        terms       [2, rows]  out  fp32
+
+        rows        number of rows
+        ROWS, COLS  tile, at a time
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     middle, scale = tl.load(mean + row, mask=row < rows, other=0.0), tl.load(rstd + row, mask=row < rows, other=0.0)
     plain = tl.zeros([ROWS, COLS], tl.float32)
     along = tl.zeros([ROWS, COLS], tl.float32)
     for first in tl.range(0, D, COLS):
-        column = first + tl.arange(0, COLS)[None, :]
-        inside = column < D
+        column, inside, there, at = tile_at(first, row, rows, D, COLS)
         weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        _, hat, g = normed(d_z, y, row * D + column, middle, scale, weights, (row < rows) & inside)
+        _, hat, g = normed(d_z, y, at, middle, scale, weights, there)
         plain += g
         along += g * hat
     tl.store(terms + row, tl.sum(plain, 1, keep_dims=True) / D, mask=row < rows)
@@ -145,7 +183,7 @@ def layer_norm_terms_kernel(
 
 @triton.jit
 def folded(tile, SUMS: tl.constexpr):
-    """A tile as it is added to ``SUMS`` rows of sums: its own number, or one."""
+    """A tile ``[ROWS, COLS]`` as it is added to ``[SUMS, COLS]``: as it is, or summed over its rows if SUMS is 1."""
     if SUMS == 1:
         return tl.sum(tile, 0, keep_dims=True)
     else:
@@ -158,9 +196,26 @@ def layer_norm_backward_kernel(
     D: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KINDS: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Every program has a block of columns and each ``shares``-th tile of rows; a block is a row, or there are ``terms``.
+    """``d_x = d_y + rstd (g - mean(g) - hat mean(g hat))``, and a share's sums over rows for the gradients of vectors.
 
-    Beyond the rows scale and gradients are zero, and with them all that is summed.
+    Grid: ``BLOCKS * shares`` programs. One has a block of COLS columns and every ``shares``-th tile of rows. A block is
+    a whole row, or a row's means come as ``terms``. Rows beyond the last read as zeros, rstd too, and add nothing to
+    sums.
+
+        d_y         [rows, D]           in   dtype of y; or None
+        d_z         [rows, D]           in   fp32, fp16 or bf16
+        y           [rows, D]           in   fp32, fp16 or bf16
+        mean, rstd  [rows]              in   fp32
+        weight      [D]                 in   fp32, fp16 or bf16
+        terms       [2, rows]           in   fp32, of layer_norm_terms_kernel; or None
+        d_x         [rows, D]           out  dtype of y
+        d_branch    [rows, D]           out  dtype of d_z; None where that is y's, and d_x serves for both
+        parts       [shares, KINDS, D]  out  fp32: sums of the gradients of weight, bias and, of 3 kinds, branch_bias
+
+        rows, count, shares  number of rows, of tiles of ROWS rows, and of programs that share them
+        BLOCKS               of COLS columns
+        ROWS, COLS           tile
+        SUMS                 rows of sums that are kept until the end: ROWS, or 1
     """
     pid = tl.program_id(0)
     share = pid // BLOCKS
@@ -200,17 +255,17 @@ def layer_norm_backward_kernel(
 
 
 def variant(configs: dict[int, Config], wide: Config, width: int) -> Config:
-    """The configuration for rows of ``width``."""
+    """The configuration for rows of ``width``: the first of ``configs`` that is wide enough, or ``wide``."""
     return next((config for widest, config in configs.items() if width <= widest), wide)
 
 
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Rows one after the other: what lies otherwise is copied."""
+    """Tensors whose rows follow each other without gaps: the same ones, or copies."""
     return [None if t is None else t.contiguous() for t in tensors]
 
 
 def forward_launches(x, branch, branch_bias, weight, bias, eps, out_dtype) -> tuple[Tensor, ...]:
-    """``y``, ``z``, ``mean``, ``rstd`` and the launches that compute them."""
+    """``y``, ``z``, ``mean``, ``rstd`` and the launches that compute them; see :func:`forward`."""
     y, z = x.new_empty((0,) if branch is None else x.shape), x.new_empty(x.shape, dtype=out_dtype)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
@@ -226,7 +281,7 @@ def forward_launches(x, branch, branch_bias, weight, bias, eps, out_dtype) -> tu
 
 
 def backward_launches(d_y, d_z, y, mean, rstd, weight, branch_bias: bool) -> tuple[Tensor, ...]:
-    """``d_x``, ``d_branch``, the gradients of the three vectors, and the launches that compute them."""
+    """``d_x``, ``d_branch``, three vectors' gradients, and the launches that compute them; see :func:`backward`."""
     d_x, d_branch = y.new_empty(y.shape), d_z.new_empty((0,) if d_z.dtype == y.dtype else d_z.shape)
     vectors = [weight.new_empty(weight.shape) for _ in range(2 + branch_bias)]
     results = (d_x, d_branch, *vectors, *([] if branch_bias else [weight.new_empty(0)]))
@@ -249,7 +304,7 @@ def backward_launches(d_y, d_z, y, mean, rstd, weight, branch_bias: bool) -> tup
         launches.append(Launch(layer_norm_terms_kernel, rows, first, FORWARD_WIDE))
     arguments |= dict(d_x=d_x, d_branch=d_branch if d_branch.numel() else None, parts=parts, count=tile.count)
     arguments |= dict(shares=shares, BLOCKS=tile.blocks, ROWS=tile.rows, COLS=tile.columns, KINDS=len(vectors))
-    # A thread has all rows of its columns where a warp is no wider than a row: then one sum a column is enough.
+    # Where a row is as wide as all warps together, a thread has all rows of its columns: one sum a column is enough.
     arguments["SUMS"] = 1 if tile.columns >= 256 * config.warps else tile.rows
     launches.append(Launch(layer_norm_backward_kernel, tile.blocks * shares, arguments, config))
     launches.append(column_sums(parts, vectors))
@@ -265,7 +320,19 @@ def forward(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kernel of the op ``layer_norm_forward``."""
+    """Kernel of the op ``layer_norm_forward``.
+
+    Args:
+        x: ``[.., D]`` float32, bfloat16 or float16, the stream.
+        branch: ``[.., D]``, what joins the stream, or None.
+        branch_bias: ``[D]``, added to branch, or None.
+        weight, bias: ``[D]``.
+        eps: added to the variance.
+        out_dtype: of z.
+
+    Returns:
+        y ``[.., D]`` in the dtype of x (empty without a branch), z ``[.., D]``, and mean and rstd ``[..]`` float32.
+    """
     *results, launches = forward_launches(x, branch, branch_bias, weight, bias, eps, out_dtype)
     for launch in launches:
         launch.run()
@@ -281,7 +348,19 @@ def backward(
     weight: Tensor,
     branch_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Kernel of the op ``layer_norm_backward``."""
+    """Kernel of the op ``layer_norm_backward``.
+
+    Args:
+        d_y: ``[.., D]``, the gradient of y in its dtype, or None.
+        d_z: ``[.., D]``.
+        y: ``[.., D]``, the joined stream.
+        mean, rstd: ``[..]`` float32, of the forward.
+        weight: ``[D]``.
+        branch_bias: whether its gradient is asked for.
+
+    Returns:
+        Gradients of x, branch (empty where it is that of x), weight, bias, and branch_bias (empty if not asked for).
+    """
     *results, launches = backward_launches(d_y, d_z, y, mean, rstd, weight, branch_bias)
     for launch in launches:
         launch.run()

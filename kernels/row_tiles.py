@@ -1,4 +1,4 @@
-"""Passes over the rows of a matrix: how they are cut into tiles, and how sums over all rows come about.
+"""Passes over the rows of a matrix: how they are cut into tiles, and how sums over all rows are computed.
 
 Sums of columns are added up without atomics, so that they are the same bits every time: each of a fixed number of
 programs walks over its share of the rows and leaves what it summed, and a second kernel adds that up in order.
@@ -17,14 +17,16 @@ from perceiver_fast.gpu import multiprocessors
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.launch import Launch
 
-NARROWEST, TALLEST = 16, 16  # columns and rows of a tile: addresses and statistics of more rows take more registers
+NARROWEST = 16  # columns of a tile, at least
+TALLEST = 16  # rows of a tile, at most: addresses and statistics of every row take registers
 REGISTERS = 1 << 16  # of a multiprocessor
-COLUMNS, MERGED = 32, 64  # tile of the last sum: whole sectors, and many short walks rather than few long ones
+COLUMNS = 32  # that a program adds up at the end: 128 bytes of float32, as much as memory reads at once
+MERGED = 64  # parts that it reads at a time, so that its walk is short
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A ``rows x columns`` tile a program, ``blocks`` of them side by side, ``count`` below one another."""
+    """How a matrix is cut: into tiles of ``rows x columns``, ``blocks`` of them to a row and ``count`` to a column."""
 
     rows: int
     columns: int
@@ -32,7 +34,10 @@ class Tiles:
     count: int
 
     def shares(self, config: Config, device: torch.device) -> int:
-        """Programs that share the rows of a block of columns: with those of all blocks, what registers hold at once."""
+        """How many programs share the rows of a block of columns: all blocks together, as many as run at once.
+
+        Registers are what limits that.
+        """
         resident = REGISTERS // (32 * config.warps * (config.registers or 256))
         return max(1, min(self.count, resident * multiprocessors(device) // self.blocks))
 
@@ -49,7 +54,17 @@ def column_sums_kernel(
     parts, first, second, third, width, parts_count, blocks,
     KINDS: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the first axis of ``parts [parts_count, KINDS, width]``, in order; one output a kind."""
+    """Sums over the first axis of ``parts``, in order; one output a kind.
+
+    Grid: ``KINDS * blocks`` programs; one has BLOCK columns of one kind. What lies beyond reads as zero.
+
+        parts                 [parts_count, KINDS, width]  in   fp32
+        first, second, third  [width]                      out  fp32, fp16 or bf16; None from the KINDS-th on
+
+        width, parts_count, blocks  columns, parts, and blocks of BLOCK columns
+        KINDS                       1, 2 or 3
+        MERGED                      parts read at a time
+    """
     pid = tl.program_id(0)
     kind = pid // blocks
     column = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -68,7 +83,7 @@ def column_sums_kernel(
 
 
 def column_sums(parts: Tensor, outputs: list[Tensor]) -> Launch:
-    """The launch that adds up ``parts [programs, len(outputs), width]``."""
+    """The launch that adds up ``parts [programs, len(outputs), width]`` into one to three outputs ``[width]``."""
     count, kinds, width = parts.shape
     first, second, third = outputs + [None] * (3 - kinds)
     arguments = dict(parts=parts, first=first, second=second, third=third, width=width, parts_count=count)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
-import itertools
 import json
 import math
 import multiprocessing
@@ -28,13 +27,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from perceiver_fast.gpu import INTERPRETED
@@ -42,7 +41,6 @@ from perceiver_fast.kernels import aot
 from perceiver_fast.kernels.configs import ARCHITECTURES, TABLE, Config, config, table, write
 from perceiver_fast.kernels.tune_candidates import (
     BATCH,
-    Call,
     Need,
     OutOfTime,
     calls_of,
@@ -51,6 +49,77 @@ from perceiver_fast.kernels.tune_candidates import (
     distinct,
 )
 from perceiver_fast.kernels.tune_times import choose
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    top = argparse.ArgumentParser(
+        prog="python -m perceiver_fast.kernels.tune",
+        description="Find the tile shapes of the Triton kernels that are fastest on this GPU, and write them into "
+        "configs.json. Candidates are compiled ahead of time first; those that spill or trap never run.",
+    )
+    add = top.add_argument
+    add(
+        "--kernel", action="append", metavar="PATTERN", default=[],
+        help="only these entries of configs.json; * and ? stand for any characters; may be repeated (default: all)",
+    )  # fmt: skip
+    add(
+        "--arch", type=int, choices=sorted(aot.SHARED),
+        help="the architecture whose entries are written, 90 for sm_90 (default: this GPU's)",
+    )  # fmt: skip
+    add("--out", type=Path, default=TABLE, metavar="FILE", help="what is written (default: %(default)s)")
+    add("--dry-run", action="store_true", help="list what would be timed; write nothing. Needs no GPU")
+    add("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compiling processes (default: %(default)s)")
+    add("--seconds", type=float, default=math.inf, help="stop after about so many; what is done is kept")
+    add("--limit", type=int, metavar="N", help="at most N candidates an entry, the nearest to the shipped")
+    return top
+
+
+def checked(top: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[int, list[str]]:
+    """Architecture and entries; ends the process where the arguments, or this machine, do not allow the run."""
+    gpu = torch.cuda.is_available() and torch.version.cuda is not None
+    if INTERPRETED:
+        top.error("expected to compile kernels, found TRITON_INTERPRET=1, which interprets them; unset it")
+    if not gpu and not args.dry_run:
+        top.error(
+            f"expected an NVIDIA GPU to time the kernels on, found none that torch {torch.__version__} can use; run "
+            "this where there is one, or add --dry-run --arch 90 to see what compiles"
+        )
+    major, minor = torch.cuda.get_device_capability(0) if gpu else (0, 0)
+    arch, known = args.arch or 10 * major + minor, ", ".join(map(str, sorted(aot.SHARED)))
+    if arch not in aot.SHARED:
+        found = f"a GPU of sm_{arch}" if gpu else "neither it nor a GPU"
+        top.error(f"expected --arch to be one of {known}, found {found}; name the one whose entries are meant")
+    if not args.dry_run and arch > 10 * major + minor:
+        top.error(f"expected --arch of at most this GPU's, sm_{major}{minor}, found {arch}; --dry-run compiles for any")
+    names: set[str] = set()
+    for pattern in args.kernel or ["*"]:
+        matched = fnmatch.filter(table(), pattern.replace("[", "[[]"))  # names hold brackets
+        if not matched:
+            there = ", ".join(sorted(table()))
+            top.error(f"expected --kernel to match an entry, found {pattern!r}; there are: {there}")
+        names.update(matched)
+    if min(args.jobs, 1 if args.limit is None else args.limit) < 1:
+        top.error("expected --jobs and --limit of at least 1")
+    if not args.dry_run and not os.access(args.out.parent, os.W_OK):
+        top.error(f"expected a folder to write to, found {args.out.parent}; name another file with --out")
+    return arch, sorted(names)
+
+
+def conditions(arch: int) -> dict[str, object]:
+    """What the times depend on."""
+    driver = "unknown: nvidia-smi was not found"
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        driver = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20).stdout.strip()
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device.name, "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count, "driver": driver, "cuda": torch.version.cuda,
+        "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
+        "entries written": f"sm_{arch}", "batch": BATCH,
+    }  # fmt: skip
 
 
 def put(entries: dict[int, Config], name: str, arch: int, new: Config) -> None:
@@ -77,89 +146,9 @@ def show(console: Console, name: str, needs: Sequence[Need]) -> None:
         view.add_row(*tile, *(("", "", "") if need.faults else numbers), "; ".join((shipped, *need.faults)))
     console.print(view)
     reasons = Counter(re.sub(r"\d+", "n", need.faults[0]) for need in needs if need.faults)
-    alike = sum(not need.faults for need in needs) - sum(not need.faults for need in kept)
-    text = [f"{count} x {reason}" for reason, count in reasons.most_common()]
-    text += [f"{alike} x the same binary as another"] if alike else []
-    console.print(f"{len(kept)} of {len(needs)} candidates to be timed. Left out: {'; '.join(text) or 'none'}\n")
-
-
-def conditions(arch: int) -> dict[str, object]:
-    """What the times depend on."""
-    driver = "unknown: nvidia-smi was not found"
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        driver = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20).stdout.strip()
-    device = torch.cuda.get_device_properties(0)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device.name,
-        "capability": f"{device.major}.{device.minor}",
-        "multiprocessors": device.multi_processor_count,
-        "driver": driver,
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "entries written": f"sm_{arch}",
-        "batch": BATCH,
-    }
-
-
-def parser() -> argparse.ArgumentParser:
-    """All options."""
-    top = argparse.ArgumentParser(
-        prog="python -m perceiver_fast.kernels.tune",
-        description="Find the tile shapes of the Triton kernels that are fastest on this GPU, and write them into "
-        "configs.json. Candidates are compiled ahead of time first; those that spill or trap never run.",
-    )
-    top.add_argument(
-        "--kernel", action="append", metavar="PATTERN", default=[],
-        help="only these entries of configs.json; * and ? stand for any characters; may be repeated (default: all)",
-    )  # fmt: skip
-    top.add_argument(
-        "--arch", type=int, choices=sorted(aot.SHARED),
-        help="the architecture whose entries are written, 90 for sm_90 (default: this GPU's)",
-    )  # fmt: skip
-    top.add_argument("--out", type=Path, default=TABLE, metavar="FILE", help="what is written (default: %(default)s)")
-    top.add_argument("--dry-run", action="store_true", help="list what would be timed; write nothing. Needs no GPU")
-    top.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compiling processes (default: %(default)s)"
-    )
-    top.add_argument("--seconds", type=float, default=math.inf, help="stop after about so many; what is done is kept")
-    top.add_argument("--limit", type=int, metavar="N", help="at most N candidates an entry, the nearest to the shipped")
-    return top
-
-
-def checked(top: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[int, list[str]]:
-    """Architecture and entries; ends the process where the arguments, or this machine, do not allow the run."""
-    gpu = torch.cuda.is_available() and torch.version.cuda is not None
-    if INTERPRETED:
-        top.error("expected to compile kernels, found TRITON_INTERPRET=1, which interprets them; unset it")
-    if not gpu and not args.dry_run:
-        top.error(
-            f"expected an NVIDIA GPU to time the kernels on, found none that torch {torch.__version__} can use; run "
-            "this where there is one, or add --dry-run --arch 90 to see what compiles"
-        )
-    major, minor = torch.cuda.get_device_capability(0) if gpu else (0, 0)
-    arch, known = args.arch or 10 * major + minor, ", ".join(map(str, sorted(aot.SHARED)))
-    if arch not in aot.SHARED:
-        found = f"a GPU of sm_{arch}" if gpu else "neither it nor a GPU"
-        top.error(f"expected --arch to be one of {known}, found {found}; name the one whose entries are meant")
-    if not args.dry_run and arch > 10 * major + minor:
-        top.error(f"expected --arch of at most this GPU's, sm_{major}{minor}, found {arch}; --dry-run compiles for any")
-    names: set[str] = set()
-    for pattern in args.kernel or ["*"]:
-        matched = fnmatch.filter(table(), pattern.replace("[", "[[]"))  # names hold brackets
-        if not matched:
-            top.error(
-                f"expected --kernel to match an entry, found {pattern!r}; there are: {', '.join(sorted(table()))}"
-            )
-        names.update(matched)
-    if min(args.jobs, 1 if args.limit is None else args.limit) < 1:
-        top.error("expected --jobs and --limit of at least 1")
-    if not args.dry_run and not os.access(args.out.parent, os.W_OK):
-        top.error(f"expected a folder to write to, found {args.out.parent}; name another file with --out")
-    return arch, sorted(names)
+    reasons["the same binary as another"] = sum(not n.faults for n in needs) - sum(not n.faults for n in kept)
+    left_out = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common() if count) or "none"
+    console.print(f"{len(kept)} of {len(needs)} candidates to be timed. Left out: {left_out}\n")
 
 
 class Run:
@@ -168,41 +157,36 @@ class Run:
     def __init__(self, args: argparse.Namespace, arch: int):
         self.args, self.arch = args, arch
         self.deadline = time.time() + args.seconds
-        self.console, self.pool = Console(), None
+        self.console = Console()
+        self.status = self.console.status("")
         self.table = {name: dict(archs) for name, archs in table().items()}
         self.log = {} if args.dry_run else conditions(arch) | {"entries": {}}
         self.log_file = args.out.with_name(f"{args.out.stem}.{time.strftime('%Y%m%d-%H%M%S')}.json")
 
-    def compile(self, name: str, calls: Sequence[Call], progress: Progress, task: TaskID) -> list[Need]:
+    def compile(self, name: str) -> list[Need]:
         """What every candidate of an entry needs, the shipped one first."""
-        configs = candidates(name, config(name, self.arch))[: self.args.limit]
-        progress.reset(task, total=len(configs), description=escape(f"compiling {name}"))
-        if self.pool is None:
-            self.pool = ProcessPoolExecutor(
-                self.args.jobs,
-                multiprocessing.get_context("spawn"),
-                signal.signal,  # an interrupt is this process's to handle
-                (signal.SIGINT, signal.SIG_IGN),
-            )
-        repeated = (itertools.repeat(x) for x in (name, calls, self.arch, self.deadline))
-        needs = []
+        configs, needs = candidates(name, config(name, self.arch))[: self.args.limit], []
+        work = partial(compile_candidate, name, calls_of(name, self.arch), self.arch, self.deadline)
+        ours = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # an interrupt is this process's to handle
         try:
-            for need in self.pool.map(compile_candidate, *repeated, configs):
-                needs.append(need)
-                progress.advance(task)
+            with ProcessPoolExecutor(self.args.jobs, multiprocessing.get_context("spawn"), *ours) as pool:
+                for need in pool.map(work, configs):
+                    needs.append(need)
+                    self.status.update(escape(f"{name}: compiled {len(needs)} of {len(configs)}"))
         except BrokenProcessPool:
-            self.pool = None  # the next entry gets a new one
             raise RuntimeError("a compiling process died; try fewer --jobs, memory may be short") from None
         return needs
 
-    def entry(self, name: str, progress: Progress, task: TaskID) -> None:
+    def entry(self, name: str) -> None:
         """Tune one entry, or list what there is to tune."""
-        calls = calls_of(name, self.arch)
-        needs = self.compile(name, calls, progress, task)
+        if time.time() > self.deadline:
+            raise OutOfTime
+        needs = self.compile(name)
         if self.args.dry_run:
             return show(self.console, name, needs)
         shipped, sound = needs[0].config, [need.config for need in distinct(needs)]
-        progress.reset(task, total=None, description=escape(f"timing {name}, {len(sound)} candidates"))
+        self.status.update(escape(f"{name}: timing {len(sound)} candidates"))
+        calls = calls_of(name, self.arch)
         kept, gain, times = choose(name, calls, sound, self.arch, torch.device("cuda"), self.deadline)
         if kept != shipped:
             put(self.table[name], name, self.arch, kept)
@@ -211,7 +195,7 @@ class Run:
             name, {"shipped": asdict(shipped), "kept": asdict(kept), "gain": gain, **times, "compiled": compiled}
         )
         change = f"stays at {words(kept)}" if kept == shipped else f"{words(shipped)} -> {words(kept)}"
-        self.console.print(escape(f"{name}: {change} (best gain {gain:.1%})"))
+        self.console.print(f"{name}: {change} (best gain {gain:.1%})", markup=False)
 
     def record(self, name: str, found: dict) -> None:
         """Keep what was found, in the table and the log, before the next entry."""
@@ -221,30 +205,25 @@ class Run:
 
     def all(self, names: Sequence[str]) -> int:
         """Tune all entries; the exit code."""
-        failed = 0
-        with Progress(console=self.console, transient=True) as progress:
-            total, task = progress.add_task("entries", total=len(names)), progress.add_task("")
+        code = 0
+        with self.status:
             for done, name in enumerate(names):
                 try:
-                    if time.time() > self.deadline:
-                        raise OutOfTime
-                    self.entry(name, progress, task)
+                    self.entry(name)
                 except (OutOfTime, KeyboardInterrupt) as stop:
-                    why = "interrupted" if isinstance(stop, KeyboardInterrupt) else f"{self.args.seconds:g} s are over"
-                    self.console.print(escape(f"{why}; not done: {', '.join(names[done:])}"))
-                    failed = 130 if isinstance(stop, KeyboardInterrupt) else failed
+                    why = f"{self.args.seconds:g} s are over"
+                    if isinstance(stop, KeyboardInterrupt):
+                        why, code = "interrupted", 130
+                    self.console.print(f"{why}; not done: {', '.join(names[done:])}", markup=False)
                     break
                 except Exception as error:  # of this entry's shipped configuration, or its compiling processes
-                    failed = 1
+                    code, failed = 1, f"{type(error).__name__}: {error}"
                     if not self.args.dry_run:
-                        self.record(name, {"failed": f"{type(error).__name__}: {error}"})
-                    self.console.print(escape(f"{name}: left as it is, {type(error).__name__}: {error}"))
-                progress.advance(total)
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+                        self.record(name, {"failed": failed})
+                    self.console.print(f"{name}: left as it is, {failed}", markup=False)
         if self.log.get("entries"):
             self.console.print(f"Wrote {self.args.out} and {self.log_file}")
-        return failed
+        return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

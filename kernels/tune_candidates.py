@@ -49,16 +49,14 @@ class Call:
         return f"{self.op}, {dtype}, {self.channels} channels{', decoder' if self.decoder else ''}"
 
 
-CALLS = (
-    *(
-        Call("grid_attention", *c)
-        for c in itertools.product((torch.float32, torch.bfloat16, torch.float16), (3, 8, 64))
-    ),
-    *(
-        Call("cross_attention", *c)  # float16 takes bfloat16's entries, and its time
-        for c in itertools.product((torch.float32, torch.bfloat16), (64, 128, 261, 512), (False, True))
-    ),
-)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CALLS = [Call("grid_attention", dtype, channels) for dtype in (F32, BF16, F16) for channels in (3, 8, 64)]
+CALLS += [
+    Call("cross_attention", dtype, channels, decoder)
+    for dtype in (F32, BF16)  # float16 takes bfloat16's entries, and its time
+    for channels in (64, 128, 261, 512)
+    for decoder in (False, True)
+]
 
 
 def prepare(call: Call, kernel: str, arch: int, device: torch.device) -> Callable[[], tuple]:
@@ -115,15 +113,16 @@ def calls_of(name: str, arch: int) -> list[Call]:
 
 def candidates(name: str, shipped: Config) -> list[Config]:
     """The shipped configuration, then its neighbours, the nearest first."""
-    most = BLOCK if name.startswith("grid") else LARGEST  # a grid's columns are padded to no more
-    sides = ([size // 2, size, 2 * size] for size in (shipped.queries, shipped.tokens))
-    queries, tokens = ([s for s in side if SMALLEST <= s <= LARGEST] for side in sides)
-    tokens = [size for size in tokens if size <= most]
-    every = [Config(*c) for c in itertools.product(queries, tokens, WARPS, STAGES, REGISTERS)]
+
+    def near(size: int, most: int) -> list[int]:
+        return [side for side in (size // 2, size, 2 * size) if SMALLEST <= side <= most]
 
     def changes(c: Config) -> int:
         return sum(a != b for a, b in zip(asdict(c).values(), asdict(shipped).values()))
 
+    queries = near(shipped.queries, LARGEST)
+    tokens = near(shipped.tokens, BLOCK if name.startswith("grid") else LARGEST)  # a grid's columns are padded to BLOCK
+    every = (Config(*c) for c in itertools.product(queries, tokens, WARPS, STAGES, REGISTERS))
     return [shipped, *sorted((c for c in every if 0 < changes(c) <= CHANGES), key=changes)]
 
 
@@ -153,12 +152,10 @@ def compile_candidate(name: str, calls: Sequence[Call], arch: int, deadline: flo
             with overridden({name: candidate}):
                 launches = prepare(call, name.partition("[")[0], arch, META)()[-1]
             for launch in {id(launch): launch for launch in own(launches, candidate) if launch.weights}.values():
-                half = call.dtype != torch.float32
-                tensor_cores = launch.arguments.get("PRECISION", "bf16" if half else "ieee") in ("bf16", "tf32")
-                instance = launch.instance(str(call), tensor_cores)
+                instance = launch.instance(str(call))
                 compiled = aot.compile_instance(instance, arch)
                 faults = aot.faults(instance, compiled, arch)
-                if compiled.matrix_instructions and not tensor_cores:
+                if compiled.matrix_instructions and not instance.tensor_cores:
                     faults.append("tensor cores for products that are to be float32's")
                 if faults:
                     return Need(candidate, faults=tuple(faults))

@@ -15,8 +15,7 @@ from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
 from perceiver_fast.ops.linear_libraries import use_linear
 from perceiver_fast.ranges import ranges
-
-__version__ = "0.1.0"
+from perceiver_fast.version import __version__
 
 __all__ = [
     "BackendError",
@@ -41,4 +40,5 @@ __all__ = [
     "reference",
     "use_backend",
     "use_linear",
+    "__version__",
 ]

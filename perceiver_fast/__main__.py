@@ -7,7 +7,7 @@ import os
 import sys
 
 import perceiver_fast
-from perceiver_fast.commands import bench, demo, explain, info, profile
+from perceiver_fast.commands import CannotRun, bench, demo, explain, info, profile
 
 # In the order in which a newcomer needs them.
 COMMANDS = {
@@ -55,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         code = COMMANDS[args.command][0].run(args) if args.command else top.print_help() or 0
         sys.stdout.flush()  # what a closed pipe does not take shows here, not when Python exits
         return code
+    except CannotRun as reason:
+        print(f"{args.command}: {reason}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

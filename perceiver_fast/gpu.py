@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -12,6 +15,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter is on: its kernels then run on CPU tensors, in the place of the C++ ones."""
 
 triton_error = None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)"
+
+
+_assumed: ContextVar[int | None] = ContextVar("assumed", default=None)
+
+
+@contextmanager
+def assumed(architecture: int) -> Iterator[None]:
+    """Within, and in this thread, every GPU is taken to be of this architecture: to compile for what is not there."""
+    token = _assumed.set(architecture)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 @functools.cache
@@ -24,7 +40,7 @@ def _gpu(device: torch.device) -> tuple[int, int]:
 
 def architecture(device: torch.device) -> int:
     """The compute capability of a GPU as sm_XY writes it; where there is none to ask, as in explain, an H100's."""
-    return _gpu(device)[0]
+    return _assumed.get() or _gpu(device)[0]
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -14,11 +14,15 @@ from torch.utils import _pytree as pytree
 
 from perceiver_fast.backends import forced_backend
 
-WARM_UP = 3  # calls before the recording: kernels compile, libraries make their workspaces, allocators settle
+WARM_UP = 3  # calls before the recording, in which kernels are compiled and libraries allocate their workspaces
 
 
 def _capture(run: Callable[[], object]) -> tuple[Callable[[], None], object]:
-    """Record ``run``; returns what replays it, and its output, which every replay overwrites."""
+    """Record ``run()``.
+
+    Returns:
+        A function that replays it, and its output, which every replay overwrites.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -37,18 +41,22 @@ def _autocast() -> tuple[bool, torch.dtype]:
 
 
 class Graph:
-    """What :func:`graph` returns: called like the model, with inputs of the example's shapes."""
+    """What :func:`graph` returns: it is called like the model, with inputs of the example's shapes.
+
+    Args:
+        model, args, kwargs, copy: see :func:`graph`.
+    """
 
     def __init__(self, model: nn.Module, args: tuple, kwargs: dict, copy: bool):
         self.model = model
         self.copy = copy
         leaves, self._structure = pytree.tree_flatten((args, kwargs))
-        with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
+        with torch.inference_mode(False):  # inference tensors could not be written to later, outside of inference mode
             self._inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._record()
 
     def _state(self) -> tuple:
-        """Where weights lie, the mode of the model, what autocast asks for, the forced backend: a recording has them."""
+        """All that a recording depends on: where weights lie, the model's mode, autocast, and the forced backend."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         return (
             tuple((t.data_ptr(), t.dtype) for t in tensors),
@@ -58,11 +66,12 @@ class Graph:
         )
 
     def _record(self) -> None:
+        """Record the model on the graph's own inputs."""
         args, kwargs = pytree.tree_unflatten(self._inputs, self._structure)
         enabled, dtype = _autocast()
 
         def run():
-            # What autocast keeps of weights lives until its block ends: a recording would read what is freed then.
+            # Autocast caches cast weights until its block ends, and then frees them; a replay would read freed memory.
             with torch.no_grad(), torch.autocast("cuda", dtype, enabled, cache_enabled=False):
                 return self.model(*args, **kwargs)
 
@@ -84,9 +93,9 @@ class Graph:
             )
         for mine, given in zip(self._inputs, leaves):
             self._check(mine, given)
-        if self._state() != self._recorded:  # weights moved, or another mode: values alone may change freely
+        if self._state() != self._recorded:  # the values of weights may change, not where they are
             self._record()
-        with torch.no_grad():  # or inputs that learn would tie all calls together
+        with torch.no_grad():  # else inputs that require gradients would link all calls in one autograd graph
             for mine, given in zip(self._inputs, leaves):
                 if isinstance(mine, Tensor):
                     mine.copy_(given)
@@ -95,6 +104,7 @@ class Graph:
 
     @staticmethod
     def _check(mine: object, given: object) -> None:
+        """Raise ValueError unless ``given`` is like ``mine``, the example's."""
         if not isinstance(mine, Tensor):
             if mine != given:
                 raise ValueError(

@@ -1,7 +1,8 @@
 """Named ranges for profilers: which layer and which op of this package the time goes to. Off by default.
 
-Layers and ops mark themselves, rather than be marked by hooks: a hook changes the way that a layer takes
-(layers/stream.py). What is off costs a function call and a comparison; torch.compile and torch.export never see any.
+Layers and ops open their ranges themselves. Hooks could not do it, since a layer with a hook is not fused
+(layers/fusing.py). While ranges are off, each costs a function call and a comparison; compiled and exported graphs have
+none.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ _names: Mapping[nn.Module, str] = {}
 
 @contextmanager
 def _both(name: str) -> Iterator[None]:
+    """A range of both kinds."""
     with torch.profiler.record_function(name), torch.cuda.nvtx.range(name):
         yield
 
 
 def _opener(kind: str, where: str) -> Callable[[str], AbstractContextManager] | None:
-    """What opens a range of a kind.
+    """The function that opens a range of a kind; None for ``"off"``. ``where`` names the setting in messages.
 
-    Whether torch was built with CUDA is what counts: asking for a GPU would start the driver, and NVTX needs none.
+    NVTX needs a torch built with CUDA, but no GPU; looking for a GPU would start the driver.
     """
     if kind not in KINDS:
         raise ValueError(f"{where}: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
@@ -95,6 +97,7 @@ class ranges:
 
 
 def _set(kind: str, opener: Callable | None, names: Mapping[nn.Module, str]) -> None:
+    """Set the process's kind of ranges, what opens one, and the names of layers."""
     global _kind, _open, _names
     _kind, _open, _names = kind, opener, names
 
@@ -120,7 +123,7 @@ def op_range(name: str) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def run(*args, **keywords):
-            if torch.compiler.is_compiling() or _open is None:  # in this order: a compiler guards on what it looks at
+            if torch.compiler.is_compiling() or _open is None:  # first, so that no graph is guarded by _open
                 return function(*args, **keywords)
             with _open(name):
                 return function(*args, **keywords)
@@ -144,6 +147,7 @@ def layer_range(forward: F) -> F:
 
 
 def _initial(value: str) -> str:
+    """The kind that a value of PERCEIVER_FAST_RANGES stands for."""
     return {"": "off", "0": "off", "1": "auto"}.get(value, value)
 
 

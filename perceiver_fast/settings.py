@@ -1,4 +1,4 @@
-"""A word that can be forced: for the thread or asyncio task that forces it, until it takes that back."""
+"""A setting with a value for the process, which a thread or an asyncio task can override for itself for a while."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 class Setting:
-    """The value that holds here: the last one forced in this thread or task and not taken back, else the process's own.
+    """A named value: the last one that this thread or task has forced and not released, else that of the process.
 
-    Values forced are taken back in any order: what overlaps (generators, tasks) leaves nothing behind.
+    Forced values can be released in any order, so that overlapping blocks (of generators, of tasks) leave nothing behind.
 
     Args:
         name: for people.
-        initial: the value of threads and tasks that force none.
+        initial: the value of the process, for threads and tasks that force none.
 
     Example:
         >>> from perceiver_fast.settings import Setting
@@ -30,30 +30,29 @@ class Setting:
 
     def __init__(self, name: str, initial: str):
         self.initial = initial
-        self.forced = ""  # what is forced anywhere in the process: compiled graphs are guarded by it
+        self.forced = ""  # all values forced in the process; compiled graphs are guarded by this string
         self._here: ContextVar[tuple] = ContextVar(name, default=())
         self._everywhere: list[_Forced] = []
 
         def constant() -> str:
             return self._value()
 
-        constant._dynamo_marked_constant = (
-            True  # asked while a graph is traced: compilers cannot look into a ContextVar
-        )
+        # Dynamo, which cannot trace a ContextVar, then calls the function while it traces, and takes its result.
+        constant._dynamo_marked_constant = True
         self._constant = constant
 
     def value(self) -> str:
         """The value that holds in this thread or task.
 
-        What was compiled is compiled anew when values are forced or taken back; but threads that force different values
-        at one time share it.
+        Compiled graphs are compiled again when values are forced or released. But threads that force different values
+        at the same time share one graph.
         """
         if not self.forced:
             return self.initial
         return self._constant() if torch.compiler.is_compiling() else self._value()
 
     def force(self, value: str) -> _Forced:
-        """Let ``value`` hold here, until what is returned is released."""
+        """Let ``value`` hold in this thread or task until the returned object is given to :meth:`release`."""
         forced = _Forced(value)
         self._here.set((*self._here.get(), forced))
         self._everywhere.append(forced)
@@ -61,9 +60,10 @@ class Setting:
         return forced
 
     def release(self, forced: _Forced) -> None:
-        """Take back what :meth:`force` returned, and what was forced since, here, without a block of its own.
+        """End a forced value, and the bare ones (forced without a block of their own) that were forced here after it.
 
-        In another thread or task than that it only ends to hold there.
+        Args:
+            forced: what :meth:`force` returned. In another thread or task, it alone ends.
         """
         here = self._here.get()
         since = here[here.index(forced) :] if forced in here else ()
@@ -74,17 +74,19 @@ class Setting:
         self._sum_up()
 
     def _value(self) -> str:
+        """The value that holds in this thread or task, for eager code."""
         for forced in reversed(self._here.get()):
             if forced.holds:
                 return forced.value
         return self.initial
 
     def _sum_up(self) -> None:
+        """Write all forced values of the process into one string."""
         self.forced = ", ".join(forced.value for forced in self._everywhere)
 
 
 class _Forced:
-    """One value that was forced, whether it still holds, and whether it was forced without a block of its own."""
+    """A forced value; whether it still holds; and whether it is bare, forced without a block that would end it."""
 
     def __init__(self, value: str):
         self.value, self.holds, self.bare = value, True, False

@@ -1,42 +1,55 @@
-"""How a call is recorded: exported or traced as a graph, or with gradients."""
+"""What goes on around a call: graphs traced from it, gradients recorded, modes that see its operators one by one."""
 
 from __future__ import annotations
 
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-ANY_SIZE = 4096  # in the place of a size that is not known
+ANY_SIZE = 4096  # stands in for a size that is not known
+
+# Types of plain tensors. On a subclass (quantized, sharded, of masked values) an operator may mean something else.
+PLAIN = (Tensor, nn.Parameter)
+
+
+def intercepted() -> bool:
+    """Whether somebody sees torch's operators one by one: a dispatch mode (explain's, a FLOP counter), or torch.jit.trace.
+
+    They know torch's own operators, so nothing may then run past torch's dispatcher, and no value computed earlier may
+    be used in the place of operators.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
 
 def exports_onnx() -> bool:
-    """Whether a graph is traced for ONNX, which knows torch's operators alone."""
+    """Whether a graph is being traced for ONNX, which has torch's operators but none of this package's."""
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
-# What torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which takes seconds.
+# As torch.compiler.assume_constant_result would set it; but calling that imports torch._dynamo, which takes seconds.
 exports_onnx._dynamo_marked_constant = True
 
 
 def known(size: int) -> int:
-    """``size``, or a number in its place where a graph for any size is traced: comparing would tie the graph to some."""
+    """``size``, or ANY_SIZE where a graph for any size is being traced: a comparison would tie the graph to some sizes."""
     if torch.compiler.is_exporting() and (torch.compiler.is_dynamo_compiling() or type(size) is not int):
         return ANY_SIZE
     return size
 
 
 def own(tensor: Tensor) -> Tensor:
-    """A copy where gradients are recorded: it is kept for the backward, and the caller may refill its own meanwhile.
+    """A copy of an input where gradients are recorded, else the input itself.
 
-    perceiver-pytorch copies its input too, as it joins the encoding to it. Inference tensors become ones to train on.
+    The backward needs what the forward saw, and the caller may refill the input in between. (perceiver-pytorch copies
+    its input, too, when it joins the position codes to it.) The copy of an inference tensor can be trained on.
     """
-    traced = torch._C._get_tracing_state() is not None  # a trace is made with gradients and compared with one without
+    traced = torch._C._get_tracing_state() is not None  # torch.jit.trace compares a run with gradients to one without
     return tensor.clone() if torch.is_grad_enabled() and not traced else tensor
 
 
 def trainable(tensor: Tensor) -> Tensor:
-    """A copy of an inference tensor where gradients are recorded, which cannot keep it for the backward; else ``tensor``."""
+    """``tensor``; or a copy, if it is an inference tensor and gradients are recorded: autograd cannot save those."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor

@@ -1,4 +1,4 @@
-"""Small models of both libraries with one set of weights, and inputs: what people do with modules is done to both."""
+"""Small models of both libraries with the same weights, and inputs. Tests do to both what people do with modules."""
 
 import perceiver_pytorch
 import torch

@@ -13,7 +13,7 @@ from support import relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import reference
-from perceiver_fast.insight import observe
+from perceiver_fast.insight import attention_weights
 from perceiver_fast.layers import Attention
 from perceiver_fast.layers.pre_norm import is_cross_attention
 from perceiver_fast.models import perceiver_io
@@ -146,10 +146,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("piece", [observe.PIECE, 4])
+@pytest.mark.parametrize("piece", [attention_weights.PIECE, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_every_layer_of_every_model(name, piece, monkeypatch):
-    monkeypatch.setattr(observe, "PIECE", piece)  # tokens at once
+    monkeypatch.setattr(attention_weights, "PIECE", piece)  # tokens at once
     theirs, ours, data, call = CASES[name]()
     expected = their_weights(theirs, data, **call)
     modules = dict(ours.named_modules(remove_duplicate=False))

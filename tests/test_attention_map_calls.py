@@ -1,6 +1,7 @@
 """attention_map and contrasting_latents: defaults, what they leave alone, memory, and errors."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -58,6 +59,14 @@ def test_modes_hooks_and_gradients_are_left_alone():
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     assert sum(hooks) == 1 and called
     handle.remove()
+
+
+def test_two_threads_look_at_one_model():
+    model, data = pf.Perceiver(**GRID).eval(), torch.randn(1, *IMAGE)
+    expected = [pf.attention_map(model, data, layer) for layer in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for layer, maps in enumerate(pool.map(lambda layer: pf.attention_map(model, data, layer), [0, 1, 2] * 4)):
+            assert torch.equal(maps, expected[layer % 3])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is kept between inference calls: never used after a parameter changed."""
+"""What is cached between inference calls is never used after a parameter changed."""
 
 import copy
 import importlib
@@ -27,14 +27,14 @@ def data(size=9):
 
 
 def expected(model, x):
-    """What a copy that has kept nothing returns, and with gradients on keeps nothing; ``model`` keeps what it has."""
+    """The output of a copy of ``model`` that has cached nothing, and caches nothing, as gradients are on."""
     with torch.enable_grad():
         return copy.deepcopy(model)(x).detach()
 
 
 @pytest.fixture(params=["mkl", "onednn", "torch"], autouse=True)
 def library(request, monkeypatch):
-    """Every library packs weights its own way; "torch" packs none, but products of parameters are kept all the same."""
+    """Libraries pack weights, each its own way; "torch" packs none, but products of parameters are cached with it, too."""
     monkeypatch.setattr(importlib.import_module("perceiver_fast.ops.linear"), "LARGE", 1)  # small models pack, too
     if linear_libraries.reasons(request.param):
         pytest.skip(f"{request.param}: {linear_libraries.reasons(request.param)}")
@@ -44,15 +44,15 @@ def library(request, monkeypatch):
 
 @pytest.fixture
 def warm(library):
-    """A model that has run twice in inference, so that it keeps all it ever will, and its input."""
+    """A model that has run often enough in inference to have cached all it ever will, and its input."""
     model, x = build(), data()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             for _ in range(3):
                 model(x)
-    kept = [name for m in model.modules() if isinstance(m, Cached) for name in m.cache._entries]
-    assert {"basis", "latents", "queries"} <= set(kept)
-    assert ("weight1" in kept and "to_kv" in kept) == (library != "torch")
+    cached = [name for m in model.modules() if isinstance(m, Cached) for name in m.cache._entries]
+    assert {"basis", "latents", "queries"} <= set(cached)
+    assert ("weight1" in cached and "to_kv" in cached) == (library != "torch")
     return model, x
 
 
@@ -69,7 +69,7 @@ def check(model, x, changed=True, before=None):
 
 
 def every_kind(model):
-    """Parameters whose products are kept, one of each kind."""
+    """Parameters whose products are cached, one of each kind."""
     block = model.layers[0]
     attn, ff = block.self_attns[0][0].fn, block.cross_ff.fn.net
     cross = block.cross_attn
@@ -117,14 +117,14 @@ def test_one_element_written_in_place_is_seen(warm):
 
 
 def test_a_replaced_parameter_is_seen(warm):
-    """As DistributedDataParallel, FSDP and torch.func.functional_call do: views of a flat buffer, new objects."""
+    """DistributedDataParallel and FSDP make parameters views of one buffer; torch.func.functional_call replaces them."""
     model, x = warm
     before = expected(model, x)
     flat = torch.randn(sum(p.numel() for p in model.parameters())) * 0.1
     with torch.no_grad():
         model(x), model(x)
         start = 0
-        for parameter in model.parameters():  # all move into one buffer, which then changes at once
+        for parameter in model.parameters():  # all move into one buffer, which is then changed by one operation
             view = flat[start : start + parameter.numel()].view_as(parameter)
             view.copy_(parameter)
             parameter.data = view
@@ -242,14 +242,14 @@ def test_explain_and_transforms_leave_nothing(warm):
     check(model, x)
 
 
-def test_a_trace_holds_no_kept_values(library):
+def test_a_trace_holds_no_cached_values(library):
     model, x = pf.PerceiverIO(dim=9, queries_dim=6, logits_dim=5, num_latents=6, latent_dim=16, depth=1).eval(), data()
     x = x.flatten(1, 2).repeat(1, 1, 3)
     with torch.no_grad():
         for _ in range(3):
             model(x)
         traced = torch.jit.trace(model, (x,))
-        for parameter in model.parameters():  # the trace's, too
+        for parameter in model.parameters():  # which are the trace's, too
             parameter.mul_(1.1)
         assert relative_error(traced(x), expected(model, x)) < 1e-5
 
@@ -265,14 +265,14 @@ def test_the_cache_itself():
         for _ in range(2):
             assert torch.equal(cache.get("a", (weight,), build_value), torch.full((3,), 2.0))
         assert len(calls) == 1
-        cache.get("a", (weight,), build_value, key=1)
+        cache.get("a", (weight,), build_value, cache_key=1)
         assert len(calls) == 2
     with torch.inference_mode():
-        value = cache.get("a", (weight,), build_value, key=1)
+        value = cache.get("a", (weight,), build_value, cache_key=1)
         assert len(calls) == 2 and not value.is_inference()
-        cache.get("b", (torch.ones(3),), build_value)  # made in inference mode: no version to go by
+        cache.get("b", (torch.ones(3),), build_value)  # torch counts no versions of inference tensors
         assert len(calls) == 3 and "b" not in cache._entries
-    cache.get("a", (weight,), build_value, key=1)
+    cache.get("a", (weight,), build_value, cache_key=1)
     assert len(calls) == 4 and not cache._entries
 
 

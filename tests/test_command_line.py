@@ -22,7 +22,7 @@ def test_help(command, capsys):
         assert "examples:" in shown and "exit codes:" in shown
 
 
-@pytest.mark.parametrize("name", ["explain", "info"])
+@pytest.mark.parametrize("name", ["demo", "explain", "info", "profile"])
 def test_every_option_says_what_it_does(name):
     subparsers = next(action for action in command_line.parser()._actions if action.choices)
     parser = subparsers.choices[name]
@@ -42,7 +42,9 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["no-such"], ["--no-such"], ["info", "--no-such"], ["explain", "extra"]], ids=str
+    "arguments",
+    [["no-such"], ["--no-such"], ["info", "--no-such"], ["explain", "extra"], ["demo", "--repeats", "0"]],
+    ids=str,
 )
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as done:

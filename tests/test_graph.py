@@ -1,4 +1,4 @@
-"""CUDA graphs: the bookkeeping, with a recording that runs the model again in the place of CUDA's; CUDA's where it is."""
+"""CUDA graphs. Without a GPU a replay runs the model again, so that all but the recording itself is tested."""
 
 import importlib
 

@@ -14,9 +14,9 @@ from support import needs_extension
 import perceiver_fast as pf
 from perceiver_fast import extension
 from perceiver_fast.__main__ import main
-from perceiver_fast.commands import info
-from perceiver_fast.insight import roofs
+from perceiver_fast.insight import environment, roofs
 from perceiver_fast.insight.roofs import Roofs
+from perceiver_fast.ops.declaration import OPS
 
 PACKAGE = Path(pf.__file__).parent
 
@@ -52,7 +52,7 @@ def test_as_tables(capsys, monkeypatch):
     assert "active isa" in shown and "PERCEIVER_FAST_SKIP_BUILD" in shown and "HOME_OF_SOMETHING" not in shown
     rows = [line.split() for line in shown.splitlines()]
     assert ["grid_attention", "cpu", "triton"] in rows or ["grid_attention", "cpu", "reference"] in rows
-    for op in info.OPS:
+    for op in OPS:
         assert f"{op} on cpu: cpu" in shown and f"{op} on cuda: " in shown
     assert "not cpu: it runs on cpu tensors, not cuda" in shown
     assert max(map(len, shown.splitlines())) > 100  # reasons are not broken into pieces
@@ -72,11 +72,11 @@ def test_roofs_are_measured_when_asked_for(capsys, monkeypatch):
 
 
 def test_what_was_never_built_is_no_problem(monkeypatch):
-    monkeypatch.setattr(info.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(extension, "error", "the C++ extension was not built")
     for record, found in (({}, []), ({"skipped": "no compiler"}, []), ({"compiler": "c++"}, [extension.error])):
         monkeypatch.setattr(extension, "build_record", record.copy)
-        assert info.problems() == found
+        assert environment.problems() == found
 
 
 def test_cuda_kernels_of_another_torch_are_no_problem(monkeypatch):
@@ -85,10 +85,10 @@ def test_cuda_kernels_of_another_torch_are_no_problem(monkeypatch):
     monkeypatch.setattr(extension, "build_record", lambda: {"cuda": {"nvcc": "13"}})
     for version, found in ((None, []), ("13.0", [extension.cuda_error])):
         monkeypatch.setattr(torch.version, "cuda", version)
-        assert info.problems() == found
+        assert environment.problems() == found
     monkeypatch.setattr(extension, "build_record", lambda: {"cuda": {"skipped": "no nvcc"}})
     monkeypatch.setattr(extension, "__file__", "/nowhere/extension.py")
-    assert info.problems() == []
+    assert environment.problems() == []
 
 
 def run_info(*options, folder=None, **env):

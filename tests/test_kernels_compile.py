@@ -16,10 +16,10 @@ ARCHITECTURES = (80, 90, 100)
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_everything_that_ships_compiles(architecture, record_property, capsys):
-    from perceiver_fast.kernels import aot
+    from perceiver_fast.insight import gpu_kernels
 
     found, faults = [], {}
-    for report in aot.compile_all(architecture):
+    for report in gpu_kernels.compile_all(architecture):
         found.append(report)
         if report.faults:
             faults[report.name] = report.faults
@@ -43,9 +43,10 @@ def test_faults_are_named():
     """A configuration that cannot fit is found out."""
     from dataclasses import replace
 
+    from perceiver_fast.insight import gpu_kernels
     from perceiver_fast.kernels import aot
 
-    shipped = next(i for i in aot.instances(90) if i.name.startswith("grid_attention_forward[bfloat16, 3"))
+    shipped = next(i for i in gpu_kernels.instances(90) if i.name.startswith("grid_attention_forward[bfloat16, 3"))
     starved = replace(shipped, config=replace(shipped.config, registers=64), registers=64)
     (fault,) = aot.faults(starved, aot.compile_instance(starved, 90), 90)
     assert "local loads and stores" in fault

@@ -153,7 +153,7 @@ def test_what_is_compiled_ahead_is_what_a_call_finds_in_tritons_cache(monkeypatc
         make = tune_candidates.prepare(call, name.partition("[")[0], 90, tune_candidates.META)
         launch = next(x for x in tune_candidates.own(make()[-1], shipped) if x.weights)
         with pytest.raises(Ahead) as compiled:
-            aot.compile_instance(launch.instance(name, True), 90)
+            aot.compile_instance(launch.instance(name), 90)
         launch.kernel.run(grid=(1,), warmup=True, **launch.arguments, **launch.config.options)
         assert found.pop() == str(compiled.value)
 

@@ -36,22 +36,9 @@ COLUMNS = {  # as ncu prints them: identity first, then metrics with their units
 
 def launch(number, kernel, *metrics):
     """One row of ncu's table."""
-    ranges = '7  "<default domain>:profiled:none:none:none:none:none:none"'
-    identity = [
-        number,
-        "4711",
-        "python3.11",
-        "127.0.0.1",
-        kernel,
-        ranges,
-        "1",
-        "7",
-        "(128, 1, 1)",
-        "(512, 8, 1)",
-        "0",
-        "9.0",
-    ]
-    return [str(value) for value in (*identity, *metrics)]
+    ranges, sizes = '7  "<default domain>:profiled:none:none:none:none:none:none"', ("(128, 1, 1)", "(512, 8, 1)")
+    process = (number, "4711", "python3.11", "127.0.0.1")
+    return [str(value) for value in (*process, kernel, ranges, "1", "7", *sizes, "0", "9.0", *metrics)]
 
 
 ATTENTION = ("81.25", "40.00", "3.10", "1,048,576", "2,048", "{}", "168", "0", "n/a", "0", "0.40", "2.50", "1.20")
@@ -85,7 +72,7 @@ def test_a_table_of_ncu_becomes_a_line_a_kernel(tmp_path, capsys):
     assert norm["bound_by"] == "latency (long_scoreboard)" and (norm["local_loads"], norm["local_stores"]) == (12, 3)
     assert summarize.main([str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "layer_norm_forward_kernel" in shown and "n/a" in shown and "110.0" in shown
+    assert "grid_attention_forward_kernel" in shown and "n/a" in shown and "110.0" in shown
 
 
 def test_units_are_looked_at():

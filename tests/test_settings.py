@@ -1,4 +1,4 @@
-"""What is forced holds for a thread or task, and ends in any order."""
+"""Forced settings hold for one thread or task, and may end in any order."""
 
 import asyncio
 import threading
@@ -55,7 +55,7 @@ def test_what_a_generator_forces_ends_with_it():
     one, other = rows(), rows()
     assert next(one) == next(other) == "reference"
     one.close()
-    assert forced_backend() == "reference"  # of the other one
+    assert forced_backend() == "reference"  # by the other generator, which still runs
     other.close()
     assert forced_backend() == "auto"
 
@@ -88,7 +88,7 @@ def test_compiled_models_notice():
 
 
 def test_checkpointed_blocks_run_twice_on_what_was_forced(monkeypatch):
-    """The second time is in the backward, maybe of another thread."""
+    """The backward, which may run in another thread, computes the forward again on the backend that was forced."""
     from perceiver_fast.models import stack
 
     model, used = pf.Perceiver(**SMALL, checkpoint=True), []

@@ -4,7 +4,7 @@
 #   benchmarks/nsight/ncu.sh [OPTIONS]
 #
 # OPTIONS are those of `perceiver-fast profile`, but --tool, --pass and --out; --kernel grid_attention takes that op's
-# kernels alone, --dry-run prints the command lines. Kernels and metrics: perceiver_fast/commands/profile_metrics.py.
+# kernels alone, --dry-run prints the command lines. Kernels and metrics: perceiver_fast/insight/ncu.py.
 # OUT (default: out/ncu) is where reports, tables (*.csv) and summaries (*.json) go; PYTHON (default: python3) runs it.
 # Exit code: 0, or 2 when ncu or a GPU is not there.
 set -euo pipefail

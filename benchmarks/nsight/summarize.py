@@ -11,12 +11,17 @@ import csv
 import json
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from perceiver_fast.commands.profile_metrics import BOUND_FROM, LIMITS, METRICS, STALL
+from rich.markup import escape
+
+from benchmarks.output import table, wide_console
+from perceiver_fast.insight.ncu import BOUND_FROM, LIMITS, METRICS, STALL, Metric
 
 KERNEL = "Kernel Name"
+WIDTH = 180  # of the table where it is printed into a file
 # What ncu's units are of ours; without --print-units base it scales them, and has spelled them in two ways.
 SCALES = {
     "ns": {"ns": 1, "nsecond": 1, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6, "s": 1e9, "second": 1e9},
@@ -53,18 +58,15 @@ def number(text: str | None) -> float | None:
         return None
 
 
-def _value(metric, row: dict[str, str], units: dict[str, str]) -> float | None:
+def _value(metric: Metric, row: dict[str, str], units: dict[str, str]) -> float | None:
     for name in metric.names:
         value = number(row.get(name))
-        if value is None:
-            continue
-        scales = SCALES.get(metric.unit)
-        if scales is None:
-            return value
-        if units[name] not in scales:
-            known = ", ".join(scales)
-            raise Unreadable(f"{name}: expected a unit among {known}, got {units[name]!r}; use --print-units base")
-        return value * scales[units[name]]
+        if value is not None:
+            scales = SCALES.get(metric.unit, {units[name]: 1})  # what is counted has a unit of its own: inst, register
+            if units[name] not in scales:
+                known = ", ".join(scales)
+                raise Unreadable(f"{name}: expected a unit among {known}, got {units[name]!r}; use --print-units base")
+            return value * scales[units[name]]
     return None
 
 
@@ -75,7 +77,7 @@ def _stall(row: dict[str, str]) -> str | None:
         match, value = STALL.fullmatch(name or ""), number(text)
         if match and value is not None and match["reason"] not in ("selected", "not_selected"):
             found[match["reason"]] = value
-    return max(found, key=found.get) if found else None
+    return max(found, key=found.get, default=None)
 
 
 def bound_by(values: dict[str, float | None], stall: str | None) -> str:
@@ -98,50 +100,43 @@ def bound_by(values: dict[str, float | None], stall: str | None) -> str:
 
 def summarize(units: dict[str, str], rows: list[dict[str, str]]) -> list[dict]:
     """One dict a kernel, the longest first: ``kernel``, ``launches``, the medians over them of all METRICS by their
-    keys (None where ncu has none), ``total`` ns of all launches, ``stall`` and ``bound_by``."""
-    launches: dict[str, list[dict]] = {}
+    keys (None where ncu has none), ``total`` ns of all launches, ``stall`` (the longest launch's) and ``bound_by``."""
+    launches = defaultdict(list)
     for row in rows:
-        values = {metric.key: _value(metric, row, units) for metric in METRICS}
-        launches.setdefault(row[KERNEL], []).append(values | {"stall": _stall(row)})
+        launches[row[KERNEL]].append({metric.key: _value(metric, row, units) for metric in METRICS} | {"row": row})
     kernels = []
     for kernel, found in launches.items():
-        known = {m.key: [f[m.key] for f in found if f[m.key] is not None] for m in METRICS}
+        known = {m.key: [launch[m.key] for launch in found if launch[m.key] is not None] for m in METRICS}
         values = {key: statistics.median(of) if of else None for key, of in known.items()}
-        slowest = max(found, key=lambda f: f["time"] or 0.0)
+        stall = _stall(max(found, key=lambda launch: launch["time"] or 0.0)["row"])
         total = sum(known["time"]) if known["time"] else None
-        record = {"kernel": kernel, "launches": len(found), "total": total, **values, "stall": slowest["stall"]}
-        kernels.append(record | {"bound_by": bound_by(values, slowest["stall"])})
+        record = {"kernel": kernel, "launches": len(found), "total": total, **values, "stall": stall}
+        kernels.append(record | {"bound_by": bound_by(values, stall)})
     return sorted(kernels, key=lambda kernel: -(kernel["total"] or 0.0))
 
 
-def _cell(value: float | None, scale: float = 1.0, digits: int = 0) -> str:
-    return "n/a" if value is None else f"{value * scale:,.{digits}f}"
-
-
-def _sum(kernel: dict, *keys: str) -> float | None:
+def _cell(kernel: dict, *keys: str, scale: float = 1.0, digits: int = 0) -> str:
+    """The sum of a kernel's values, for people."""
     values = [kernel[key] for key in keys]
-    return None if None in values else sum(values)
+    return "n/a" if None in values else f"{sum(values) * scale:,.{digits}f}"
 
 
 def show(kernels: list[dict]) -> None:
     """Print :func:`summarize`'s result for people."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="kernels by ncu", caption="% of the peak over elapsed cycles; medians over launches")
-    table.add_column("kernel", no_wrap=True)
-    for name in ("n", "us", "bound by", *(f"{limit} %" for limit in LIMITS)):
-        table.add_column(name, justify="right")
-    for name in ("DRAM MB", "L2 hits %", "occupancy %", "registers", "spills"):
-        table.add_column(name, justify="right")
-    for k in kernels:
-        cells = [str(k["launches"]), _cell(k["time"], 1e-3, 1), k["bound_by"], *(_cell(k[limit]) for limit in LIMITS)]
-        cells += [_cell(_sum(k, "dram_read", "dram_written"), 1e-6, 1), _cell(k["l2_hits"]), _cell(k["occupancy"])]
-        cells += [_cell(k["registers"]), _cell(_sum(k, "local_loads", "local_stores"))]
-        table.add_row(escape(k["kernel"]), *cells)
-    console = Console()
-    (console if console.is_terminal else Console(width=180)).print(table)
+    headers = ("kernel", "n", "us", "bound by", *(f"{limit} %" for limit in LIMITS))
+    headers += ("DRAM MB", "L2 hits %", "occupancy %", "registers", "spills")
+    rows = [
+        (
+            escape(k["kernel"]), _cell(k, "launches"), _cell(k, "time", scale=1e-3, digits=1), k["bound_by"],
+            *(_cell(k, key) for key in LIMITS), _cell(k, "dram_read", "dram_written", scale=1e-6, digits=1),
+            *(_cell(k, key) for key in ("l2_hits", "occupancy", "registers")), _cell(k, "local_loads", "local_stores"),
+        )
+        for k in kernels
+    ]  # fmt: skip
+    caption = "% of the peak over elapsed cycles; medians over launches"
+    view = table("kernels by ncu", headers, rows, caption=caption)
+    view.columns[0].no_wrap = True  # names are looked for
+    wide_console(WIDTH).print(view)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,10 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, UnicodeDecodeError, Unreadable) as reason:
         print(f"summarize: {args.csv}: {reason}", file=sys.stderr)
         return 2
-    if args.json:
-        print(json.dumps(kernels, indent=2))
-    else:
-        show(kernels)
+    print(json.dumps(kernels, indent=2)) if args.json else show(kernels)
     return 0
 
 

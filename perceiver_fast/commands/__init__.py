@@ -2,3 +2,21 @@
 
 Exit codes: 0, all is well; 1, it ran and what it found is not; 2, it could not run, and standard error says why.
 """
+
+from pathlib import Path
+
+
+class CannotRun(Exception):
+    """What a command needs is not there. Its message says what, and what to do; the exit code is 2."""
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for what a command leaves, unless it is there.
+
+    Raises:
+        CannotRun: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotRun(str(error)) from None

@@ -1,113 +1,108 @@
 """Time and peak memory of one model in a fresh process, so that nothing ran before it and nothing else counts.
 
-``python -m perceiver_fast.commands.demo_process LIBRARY FOLDER`` is that process; :func:`run` starts it. Both speak through
-files of a folder: ``task.pt`` (model arguments, weights, input) goes in, ``LIBRARY.pt`` (output) and ``LIBRARY.json``
-(time and memory) come out. Lines on standard output say how far it is.
+``python -m perceiver_fast.commands.demo_process FOLDER`` is that process; :func:`measure` starts it. Both speak through
+files of a folder, ``task.pt`` and ``result.pt``. Lines on standard output say how far it is.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
-import json
-import math
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
-Report = Callable[[str], object]
+import perceiver_fast as pf
+from perceiver_fast.insight.console import Report
+from perceiver_fast.insight.geometries import Geometry
+from perceiver_fast.insight.peer import peer_model
+
+SEED = 0
+FAST, ORIGINAL = "perceiver-fast", "perceiver-pytorch"
 
 
 class MeasureError(RuntimeError):
-    """The measuring process failed; the message says how."""
+    """The measuring process failed, or was not started; the message says why."""
 
 
-def original_bytes(arguments: dict, sizes: Sequence[int]) -> int:
+def original_bytes(geometry: Geometry) -> int:
     """Memory that one inference forward of perceiver-pytorch 0.11.0 adds, batch 1, float32: what it holds at once.
 
     The peak is in a cross-attention, while these tensors of M rows are alive:
     positions (A columns), their encoding, the tokens, the normalised tokens, keys and values, and the logits of all
     heads twice: as multiplied and as scaled, then as scaled and as probabilities. What the latents need is left out.
 
-    Args:
-        arguments: of ``perceiver_pytorch.Perceiver``.
-        sizes: the grid's sizes n_1 .. n_A.
-
     Example:
-        >>> arguments = dict(num_freq_bands=6, input_channels=3, num_latents=256)
-        >>> original_bytes(arguments, (427, 640))
+        >>> from dataclasses import replace
+        >>> from perceiver_fast.insight.geometries import GEOMETRIES
+        >>> original_bytes(replace(GEOMETRIES["readme"], sizes=(427, 640)))
         793605120
     """
-    axes, heads = len(sizes), arguments.get("cross_heads", 1)
-    encoding = axes * (2 * arguments["num_freq_bands"] + 1)
-    channels = arguments["input_channels"] + encoding
-    keys_and_values = 2 * heads * arguments.get("cross_dim_head", 64)
-    logits = 2 * heads * arguments["num_latents"]
-    columns = axes + encoding + 2 * channels + keys_and_values + logits
-    return math.prod(sizes) * columns * torch.float32.itemsize
+    encoding = geometry.token_channels - geometry.channels
+    keys_values_and_logits = 2 * geometry.heads * (geometry.dim_head + geometry.queries)
+    columns = len(geometry.sizes) + encoding + 2 * geometry.token_channels + keys_values_and_logits
+    return geometry.tokens * columns * torch.float32.itemsize
 
 
-def original_needs(arguments: dict, sizes: Sequence[int], weight_bytes: int) -> int:
-    """Memory of a process that runs perceiver-pytorch: it holds the weights twice while it loads them, later once."""
+def _check_memory(geometry: Geometry) -> None:
+    """perceiver-pytorch's process holds the weights twice while it loads them, and later once beside its tensors."""
     import psutil
 
+    with torch.device("meta"):
+        weights = sum(tensor.nbytes for tensor in geometry.build().state_dict().values())
     process = psutil.Process().memory_info().rss  # Python with PyTorch loaded, as this one
-    return process + weight_bytes + max(weight_bytes, original_bytes(arguments, sizes))
+    needed = process + weights + max(weights, original_bytes(geometry))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MeasureError(f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free: not run")
 
 
-def available_memory() -> int:
-    """Bytes that can be used without swapping."""
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-def write_task(
-    folder: Path, arguments: dict, weights: dict[str, Tensor], data: Tensor, repeats: int, threads: int
-) -> None:
-    """Leave in ``folder`` what :func:`run` runs."""
-    task = {"arguments": arguments, "weights": weights, "data": data, "repeats": repeats, "threads": threads}
-    torch.save(task, folder / "task.pt")
+def build(model: str, geometry: Geometry) -> nn.Module:
+    """FAST's or ORIGINAL's model of a geometry, with the same weights: those of ours for SEED."""
+    torch.manual_seed(SEED)
+    fast = geometry.build().eval()
+    return fast if model == FAST else peer_model(geometry, fast.state_dict()).eval()
 
 
-def run(library: str, folder: Path, report: Report) -> dict:
-    """Run the task of ``folder`` with ``LIBRARY.Perceiver`` in a fresh process.
+def measure(model: str, geometry: Geometry, data: Tensor, repeats: int, threads: int, say: Report) -> dict:
+    """Time a model's forward in a fresh process, after a warm-up.
 
     Args:
-        library: name of a module that has a Perceiver.
-        folder: where :func:`write_task` wrote.
-        report: called with a line of progress.
+        model: FAST or ORIGINAL.
+        geometry: what is built.
+        data: the model's input.
+        repeats: timed forwards.
+        threads: of the CPU.
+        say: called with how far it is.
 
     Returns:
-        dict: ``seconds`` (a list, one a repeat), ``peak_bytes_added`` (None where the system cannot tell), ``paths``
-        (of a perceiver_fast model's attention, by :func:`perceiver_fast.explain`) and ``output``, a Tensor.
+        dict: ``seconds`` (a list, one a repeat), ``peak_bytes_added`` (None where the system cannot tell), ``output``, a
+        Tensor, and of FAST ``paths``, how many layers run what, by :func:`perceiver_fast.explain`.
 
     Raises:
-        MeasureError: the process failed or was killed.
+        MeasureError: ORIGINAL needs more memory than is free; the process failed, or was killed.
     """
-    command = [sys.executable, "-m", "perceiver_fast.commands.demo_process", library, str(folder)]
-    with (
-        open(folder / "errors.txt", "w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        for line in process.stdout:
-            report(line.strip())
-        code = process.wait()
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or [""])[-1]
-    if code < 0:
-        name = signal.Signals(-code).name
-        raise MeasureError(f"killed by {name}" + (", most likely out of memory" if name == "SIGKILL" else ""))
-    if code:
-        raise MeasureError(f"failed with exit code {code}: {last}")
-    result = json.loads((folder / f"{library}.json").read_text())
-    return result | {"output": torch.load(folder / f"{library}.pt", weights_only=True)}
+    if model == ORIGINAL:
+        _check_memory(geometry)
+    with TemporaryDirectory() as folder:
+        torch.save((model, geometry, data, repeats, threads), Path(folder) / "task.pt")
+        command, line = [sys.executable, "-m", __name__, folder], ""
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            for line in process.stdout:
+                say(line.strip())
+        code = process.returncode
+        if code < 0:
+            name = signal.Signals(-code).name
+            raise MeasureError(f"killed by {name}" + (", most likely out of memory" if name == "SIGKILL" else ""))
+        if code:
+            raise MeasureError(f"failed with exit code {code}: {line.strip()}")
+        return torch.load(Path(folder) / "result.pt", weights_only=True)
 
 
 def _resident(field: str) -> int:
@@ -129,35 +124,27 @@ def _start_of_peak() -> int | None:
         return None
 
 
-def _forwards(model: nn.Module, data: Tensor, repeats: int, report: Report) -> tuple[Tensor, list[float], int | None]:
-    seconds, before = [], _start_of_peak()
+def main(folder: Path) -> None:
+    """Run the task of ``folder``; this process does nothing else."""
+    print("loading", flush=True)
+    name, geometry, data, repeats, threads = torch.load(folder / "task.pt", weights_only=False)  # measure's own
+    torch.set_num_threads(threads)
+    model, seconds = build(name, geometry), []
+    before = _start_of_peak()
     with torch.inference_mode():
-        report("warm-up")
-        output = model(data)
-        for i in range(repeats):
-            report(f"repeat {i + 1} of {repeats}")
+        for repeat in range(repeats + 1):
+            print(f"repeat {repeat} of {repeats}" if repeat else "warm-up", flush=True)
             start = time.perf_counter()
             output = model(data)
             seconds.append(time.perf_counter() - start)
-    return output, seconds, None if before is None else _resident("VmHWM") - before
-
-
-def main(library: str, folder: Path) -> None:
-    """Run the task of ``folder``; this process does nothing else."""
-    print("loading", flush=True)
-    task = torch.load(folder / "task.pt", weights_only=True)
-    torch.set_num_threads(task["threads"])
-    model = importlib.import_module(library).Perceiver(**task["arguments"]).eval()
-    model.load_state_dict(task.pop("weights"))  # strict, and freed at once
-    output, seconds, peak = _forwards(model, task["data"], task["repeats"], lambda line: print(line, flush=True))
-    result = {"seconds": seconds, "peak_bytes_added": peak}
-    if library == "perceiver_fast":
-        layers = importlib.import_module(library).explain(model, task["data"]).layers
+    peak = None if before is None else _resident("VmHWM") - before
+    result = {"output": output.clone(), "seconds": seconds[1:], "peak_bytes_added": peak}
+    if name == FAST:
+        layers = pf.explain(model, data).layers
         attention = [layer.choice for layer in layers if layer.path or layer.choice.op == "self_attention"]
-        result["paths"] = [f"{choice.op} on {choice.backend}" for choice in attention]
-    torch.save(output.clone(), folder / f"{library}.pt")
-    (folder / f"{library}.json").write_text(json.dumps(result))
+        result["paths"] = dict(Counter(f"{choice.op} on {choice.backend}" for choice in attention))
+    torch.save(result, folder / "result.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

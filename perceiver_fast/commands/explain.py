@@ -15,10 +15,10 @@ import torch
 import perceiver_fast as pf
 from perceiver_fast import extension
 from perceiver_fast.commands import explain_table
-from perceiver_fast.commands.options import positive
 from perceiver_fast.insight import roofs
 from perceiver_fast.insight.explanation import Explanation
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.options import positive
 from perceiver_fast.insight.roofs import Roofs
 from perceiver_fast.insight.shapes import on_shapes
 from perceiver_fast.ops.linear_libraries import wide_bfloat16
@@ -42,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    if args.list and args.json:
+        print(json.dumps([_describe(geometry) for geometry in GEOMETRIES.values()], indent=2))
+        return 0
     if args.list:
-        if args.json:
-            print(json.dumps([_describe(geometry) for geometry in GEOMETRIES.values()], indent=2))
-        else:
-            explain_table.show_geometries(GEOMETRIES.values())
+        explain_table.show_geometries(GEOMETRIES.values())
         return 0
     if args.geometry is None:
         print("explain: expected --geometry NAME; --list shows the names", file=sys.stderr)
@@ -56,15 +56,16 @@ def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
-        return _explain(args, GEOMETRIES[args.geometry])
+        _explain(args, GEOMETRIES[args.geometry])
     except pf.BackendError as error:
         print(f"explain: {error}", file=sys.stderr)
         return 2
     finally:
         torch.set_num_threads(threads)
+    return 0
 
 
-def _explain(args: argparse.Namespace, geometry: Geometry) -> int:
+def _explain(args: argparse.Namespace, geometry: Geometry) -> None:
     size = (args.batch, *geometry.sizes, geometry.channels)
     found = pf.explain(*on_shapes(geometry.build, size, DTYPES[args.dtype], args.device))
     measured, why_not = measured_roofs(found, torch.get_num_threads())
@@ -73,7 +74,6 @@ def _explain(args: argparse.Namespace, geometry: Geometry) -> int:
         print(json.dumps(about | found.to_dict(measured), indent=2))
     else:
         explain_table.show(geometry, found, measured, why_not, why=args.why)
-    return 0
 
 
 def measured_roofs(found: Explanation, threads: int) -> tuple[Roofs | None, str | None]:
@@ -90,12 +90,6 @@ def measured_roofs(found: Explanation, threads: int) -> tuple[Roofs | None, str 
 
 
 def _describe(geometry: Geometry) -> dict:
-    return {
-        "geometry": geometry.name,
-        "family": geometry.family,
-        "sizes": list(geometry.sizes),
-        "channels": geometry.channels,
-        "model": geometry.model,
-        "source": geometry.source,
-        "cut": geometry.cut,
-    }
+    """What JSON says of a geometry."""
+    names = "family", "sizes", "channels", "model", "source", "cut"
+    return {"geometry": geometry.name} | {name: getattr(geometry, name) for name in names}

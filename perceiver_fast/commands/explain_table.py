@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from perceiver_fast.commands.console import plain_table, wide_console
-from perceiver_fast.insight.explanation import Explanation, LayerPath, notes, rejections
+from perceiver_fast.insight.console import plain_table, wide_console
+from perceiver_fast.insight.explanation import Explanation, Layers, Line, amount, rejections
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.insight.roofs import Roofs
-from perceiver_fast.insight.work import Counts, binary, decimal
+from perceiver_fast.ops.work import binary, decimal
 
 PEER = "perceiver-pytorch"
 
@@ -35,46 +34,47 @@ def show(geometry: Geometry, found: Explanation, roofs: Roofs | None, why_not: s
     console.print(_table(found, roofs))
     for line in _captions(roofs, why_not):
         console.print(line, style="dim", markup=False, highlight=False)
-    if why:
-        _show_why(console, found)
+    for line in _reasons(found) if why else ():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _columns(found: Explanation, roofs: Roofs | None) -> dict[str, Callable[[Layers], str]]:
+    """Headers, and what stands below them for some layers."""
+    whole = amount(found, roofs) or 1.0
+    times = {} if roofs is None else {"time": lambda layers: duration(layers.seconds(roofs))}
+    return {
+        "multiply-adds": lambda layers: decimal(layers.counts.multiply_adds),
+        "exponentials": lambda layers: decimal(layers.counts.exponentials),
+        "bytes": lambda layers: binary(layers.counts.bytes),
+        **times,
+        "share": lambda layers: "" if layers is found else f"{amount(layers, roofs) / whole:.1%}",
+        f"{PEER}:\nmultiply-adds": lambda layers: decimal(layers.original.multiply_adds) + _saved(layers, found),
+        "\nbytes": lambda layers: binary(layers.original.bytes),
+    }
+
+
+def _saved(layers: Layers, found: Explanation) -> str:
+    """In all, how many times our multiply-adds perceiver-pytorch's are."""
+    ours = found.multiply_adds
+    return f"\n{found.original.multiply_adds / ours:.2f} x" if layers is found and ours else ""
 
 
 def _table(found: Explanation, roofs: Roofs | None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True)
-    whole, original, saved = found.counts, found.original, ""
-    if whole.multiply_adds:
-        saved = f"{original.multiply_adds / whole.multiply_adds:.2f} x"
     table.add_column("layer", "in all", no_wrap=True)
     table.add_column("", justify="right")
     table.add_column("runs on")
-    for header, footer in (
-        ("multiply-adds", decimal(whole.multiply_adds)),
-        ("exponentials", decimal(whole.exponentials)),
-        ("bytes", binary(whole.bytes)),
-        ("time", "" if roofs is None else duration(found.seconds(roofs))),
-        ("share", ""),
-        (f"{PEER}:\nmultiply-adds", f"{decimal(original.multiply_adds)}\n{saved}"),
-        ("\nbytes", binary(original.bytes)),
-    ):
-        if header != "time" or roofs is not None:
-            table.add_column(header, footer, justify="right")
-    share = dict(zip(map(id, found.rows), found.shares(roofs)))
-    for name, paths in found.folded():
-        first, counts = paths[0], sum((path.counts for path in paths), Counts())
-        original = sum((path.original for path in paths), Counts())
-        cells = [decimal(counts.multiply_adds), decimal(counts.exponentials), binary(counts.bytes)]
-        if roofs is not None:
-            cells.append(duration(sum(path.seconds(roofs) for path in paths)))
-        cells.append(f"{sum(share[id(path)] for path in paths):.1%}")
-        cells += [decimal(original.multiply_adds), binary(original.bytes)]
-        times = f"{len(paths)} x" if len(paths) > 1 else ""
-        table.add_row(escape(name), times, _runs_on(first), *cells)
+    columns = _columns(found, roofs)
+    for header, cell in columns.items():
+        table.add_column(header, cell(found), justify="right")
+    for line in found.folded():
+        table.add_row(escape(line.name), line.times, _runs_on(line), *(cell(line) for cell in columns.values()))
     return table
 
 
-def _runs_on(path: LayerPath) -> str:
-    way = f"{path.path}: " if path.path else ""
-    return f"{way}{path.choice.op} on {path.choice.backend}"
+def _runs_on(line: Line) -> str:
+    plan = line.rows[0].plan
+    return (f"{plan.path}: " if plan.path else "") + f"{plan.taken.op} on {plan.taken.backend}"
 
 
 def duration(seconds: float) -> str:
@@ -93,16 +93,15 @@ def _captions(roofs: Roofs | None, why_not: str | None) -> Iterable[str]:
     yield f"Time: predicted at the roofs of {threads}: {rates} and {binary(roofs.copied_bytes)} a second."
 
 
-def _show_why(console: Console, found: Explanation) -> None:
-    for name, paths in found.folded():
-        if lines := notes(paths[0]):
-            console.print(f"\n{name}: {_runs_on(paths[0])}", markup=False, highlight=False)
-            for line in lines:
-                console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+def _reasons(found: Explanation) -> Iterable[str]:
+    """Why other ways and backends were passed over, by line; and what runs the latents, and why."""
+    for line in found.folded():
+        if notes := line.notes():
+            yield f"\n{line.name}: {_runs_on(line)}"
+            yield from (f"  {note}" for note in notes)
     for choice in found.latents:
-        console.print(f"\n{choice.op} of the latents on {choice.backend}", markup=False, highlight=False)
-        for line in rejections(choice):
-            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        yield f"\n{choice.op} of the latents on {choice.backend}"
+        yield from (f"  {note}" for note in rejections(choice))
 
 
 def show_geometries(geometries: Iterable[Geometry]) -> None:
@@ -115,13 +114,6 @@ def show_geometries(geometries: Iterable[Geometry]) -> None:
     for geometry in geometries:
         sizes = " x ".join(map(str, geometry.sizes)) + (" points" if geometry.family == "points" else "")
         latents = f"{geometry.queries} x {geometry.model['latent_dim']}"
-        table.add_row(
-            geometry.name,
-            sizes,
-            str(geometry.channels),
-            latents,
-            str(geometry.cross_attentions),
-            escape(geometry.source),
-            escape(geometry.cut),
-        )
+        numbers = sizes, str(geometry.channels), latents, str(geometry.cross_attentions)
+        table.add_row(geometry.name, *numbers, escape(geometry.source), escape(geometry.cut))
     wide_console().print(table)

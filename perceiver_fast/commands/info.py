@@ -6,146 +6,14 @@ The exit code is 1 when something that was built does not load.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
-import os
-import platform
-import sys
 from dataclasses import asdict
-from pathlib import Path
-from types import SimpleNamespace
 
-import torch
-
-from perceiver_fast import backends, extension
+from perceiver_fast.commands import CannotRun
 from perceiver_fast.commands.info_kernels import show_kernels
 from perceiver_fast.commands.info_show import show
 from perceiver_fast.insight import roofs
-from perceiver_fast.ops.cross_attention import BACKENDS as CROSS_ATTENTION
-from perceiver_fast.ops.cross_attention import CrossAttentionCall
-from perceiver_fast.ops.fourier_projection import BACKENDS as FOURIER_PROJECTION
-from perceiver_fast.ops.fourier_projection import FourierProjectionCall
-from perceiver_fast.ops.geglu import BACKENDS as GEGLU
-from perceiver_fast.ops.geglu import PointwiseCall
-from perceiver_fast.ops.grid_attention import BACKENDS as GRID_ATTENTION
-from perceiver_fast.ops.grid_attention import GridAttentionCall
-from perceiver_fast.ops.grid_scale import BACKENDS as GRID_SCALE
-from perceiver_fast.ops.layer_norm import BACKENDS as LAYER_NORM
-from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
-from perceiver_fast.ops.linear_libraries import reasons as library_reasons
-
-PACKAGES = ("triton", "rich", "perceiver-pytorch", "transformers", "perceiver-io")
-VARIABLES = (
-    "CUDA_VISIBLE_DEVICES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
-    "PYTORCH_ALLOC_CONF", "TRITON_CACHE_DIR", "TRITON_INTERPRET",
-)  # fmt: skip
-
-# The ops with their backends and an ordinary call on a device.
-OPS = {
-    "grid_attention": (GRID_ATTENTION, lambda device: GridAttentionCall(torch.float32, device, (1,))),
-    "cross_attention": (CROSS_ATTENTION, lambda device: CrossAttentionCall(torch.float32, device)),
-    "grid_scale": (GRID_SCALE, lambda device: SimpleNamespace(device=device, dtype=torch.float32)),
-    "geglu": (GEGLU, lambda device: PointwiseCall(torch.float32, device)),
-    "layer_norm": (LAYER_NORM, lambda device: PointwiseCall(torch.float32, device)),
-    "fourier_projection": (FOURIER_PROJECTION, lambda device: FourierProjectionCall(torch.float32, device)),
-}
-
-
-def _reasons(op: str, device: str) -> dict[str, list[str]]:
-    """Why each backend of an op cannot run on a device; empty where it can."""
-    backends_of_op, call = OPS[op]
-    return {backend.name: backend.reasons(call(torch.device(device))) for backend in backends_of_op}
-
-
-def _linear() -> dict:
-    """The CPU's libraries for matrix products: why one cannot be used, what was measured, and what was chosen."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return {
-        "unavailable": {name: why for name in LIBRARIES if (why := library_reasons(name))},
-        "gflops": {
-            f"{name} {kind}": {library: round(speed, 1) for library, speed in speeds.items()}
-            for name, dtype in dtypes.items()
-            for kind, speeds in measure(dtype).items()
-        },
-        "chosen": {f"{name} {kind}": library_of(kind, dtype) for name, dtype in dtypes.items() for kind in KINDS},
-        "bfloat16_in_float32": wide_bfloat16(),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of what the package works with or is compared to; None where it is not installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def environment() -> dict[str, str]:
-    """Environment variables that are set, of those that change what runs."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith("PERCEIVER_FAST_") or name in VARIABLES
-    }
-
-
-def problems() -> list[str]:
-    """What was built and does not load; what was never built, or not for this torch, is none."""
-    record, found = extension.build_record(), []
-    there = importlib.util.find_spec("perceiver_fast._C") is not None
-    if extension.error is not None and (there or (record and not record.get("skipped"))):
-        found.append(extension.error)
-    cuda = record.get("cuda", {})
-    there = Path(extension.__file__).with_name("_cuda.so").exists() or (cuda and not cuda.get("skipped"))
-    if extension.cuda_error is not None and there and torch.version.cuda is not None:
-        found.append(extension.cuda_error)
-    return found
-
-
-def collect() -> dict:
-    """Versions, build, instruction set, threads and backends, as a dict that JSON can hold."""
-    import perceiver_fast
-
-    module, record = extension.module, extension.build_record()
-    cuda = {**record.pop("cuda", {}), "loaded": extension.cuda_error is None}
-    if extension.cuda_error is not None:
-        cuda["reason"] = extension.cuda_error
-    built = {"built": module is not None}
-    if module is None:
-        built["reason"] = extension.error
-    else:
-        built |= {**record, **module.build_info()}
-        built |= {"active_isa": module.active_isa(), "available_isas": module.available_isas()}
-    return {
-        "problems": problems(),
-        "perceiver_fast": perceiver_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "packages": package_versions(),
-        "cpu": cpu_name(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "threads": torch.get_num_threads(),
-        "extension": built,
-        "cuda_kernels": cuda,
-        "forced_backend": backends.forced_backend(),
-        "environment": environment(),
-        "linear": _linear(),
-        "backends": {op: {device: _reasons(op, device) for device in ("cpu", "cuda")} for op in OPS},
-    }
+from perceiver_fast.insight.environment import collect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code: 1 when something that was built does not load."""
     if args.arch and not args.kernels:
-        print("info: --arch says for what to compile kernels: add --kernels", file=sys.stderr)
-        return 2
+        raise CannotRun("--arch says for what to compile kernels: add --kernels")
     if args.kernels:
         return show_kernels(args.arch, as_json=args.json)
     collected = collect()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 
-from perceiver_fast.commands.console import wide_console
+from rich.markup import escape
+
+from perceiver_fast.commands import CannotRun
 from perceiver_fast.gpu import triton_error
+from perceiver_fast.insight.console import plain_table, progress, wide_console
 
 COUNTED = "of the loop over tokens; a loop over channels within it counts once"
+NUMBERS = ("tile", "warps", "registers", "shared", "instructions")
 
 
 def show_kernels(architectures: list[int] | None = None, as_json: bool = False) -> int:
@@ -19,41 +22,33 @@ def show_kernels(architectures: list[int] | None = None, as_json: bool = False) 
         as_json: print JSON rather than a table.
 
     Returns:
-        The exit code: 0, 1 when a kernel has a fault, or 2 when Triton is not there or an architecture is not known.
+        The exit code: 0, or 1 when a kernel has a fault.
+
+    Raises:
+        CannotRun: Triton is not there, or an architecture is not known.
     """
     if triton_error is not None:
-        print(f"info --kernels: {triton_error}", file=sys.stderr)
-        return 2
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import track
-    from rich.table import Table
-
+        raise CannotRun(triton_error)
+    from perceiver_fast.insight import gpu_kernels  # which needs Triton
     from perceiver_fast.kernels import aot
 
     architectures = architectures or list(aot.ARCHITECTURES)
     if unknown := [arch for arch in architectures if arch not in aot.SHARED]:
-        known = ", ".join(map(str, aot.SHARED))
-        print(f"info --kernels: expected --arch to be among {known}, got {unknown[0]}", file=sys.stderr)
-        return 2
-    faults, found = 0, []
+        raise CannotRun(f"expected --arch to be among {', '.join(map(str, aot.SHARED))}, got {unknown[0]}")
+    found = []
     for arch in architectures:
-        total = sum(1 for _ in aot.instances(arch))
-        table = Table(title=f"sm_{arch}: {total} Triton kernels", caption=COUNTED)
-        table.add_column("kernel", no_wrap=True)
-        for name in ("tile", "warps", "registers", "shared bytes", "instructions a weight"):
-            table.add_column(name, justify="right")
-        table.add_column("faults")
-        progress = Console(stderr=True)
-        for report in track(aot.compile_all(arch), f"compiling for sm_{arch}", total, console=progress):
-            faults += len(report.faults)
-            row = report.as_dict() | {"architecture": arch}
-            found.append(row)
-            cells = (row[name] for name in ("tile", "warps", "registers", "shared", "instructions"))
-            numbers = ("" if cell is None else str(cell) for cell in cells)
-            table.add_row(escape(row["kernel"]), *numbers, "; ".join(report.faults) or "none")
+        total = sum(1 for _ in gpu_kernels.instances(arch))
+        headers = ("tile", "warps", "registers", "shared bytes", "instructions a weight", "faults")
+        table = plain_table("kernel", numbers=headers, title=f"sm_{arch}: {total} Triton kernels", caption=COUNTED)
+        with progress() as say:
+            for at, report in enumerate(gpu_kernels.compile_all(arch)):
+                say(f"compiling for sm_{arch}", f"{at + 1} of {total}")
+                row = report.as_dict() | {"architecture": arch}
+                found.append(row)
+                numbers = ("" if row[name] is None else str(row[name]) for name in NUMBERS)
+                table.add_row(escape(row["kernel"]), *numbers, "; ".join(report.faults) or "none")
         if not as_json:
             wide_console().print(table)
     if as_json:
         print(json.dumps(found, indent=2))
-    return 1 if faults else 0
+    return 1 if any(row["faults"] for row in found) else 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-from perceiver_fast.commands.console import plain_table, wide_console
-from perceiver_fast.insight.work import binary, decimal
+from perceiver_fast.insight.console import plain_table, wide_console
+from perceiver_fast.ops.work import binary, decimal
 
 
 def show(info: dict) -> None:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from perceiver_fast.commands import profile_tools
-from perceiver_fast.commands.profile_tools import TOOLS
-from perceiver_fast.commands.profile_workload import CannotRun, Workload, prepare, workload_from
+import perceiver_fast
+from perceiver_fast.commands import CannotRun, make_folder, profile_tools, profile_torch
+from perceiver_fast.commands.profile_tools import TOOLS, Tool
+from perceiver_fast.commands.profile_workload import Prepared, Workload, workload_from
 from perceiver_fast.commands.profile_workload import add_arguments as add_workload_arguments
-
-ITERATIONS = 3  # of torch's profiler
+from perceiver_fast.insight.console import progress
+from perceiver_fast.insight.machine import cpu_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.description = __doc__
     parser.epilog = "Exit code: 0; 2 when the tool, the GPU or the peer is not there, or the tool fails."
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--tool",
         choices=("torch", *TOOLS),
         default="torch",
@@ -29,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "every kernel. perf: functions on the CPU. These print their command lines and run them if they can",
     )
     add_workload_arguments(parser)
-    add = parser.add_argument
     add("--kernel", metavar="REGEX", help="of ncu: kernels to profile, or an op's name (default: all of this package)")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where files go (default: %(default)s)")
     add("--dry-run", action="store_true", help="of nsys, ncu and perf: print the command lines, run nothing")
@@ -38,19 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    try:
-        _check(args)
-        if not args.dry_run:
-            args.out.mkdir(parents=True, exist_ok=True)
-        return _run_torch(args) if args.tool == "torch" else _run_tool(args)
-    except BrokenPipeError:
-        raise  # whoever read has seen enough
-    except (CannotRun, OSError) as reason:
-        print(f"profile: {reason}", file=sys.stderr)
-        return 2
-
-
-def _check(args: argparse.Namespace) -> None:
     tool = TOOLS.get(args.tool)
     if args.kernel is not None and args.tool != "ncu":
         raise CannotRun(f"--kernel is ncu's: expected --tool ncu with it, got {args.tool}")
@@ -58,23 +47,17 @@ def _check(args: argparse.Namespace) -> None:
         raise CannotRun("--dry-run prints other tools' command lines: expected --tool nsys, ncu or perf, got torch")
     if tool is not None and args.device not in (None, tool.device):
         raise CannotRun(f"{args.tool} looks at {tool.device}: expected no other --device, got {args.device}")
+    if not args.dry_run:
+        make_folder(args.out)
+    return _run_torch(args) if tool is None else _run_tool(args, tool)
 
 
 def _conditions(workload: Workload) -> dict:
     """What ran, where."""
-    import perceiver_fast
-    from perceiver_fast.commands.info import cpu_name
-
-    cuda = workload.device == "cuda"
+    chosen = asdict(workload)
     return {
-        "geometry": workload.geometry,
-        "tiny": workload.tiny,
-        "pass": workload.pass_name,
-        "dtype": workload.dtype,
-        "batch": workload.batch,
-        "peer": workload.peer,
-        "iterations": workload.iterations,
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        **{name.removesuffix("_name"): value for name, value in chosen.items()},
+        "device": torch.cuda.get_device_name() if workload.device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "perceiver_fast": perceiver_fast.__version__,
@@ -82,14 +65,10 @@ def _conditions(workload: Workload) -> dict:
 
 
 def _run_torch(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from perceiver_fast.commands import profile_torch
-
-    workload = workload_from(args, ITERATIONS, "cuda" if torch.cuda.is_available() else "cpu")
-    with Console(stderr=True).status(f"profiling {workload.name}"):
-        prepared = prepare(workload)
-        result = profile_torch.profile(prepared, workload, args.out)
+    workload = workload_from(args)
+    with progress() as say:
+        say(f"profiling {workload.name}")
+        result = profile_torch.profile(Prepared(workload), args.out)
     conditions = _conditions(workload)
     if args.json:
         print(json.dumps({"tool": "torch", "conditions": conditions, **result}, indent=2))
@@ -102,23 +81,23 @@ def _run_torch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_tool(args: argparse.Namespace) -> int:
-    tool = TOOLS[args.tool]
-    recipe = tool.recipe(workload_from(args, tool.iterations, tool.device), args.out, args.kernel)
-    reasons = profile_tools.missing(args.tool)
+def _run_tool(args: argparse.Namespace, tool: Tool) -> int:
+    workload = workload_from(args, iterations=tool.iterations, device=tool.device)
+    lines = profile_tools.command_lines(tool, workload, args.out, args.kernel)
+    files = [str(args.out / f"{workload.name}.{ending}") for ending in tool.endings]
+    missing = profile_tools.missing(args.tool)
     if not args.json:
-        print("\n".join(map(str, recipe.steps)), flush=True)
-    ready = not args.dry_run and not reasons
-    failed = profile_tools.run(recipe, args.json) if ready else None
+        print("\n".join(lines), flush=True)
+    ready = not args.dry_run and not missing
+    failed = profile_tools.run(lines, args.json) if ready else None
     ran = ready and failed is None
     if args.json:
-        commands, files = [str(step) for step in recipe.steps], [str(path) for path in recipe.files]
-        record = {"tool": args.tool, "commands": commands, "missing": reasons, "ran": ran, "files": files}
+        record = {"tool": args.tool, "commands": lines, "missing": missing, "ran": ran, "files": files}
         print(json.dumps(record, indent=2))
     elif ran:
-        print("Files: " + ", ".join(map(str, recipe.files)))
+        print("Files: " + ", ".join(files))
     if args.dry_run:
         return 0
-    for reason in [*reasons, *([failed] if failed else [])]:
+    for reason in missing if failed is None else [failed]:
         print(f"profile --tool {args.tool}: {reason}", file=sys.stderr)
     return 0 if ran else 2

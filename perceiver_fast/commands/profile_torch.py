@@ -6,18 +6,22 @@ torch that no range of its own has is in the self time of the range around them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
-from perceiver_fast.commands.console import wide_console
-from perceiver_fast.commands.profile_workload import BACKWARD, FORWARD, PROFILED, Prepared, Workload, iterate, warm_up
+from perceiver_fast.commands.profile_workload import BACKWARD, FORWARD, PROFILED, Prepared
+from perceiver_fast.insight.console import plain_table, wide_console
 from perceiver_fast.ranges import OPS, ranges
 
 PASSES = (PROFILED, FORWARD, BACKWARD)
+KINDS = ("pass", "layer", "op")
 
 
 @dataclass
@@ -26,7 +30,7 @@ class RangeTime:
 
     Args:
         name: of the range.
-        kind: ``pass``, ``layer`` or ``op``.
+        kind: of KINDS.
         calls: ranges of the name; of ``profiled``, which is around all iterations, one.
         total_us: time of the ranges, those within one of the same name left out.
         self_us: of that, what lies in no other range.
@@ -40,37 +44,28 @@ class RangeTime:
     total_us: float = 0.0
     self_us: float = 0.0
     share: float = 0.0
-    cuda_total_us: float | None = None
-    cuda_self_us: float | None = None
+    cuda_total_us: float | None = 0.0
+    cuda_self_us: float | None = 0.0
 
 
-def _kind(name: str) -> str:
-    return "pass" if name in PASSES else "op" if name in OPS else "layer"
+def _nested(events: Iterable[FunctionEvent]) -> Iterator[tuple[FunctionEvent, list[FunctionEvent]]]:
+    """Every range as it begins, with the ranges around it, the innermost last.
 
-
-def _parents(events: Sequence) -> dict[int, object]:
-    """For every range the one around it, or None.
-
-    The backward of a GPU runs in a thread of its own: there the range around is the shortest that is open meanwhile in
-    the thread that waits for it.
+    The backward of a GPU runs in a thread of its own. What is around its ranges are those that are open meanwhile in the
+    thread that waits for it, where ``profiled`` began before all others.
     """
-    marks = {id(event) for event in events}
-    parents = {}
-    for event in events:
-        parent = event.cpu_parent
-        while parent is not None and id(parent) not in marks:
-            parent = parent.cpu_parent
-        parents[id(event)] = parent
-    waiting = [event for event in events if event.name in PASSES]
-    for event in events:
-        if parents[id(event)] is None and event.name not in PASSES:
-            start, end = event.time_range.start, event.time_range.end
-            around = [w for w in waiting if w.time_range.start <= start and end <= w.time_range.end]
-            parents[id(event)] = min(around, key=lambda w: w.time_range.elapsed_us(), default=None)
-    return parents
+    found = [event for event in events if event.is_user_annotation and event.device_type == DeviceType.CPU]
+    found.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
+    open_in: dict[int, list[FunctionEvent]] = defaultdict(list)
+    for event in found:
+        for opened in open_in.values():
+            while opened and opened[-1].time_range.end <= event.time_range.start:
+                opened.pop()
+        yield event, open_in[event.thread] or open_in[found[0].thread]
+        open_in[event.thread].append(event)
 
 
-def range_times(events: Iterable, iterations: int, cuda: bool) -> list[RangeTime]:
+def range_times(events: Iterable[FunctionEvent], iterations: int, cuda: bool) -> list[RangeTime]:
     """The time of every name of a range: passes first, then layers as they come, then ops by their own time.
 
     Args:
@@ -78,53 +73,49 @@ def range_times(events: Iterable, iterations: int, cuda: bool) -> list[RangeTime
         iterations: in the whole.
         cuda: whether kernels' times are there.
     """
-    events = [e for e in events if e.is_user_annotation and e.device_type == DeviceType.CPU]
-    events.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
-    parents, times = _parents(events), {}
-    whole = sum(event.time_range.elapsed_us() for event in events if event.name == PROFILED)
-    for event in events:
-        time = times.setdefault(event.name, RangeTime(event.name, _kind(event.name)))
-        elapsed, parent = event.time_range.elapsed_us() / iterations, parents[id(event)]
-        kernels = event.device_time_total / iterations if cuda else None
+    times: dict[str, RangeTime] = {}
+    for event, around in _nested(events):
+        name, elapsed = event.name, event.time_range.elapsed_us() / iterations
+        kernels = event.device_time_total / iterations if cuda else 0.0
+        kind = "pass" if name in PASSES else "op" if name in OPS else "layer"
+        time = times.setdefault(name, RangeTime(name, kind))
         time.calls += 1
         time.self_us += elapsed
-        if cuda:
-            time.cuda_self_us = (time.cuda_self_us or 0.0) + kernels
-        if parent is not None:
-            times[parent.name].self_us -= elapsed
-            if cuda:
-                times[parent.name].cuda_self_us -= kernels if parent.thread == event.thread else 0.0
-        while parent is not None and parent.name != event.name:
-            parent = parents[id(parent)]
-        if parent is None:  # not within one of its own name
+        time.cuda_self_us += kernels
+        if around:
+            outer = times[around[-1].name]
+            outer.self_us -= elapsed
+            if around[-1].thread == event.thread:  # what another thread launches is not in its kernels' time
+                outer.cuda_self_us -= kernels
+        if name not in [other.name for other in around]:
             time.total_us += elapsed
-            if cuda:
-                time.cuda_total_us = (time.cuda_total_us or 0.0) + kernels
-    for time in times.values():
-        time.share = time.self_us * iterations / whole
-        time.calls /= 1 if time.name == PROFILED else iterations
-    by_kind = {kind: [time for time in times.values() if time.kind == kind] for kind in ("pass", "layer", "op")}
-    by_kind["op"].sort(key=lambda time: -time.self_us)
-    return [time for kind in by_kind.values() for time in kind]
+            time.cuda_total_us += kernels
+    for name, time in times.items():
+        time.calls /= 1 if name == PROFILED else iterations
+        time.share = time.self_us / times[PROFILED].total_us
+        if not cuda:
+            time.cuda_total_us = time.cuda_self_us = None
+    return sorted(times.values(), key=lambda t: (KINDS.index(t.kind), -t.self_us if t.kind == "op" else 0))
 
 
-def profile(prepared: Prepared, workload: Workload, folder: Path) -> dict:
-    """Run the workload under torch.profiler.
+def profile(prepared: Prepared, folder: Path) -> dict:
+    """Run a workload under torch.profiler.
 
     Args:
-        prepared, workload: the model and how often it runs.
+        prepared: the model and how often it runs.
         folder: where the trace goes; it exists.
 
     Returns:
         dict: ``ranges``, a list of dicts of :class:`RangeTime`'s fields, and ``trace``, the path of a Chrome trace
         (chrome://tracing, https://ui.perfetto.dev).
     """
+    workload = prepared.workload
     cuda = workload.device == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     with ranges(prepared.model):
-        warm_up(prepared)
+        prepared.warm_up()
         with torch.profiler.profile(activities=activities) as profiler:
-            iterate(prepared, workload.iterations)
+            prepared.iterate()
     trace = folder / f"{workload.name}.trace.json"
     profiler.export_chrome_trace(str(trace))
     times = range_times(profiler.events(), workload.iterations, cuda)
@@ -133,24 +124,15 @@ def profile(prepared: Prepared, workload: Workload, folder: Path) -> dict:
 
 def show(result: dict, title: str) -> None:
     """Print :func:`profile`'s result for people."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    cuda = any(time["cuda_total_us"] is not None for time in result["ranges"])
-    table = Table(title=title, caption="an iteration; self: in no range within; share: of self, in the whole")
-    table.add_column("range", no_wrap=True)
-    for name in ("calls", "total ms", "self ms", "share", *(["CUDA ms", "CUDA self ms"] if cuda else [])):
-        table.add_column(name, justify="right")
+    columns = {"total ms": "total_us", "self ms": "self_us", "CUDA ms": "cuda_total_us", "CUDA self ms": "cuda_self_us"}
+    columns = {header: field for header, field in columns.items() if result["ranges"][0][field] is not None}
+    caption = "an iteration; self: in no range within; share: of self, in the whole"
+    table = plain_table("range", numbers=("calls", *columns, "share"), title=title, caption=caption)
     previous = None
     for time in result["ranges"]:
         if time["kind"] != previous:
             table.add_section()
         previous = time["kind"]
-        numbers = [f"{time['calls']:g}", _ms(time["total_us"]), _ms(time["self_us"]), f"{time['share']:.1%}"]
-        numbers += [_ms(time["cuda_total_us"]), _ms(time["cuda_self_us"])] if cuda else []
-        table.add_row(escape(time["name"]), *numbers)
+        milliseconds = (f"{time[field] / 1000:.3f}" for field in columns.values())
+        table.add_row(escape(time["name"]), f"{time['calls']:g}", *milliseconds, f"{time['share']:.1%}")
     wide_console().print(table)
-
-
-def _ms(microseconds: float) -> str:
-    return f"{microseconds / 1000:.3f}"

@@ -8,54 +8,51 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from perceiver_fast.commands.options import positive
-from perceiver_fast.insight.geometries import GEOMETRIES
-from perceiver_fast.ranges import open_range, ranges
+from perceiver_fast.commands import CannotRun
+from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.options import positive
+from perceiver_fast.insight.peer import peer_model
+from perceiver_fast.ranges import layer_range, open_range, ranges
 
 PROFILED, FORWARD, BACKWARD = "profiled", "forward", "backward"  # the ranges that are no layer's and no op's
 WARM_UP = 3  # calls: Triton compiles, libraries are measured, weights are packed at the second
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PEERS = ("fast", "perceiver-pytorch")
-MODULE = "perceiver_fast.commands.profile_workload"
+MODULE = __spec__.name  # __name__, too, but where it runs by itself
 
 
-class CannotRun(Exception):
-    """Something the workload needs is not there; the message says what."""
+def _option(value: Any, text: str, **more: Any) -> Any:
+    """A field with this default value, and its option; ``more`` is what argparse takes."""
+    return field(default=value, metadata={"help": text, "default": value, **more})
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Which model runs, on what, and how often.
+    """Which model runs, on what, and how often. Every field is an option of the command, whose help says what it is."""
 
-    Args:
-        geometry: a key of GEOMETRIES.
-        pass_name: ``forward`` (inference) or ``step`` (forward and backward).
-        dtype: float32 and float64 are the model's; bfloat16 and float16 are autocast's.
-        batch: inputs at once.
-        threads: of the CPU. Default: None, torch's choice.
-        device: ``cpu`` or ``cuda``.
-        peer: whose model, of PEERS.
-        iterations: calls in the profiled region.
-        tiny: the same structure with few of everything.
-    """
-
-    geometry: str = "readme"
-    pass_name: str = "forward"
-    dtype: str = "float32"
-    batch: int = 1
-    threads: int | None = None
-    device: str = "cpu"
-    peer: str = "fast"
-    iterations: int = 3
-    tiny: bool = False
+    geometry: str = _option("readme", "the model and its input (default: %(default)s)", choices=list(GEOMETRIES))
+    pass_name: str = _option(
+        "forward", "inference, or forward and backward (default: %(default)s)", choices=("forward", "step")
+    )
+    dtype: str = _option("float32", "half precision is autocast's (default: %(default)s)", choices=DTYPES)
+    batch: int = _option(1, "inputs at once (default: %(default)s)", type=positive, metavar="N")
+    threads: int | None = _option(None, "CPU threads (default: PyTorch's choice)", type=positive, metavar="N")
+    device: str = _option("cpu", "default: cuda where there is a GPU", default=None, choices=("cpu", "cuda"))
+    peer: str = _option("fast", "whose model: ours, or the one compared with", choices=PEERS)
+    iterations: int = _option(3, "profiled calls, after the warm-up", default=None, type=positive, metavar="N")
+    tiny: bool = _option(
+        False, "the geometry's structure with few of everything, to try the command out", action="store_true"
+    )
 
     @property
     def name(self) -> str:
@@ -65,100 +62,98 @@ class Workload:
 
     def command(self) -> list[str]:
         """The command line of a process that runs it."""
-        command = [sys.executable, "-m", MODULE, "--geometry", self.geometry, "--pass", self.pass_name]
-        command += ["--dtype", self.dtype, "--batch", str(self.batch), "--device", self.device, "--peer", self.peer]
-        command += ["--iterations", str(self.iterations)]
-        command += [] if self.threads is None else ["--threads", str(self.threads)]
-        return command + ["--tiny"] * self.tiny
+        command = [sys.executable, "-m", MODULE]
+        for name, value in asdict(self).items():
+            if value is not None and value is not False:
+                command += [_flag(name), *([] if value is True else [str(value)])]
+        return command
+
+
+def _flag(name: str) -> str:
+    return f"--{name.removesuffix('_name')}"  # pass is a word of Python's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what runs."""
-    add = parser.add_argument
-    add("--geometry", choices=list(GEOMETRIES), default="readme", help="the model and its input (default: %(default)s)")
-    add(
-        "--pass", dest="pass_name", choices=("forward", "step"), default="forward",
-        help="inference, or forward and backward (default: %(default)s)",
-    )  # fmt: skip
-    add("--dtype", choices=DTYPES, default="float32", help="half precision is autocast's (default: %(default)s)")
-    add("--batch", type=positive, default=1, metavar="N", help="inputs at once (default: %(default)s)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    add("--peer", choices=PEERS, default="fast", help="whose model: ours, or the one compared with")
-    add("--iterations", type=positive, metavar="N", help="profiled calls, after the warm-up")
-    add("--tiny", action="store_true", help="the geometry's structure with few of everything, to try the command out")
+    for option in fields(Workload):
+        parser.add_argument(_flag(option.name), dest=option.name, **option.metadata)
 
 
-def workload_from(args: argparse.Namespace, iterations: int, device: str) -> Workload:
-    """The workload that options of :func:`add_arguments` describe, with these defaults."""
-    return Workload(
-        args.geometry, args.pass_name, args.dtype, args.batch, args.threads, args.device or device, args.peer,
-        args.iterations or iterations, args.tiny,
-    )  # fmt: skip
+def workload_from(args: argparse.Namespace, iterations: int = 3, device: str | None = None) -> Workload:
+    """The workload that options of :func:`add_arguments` describe, with these defaults; a GPU's where there is one."""
+    defaults = {"iterations": iterations, "device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    options = {option.name: getattr(args, option.name) for option in fields(Workload)}
+    return Workload(**defaults | {name: value for name, value in options.items() if value is not None})
 
 
-@dataclass(frozen=True)
 class Prepared:
-    """A workload's model, and one call of it."""
-
-    model: nn.Module
-    call: Callable[[], None]
-    synchronize: Callable[[], object]
-
-
-def prepare(workload: Workload) -> Prepared:
-    """Build the model and its input; nothing has run yet.
+    """A workload's model and input, and its calls. Nothing has run yet.
 
     Raises:
         CannotRun: there is no GPU, or the peer is not installed.
     """
-    if workload.device == "cuda" and not torch.cuda.is_available():
-        raise CannotRun(
-            f"expected a CUDA GPU for --device cuda, got none (torch {torch.__version__}); use --device cpu"
-        )
-    if workload.threads is not None:
-        torch.set_num_threads(workload.threads)
-    torch.manual_seed(0)
-    geometry = GEOMETRIES[workload.geometry]
-    geometry = geometry.tiny() if workload.tiny else geometry
-    if workload.peer == "fast":
-        model = geometry.build()
-    else:
-        from perceiver_fast.commands.profile_peer import build
 
-        model = build(geometry)
-    dtype, data = getattr(torch, workload.dtype), geometry.input(workload.batch)
-    full = dtype in (torch.float32, torch.float64)
-    model, data = (value.to(workload.device, dtype if full else torch.float32) for value in (model, data))
-    step = workload.pass_name == "step"
-    model.train(step)
+    def __init__(self, workload: Workload):
+        if workload.device == "cuda" and not torch.cuda.is_available():
+            raise CannotRun(
+                f"expected a CUDA GPU for --device cuda, got none (torch {torch.__version__}); use --device cpu"
+            )
+        if workload.threads is not None:
+            torch.set_num_threads(workload.threads)
+        torch.manual_seed(0)
+        geometry = GEOMETRIES[workload.geometry]
+        geometry = geometry.tiny() if workload.tiny else geometry
+        self.workload, self.dtype = workload, getattr(torch, workload.dtype)
+        self.autocast = self.dtype in (torch.bfloat16, torch.float16)
+        self.model = geometry.build() if workload.peer == "fast" else _named_peer(geometry)
+        self.data = geometry.input(workload.batch)
+        stored = torch.float32 if self.autocast else self.dtype
+        self.model, self.data = (value.to(workload.device, stored) for value in (self.model, self.data))
+        self.model.train(workload.pass_name == "step")
 
-    def call() -> None:
+    def call(self) -> None:
+        """One forward, and a backward in a step."""
+        step = self.model.training
         with nullcontext() if step else torch.inference_mode():
-            with open_range(FORWARD), torch.autocast(workload.device, dtype, enabled=not full):
-                out = model(data)
+            with open_range(FORWARD), torch.autocast(self.workload.device, self.dtype, enabled=self.autocast):
+                out = self.model(self.data)
         if step:
-            model.zero_grad()
+            self.model.zero_grad()
             loss = out.float().square().mean()
             with open_range(BACKWARD):
                 loss.backward()
 
-    return Prepared(model, call, torch.cuda.synchronize if workload.device == "cuda" else lambda: None)
+    def synchronize(self) -> None:
+        """Wait for the GPU, if there is one in use."""
+        if self.workload.device == "cuda":
+            torch.cuda.synchronize()
+
+    def warm_up(self) -> None:
+        """Run calls whose time is not of interest."""
+        for _ in range(WARM_UP):
+            self.call()
+        self.synchronize()
+
+    def iterate(self) -> None:
+        """The profiled calls, in their range."""
+        with open_range(PROFILED):
+            for _ in range(self.workload.iterations):
+                self.call()
+            self.synchronize()
 
 
-def warm_up(prepared: Prepared) -> None:
-    """Run calls whose time is not of interest."""
-    for _ in range(WARM_UP):
-        prepared.call()
-    prepared.synchronize()
-
-
-def iterate(prepared: Prepared, iterations: int) -> None:
-    """The profiled calls, in their range."""
-    with open_range(PROFILED):
-        for _ in range(iterations):
-            prepared.call()
-        prepared.synchronize()
+def _named_peer(geometry: Geometry) -> nn.Module:
+    """perceiver-pytorch's model with random weights, every module of that package in a range of its name."""
+    try:
+        model = peer_model(geometry)
+    except ImportError as error:
+        raise CannotRun(
+            f"expected perceiver-pytorch to be installed ({error}); pip install perceiver-pytorch"
+        ) from None
+    for name, module in model.named_modules():
+        if name and type(module).__module__.startswith("perceiver_pytorch"):
+            module.forward = partial(layer_range(type(module).forward), module)
+    return model
 
 
 @contextmanager
@@ -190,16 +185,15 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser)
     parser.add_argument("--perf-control", metavar="CTL,ACK", help="the fifos of perf record --control=fifo:CTL,ACK")
     args = parser.parse_args(argv)
-    workload = workload_from(args, iterations=3, device="cuda" if torch.cuda.is_available() else "cpu")
     try:
-        prepared = prepare(workload)
+        prepared = Prepared(workload := workload_from(args))
     except CannotRun as reason:
         print(f"profile_workload: {reason}", file=sys.stderr)
         return 2
     with ranges(prepared.model):
-        warm_up(prepared)
+        prepared.warm_up()
         with _region(workload.device == "cuda", args.perf_control):
-            iterate(prepared, workload.iterations)
+            prepared.iterate()
     print(f"{workload.name}: {workload.iterations} iterations", file=sys.stderr)
     return 0
 

@@ -8,9 +8,12 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.insight.observe import Attended, observe
+from perceiver_fast.insight.attention_weights import attention_weights, weights_shape
+from perceiver_fast.insight.observe import Attended, LayerObserver, is_attention, layers_of
+from perceiver_fast.layers.observer import observing
 from perceiver_fast.layers.pre_norm import is_cross_attention
 from perceiver_fast.models import MultimodalPerceiver
+from perceiver_fast.tokens import TokenGroups
 
 WEIGHTS = 2**24  # that exist at once where many latents are looked at
 
@@ -68,17 +71,16 @@ def attention_map(
     chosen = None if latents is None else [int(latent) for latent in latents]
     if chosen is not None and (not chosen or min(chosen) < 0):
         raise IndexError(f"{who}: expected indices of latents from 0 on, at least one, got {chosen}")
-    seen = _observe(who, model, data, layer, 0 if chosen is None else max(chosen), mask, inputs)
-    count = seen.z.shape[1]
-    chosen = list(range(min(8, count))) if chosen is None else chosen
-    if bad := [latent for latent in chosen if latent >= count]:
-        raise IndexError(f"{who}: expected latents in 0..{count - 1}, got {bad}")
-    maps = seen.weights(chosen)
+    seen = _observe(who, model, data, layer, max(chosen or [0]), mask, inputs)
+    chosen = list(range(min(8, seen.count))) if chosen is None else chosen
+    if bad := [latent for latent in chosen if latent >= seen.count]:
+        raise IndexError(f"{who}: expected latents in 0..{seen.count - 1}, got {bad}")
+    maps = attention_weights(seen, chosen)
     maps = maps.mean(1) if heads == "mean" else maps
     if not seen.grouped:
-        return _unflatten(maps, data) if is_cross_attention(seen.layer) else maps
-    names = _modalities(model, data) or range(len(seen.groups))
+        return _unflatten(maps, data) if seen.groups else maps
     parts = maps.split([group.count for group in seen.groups], -1)
+    names = _modalities(model, data) or range(len(parts))
     given = [data[name] if isinstance(data, Mapping) else None for name in names]
     return {name: _unflatten(part, of) for name, part, of in zip(names, parts, given)}
 
@@ -119,18 +121,91 @@ def contrasting_latents(
         if value is not None and value < 1:
             raise ValueError(f"{who}: expected {name} to be at least 1, got {value}")
     seen = _observe(who, model, data, layer, None if candidates is None else candidates - 1, mask, inputs)
-    rows = min(seen.z.shape[1], candidates or seen.z.shape[1])
-    at_once = max(1, WEIGHTS // max(1, prod(seen.shape)))
+    rows = min(seen.count, candidates or seen.count)
+    at_once = max(1, WEIGHTS // max(1, prod(weights_shape(seen))))
     found = []
     for start in range(0, rows, at_once):
-        weights = seen.weights(range(start, min(start + at_once, rows)))
+        weights = attention_weights(seen, range(start, min(start + at_once, rows)))
         relative = weights.mean(1) * weights.shape[-1]
         found.append(relative.var(-1, correction=0).mean(0))
     return torch.cat(found).argsort(descending=True, stable=True)[:count].tolist()
 
 
+class _Stop(Exception):
+    """Everything needed was seen."""
+
+
+class _Look(LayerObserver):
+    """Keeps what one layer attends with, and stops the forward after it.
+
+    Args:
+        layers: names and layers of the model.
+        wanted: index among the cross-attentions in the order they run, or a name.
+        last: the last row of ``z`` that is needed. Default: all.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], wanted: int | str, last: int | None):
+        super().__init__(layers.items())
+        self.wanted, self.last = wanted, last
+        self.ran: list[str] = []  # cross-attentions
+        self.seen: Attended | None = None
+
+    def attends(self, layer, z, tokens=None, mask=None, inverted=False, fused=True) -> None:
+        if not self.knows(layer):
+            return
+        name = self.next_name(layer)
+        if tokens is not None and name not in self.ran:
+            self.ran.append(name)
+            if self.wanted == len(self.ran) - 1:
+                self.wanted = name
+        if name == self.wanted and self.seen is None:
+            if isinstance(tokens, TokenGroups) and (inverted or layer.fn.queries_contribute_kv):  # as its forward does
+                raise ValueError("PreNorm: expected plain attention to groups of tokens")
+            self.seen = Attended.of(layer, z, tokens, mask, inverted)
+        elif name == self.wanted:
+            self.seen.parts.append(z)
+        if self.seen is not None and (name != self.wanted or (self.last is not None and self.seen.count > self.last)):
+            raise _Stop
+
+
 def _observe(who: str, model: nn.Module, data, layer: int | str, last: int | None, mask, inputs: dict) -> Attended:
-    return observe(who, model, layer, last, data, inputs if mask is None else inputs | {"mask": mask})
+    """Run the model as in inference up to a layer, and return what that was called with.
+
+    Args:
+        who: the caller, for messages.
+        model, data, layer, mask, inputs: see :func:`attention_map`; the model's modes are left as they were.
+        last: the last row of ``z`` that is needed, as decoders are called for parts of their queries. Default: all.
+    """
+    layers = dict(layers_of(model, is_attention))
+    if not layers:
+        raise TypeError(f"{who}: expected a perceiver_fast model, got {type(model).__name__}")
+    if isinstance(layer, str) and layer not in layers:
+        if f"{layer}.fn" not in layers:
+            crosses = [name for name, module in layers.items() if is_cross_attention(module)]
+            raise ValueError(
+                f"{who}: expected layer to be one of {', '.join(crosses or layers)}, got {layer!r}; "
+                "pf.explain(model, data) names them all"
+            )
+        layer = f"{layer}.fn"  # explain's name is that of the layer with its norm
+    look = _Look(layers, layer, last)
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad(), observing(look):
+            if training:  # else nothing is written: other threads may be calling the model
+                model.eval()
+            model(data, **(inputs if mask is None else inputs | {"mask": mask}))
+    except _Stop:
+        pass
+    finally:
+        for module in training:
+            module.training = True
+    if look.seen is None:
+        if isinstance(layer, str):
+            raise ValueError(f"{who}: layer {layer!r} did not run on this input; ran: {', '.join(look.ran) or 'none'}")
+        expected = f"layer in 0..{len(look.ran) - 1}" if look.ran else "the name of a layer, as no cross-attention ran"
+        raise IndexError(f"{who}: expected {expected}, got {layer}")
+    look.seen.parts = [look.seen.z]
+    return look.seen
 
 
 def _modalities(model: nn.Module, data) -> Sequence[str]:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.insight import original
 from perceiver_fast.insight.explanation import Explanation, LayerPath
-from perceiver_fast.insight.original import wide_channels
-from perceiver_fast.insight.recording import Recorder, Row, layers_of
+from perceiver_fast.insight.observe import layers_of
+from perceiver_fast.insight.original import count_layer, count_tokens, wide_channels
+from perceiver_fast.insight.recording import Recorder, Row
 from perceiver_fast.insight.shapes import shapes_mode
-from perceiver_fast.insight.work import Counts, WorkCounter, total
+from perceiver_fast.insight.work import WorkCounter, total
 from perceiver_fast.layers import Attention, FeedForward, PreNorm
+from perceiver_fast.layers.plan import Plan
 from perceiver_fast.layers.pre_norm import is_cross_attention, why_modules
-from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu
-from perceiver_fast.ops.grid_scale import choose_grid_scale
-from perceiver_fast.ops.layer_norm import choose_layer_norm
-from perceiver_fast.ops.linear import choose_linear, product_dtype
+from perceiver_fast.ops.geglu import GEGLU
+from perceiver_fast.ops.grid_scale import GRID_SCALE
+from perceiver_fast.ops.layer_norm import LAYER_NORM
+from perceiver_fast.ops.linear import linear_library, product_dtype
+from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.work import Work
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
 
 __all__ = ["Explanation", "LayerPath", "explain"]
@@ -31,7 +32,8 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
 
     The model's forward is run on tensors that have shapes and no content, so nothing is computed. Work is counted by
     the operators that are called (:mod:`perceiver_fast.insight.work` has the rules), of a forward that finds nothing kept from
-    an earlier one. Beside it stands perceiver-pytorch's, counted in the same way.
+    an earlier one. Beside it stands perceiver-pytorch's, counted in the same way. Other threads may call the model, or
+    explain it, meanwhile.
 
     Args:
         model: any model of this package, or one that holds its layers; of :func:`perceiver_fast.insight.shapes.on_shapes`, too.
@@ -59,93 +61,79 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
     mode = shapes_mode(list(model.parameters()), data, args, kwargs)
     # Not in inference mode, where operators are seen before torch takes them apart.
     with torch.inference_mode(False), torch.no_grad(), mode:
-        fake = tree_map_only(Tensor, mode.from_tensor, (data, args, kwargs))
+        fake_data, fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (data, args, kwargs))
         with WorkCounter() as counter, Recorder(model, counter).attached() as recorder:
-            model(fake[0], *fake[1], **fake[2])
-        originals = [original.count_layer(row, like) for row in recorder.rows]
+            model(fake_data, *fake_args, **fake_kwargs)
+        rows = [(row, count_layer(row, like)) for row in recorder.rows if row.operators]
         inputs = _inputs(recorder)
-    layers = [
-        LayerPath(row.label, _choice(row, like), *_plan(row), operators=tuple(row.operators), original=work)
-        for row, work in zip(recorder.rows, originals)
-        if row.operators
-    ]
     return Explanation(
-        _describe(model, data),
-        tuple(layers),
-        _latents(recorder.rows, like),
-        inputs,
-        str(like.dtype).removeprefix("torch."),
-        like.device.type,
+        tokens=_in_words(model, data),
+        layers=tuple(LayerPath(row.label, _plan(row, like), tuple(row.operators), work) for row, work in rows),
+        latents=_latents(recorder.rows, like),
+        inputs=inputs,
+        dtype=str(like.dtype).removeprefix("torch."),
+        device=like.device.type,
     )
 
 
-def _plan(row: Row) -> tuple:
-    """Path, work and uses of a cross-attention."""
-    if not row.attended:
-        return ()
-    plan = row.attended[0].plan
-    return plan.path, plan.work, plan.uses
-
-
-def _inner(row: Row) -> nn.Module:
-    return row.module.fn if isinstance(row.module, PreNorm) else row.module
-
-
-def _choice(row: Row, like: Tensor) -> Choice:
-    """What runs a layer."""
-    if row.attended:
-        return row.attended[0].plan.choice
-    inner = _inner(row)
+def _plan(row: Row, like: Tensor) -> Plan:
+    """Which way a layer takes and what runs it."""
+    if row.plan is not None:
+        return row.plan
+    layer, op, backend = row.inner, type(row.inner).__name__, "torch"
+    if isinstance(layer, Attention):
+        op, backend = "self_attention", "sdpa"
+    elif isinstance(layer, FeedForward):
+        op = "feed_forward"
     why = why_modules(row.module) if isinstance(row.module, PreNorm) else None
     if why is not None:
-        return Choice(_op(inner), "torch", {"fused": [why]})
-    if isinstance(inner, Attention):
-        return Choice("self_attention", "sdpa")
-    if isinstance(inner, FeedForward) and wide_channels(inner):
-        return Choice("feed_forward", _linear(inner, row.calls[0].shape, like).backend.split(" ")[0])
-    return Choice(type(inner).__name__, "torch")
+        return Plan("", Choice(op, "torch", {"fused": [why]}))
+    if op == "feed_forward" and wide_channels(layer):
+        backend = _linear(row, _stream(row, like)).backend.split(" ")[0]
+    return Plan("", Choice(op, backend))
 
 
-def _op(inner: nn.Module) -> str:
-    if isinstance(inner, Attention):
-        return "self_attention"
-    return "feed_forward" if isinstance(inner, FeedForward) else type(inner).__name__
+def _stream(row: Row, like: Tensor) -> Tensor:
+    """Something with the shape, dtype and device of what a layer is called with, in no memory."""
+    return like.new_empty(1).expand(row.calls[0].shape)
 
 
-def _linear(feed_forward: FeedForward, shape: Sequence[int], like: Tensor) -> Choice:
-    *rows, channels = shape
-    x = like.new_empty(1).expand(*rows, channels)  # its shape, dtype and device are what matters
-    count = x.numel() // max(channels, 1)
-    return choose_linear(count, channels, 2 * wide_channels(feed_forward), product_dtype(x), x.device)
+def _linear(row: Row, x: Tensor) -> Choice:
+    """What runs the first product of a feed-forward on ``x``."""
+    count, channels = x.shape[:-1].numel(), x.shape[-1]
+    return linear_library(count, channels, 2 * wide_channels(row.inner), product_dtype(x), x.device)
 
 
 def _latents(rows: list[Row], like: Tensor) -> tuple[Choice, ...]:
+    """What runs the products, GEGLU and LayerNorm of the first feed-forward."""
     for row in rows:
-        inner = _inner(row)
-        if isinstance(inner, FeedForward) and wide_channels(inner):
-            x = like.new_empty(1).expand(row.calls[0].shape)
+        if isinstance(row.inner, FeedForward) and wide_channels(row.inner):
+            x = _stream(row, like)
             call = PointwiseCall(product_dtype(x), x.device)
-            return _linear(inner, row.calls[0].shape, like), choose_geglu(call), choose_layer_norm(call)
+            return _linear(row, x), GEGLU.choose(call), LAYER_NORM.choose(call)
     return ()
 
 
 def _inputs(recorder: Recorder) -> tuple[LayerPath, ...]:
+    """The line of what describes the tokens, if anything does."""
     operators = (*recorder.tokens.operators, *recorder.shared)
-    work = original.count_tokens(recorder.described, total(recorder.tokens.operators))
-    if not operators and work == Counts():
+    work = count_tokens(recorder.described, total(recorder.tokens.operators))
+    if not operators and work == Work():
         return ()
     choices = [_description(tokens) for tokens, _ in recorder.described]
     choice, *others = {choice.op: choice for choice in choices}.values()
-    return (LayerPath("tokens", choice, uses=tuple(others), operators=operators, original=work),)
+    return (LayerPath("tokens", Plan("", choice, uses=tuple(others)), operators, work),)
 
 
 def _description(tokens: Tokens) -> Choice:
+    """What describes tokens for all layers."""
     if isinstance(tokens, GridTokens):
-        return choose_grid_scale(tokens.feat)
+        return GRID_SCALE.choose(PointwiseCall(tokens.feat.dtype, tokens.feat.device))
     return Choice("layer_norm" if isinstance(tokens, DenseTokens) else "positions", "torch")
 
 
-def _describe(model: nn.Module, data) -> str:
+def _in_words(model: nn.Module, data) -> str:
+    """Latents and tokens, for people."""
     latents = getattr(model, "latents", None)
     held = f"{latents.shape[0]} latents of {latents.shape[1]} channels; " if isinstance(latents, Tensor) else ""
     if not isinstance(data, Tensor):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.insight.fold import Folded, fold
+from perceiver_fast.insight.fold import fold
 from perceiver_fast.insight.roofs import Roofs
-from perceiver_fast.insight.work import Counts, Operator, total
-from perceiver_fast.layers.plan import Work
+from perceiver_fast.insight.work import Counted, total
+from perceiver_fast.layers.plan import Plan
+from perceiver_fast.ops.work import Work
 
 
 @dataclass(frozen=True)
@@ -18,24 +18,29 @@ class LayerPath:
 
     Args:
         layer: its name; of groups of tokens with the group's number.
-        choice: op and backend, and why other ways and backends were passed over.
-        path: of a cross-attention, the way.
-        work: of a cross-attention, the plan's work of the ways that were open, of one batch element.
-        uses: ops that describe the tokens on this way.
+        plan: the way taken and what runs on it; the other ways that were open, with their work; and
+            the ops that describe the tokens on this way.
         operators: every operator that runs, in order, with its counts.
         original: what perceiver-pytorch counts for the same layer.
     """
 
     layer: str
-    choice: Choice
-    path: str = ""
-    work: dict[str, Work] = field(default_factory=dict)
-    uses: tuple[Choice, ...] = ()
-    operators: tuple[Operator, ...] = ()
-    original: Counts = field(default_factory=Counts)
+    plan: Plan
+    operators: tuple[Counted, ...] = ()
+    original: Work = field(default_factory=Work)
 
     @property
-    def counts(self) -> Counts:
+    def choice(self) -> Choice:
+        """Op and backend, and why other ways and backends were passed over."""
+        return self.plan.choice
+
+    @property
+    def path(self) -> str:
+        """Of a cross-attention, the way; else empty."""
+        return self.plan.path
+
+    @property
+    def counts(self) -> Work:
         """What the layer counts, of the whole batch."""
         return total(self.operators)
 
@@ -47,17 +52,65 @@ class LayerPath:
         """All of it, as JSON can hold it."""
         return {
             "layer": self.layer,
-            **_choice(self.choice),
+            **asdict(self.choice),
             "path": self.path,
-            "uses": [_choice(use) for use in self.uses],
+            "uses": [asdict(use) for use in self.plan.uses],
             **asdict(self.counts),
             "perceiver_pytorch": asdict(self.original),
             "operators": [{"name": operator.name, **asdict(operator.counts)} for operator in self.operators],
         }
 
 
+class Layers:
+    """Several layers, ``rows``, and what they count together."""
+
+    rows: tuple[LayerPath, ...]
+
+    @property
+    def counts(self) -> Work:
+        """What they count in one forward."""
+        return sum((path.counts for path in self.rows), Work())
+
+    @property
+    def original(self) -> Work:
+        """What perceiver-pytorch counts for them in one forward."""
+        return sum((path.original for path in self.rows), Work())
+
+    def seconds(self, roofs: Roofs) -> float:
+        """Predicted time of one forward at the CPU's roofs."""
+        return sum(path.seconds(roofs) for path in self.rows)
+
+
+def amount(found: LayerPath | Layers, roofs: Roofs | None) -> float:
+    """What shares are of: the predicted time at the CPU's roofs; without roofs, the counted cost."""
+    return found.counts.cost if roofs is None else found.seconds(roofs)
+
+
 @dataclass(frozen=True)
-class Explanation:
+class Line(Layers):
+    """Repeated layers that are shown as one, under a name that stands for all."""
+
+    name: str
+    rows: tuple[LayerPath, ...]
+
+    @property
+    def times(self) -> str:
+        """How many layers, if there are several."""
+        return f"{len(self.rows)} x" if len(self.rows) > 1 else ""
+
+    def notes(self) -> list[str]:
+        """Why not other ways and backends; and the ops used beside, with their reasons where plain PyTorch runs them."""
+        plan = self.rows[0].plan
+        lines = rejections(plan.choice)
+        for use in plan.uses:
+            lines.append(f"with {use.op} on {use.backend}")
+            if use.backend == "reference":
+                lines += [f"  {line}" for line in rejections(use)]
+        return lines
+
+
+@dataclass(frozen=True)
+class Explanation(Layers):
     """The paths of all layers of a model, in the order they run; ``str()`` of it is a table for people.
 
     Args:
@@ -81,16 +134,6 @@ class Explanation:
         return self.inputs + self.layers
 
     @property
-    def counts(self) -> Counts:
-        """What one forward counts."""
-        return sum((path.counts for path in self.rows), Counts())
-
-    @property
-    def original(self) -> Counts:
-        """What one forward of perceiver-pytorch's model counts."""
-        return sum((path.original for path in self.rows), Counts())
-
-    @property
     def multiply_adds(self) -> int:
         """Of one forward, in matrix products and attention."""
         return self.counts.multiply_adds
@@ -105,39 +148,34 @@ class Explanation:
         """Of one forward, as read and written by its operators."""
         return self.counts.bytes
 
-    def seconds(self, roofs: Roofs) -> float:
-        """Predicted time of one forward at the CPU's roofs."""
-        return sum(path.seconds(roofs) for path in self.rows)
-
     def shares(self, roofs: Roofs | None = None) -> list[float]:
         """The part of every row in the predicted time; without roofs, in the counted cost."""
-        parts = [path.counts.cost if roofs is None else path.seconds(roofs) for path in self.rows]
-        whole = sum(parts)
-        return [part / whole if whole else 0.0 for part in parts]
+        whole = amount(self, roofs) or 1.0
+        return [amount(path, roofs) / whole for path in self.rows]
 
-    def folded(self) -> list[Folded]:
+    def folded(self) -> list[Line]:
         """The rows, repeated blocks together. They may differ in bytes: what comes between is counted with one."""
 
         def same(path: LayerPath) -> tuple:
             counts = [(work.multiply_adds, work.exponentials) for work in (path.counts, path.original)]
-            return path.choice.op, path.choice.backend, path.path, *counts
+            return path.plan.taken.op, path.plan.taken.backend, path.path, *counts
 
-        return fold(self.rows, name=lambda path: path.layer, key=same)
+        return [Line(name, tuple(rows)) for name, rows in fold(self.rows, name=lambda path: path.layer, key=same)]
 
     def to_dict(self, roofs: Roofs | None = None) -> dict:
         """All of it, as JSON can hold it; with roofs also the predicted seconds."""
-        rows = [path.to_dict() | {"share": share} for path, share in zip(self.rows, self.shares(roofs))]
-        whole = {"counts": asdict(self.counts), "perceiver_pytorch": asdict(self.original)}
-        if roofs is not None:
-            rows = [row | {"seconds": path.seconds(roofs)} for row, path in zip(rows, self.rows)]
-            whole["seconds"] = self.seconds(roofs)
+
+        def time(found: LayerPath | Layers) -> dict:
+            return {} if roofs is None else {"seconds": found.seconds(roofs)}
+
+        shares = self.shares(roofs)
         return {
             "tokens": self.tokens,
             "dtype": self.dtype,
             "device": self.device,
-            "layers": rows,
-            "latents": [_choice(choice) for choice in self.latents],
-            "total": whole,
+            "layers": [path.to_dict() | {"share": share} | time(path) for path, share in zip(self.rows, shares)],
+            "latents": [asdict(choice) for choice in self.latents],
+            "total": {"counts": asdict(self.counts), "perceiver_pytorch": asdict(self.original)} | time(self),
             "share_of": "counted cost" if roofs is None else "predicted time",
             "roofs": None if roofs is None else asdict(roofs),
         }
@@ -145,33 +183,17 @@ class Explanation:
     def __str__(self) -> str:
         lines, folded = [self.tokens], self.folded()
         width = max((len(line.name) for line in folded), default=0)
-        for name, paths in folded:
-            path, times = paths[0], f"{len(paths)} x " if len(paths) > 1 else ""
-            way, counts = f"{path.path}: " if path.path else "", sum((path.counts for path in paths), Counts())
-            lines.append(f"{name:<{width}}  {times}{path.choice.op} on {path.choice.backend} ({way}{counts})")
-            lines += [f"{'':<{width}}    {note}" for note in notes(path)]
+        for line in folded:
+            plan, times = line.rows[0].plan, line.times and f"{line.times} "
+            way = f"{plan.path}: " if plan.path else ""
+            lines.append(f"{line.name:<{width}}  {times}{plan.taken.op} on {plan.taken.backend} ({way}{line.counts})")
+            lines += [f"{'':<{width}}    {note}" for note in line.notes()]
         for choice in self.latents:
             lines.append(f"{choice.op} of the latents on {choice.backend}")
             lines += [f"  {note}" for note in rejections(choice)]
-        lines.append(f"in all: {self.counts}")
-        lines.append(f"perceiver-pytorch: {self.original}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"in all: {self.counts}", f"perceiver-pytorch: {self.original}"])
 
 
-def rejections(choice: Choice) -> Sequence[str]:
+def rejections(choice: Choice) -> list[str]:
     """Why not the others, one line each."""
     return [f"not {name}: {'; '.join(why)}" for name, why in choice.rejected.items()]
-
-
-def notes(path: LayerPath) -> list[str]:
-    """Why not other ways and backends; and the ops used beside, with their reasons where plain PyTorch runs them."""
-    lines = list(rejections(path.choice))
-    for use in path.uses:
-        lines.append(f"with {use.op} on {use.backend}")
-        if use.backend == "reference":
-            lines += [f"  {line}" for line in rejections(use)]
-    return lines
-
-
-def _choice(choice: Choice) -> dict:
-    return {"op": choice.op, "backend": choice.backend, "rejected": choice.rejected}

@@ -6,29 +6,17 @@ call the same operators on tensors of the same shapes. Their results mean nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import pi
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_fast.insight.recording import Attended, Row
-from perceiver_fast.insight.work import Counts, WorkCounter, total
-from perceiver_fast.layers import Attention, FeedForward, PreNorm
+from perceiver_fast.insight.recording import Row
+from perceiver_fast.insight.work import WorkCounter, total
+from perceiver_fast.layers import Attention, FeedForward
+from perceiver_fast.ops.work import Work
 from perceiver_fast.tokens import GridTokens, PointTokens, Tokens
-
-
-@dataclass(frozen=True)
-class Heads:
-    """An attention: number of heads, channels of a head, dropout of the weights, and the ways it may differ."""
-
-    heads: int
-    dim_head: int
-    dropout: float = 0.0
-    inverted: bool = False
-    queries_contribute_kv: bool = False
-    ends: bool = True  # the queries' projection and that of the result, which groups of tokens share
 
 
 def norm(x: Tensor) -> Tensor:
@@ -41,63 +29,41 @@ def linear(x: Tensor, channels: int, bias: bool = False) -> Tensor:
     return F.linear(x, x.new_empty(channels, x.shape[-1]), x.new_empty(channels) if bias else None)
 
 
-def attend(x: Tensor, context: Tensor, mask: Tensor | None, how: Heads) -> Tensor:
-    """Of normalised ``x [B, N, D]`` to normalised ``context [B, M, C]`` with its mask ``[B, M]``; projections, too."""
-    inner = how.heads * how.dim_head
-    q = linear(x, inner) if how.ends else x.new_empty(*x.shape[:2], inner)
-    if how.queries_contribute_kv:
-        context = torch.cat([x, context], dim=1)
-        mask = None if mask is None else torch.cat([mask.new_ones(x.shape[:2]), mask], dim=-1)
-    keys, values = linear(context, 2 * inner).chunk(2, dim=-1)
-    q, k, v = (t.unflatten(-1, (how.heads, -1)).transpose(1, 2).flatten(0, 1) for t in (q, keys, values))
-    logits = torch.einsum("bid,bjd->bij", q, k) * how.dim_head**-0.5
+def attention(
+    fn: Attention,
+    x: Tensor,
+    context: Tensor | None = None,
+    mask: Tensor | None = None,
+    inverted: bool = False,
+    ends: bool = True,
+) -> Tensor:
+    """PreNorm(Attention) of ``x [B, N, D]`` to ``context [B, M, C]`` with its mask ``[B, M]``, or among ``x``.
+
+    Args:
+        fn: what says how many heads there are, of how many channels, and what else may differ.
+        inverted: softmax over ``x``, then normalised over the context.
+        ends: with the norm and projection of ``x`` and that of the result, which groups of tokens share.
+    """
+    heads, inner = fn.heads, fn.heads * fn.dim_head
+    z = norm(x) if ends else x
+    tokens = z if context is None else norm(context)
+    q = linear(z, inner) if ends else z.new_empty(*z.shape[:2], inner)
+    if fn.queries_contribute_kv and context is not None:
+        tokens = torch.cat([z, tokens], dim=1)
+        mask = None if mask is None else torch.cat([mask.new_ones(z.shape[:2]), mask], dim=-1)
+    keys, values = linear(tokens, 2 * inner).chunk(2, dim=-1)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for t in (q, keys, values))
+    logits = torch.einsum("bid,bjd->bij", q, k) * fn.dim_head**-0.5
     if mask is not None:
-        mask = mask.unsqueeze(1).expand(-1, how.heads, -1).reshape(-1, 1, mask.shape[-1])
+        mask = mask.unsqueeze(1).expand(-1, heads, -1).reshape(-1, 1, mask.shape[-1])
         logits.masked_fill_(~mask, -torch.finfo(logits.dtype).max)
-    weights = logits.softmax(dim=-2 if how.inverted else -1)
-    if how.inverted:
+    weights = logits.softmax(dim=-2 if inverted else -1)
+    if inverted:
         weights = weights if mask is None else weights.masked_fill(~mask, 0.0)
         weights = F.normalize(weights, p=1, dim=-1)
-    out = torch.einsum("bij,bjd->bid", F.dropout(weights, how.dropout), v)
-    out = out.unflatten(0, (-1, how.heads)).transpose(1, 2).flatten(2)
-    return linear(out, x.shape[-1], bias=True) if how.ends else out
-
-
-def self_attention(x: Tensor, how: Heads) -> Tensor:
-    """PreNorm(Attention) of ``x [B, N, D]``."""
-    z = norm(x)
-    return attend(z, z, None, how)
-
-
-def cross_attention(x: Tensor, context: Tensor, mask: Tensor | None, how: Heads) -> Tensor:
-    """PreNorm(Attention) of ``x [B, N, D]`` and ``context [B, M, C]``."""
-    return attend(norm(x) if how.ends else x, norm(context), mask, how)
-
-
-def feed_forward(x: Tensor, wide: int, dropout: float) -> Tensor:
-    """PreNorm(FeedForward) of ``x [B, N, D]``, with ``wide`` channels after GEGLU."""
-    value, gates = linear(norm(x), 2 * wide, bias=True).chunk(2, dim=-1)
-    return F.dropout(linear(value * F.gelu(gates), x.shape[-1], bias=True), dropout)
-
-
-def encode(positions: Tensor, bands: int) -> Tensor:
-    """``[.., A]`` to ``[.., A (2 bands + 1)]``: sines and cosines of ``bands`` frequencies, and the position."""
-    x = positions.unsqueeze(-1)
-    angle = x * torch.linspace(1.0, 2.0, bands, device=x.device, dtype=x.dtype) * pi
-    return torch.cat([torch.cat([angle.sin(), angle.cos()], dim=-1), x], dim=-1).flatten(-2)
-
-
-def grid_tokens(data: Tensor, bands: int) -> Tensor:
-    """``data [B, *sizes, F]`` to ``[B, M, C]``, with the code of its place in every token."""
-    axes = [torch.linspace(-1.0, 1.0, size, device=data.device, dtype=data.dtype) for size in data.shape[1:-1]]
-    code = encode(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1), bands)
-    return torch.cat([data, code.expand(*data.shape[:-1], -1)], dim=-1).flatten(1, -2)
-
-
-def point_tokens(data: Tensor, coords: Tensor, bands: int) -> Tensor:
-    """``data [B, M, F]`` at ``coords [B or 1, M, A]`` to ``[B, M, C]``."""
-    code = encode(coords.to(data.dtype), bands)
-    return torch.cat([data, code.expand(data.shape[0], -1, -1)], dim=-1)
+    out = torch.einsum("bij,bjd->bid", F.dropout(weights, fn.active_dropout), v)
+    out = out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+    return linear(out, x.shape[-1], bias=True) if ends else out
 
 
 def wide_channels(layer: FeedForward) -> int | None:
@@ -105,7 +71,22 @@ def wide_channels(layer: FeedForward) -> int | None:
     return getattr(layer.net[2], "in_features", None)
 
 
-def count_layer(row: Row, like: Tensor) -> Counts:
+def feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
+    """PreNorm(FeedForward) of ``x [B, N, D]``."""
+    value, gates = linear(norm(x), 2 * wide_channels(layer), bias=True).chunk(2, dim=-1)
+    dropout = layer.net[3].p if len(layer.net) > 3 and layer.net[3].training else 0.0
+    return F.dropout(linear(value * F.gelu(gates), x.shape[-1], bias=True), dropout)
+
+
+def encode(data: Tensor, positions: Tensor, bands: int) -> Tensor:
+    """``data [B, .., F]`` with the codes of its positions ``[.., A]``: sines and cosines of ``bands`` frequencies."""
+    x = positions.unsqueeze(-1)
+    angle = x * torch.linspace(1.0, 2.0, bands, device=x.device, dtype=x.dtype) * pi
+    code = torch.cat([torch.cat([angle.sin(), angle.cos()], dim=-1), x], dim=-1).flatten(-2)
+    return torch.cat([data, code.expand(*data.shape[:-1], -1)], dim=-1)
+
+
+def count_layer(row: Row, like: Tensor) -> Work:
     """What perceiver-pytorch counts for a layer that was recorded.
 
     Call it where the recorded model can run: in the mode of its tensors.
@@ -114,22 +95,15 @@ def count_layer(row: Row, like: Tensor) -> Counts:
         row: of a :class:`perceiver_fast.insight.recording.Recorder`.
         like: a parameter of the model: its dtype and device are computed in.
     """
-    inner = row.module.fn if isinstance(row.module, PreNorm) else row.module
+    layer, has_norm = row.inner, row.inner is not row.module
     with WorkCounter() as counter:
         if row.attended:
-            for attended in row.attended:
-                _count_cross_attention(row, attended, like)
-        elif inner is not row.module and isinstance(inner, Attention):
-            how = Heads(inner.heads, inner.dim_head, inner.active_dropout)
-            for call in row.calls:
-                x = like.new_empty(call.shape)
-                _join(x, self_attention(x, how), call.residual)
-        elif inner is not row.module and isinstance(inner, FeedForward) and wide_channels(inner):
-            drops = len(inner.net) > 3 and inner.net[3].training
-            dropout = inner.net[3].p if drops else 0.0
-            for call in row.calls:
-                x = like.new_empty(call.shape)
-                _join(x, feed_forward(x, wide_channels(inner), dropout), call.residual)
+            _cross_attention(row, like)
+        elif has_norm and (isinstance(layer, Attention) or (isinstance(layer, FeedForward) and wide_channels(layer))):
+            for shape, residual in row.calls:
+                x = like.new_empty(shape)
+                out = attention(layer, x) if isinstance(layer, Attention) else feed_forward(layer, x)
+                _join(x, out, residual)
         else:
             return total(row.operators)  # the same as ours
     return total(counter.operators)
@@ -139,17 +113,20 @@ def _join(x: Tensor, out: Tensor, residual: bool) -> Tensor:
     return x + out if residual else out
 
 
-def _count_cross_attention(row: Row, attended: Attended, like: Tensor) -> None:
-    layer, tokens = row.module, attended.tokens
-    x = like.new_empty(attended.shape).expand(tokens.batch, -1, -1)
-    context = like.new_empty(tokens.batch, tokens.count, tokens.channels)
-    mask = x.new_empty(context.shape[:2], dtype=torch.bool) if attended.masked else None
-    fn = layer.fn
-    how = Heads(fn.heads, fn.dim_head, fn.active_dropout, attended.inverted, fn.queries_contribute_kv, row.last)
-    _join(x, cross_attention(x, context, mask, how), row.calls[0].residual and row.last)
+def _cross_attention(row: Row, like: Tensor) -> None:
+    """What a row's latents do with its group of tokens, or with all of them."""
+    for seen in row.attended:
+        batch, _, channels = seen.parts[0].shape
+        for group, (tokens, given) in enumerate(zip(seen.groups, seen.masks)):
+            if row.group in (None, group):
+                x = like.new_empty(batch, seen.count, channels).expand(tokens.batch, -1, -1)
+                context = like.new_empty(tokens.batch, tokens.count, tokens.channels)
+                mask = None if given is None else x.new_empty(context.shape[:2], dtype=torch.bool)
+                out = attention(row.inner, x, context, mask, seen.inverted, ends=row.last)
+                _join(x, out, row.calls[0].residual and row.last)
 
 
-def count_tokens(described: list[tuple[Tokens, bool]], own: Counts) -> Counts:
+def count_tokens(described: list[tuple[Tokens, bool]], own: Work) -> Work:
     """What perceiver-pytorch counts for building tokens; ``own`` is what led to their description.
 
     Args:
@@ -159,14 +136,16 @@ def count_tokens(described: list[tuple[Tokens, bool]], own: Counts) -> Counts:
     with WorkCounter() as counter:
         for tokens, grouped in described:
             if isinstance(tokens, PointTokens):
-                point_tokens(tokens.feat, tokens.coords, tokens.frequencies.shape[1])
+                encode(tokens.feat, tokens.coords.to(tokens.feat.dtype), tokens.frequencies.shape[1])
             elif isinstance(tokens, GridTokens):
                 # A group has its embedding in front, on an axis of one index: to perceiver-pytorch more raw channels.
-                codes = tokens.codes[1:] if grouped else tokens.codes
-                code = sum(axis.code.shape[-1] for axis in codes)
-                sizes = [len(axis.code) for axis in codes]
-                data = tokens.feat.new_empty(tokens.batch, *sizes, tokens.channels - code, dtype=tokens.dtype)
-                grid_tokens(data, code // len(codes) // 2)
+                codes = [axis.code for axis in (tokens.codes[1:] if grouped else tokens.codes)]
+                width = sum(code.shape[-1] for code in codes)
+                like = tokens.feat.new_empty(0, dtype=tokens.dtype)
+                axes = [torch.linspace(-1.0, 1.0, len(code), device=like.device, dtype=like.dtype) for code in codes]
+                positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+                data = like.new_empty(tokens.batch, *positions.shape[:-1], tokens.channels - width)
+                encode(data, positions, width // len(codes) // 2)
             else:
                 return own
     return total(counter.operators)

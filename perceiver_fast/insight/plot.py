@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from perceiver_fast.insight.plot_kinds import kind_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
@@ -70,37 +72,38 @@ def plot_attention_map(
     except ImportError as error:
         raise ImportError(f"{WHO} needs matplotlib: pip install -e '.[demo]' ({error})") from error
 
+    if scale not in SCALES:
+        raise ValueError(f"{WHO}: expected scale to be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
+    if frames < 1 or columns < 1:
+        raise ValueError(f"{WHO}: expected at least one of the frames and columns, got {frames} and {columns}")
     parts = _parts(maps, data, coords)
     counts = {len(values) for values, *_ in parts.values()}
     latents = list(range(max(counts))) if latents is None else [int(latent) for latent in latents]
     if counts != {len(latents)} or not latents:
         raise ValueError(f"{WHO}: expected maps of the latents {latents}, got maps of {sorted(counts)} latents")
-    if scale not in SCALES:
-        raise ValueError(f"{WHO}: expected scale to be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
-    if frames < 1 or columns < 1:
-        raise ValueError(f"{WHO}: expected at least one of the frames and columns, got {frames} and {columns}")
 
-    total = sum(values[0].numel() for values, *_ in parts.values())
-    parts = {name: (values * total, *where) for name, (values, *where) in parts.items()}
     joined = torch.cat([values.detach().flatten(1) for values, *_ in parts.values()], 1)
-    norms = [_norm(joined, scale)] * len(latents) if shared else [_norm(values, scale) for values in joined]
+    uniform = joined.shape[1]  # what a weight is divided by one of, to be relative to uniform attention
+    norms = [_norm(joined * uniform, scale)] * len(latents) if shared else [_norm(v * uniform, scale) for v in joined]
     names = [f"latent {latent}" for latent in latents]
-    kinds = {name: _kind(*part)(*part, names, norms, frames, columns) for name, part in parts.items()}
+    kinds = [
+        kind_of(values, where)(values * uniform, given, where, names, norms, frames, columns)
+        for values, given, where in parts.values()
+    ]
 
-    width, heights = max(kind.size[0] for kind in kinds.values()), [kind.size[1] for kind in kinds.values()]
+    width, heights = max(kind.size[0] for kind in kinds), [kind.size[1] for kind in kinds]
     lines = textwrap.wrap(caption, int(13 * width))  # about 13 characters an inch
     if figure is None:
         height = sum(heights) + 0.2 * len(lines) + 0.4 * bool(title)
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     alone = len(kinds) == 1
     rooms = [figure] if alone else figure.subfigures(len(kinds), 1, height_ratios=heights)
-    for room, (name, kind) in zip(rooms, kinds.items()):
+    for room, kind, (name, (values, *_)) in zip(rooms, kinds, parts.items()):
         drawn = kind.draw(room)
-        bars = [(drawn[0][0], room.axes)] if shared else drawn
-        for mappable, axes in bars:
+        for mappable, axes in [(drawn[0][0], room.axes)] if shared else drawn:
             _add_bar(room, mappable, axes, scale, "attention / uniform" if shared else "")
         if not alone:
-            share = float(parts[name][0].sum() / joined.sum())
+            share = float(values.sum() / joined.sum())
             room.suptitle(f"{name}: {share:.0%} of the attention of these latents", fontsize="medium")
     if title:
         figure.suptitle(title)
@@ -147,12 +150,6 @@ def _checked(of: str, maps, data, coords) -> tuple[Tensor, Tensor | None, Tensor
             f"{shape}"
         )
     return maps, data, coords
-
-
-def _kind(maps: Tensor, data: Tensor | None, coords: Tensor | None) -> type:
-    from perceiver_fast.insight.plot_kinds import ImageKind, PointsKind, SoundKind, VideoKind
-
-    return PointsKind if coords is not None else (SoundKind, ImageKind, VideoKind)[maps.dim() - 2]
 
 
 def _norm(values: Tensor, scale: str):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-COLOURS = "inferno"
+if TYPE_CHECKING:
+    import numpy as np
+
 ALPHA = 0.65  # of a map over a picture
 AREA = 5.0  # square inches of a panel
 
@@ -45,13 +48,18 @@ class Kind:
         """Draw; returns what was coloured, and its axes, for every latent."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def picture(self) -> np.ndarray | None:
         """What is seen of the data, ``[.., F]`` in [0, 1]: scaled to it as a whole, unless it is there."""
         if self.data is None or not self.data.shape[-1]:
             return None
         data = as_array(self.data)
         return data if data.min() >= 0 and data.max() <= 1 else scaled(data)
+
+    @property
+    def panels(self) -> int:
+        """How many panels, or rows of them, there are: one a latent, and the picture's."""
+        return len(self.names) + (self.picture is not None)
 
     def grid(self, count: int) -> tuple[int, int]:
         """Rows and columns of that many panels."""
@@ -60,7 +68,23 @@ class Kind:
 
     def colours(self, latent: int) -> dict:
         """Arguments of all that colours by attention."""
-        return {"cmap": COLOURS, "norm": self.norms[latent]}
+        return {"cmap": "inferno", "norm": self.norms[latent]}
+
+    def draw_rows(self, rows: list, maps: Tensor, pictures: np.ndarray | None) -> list[tuple]:
+        """Draw in rows of panels the pictures ``[T, H, W, F]``, if there are any, and below them maps ``[n, T, H, W]``."""
+        if pictures is not None:  # in its colours, or the grey of other numbers of channels
+            for panel, picture in zip(rows[0], pictures):
+                panel.imshow(picture if picture.shape[-1] == 3 else picture.mean(-1), cmap="gray", vmin=0, vmax=1)
+            rows = rows[1:]
+        drawn = []
+        for latent, (row, values) in enumerate(zip(rows, maps)):
+            for index, panel in enumerate(row):
+                if pictures is not None:  # its grey, with lifted blacks: a map shows over the shadows too
+                    panel.imshow(pictures[index].mean(-1), cmap="gray", vmin=-0.25, vmax=1)
+                alpha = 1.0 if pictures is None else ALPHA
+                mapped = panel.imshow(as_array(values[index]), alpha=alpha, **self.colours(latent))
+            drawn.append((mapped, list(row)))
+        return drawn
 
 
 class ImageKind(Kind):
@@ -68,27 +92,19 @@ class ImageKind(Kind):
 
     @property
     def size(self) -> tuple[float, float]:
-        rows, columns = self._grid()
-        aspect = min(max(self.maps.shape[1] / self.maps.shape[2], 0.4), 2.5)  # titles need some width
+        rows, columns = self.grid(self.panels)
+        aspect = aspect_of(self.maps)
         width = (AREA / aspect) ** 0.5
         return columns * (width + 0.3), rows * (width * aspect + 0.3)
 
-    def _grid(self) -> tuple[int, int]:
-        return self.grid(len(self.names) + (self.picture is not None))
-
     def draw(self, figure) -> list[tuple]:
-        panels = list(figure.subplots(*self._grid(), squeeze=False).flat)
+        panels, picture = figure.subplots(*self.grid(self.panels), squeeze=False).flatten(), self.picture
         for panel in panels:
             panel.set_axis_off()
-        picture = self.picture
-        if picture is not None:
-            show_image(panels[0], picture)
-            panels.pop(0).set_title(" x ".join(map(str, self.maps.shape[1:])) + " tokens", fontsize="medium")
-        drawn = []
-        for latent, (panel, values) in enumerate(zip(panels, self.maps)):
-            panel.set_title(self.names[latent], fontsize="medium")
-            drawn.append((show_map(panel, values, picture, **self.colours(latent)), [panel]))
-        return drawn
+        titles = [" x ".join(map(str, self.maps.shape[1:])) + " tokens"] * (picture is not None) + self.names
+        for panel, title in zip(panels, titles):
+            panel.set_title(title, fontsize="medium")
+        return self.draw_rows(panels[:, None], self.maps[:, None], None if picture is None else picture[None])
 
 
 class VideoKind(Kind):
@@ -96,35 +112,19 @@ class VideoKind(Kind):
 
     @property
     def size(self) -> tuple[float, float]:
-        frames, height, width = self.maps.shape[1:]
-        aspect = min(max(height / width, 0.4), 2.5)
-        return 1.3 * min(frames, self.frames) + 1.2, 1.3 * aspect * self._rows + 0.3
-
-    @property
-    def _rows(self) -> int:
-        return len(self.names) + (self.picture is not None)
+        return 1.3 * min(self.maps.shape[1], self.frames) + 1.2, 1.3 * aspect_of(self.maps) * self.panels + 0.3
 
     def draw(self, figure) -> list[tuple]:
-        count = self.maps.shape[1]
+        count, picture = self.maps.shape[1], self.picture
         chosen = torch.linspace(0, count - 1, min(count, self.frames)).round().int().tolist()
-        panels = figure.subplots(self._rows, len(chosen), squeeze=False)
-        for panel in panels.flat:
+        rows = figure.subplots(self.panels, len(chosen), squeeze=False)
+        for panel in rows.flat:
             panel.set(xticks=[], yticks=[])
-        for panel, frame in zip(panels[0], chosen):
+        for panel, frame in zip(rows[0], chosen):
             panel.set_title(f"frame {frame}", fontsize="small")
-        picture = self.picture
-        if picture is not None:
-            for panel, frame in zip(panels[0], chosen):
-                show_image(panel, picture[frame])
-            panels = panels[1:]
-        drawn = []
-        for latent, (row, values) in enumerate(zip(panels, self.maps)):
-            row[0].set_ylabel(self.names[latent])
-            for panel, frame in zip(row, chosen):
-                under = None if picture is None else picture[frame]
-                mapped = show_map(panel, values[frame], under, **self.colours(latent))
-            drawn.append((mapped, list(row)))
-        return drawn
+        for row, name in zip(rows[self.panels - len(self.names) :], self.names):
+            row[0].set_ylabel(name)
+        return self.draw_rows(rows, self.maps[:, chosen], None if picture is None else picture[chosen])
 
 
 class SoundKind(Kind):
@@ -158,34 +158,36 @@ class PointsKind(Kind):
 
     @property
     def size(self) -> tuple[float, float]:
-        rows, columns = self._grid()
+        rows, columns = self.grid(len(self.names))
         return 2.8 * columns, 2.8 * rows
 
-    def _grid(self) -> tuple[int, int]:
-        return self.grid(len(self.names))
-
     def draw(self, figure) -> list[tuple]:
-        axes = [as_array(axis) for axis in self.coords.T]
-        drawn = []
-        for latent, values in enumerate(self.maps):
-            solid = len(axes) == 3
-            panel = figure.add_subplot(*self._grid(), latent + 1, projection="3d" if solid else None)
+        where, solid, drawn = [as_array(axis) for axis in self.coords.T], self.coords.shape[1] == 3, []
+        if len(where) == 1:  # points on a line are drawn at the height of their first channel, if they have one
+            has_channels = self.data is not None and self.data.shape[-1] > 0
+            where.append(as_array(self.data[:, 0] if has_channels else torch.zeros(len(self.coords))))
+        for latent, (name, values) in enumerate(zip(self.names, self.maps)):
+            panel = figure.add_subplot(*self.grid(len(self.names)), latent + 1, projection="3d" if solid else None)
             shading = {"depthshade": False} if solid else {}  # colours say attention alone
-            where = axes if len(axes) > 1 else [*axes, self._heights()]
             mapped = panel.scatter(*where, c=as_array(values), s=9, **shading, **self.colours(latent))
-            panel.set_title(self.names[latent], fontsize="medium")
+            panel.set_title(name, fontsize="medium")
             panel.set(xticks=[], yticks=[])
             if solid:
                 panel.set(zticks=[], box_aspect=(1, 1, 1))
-            elif len(axes) == 2:
+            elif self.coords.shape[1] == 2:
                 panel.set_aspect("equal")
             drawn.append((mapped, [panel]))
         return drawn
 
-    def _heights(self) -> np.ndarray:
-        """What points on a line are drawn at: their first channel, if they have one."""
-        has_channels = self.data is not None and self.data.shape[-1] > 0
-        return as_array(self.data[:, 0] if has_channels else torch.zeros(len(self.coords)))
+
+def kind_of(maps: Tensor, coords: Tensor | None) -> type[Kind]:
+    """The kind of input that maps ``[n, n_1, .., n_A]`` are over."""
+    return PointsKind if coords is not None else (SoundKind, ImageKind, VideoKind)[maps.dim() - 2]
+
+
+def aspect_of(maps: Tensor) -> float:
+    """Height over width of maps ``[.., H, W]``, within bounds, as titles need some width."""
+    return min(max(maps.shape[-2] / maps.shape[-1], 0.4), 2.5)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -197,15 +199,3 @@ def scaled(array: np.ndarray) -> np.ndarray:
     """Scaled to [0, 1]; what is flat becomes 0."""
     low, high = array.min(), array.max()
     return (array - low) / (high - low if high > low else 1.0)
-
-
-def show_image(panel, image: np.ndarray) -> None:
-    """``image [H, W, F]`` in its colours, or the grey of other numbers of channels."""
-    panel.imshow(image if image.shape[-1] == 3 else image.mean(-1), cmap="gray", vmin=0, vmax=1)
-
-
-def show_map(panel, values: Tensor, image: np.ndarray | None, **colours):
-    """``values [H, W]`` in colours, over the grey of the image if there is one."""
-    if image is not None:  # lifted blacks: a map shows over the shadows too
-        panel.imshow(image.mean(-1), cmap="gray", vmin=-0.25, vmax=1)
-    return panel.imshow(as_array(values), alpha=1.0 if image is None else ALPHA, **colours)

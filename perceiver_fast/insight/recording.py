@@ -8,26 +8,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.insight.work import Operator, WorkCounter
+from perceiver_fast.insight.observe import Attended, LayerObserver, layers_of
+from perceiver_fast.insight.work import Counted, WorkCounter
 from perceiver_fast.layers import PreNorm
-from perceiver_fast.layers.observer import Observer, observing
+from perceiver_fast.layers.observer import observer, observing
 from perceiver_fast.layers.plan import Plan
 from perceiver_fast.layers.pre_norm import why_modules
-from perceiver_fast.tokens import DenseTokens, GridTokens, TokenGroups, Tokens, fourier
-
-
-@dataclass
-class Attended:
-    """What latents ``[B, N, D]`` (or ``[1, N, D]``, shared by the batch) attended to, and how."""
-
-    tokens: Tokens
-    plan: Plan
-    shape: torch.Size
-    masked: bool
-    inverted: bool
+from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens, fourier
 
 
 class Call(NamedTuple):
@@ -44,45 +34,35 @@ class Row:
     Args:
         name: the layer's name in the model.
         module: the layer.
-        calls: of the layer under this name.
+        calls: of the layer under this name; groups share them.
+        attended: of a cross-attention, once for every input that is attended to; groups share them.
         group: which group of tokens. Default: all of them.
         last: whether it is the last group, with which is counted what they share.
-        attended: of a cross-attention, once for every description of tokens.
+        plan: of a cross-attention, the way taken.
         operators: that were called, in order.
     """
 
     name: str
     module: nn.Module | None
     calls: list[Call] = field(default_factory=list)
+    attended: list[Attended] = field(default_factory=list)
     group: int | None = None
     last: bool = True
-    attended: list[Attended] = field(default_factory=list)
-    operators: list[Operator] = field(default_factory=list)
+    plan: Plan | None = None
+    operators: list[Counted] = field(default_factory=list)
 
     @property
     def label(self) -> str:
         """The name, and the group's number."""
         return self.name if self.group is None else f"{self.name} [{self.group}]"
 
-
-def layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The layers of a model and their names: attention and feed-forwards with their norms, and what has none within.
-
-    A module that is shared comes once for every name.
-    """
-    if isinstance(module, nn.ParameterDict):
-        return
-    inner = (m for m in module.modules() if m is not module)
-    container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-    if isinstance(module, PreNorm) or not (container or any(isinstance(m, PreNorm) for m in inner)):
-        yield name, module
-        return
-    for key, child in module._modules.items():
-        if child is not None:
-            yield from layers_of(child, f"{name}.{key}" if name else key)
+    @property
+    def inner(self) -> nn.Module | None:
+        """The layer without its norm."""
+        return self.module.fn if isinstance(self.module, PreNorm) else self.module
 
 
-class Recorder(Observer):
+class Recorder(LayerObserver):
     """Rows of a model's layers, filled while it runs in :meth:`attached`.
 
     What runs between two layers is counted with the one before, as a residual connection is, and before the first one
@@ -97,106 +77,90 @@ class Recorder(Observer):
     """
 
     def __init__(self, model: nn.Module, counter: WorkCounter):
+        layers = list(layers_of(model))
+        super().__init__(layers)
         self.counter = counter
         self.rows: list[Row] = []
         self.tokens = Row("tokens", None)
         self.described: list[tuple[Tokens, bool]] = []
-        self.shared: list[Operator] = []
-        layers = list(layers_of(model))
-        self._modules = list({id(module): module for _, module in layers}.values())
-        names: dict[int, list[str]] = {}
-        for name, module in layers:
-            names.setdefault(id(module), []).append(name)
-        self._names = {key: iter(found) for key, found in names.items()}  # in the order a shared one runs under them
-        self._groups: dict[int, list[Row]] = {}  # of every module under its present name: one row, or one a group
+        self.shared: list[Counted] = []
+        self._silent = {module for _, module in layers if not isinstance(module, PreNorm)}  # do not say when they begin
+        self._by_name: dict[str, list[Row]] = {}  # one row, or one a group
+        self._now: list[Row] = []  # the rows of the layer that runs
         self._group = 0  # the next one
-        self._input_groups: list[Row] | None = None  # of the first cross-attention
+        self._first: list[Row] | None = None  # the rows of the first cross-attention
 
     @contextmanager
     def attached(self) -> Iterator[Recorder]:
-        """Calls of the model inside are recorded."""
-        # What is no PreNorm is called in any case; a hook on a PreNorm would keep fused ops from standing in for it.
-        called = [module for module in self._modules if not isinstance(module, PreNorm)]
-        handles = [module.register_forward_pre_hook(self._called, with_kwargs=True) for module in called]
-        codes, fourier._cache = fourier._cache, {}  # kept for the process: here they count
+        """Calls of the model inside, in this thread, are recorded."""
+        # What is no PreNorm may be anybody's module, and nothing but a hook tells that it is called. The hook is there
+        # for all threads: in another one it finds another observer, or none, and does nothing.
+        handles = [module.register_forward_pre_hook(self._called, with_kwargs=True) for module in self._silent]
         self.counter.operators = self.tokens.operators
         try:
-            with observing(self):
+            with observing(self), fourier.uncached():
                 yield self
         finally:
-            fourier._cache = codes
             for handle in handles:
                 handle.remove()
 
-    def _called(self, module: nn.Module, inputs: tuple, keywords: dict) -> None:
-        x = next(iter((*inputs, *keywords.values())), None)
-        self.begins(module, getattr(x, "shape", None), residual=False)
+    def _called(self, module: nn.Module, inputs: tuple, keywords: dict | None = None) -> None:
+        # Another thread that calls the module while the hook is put on or removed may take it for one without keywords.
+        if observer() is self:
+            x = next(iter((*inputs, *(keywords or {}).values())), None)
+            self.begins(module, getattr(x, "shape", None), residual=False)
 
     def begins(self, layer: nn.Module, shape: torch.Size | None, residual: bool) -> None:
-        if id(layer) not in self._names:  # within a layer that counts as a whole
+        if not self.knows(layer):
             return
-        name = next(self._names[id(layer)], None)
-        if name is not None:  # else it is called again under its last name, as a decoder is for parts of its queries
-            self._groups[id(layer)] = [Row(name, layer)]
-            self.rows += self._groups[id(layer)]
-        row = self._groups[id(layer)][0]
-        row.calls.append(Call(shape, residual))
-        self._group = 0
-        self.counter.operators = row.operators
+        name = self.next_name(layer)
+        if name not in self._by_name:  # else it is called again, as a decoder is for parts of its queries
+            self._by_name[name] = [Row(name, layer)]
+            self.rows += self._by_name[name]
+        self._now, self._group = self._by_name[name], 0
+        self._now[0].calls.append(Call(shape, residual))
+        self.counter.operators = self._now[0].operators
 
     def attends(self, layer, z, tokens=None, mask=None, inverted=False, fused=True) -> None:
-        if fused or tokens is None or id(layer) not in self._names:
+        if tokens is None or not self.knows(layer):
             return
-        why = why_modules(layer) or "what it is called with is more than a plain tensor"
-        plan = Plan("modules", Choice("cross_attention", "torch", {"fused": [why]}))
-        groups = tokens.groups if isinstance(tokens, TokenGroups) else [tokens]
-        for group in groups:
-            self._attend(layer, z, group, mask is not None, inverted, len(groups) > 1, plan, self._groups[id(layer)][0])
+        row, attended = self._now[0], Attended.of(layer, z, tokens, mask, inverted)
+        known = next((known for known in row.attended if known.same_tokens(attended)), None)
+        if known is None:
+            row.attended.append(attended)
+        else:
+            known.parts.append(z)
+        if not fused:
+            why = why_modules(layer) or "what it is called with is more than a plain tensor"
+            row.plan = row.plan or Plan("modules", Choice("cross_attention", "torch", {"fused": [why]}))
+            for group in attended.groups:
+                self._describe(layer, group, row.plan, attended.grouped)
 
     def plans(self, layer, z, tokens, mask, inverted, grouped, plan) -> None:
-        if id(layer) in self._names:
-            self._attend(layer, z, tokens, mask is not None, inverted, grouped, plan, self._next_group(layer, grouped))
-
-    def _attend(
-        self,
-        layer: PreNorm,
-        z: Tensor,
-        tokens: Tokens,
-        masked: bool,
-        inverted: bool,
-        grouped: bool,
-        plan: Plan,
-        row: Row,
-    ) -> None:
-        known = next((attended for attended in row.attended if attended.tokens is tokens), None)
-        if known is None:
-            row.attended.append(Attended(tokens, plan, z.shape, masked, inverted))
-            self._describe(layer, tokens, plan, grouped)
-        else:  # more queries to the same
-            known.shape = torch.Size([known.shape[0], known.shape[1] + z.shape[1], known.shape[2]])
-
-    def _next_group(self, module: PreNorm, grouped: bool) -> Row:
-        groups = self._groups[id(module)]
-        if self._group == len(groups):
-            groups[-1].last = False
-            groups.append(Row(groups[0].name, module, groups[0].calls))
-            self.rows.append(groups[-1])
-        row = groups[self._group]
+        if not self.knows(layer):
+            return
+        if self._group == len(self._now):
+            first, last = self._now[0], self._now[-1]
+            last.last = False
+            self._now.append(Row(first.name, layer, first.calls, first.attended))
+            self.rows.append(self._now[-1])
+        row = self._now[self._group]
         row.group = self._group if grouped else None
+        row.plan = row.plan or plan
         self._group += 1
         self.counter.operators = row.operators
-        return row
+        self._describe(layer, tokens, plan, grouped)
 
-    def _describe(self, module: PreNorm, tokens: Tokens, plan: Plan, grouped: bool) -> None:
+    def _describe(self, layer: PreNorm, tokens: Tokens, plan: Plan, grouped: bool) -> None:
         """Let the input's tokens compute what all layers share outside of the layer that asks first."""
-        self._input_groups = self._input_groups or self._groups[id(module)]
-        if self._input_groups is not self._groups[id(module)]:
+        self._first = self._first or self._now
+        if self._first is not self._now or any(tokens is known for known, _ in self.described):
             return
         self.described.append((tokens, grouped))
         with self.counter.into(self.shared):
             if plan.path == "modules":
                 tokens.tensor()
             elif isinstance(tokens, GridTokens):
-                tokens.scale(module.norm_context.eps)
+                tokens.scale(layer.norm_context.eps)
             elif isinstance(tokens, DenseTokens) and not tokens.uses(plan.path):
-                tokens.normalized(module.norm_context.eps)
+                tokens.normalized(layer.norm_context.eps)

@@ -28,7 +28,7 @@ def on_shapes(
         dtype, device: of both; the device need not be there.
 
     Returns:
-        The model and the input.
+        The model and the input. Both are of one thread at a time, as all that torch runs on shapes alone.
 
     Example:
         >>> import perceiver_fast as pf
@@ -51,6 +51,7 @@ def on_shapes(
         return made[id(tensor)][1]
 
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            held.update({name: without_content(tensor) for name, tensor in held.items() if tensor is not None})
+        for tensors in (module.named_parameters, module.named_buffers):
+            for name, tensor in list(tensors(recurse=False, remove_duplicate=False)):
+                setattr(module, name, without_content(tensor))
     return model, without_content(data)

@@ -1,4 +1,4 @@
-"""Multi-head attention of perceiver-pytorch: its projections, and attention over what they make."""
+"""Multi-head attention of perceiver-pytorch: projections to queries, keys and values, attention, and one projection out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.cache import Cached
-from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, watcher, why_not
+from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, is_watched, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.linear import linear, product_dtype
@@ -17,7 +17,7 @@ from perceiver_fast.ranges import layer_range
 
 @fusable
 class Attention(Cached):
-    """Attention of ``x [B, N, D]`` to a context ``[B, M, C]``, or among ``x`` where there is none.
+    """Attention of ``x [B, N, D]`` to a context ``[B, M, C]``, or to ``x`` itself where there is none.
 
     Args:
         query_dim: channels of queries and of the output, D.
@@ -25,7 +25,8 @@ class Attention(Cached):
         heads: number of heads. Default: 8.
         dim_head: channels of a head. Default: 64.
         dropout: dropout of attention weights in training. Default: 0.
-        queries_contribute_kv: the queries join what is attended to; needs context_dim == query_dim. Default: False.
+        queries_contribute_kv: attend to the queries, too, before the context; needs context_dim == query_dim.
+            Default: False.
 
     Raises:
         ValueError: queries_contribute_kv with another context_dim.
@@ -41,7 +42,7 @@ class Attention(Cached):
     """
 
     queries_contribute_kv = False
-    drops = True  # whether a layer named dropout is asked
+    drops = True  # False in subclasses whose weights never pass through a dropout layer
 
     def __init__(
         self,
@@ -71,11 +72,11 @@ class Attention(Cached):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("dim_head", round(self.scale**-2))  # pickled by perceiver-pytorch
+        self.__dict__.setdefault("dim_head", round(self.scale**-2))  # perceiver-pytorch's pickles have none
 
     @property
     def active_dropout(self) -> float:
-        """Probability of dropping an attention weight in the current mode, of a plain dropout layer."""
+        """Probability of dropping an attention weight in the current mode; only for a dropout layer that is plain."""
         dropout = self._modules.get("dropout") if self.drops else None
         return dropout.p if dropout is not None and dropout.training else 0.0
 
@@ -84,7 +85,12 @@ class Attention(Cached):
         return x.unflatten(-1, (self.heads, x.shape[-1] // self.heads)).transpose(1, 2)
 
     def project(self, name: str, x: Tensor) -> Tensor:
-        """``to_q`` or ``to_kv`` of ``x [.., D]``; called where it is more than its weight."""
+        """``to_q(x)`` or ``to_kv(x)``, ``[.., D]`` to ``[.., D']``: by an op if the layer is plain, else by calling it.
+
+        Args:
+            name: ``"to_q"`` or ``"to_kv"``.
+            x: ``[.., D]``.
+        """
         layer = self._modules[name]
         if not is_plain(layer, nn.Linear):
             return layer(x)
@@ -92,14 +98,14 @@ class Attention(Cached):
         return linear(x.to(product_dtype(x)), parameters["weight"], parameters["bias"], self.cache, name)
 
     def project_out(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``to_out`` of ``x [.., H d]`` before its bias, and the bias; or what it returns where it has to be called."""
+        """``to_out`` of ``x [.., H d]`` without its bias, and the bias; if it is not plain, its result and None."""
         layer = self._modules["to_out"]
         if not is_plain(layer, nn.Linear):
             return layer(x), None
         return linear(x, layer._parameters["weight"], None, self.cache, "to_out"), layer._parameters["bias"]
 
     def why_modules(self) -> str | None:
-        """What makes the layers within more than their parameters, or None where :meth:`branch` can stand in for a call."""
+        """Why the layers inside have to be called, in words; None if :meth:`branch` may stand in for a call of this one."""
         layers = self._modules
         return (
             self.why_weights()
@@ -109,7 +115,7 @@ class Attention(Cached):
         )
 
     def why_weights(self) -> str | None:
-        """Why attention weights have to exist and be handed to ``dropout``, or None where they need not."""
+        """Why attention weights have to be computed by torch's operators and given to ``dropout``; None if they need not."""
         if type(self.scale) not in (float, int):
             return "its scale is no plain number"
         dropout = self._modules.get("dropout") if self.drops else None
@@ -120,7 +126,14 @@ class Attention(Cached):
 
     @layer_range
     def branch(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of normalised ``z [B, N, D]`` before the bias of ``to_out``, and that; only where nobody can tell."""
+        """Self-attention, in the place of a call; only where :meth:`why_modules` is None.
+
+        Args:
+            z: normalised latents ``[B, N, D]``.
+
+        Returns:
+            ``[B, N, D]`` without the bias of ``to_out``, and the bias ``[D]``.
+        """
         if (looks := observer()) is not None:
             looks.attends(self, z)
         q = self.project("to_q", z)
@@ -146,7 +159,7 @@ class Attention(Cached):
         Returns:
             ``[B, N, query_dim]``.
         """
-        fused = watcher() is None and are_plain(x, context, mask)
+        fused = not is_watched(x, context, mask)
         if context is None and mask is None and (looks := observer()) is not None:
             looks.attends(self, x, inverted=inverted_attention)
         project = self.project if fused else (lambda name, x: self._modules[name](x))
@@ -160,7 +173,7 @@ class Attention(Cached):
         mask = None if mask is None else mask.flatten(1)
         if not fused or self.why_weights() is not None or not are_plain(q, k, v):
             return self._modules["to_out"](self._attend(q, k, v, mask, inverted_attention))
-        out = self._fused(q, k, v, mask, inverted_attention, among=context is None)
+        out = self._fused(q, k, v, mask, inverted_attention, is_self=context is None)
         out, bias = self.project_out(out)
         return out if bias is None else out + bias.to(out.dtype)
 
@@ -171,20 +184,31 @@ class Attention(Cached):
         v: Tensor,
         mask: Tensor | None = None,
         inverted: bool = False,
-        among: bool = True,
+        is_self: bool = True,
     ) -> Tensor:
-        """Attention of projected ``q [B, N, H d]`` to k and v ``[B, M, H d]``, ``[B, N, H d]``; no weights are kept."""
+        """Attention by ops that never store the weights ``[B, H, N, M]``.
+
+        Args:
+            q: ``[B, N, H d]``.
+            k, v: ``[B, M, H d]``.
+            mask: bool ``[B, M]``, True where a token may be attended to. Default: all.
+            inverted: softmax over the queries, then normalised over the tokens. Default: False.
+            is_self: whether the tokens are the queries themselves, as in self-attention. Default: True.
+
+        Returns:
+            ``[B, N, H d]``.
+        """
         q, k, v = (self.split_heads(t) for t in (q, k, v))
-        if not among or mask is not None or inverted:
+        if not is_self or mask is not None or inverted:
             out = cross_attention(q, k, v, mask, self.active_dropout, inverted, scale=self.scale)
             return out.transpose(1, 2).flatten(2)
-        if q.shape[2] == 1:  # softmax over one latent is constant: its gradient is exactly zero, SDPA's only nearly
-            q = q * 0
+        if q.shape[2] == 1:
+            q = q * 0  # a softmax over one latent is constant: this makes its gradient exactly zero, as it should be
         out = sdpa(q, k, v, dropout=self.active_dropout, scale=self.scale)
         return out.transpose(1, 2).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, inverted: bool) -> Tensor:
-        """The same as perceiver-pytorch writes it, on torch's operators: weights ``[B H, N, M]`` pass through ``dropout``."""
+        """The same by torch's operators, as perceiver-pytorch computes it: weights ``[B H, N, M]`` are given to ``dropout``."""
         heads = self.heads
         q, k, v = (self.split_heads(t).flatten(0, 1) for t in (q, k, v))
         weight = torch.einsum("bid,bjd->bij", q, k) * self.scale

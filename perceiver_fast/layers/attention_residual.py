@@ -1,4 +1,4 @@
-"""Attention over the outputs of all earlier blocks, in place of a plain residual."""
+"""Attention over the outputs of all earlier blocks, in place of a plain residual connection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perceiver_fast.ranges import layer_range
 
 
 class EnformerAttentionResidual(nn.Module):
-    """Channel-wise softmax over layers, weighting each layer's output.
+    """A mean of the outputs of all earlier blocks, weighted by a softmax over the blocks, channel by channel.
 
     Args:
         dim: channels of the latents.
@@ -30,7 +30,12 @@ class EnformerAttentionResidual(nn.Module):
 
     @layer_range
     def forward(self, block_outputs: Sequence[Tensor]) -> Tensor:
-        past = torch.stack(list(block_outputs), dim=2)  # [B, N, layers, D]
+        """The weighted mean ``[B, N, D]``.
+
+        Args:
+            block_outputs: at least one ``[B, N, D]``.
+        """
+        past = torch.stack(list(block_outputs), dim=2)  # [B, N, blocks, D]
         out = (past * self.to_attn_logits(past).softmax(dim=-2)).sum(-2)
         narrow = None if out.dtype == torch.float64 else autocast_dtype(out.device)
-        return out.to(narrow or out.dtype)  # the dtype of perceiver-pytorch's einsum
+        return out.to(narrow or out.dtype)  # the dtype that perceiver-pytorch's einsum has under autocast

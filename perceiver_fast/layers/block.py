@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.feed_forward import FeedForward
-from perceiver_fast.layers.fusing import are_plain, fusable, watcher
-from perceiver_fast.layers.pre_norm import PreNorm, attend, join
+from perceiver_fast.layers.fusing import fusable, is_watched
+from perceiver_fast.layers.pre_norm import PreNorm, add_cross_attention, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import TokenGroups, Tokens
@@ -26,7 +26,7 @@ class PerceiverBlock(nn.Module):
         self_per_cross_attn: self-attentions after the cross-attention. Default: 1.
         attn_dropout, ff_dropout: dropout of attention weights and after feed-forwards, in training. Default: 0.
         has_cross_attn: if False the block is its self-attentions alone. Default: True.
-        queries_contribute_kv: the latents join what is attended to; needs context_dim == dim. Default: False.
+        queries_contribute_kv: attend to the latents, too, before the context; needs context_dim == dim. Default: False.
 
     Source:
         perceiver-pytorch 0.11.0.
@@ -80,12 +80,12 @@ class PerceiverBlock(nn.Module):
         mask: Tensor | None = None,
         inverted_attention: bool = False,
     ) -> Tensor:
-        """Attend to ``context``, then among ``x``.
+        """Attend to ``context``, then to ``x`` itself.
 
         Args:
             x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them.
-            context: what is attended to, ``[B, M, C]``. Without cross-attention: ignored. (The models of this package give
-                a description of it where nobody else sees that.)
+            context: what is attended to, ``[B, M, C]``. Without cross-attention: ignored. (The models of this package pass
+                a description of the tokens if nobody but this forward sees it.)
             mask: bool ``[B, M]`` or ``[B, ..]`` of M elements, True where a token may be attended to. Default: all.
             inverted_attention: softmax over the latents, then normalised over the tokens. Default: False.
 
@@ -96,7 +96,7 @@ class PerceiverBlock(nn.Module):
             TypeError, ValueError: a context tensor, or x or mask beside one, of wrong dtype, rank, size or device;
                 the message says expected, got and what to do.
         """
-        watched = watcher() is not None or not are_plain(x)
+        watched = is_watched(x)
         if not self.has_cross_attn:
             stream = ResidualStream(trainable(x))
         else:
@@ -108,9 +108,9 @@ class PerceiverBlock(nn.Module):
             batch = context.shape[0] if isinstance(context, Tensor) else context.batch
             stream = ResidualStream(trainable(x), batch)
             keywords = dict(context=context, mask=mask, inverted_attention=inverted_attention)
-            attend(stream, self._modules["cross_attn"], watched, type(self).__name__, **keywords)
-            join(stream, self._modules["cross_ff"], watched)
+            add_cross_attention(stream, self._modules["cross_attn"], watched, type(self).__name__, **keywords)
+            add_layer(stream, self._modules["cross_ff"], watched)
         for self_attn, self_ff in self.self_attns:
-            join(stream, self_attn, watched)
-            join(stream, self_ff, watched)
+            add_layer(stream, self_attn, watched)
+            add_layer(stream, self_ff, watched)
         return stream.value()

@@ -1,4 +1,4 @@
-"""Checks of what layers and models are called with: clear errors first, nothing converted in silence."""
+"""Checks of what layers and models are called with: errors come before any work, and nothing is converted in silence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_channels(who: str, what: str, tensor: Tensor, layout: str, channels: i
 
 def check_device(who: str, what: str, tensor: Tensor, like: Tensor) -> None:
     """Raise ValueError unless ``tensor`` is where ``like``, a parameter of the model, is."""
-    if tensor.device != like.device and like.device.type != "meta":  # of offloaded weights, which come when called
+    if tensor.device != like.device and like.device.type != "meta":  # offloaded weights are on meta until called
         raise ValueError(
             f"{who}: expected {what} on {like.device}, where the model is, got {tensor.device}; "
             f"move one of them, e.g. {what}.to('{like.device}')"
@@ -92,7 +92,16 @@ def check_data(
 
 
 def check_mask(who: str, mask: Tensor | None, what: str, data: Tensor, sizes: torch.Size) -> Tensor | None:
-    """Check ``mask [B, M]`` or ``[B, *sizes]`` against ``data``, called ``what``; return it, for the whole batch.
+    """Check a mask.
+
+    Args:
+        who, what: the model's name and that of the data, for messages.
+        mask: bool ``[B, M]`` or ``[B, *sizes]``, B may be 1 for a mask that the batch shares; or None.
+        data: ``[B, *sizes, ..]``, what is masked.
+        sizes: of its axes; M is their product.
+
+    Returns:
+        The mask for the whole batch, or None.
 
     Raises:
         TypeError, ValueError: the message says expected, got and what to do.

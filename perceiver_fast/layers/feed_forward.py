@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.cache import Cached
-from perceiver_fast.layers.fusing import are_plain, fusable, watcher, why_not
+from perceiver_fast.layers.fusing import fusable, is_watched, why_not
 from perceiver_fast.ops.feed_forward import feed_forward
 from perceiver_fast.ops.geglu import geglu
 from perceiver_fast.ops.linear import product_dtype
@@ -15,10 +15,15 @@ from perceiver_fast.ranges import layer_range
 
 @fusable
 class GEGLU(nn.Module):
-    """``x * gelu(gate)`` of ``[x, gate]`` in the last dimension (Shazeer, "GLU variants improve transformer", 2020)."""
+    """``value * gelu(gate)``, where ``[value, gate]`` are the halves of the last dimension.
+
+    Source:
+        perceiver-pytorch 0.11.0; Shazeer, "GLU variants improve transformer", 2020.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if watcher() is None and are_plain(x):
+        """``[.., 2 F]`` to ``[.., F]``."""
+        if not is_watched(x):
             return geglu(x)
         x, gate = x.chunk(2, dim=-1)
         return x * F.gelu(gate)
@@ -51,13 +56,14 @@ class FeedForward(Cached):
 
     @layer_range
     def forward(self, x: Tensor) -> Tensor:
-        if watcher() is not None or not are_plain(x) or self.why_modules() is not None:
+        """``[.., D]`` to ``[.., D]``."""
+        if is_watched(x) or self.why_modules() is not None:
             return self.net(x)
         out, bias = self._fused(x)
         return out if bias is None else out + bias.to(out.dtype)
 
     def why_modules(self) -> str | None:
-        """What makes the layers within more than their parameters, or None where one op can stand in for them."""
+        """Why the layers inside have to be called, in words; None if one op may stand in for them."""
         net = self._modules["net"]
         found = why_not("net", net, nn.Sequential)
         if found is not None:
@@ -77,10 +83,18 @@ class FeedForward(Cached):
 
     @layer_range
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What :meth:`forward` computes, before a bias that is left to the stream; only where nobody can tell."""
+        """The feed-forward in the place of a call, only where :meth:`why_modules` is None.
+
+        Args:
+            x: ``[.., D]``.
+
+        Returns:
+            ``[.., D]`` without the last bias, and that bias ``[D]``; with active dropout, the result and None.
+        """
         return self._fused(x)
 
     def _fused(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`branch`, which profilers show as a range of its own."""
         wide, _, narrow, *dropout = self._modules["net"]._modules.values()
         x = x.to(product_dtype(x))
         wide, narrow = wide._parameters, narrow._parameters

@@ -1,14 +1,14 @@
-"""When a fused op may stand in for calls of modules: only while nobody could tell.
+"""When a fused op may stand in for calls of modules: only while nobody could tell the difference.
 
-Models are full of things that a look at the parameters does not show: hooks, adapters, parametrizations, quantized or
-sharded weights, replaced layers, modes that count or rewrite operations. So whoever wants to compute something from the
-parameters of modules, rather than call these, asks here first, in two steps:
+A fused op takes the parameters of several modules and calls none of them. Models are full of things that the parameters
+alone do not show: hooks, adapters, parametrizations, quantized or sharded weights, replaced layers, modes that count or
+rewrite operations. So code that wants to compute from the parameters of modules asks two questions first:
 
-    watcher()                 who looks at every call of a module or of an operator, if anybody: once a block
-    why_not(name, module, ..) what makes a module more than its parameters, if anything: for every module it stands in for
+    watcher()                 who would notice, anywhere in the process, that modules are not called? (once a block)
+    why_not(name, module, ..) what does this module do beyond using its parameters? (for every module that is not called)
 
-Both answer None where fusing is allowed, else with the reason, which ``explain`` shows. Where one of them has an answer
-the modules are called one by one, on tensors, in perceiver-pytorch's order.
+Both return None if fusing is allowed, else the reason in words, which ``explain`` shows. With a reason, the modules are
+called one by one, on tensors, in perceiver-pytorch's order. A module for which ``why_not`` returns None is called plain.
 
 Example:
     >>> from torch import nn
@@ -26,20 +26,22 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from perceiver_fast.tracing import exports_onnx
+from perceiver_fast.tracing import PLAIN, exports_onnx
 
-# What fused ops compute with. The last two stand for plain tensors where something is traced, or where explain looks on.
-PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
-DIMENSIONS = {nn.Linear: 2, nn.LayerNorm: 1}  # of the weights that ops take
+# Fused ops compute with plain tensors, and with those that stand for plain tensors in a traced graph or in explain.
+FUSABLE_TENSORS = frozenset((*PLAIN, FakeTensor, FunctionalTensor))
+DIMENSIONS = {nn.Linear: 2, nn.LayerNorm: 1}  # how many the weight of each class has
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
 
-# The forward of every class that a fused op stands in for: a class whose forward somebody exchanges is called.
+# The original forward of every class that fused ops stand in for. If a class has another one by now, it has to be called.
 _forwards: dict[type[nn.Module], Callable] = {
     kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Sequential)
 }
@@ -47,16 +49,16 @@ _call, _call_impl = nn.Module.__call__, nn.Module._call_impl
 
 
 def fusable(kind: Kind) -> Kind:
-    """Decorate a class of layers that fused ops stand in for."""
+    """Decorate a class of layers that fused ops stand in for: its forward is remembered as the original one."""
     _forwards[kind] = kind.forward
     return kind
 
 
 def watcher() -> str | None:
-    """Who could see that modules are not called, or that other operators run than perceiver-pytorch's; None for nobody.
+    """Who would notice that modules are not called, or that operators differ from perceiver-pytorch's; None if nobody.
 
-    Modes of torch's own (a default device, fake tensors, FLOP counters) are served: they see the fused ops. Under
-    torch.compile modes are the compiler's business.
+    Modes that torch itself or this package defines (a default device, fake tensors, FLOP counters) are no reason: they
+    work with fused ops. Under torch.compile, the compiler handles modes.
     """
     if torch.compiler.is_compiling():
         hooked = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
@@ -75,17 +77,19 @@ def watcher() -> str | None:
 
 
 def _tracing_watcher() -> str | None:
+    """What :func:`watcher` checks while torch.compile traces a graph, beside global hooks."""
     if exports_onnx():
         return "ONNX knows torch's operators alone"
     return _exchanged()
 
 
-# Asked while a graph is traced. What torch.compiler.assume_constant_result sets; that imports torch._dynamo: seconds.
+# Dynamo then evaluates the call once, while tracing. torch.compiler.assume_constant_result would set the same, but it
+# imports torch._dynamo, which takes seconds.
 _tracing_watcher._dynamo_marked_constant = True
 
 
 def _exchanged() -> str | None:
-    """That somebody put another function in the place of a class's own, as patches of libraries do."""
+    """Which class had its forward or its call replaced, as libraries that patch others do; None if none had."""
     if nn.Module._call_impl is not _call_impl:
         return "nn.Module._call_impl was exchanged"
     for kind, forward in _forwards.items():
@@ -97,7 +101,7 @@ def _exchanged() -> str | None:
 
 
 def _global_hook() -> str | None:
-    """That a global forward hook is registered, but for those by which torch's counters know where they are."""
+    """Whether a global forward hook is registered, in words; torch's own module tracker (for FLOP counters) may be."""
     for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
         for hook in hooks.values():
             owner = getattr(hook, "__self__", None)
@@ -107,9 +111,7 @@ def _global_hook() -> str | None:
 
 
 def _mode() -> str | None:
-    from torch.overrides import _get_current_function_mode_stack
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
+    """The first active mode that neither torch nor this package defines, in words; None if there is none."""
     for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
         where = type(mode).__module__
         if not where.startswith(("torch.", "perceiver_fast.")) or where.startswith("torch.testing"):
@@ -118,7 +120,11 @@ def _mode() -> str | None:
 
 
 def is_called(module: nn.Module) -> str | None:
-    """What waits for a call of ``module``: a hook, or a forward or a compiled call put on the instance (accelerate does)."""
+    """Why ``module`` has to be called, of what is set on the instance; None if nothing is.
+
+    That is a hook, a forward of the instance's own (accelerate sets one), or a compiled call. Hooks that are methods of
+    an Observer (layers/observer.py, its ``only_looks`` says so) change nothing, and are no reason.
+    """
     state = module.__dict__
     for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         if not all(getattr(getattr(hook, "__self__", None), "only_looks", False) for hook in state[kind].values()):
@@ -131,16 +137,16 @@ def is_called(module: nn.Module) -> str | None:
 
 
 def why_not(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> str | None:
-    """What makes ``module`` more than a module of one of ``kinds`` and its parameters, or None.
+    """Why an op on the parameters of ``module`` may not stand in for a call of it, in words; None if it may.
 
     Args:
-        name: what the answer calls it.
-        module: the module.
-        kinds: classes that an op can stand in for; a subclass is something else.
+        name: what the answer calls the module.
+        module: the module; None if the model has none in this place.
+        kinds: classes that the op can stand in for. An instance of a subclass is not plain.
     """
     if type(module) not in kinds:
         return f"{name} is {'not there' if module is None else f'of class {type(module).__name__}'}"
-    state = module.__dict__  # nn.Module's own look-ups are slow, and this is asked some thirty times a block
+    state = module.__dict__  # read directly: attribute access of nn.Module is slow, and a block asks some thirty times
     if (
         state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
         or "forward" in state or "_compiled_call_impl" in state
@@ -150,8 +156,8 @@ def why_not(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> str
             return f"{name} {found}"
     if type(module) in DIMENSIONS:
         parameters = state["_parameters"]
-        weight, bias = parameters.get("weight"), parameters.get("bias", module)  # a bias may be None, not be missing
-        if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
+        weight, bias = parameters.get("weight"), parameters.get("bias", module)  # a missing bias is not plain, None is
+        if type(weight) not in FUSABLE_TENSORS or (bias is not None and type(bias) not in FUSABLE_TENSORS):
             return f"{name} has no plain weight"
         if weight.dim() != DIMENSIONS[type(module)] or (bias is not None and bias.shape != weight.shape[:1]):
             return f"{name} has a weight or a bias of another shape"
@@ -161,20 +167,28 @@ def why_not(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> str
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether ``module`` is one of ``kinds`` and nothing more."""
+    """Whether ``module`` is of one of ``kinds`` and an op on its parameters may stand in for it: see :func:`why_not`."""
     return why_not("", module, *kinds) is None
 
 
 def are_plain(*tensors: object) -> bool:
-    """Whether all are tensors that fused ops take: no subclass, whose operations mean something else. None is."""
-    return all(t is None or type(t) in PLAIN for t in tensors)
+    """Whether all are tensors that fused ops take, or None; other subclasses of Tensor give operators other meanings."""
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in FUSABLE_TENSORS:
+            return False
+    return True
+
+
+def is_watched(*tensors: object) -> bool:
+    """Whether modules have to be called, whatever they are: somebody would notice, or not all tensors are plain."""
+    return watcher() is not None or not are_plain(*tensors)
 
 
 def hides_keywords(module: nn.Module, forward: Callable) -> bool:
-    """Whether what ``module`` is called with by keyword is seen by ``forward`` alone.
+    """Whether nobody but ``forward`` sees the keyword arguments that ``module`` is called with.
 
-    Then a description of tokens can be given to it in the place of the tensor that it stands for. Hooks that see
-    positional arguments and results may be there, and those of fully_shard, which pass by what is no tensor.
+    A caller can then pass a description of tokens in the place of the tensor that it describes. Hooks that see only
+    positional arguments and results are allowed; so are those of torch's fully_shard, which skip what is no tensor.
 
     Args:
         module: what is called.
@@ -192,7 +206,8 @@ def hides_keywords(module: nn.Module, forward: Callable) -> bool:
 
 
 def _is_sharding(hook: Callable) -> bool:
-    function = getattr(hook, "func", hook)  # of a functools.partial
+    """Whether a hook is one of torch's fully_shard."""
+    function = getattr(hook, "func", hook)  # what a functools.partial calls
     owner = getattr(function, "__self__", None)
     where = getattr(function, "__module__", None) or type(owner).__module__ or ""
     return where.startswith(("torch.distributed.fsdp.", "torch.distributed._composable."))

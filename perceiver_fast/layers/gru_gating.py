@@ -11,7 +11,7 @@ from perceiver_fast.ranges import layer_range
 
 @fusable
 class GRUGating(nn.Module):
-    """``GRU(fn(x, ..), x)``: how much of a layer's output enters the latents is learned.
+    """``GRU(fn(x, ..), x)``: a GRU cell, whose state is the latents, takes in the layer's output.
 
     Args:
         dim: channels of the latents, D.
@@ -29,6 +29,12 @@ class GRUGating(nn.Module):
 
     @layer_range
     def forward(self, x: Tensor, **kwargs) -> Tensor:
+        """Latents ``[B, N, D]`` (``[1, N, D]`` if the whole batch shares them) to ``[B, N, D]``.
+
+        Args:
+            x: the latents.
+            **kwargs: what ``fn`` takes beside them.
+        """
         y = self.fn(x, **keywords_for(self.fn, PreNorm, kwargs))
         out = self.gru(y.flatten(0, -2), x.flatten(0, -2))
         return out.view_as(y) if y.dim() == 3 else out.unflatten(0, (x.shape[0], -1))

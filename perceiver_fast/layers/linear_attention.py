@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.layers.fusing import are_plain, is_plain, watcher
+from perceiver_fast.layers.fusing import is_plain, is_watched
 from perceiver_fast.ranges import layer_range
 
 
@@ -37,25 +37,26 @@ class LinearAttention(nn.Module):
 
         Args:
             x: tokens ``[B, M, C]``.
-            mask: bool ``[B, M]`` or ``[B, ..]`` of M elements, True where a token counts; a row that is all False counts all tokens alike.
+            mask: bool ``[B, M]`` or ``[B, ..]`` of M elements, True where a token counts; a row that is all False counts all
+                tokens alike. Default: all count.
 
         Returns:
             ``[B, M, C]``.
         """
-        if watcher() is None and are_plain(x) and is_plain(self.to_qkv, nn.Linear) and self.to_qkv.bias is None:
-            weights, whole = self.to_qkv.weight.chunk(3), None  # one after the other: less memory, in inference
+        if not is_watched(x) and is_plain(self.to_qkv, nn.Linear) and self.to_qkv.bias is None:
+            weights, whole = self.to_qkv.weight.chunk(3), None  # q, k and v one after the other take less memory
         else:
             weights, whole = None, self.to_qkv(x).chunk(3, dim=-1)
 
-        def part(index: int) -> Tensor:  # [B, H, M, d]
+        def part(index: int) -> Tensor:
+            """q, k or v, ``[B, H, M, d]``."""
             projected = F.linear(x, weights[index]) if whole is None else whole[index]
             return projected.unflatten(-1, (self.heads, projected.shape[-1] // self.heads)).transpose(1, 2)
 
         q, k = (part(0) * self.scale).softmax(dim=-1), part(1)
         if mask is not None:
-            # Before the softmax, so that a masked token has weight zero and the others' weights sum to one. (After it,
-            # and with the mask's meaning reversed, is where perceiver-pytorch 0.11.0 masks; for nearly all shapes that
-            # raises an error.)
+            # Before the softmax, so that a masked token has weight zero and the others' weights sum to one.
+            # (perceiver-pytorch 0.11.0 masks after it, with the mask's meaning reversed, and nearly always raises an error.)
             k = k.masked_fill(~mask.flatten(1)[:, None, :, None], -torch.finfo(k.dtype).max)
         summary = q.transpose(-1, -2) @ k.softmax(dim=-2)  # [B, H, d, d]
         del q, k

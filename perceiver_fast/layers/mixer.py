@@ -8,7 +8,7 @@ from perceiver_fast.ranges import layer_range
 
 
 class Mixer(nn.Sequential):
-    """A Sequential that has a range of its own, see :class:`perceiver_fast.ranges`."""
+    """A Sequential that profilers show as one named range, see :class:`perceiver_fast.ranges`."""
 
     @layer_range
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from perceiver_fast.tokens import TokenGroups, Tokens
 class Observer:
     """Base class: look on at the forward of this thread, in :func:`observing`; a subclass says what at.
 
-    A subclass may put hooks of its own (bound methods) on modules: they change nothing, so layers stay fused.
+    A subclass may put hooks of its own (bound methods) on modules: they change nothing, so layers stay fused. Other
+    threads run into these hooks too, and have to pass by them: ``if observer() is self``.
     """
 
     only_looks = True
@@ -58,7 +59,10 @@ class Observer:
         grouped: bool,
         plan: Plan,
     ) -> None:
-        """A fused cross-attention is about to take the way of ``plan``; grouped: tokens are one of several groups."""
+        """A fused cross-attention, which has said what it attends to, is about to take the way of ``plan``.
+
+        It says so for each of several groups of tokens (grouped) in their order.
+        """
 
 
 _current: ContextVar[Observer | None] = ContextVar("observer", default=None)

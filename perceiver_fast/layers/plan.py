@@ -6,42 +6,27 @@ There are three ways to attend N queries of d channels (H heads) to M tokens of 
     absorbed   the projections move into the queries and results, and attention runs over the C channels themselves
     projected  keys and values are built, and attention runs over d channels
 
-The work of each is counted in multiply-adds and in bytes that pass through memory, and the least is taken among those
-that a backend can run without an N x M matrix. Counts are of the forward; the backward's are about 2.5 times as large on
-every way, so the order is the same.
+The work of each is counted from shapes, as ops declare theirs and as explain counts operators (ops/work.py), and the
+least is taken among those that a backend can run without an N x M matrix. It is the forward's work; the backward's is
+about 2.5 times as much on every way, so the order is the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 from perceiver_fast.backends import Choice, forced_backend, require
-from perceiver_fast.ops.cross_attention import CrossAttentionCall, choose_cross_attention
-from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention
+from perceiver_fast.ops.cross_attention import CROSS_ATTENTION, CrossAttentionCall
+from perceiver_fast.ops.grid_attention import GRID_ATTENTION, GridAttentionCall, grid_attention_work
 from perceiver_fast.ops.library import autocast_dtype, half_dtype
+from perceiver_fast.ops.work import Work, attention_work
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
 from perceiver_fast.tracing import known
 
-PAIR = 12  # multiply-adds in whose time a query-token pair's exponential and sums are done: 11 to 14 instructions
-BYTE = 4  # multiply-adds in whose time a byte passes through memory: 4 to 10 on two to sixteen cores
 FLOAT = 4  # bytes
-SMALL = 2e7  # multiply-adds, a fraction of a millisecond: below it the grid's way is taken, whose error is the least
-
-
-@dataclass(frozen=True)
-class Work:
-    """Counted work of one forward of one batch element: multiply-adds, and bytes through memory."""
-
-    operations: float
-    bytes: float
-
-    @property
-    def cost(self) -> float:
-        """Both in multiply-adds: what ways are compared by."""
-        return self.operations + BYTE * self.bytes
-
-    def __str__(self) -> str:
-        return f"{self.operations / 1e9:.2f} G multiply-adds, {self.bytes / 2**20:.0f} MiB"
+# Multiply-adds an element of the batch, a fraction of a millisecond: below, the grid's way is taken, whose error is least.
+SMALL = 2e7
 
 
 @dataclass(frozen=True)
@@ -94,22 +79,40 @@ class Layer:
 
 
 def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
-    """The forward's work on one way; raises KeyError for a way that the tokens do not offer."""
-    rows, width, count = known(layer.queries) * layer.heads, 2 * layer.heads * layer.dim_head, known(tokens.count)
-    pairs = rows * count
-    if path == "grid":
-        length = tokens.features + sum(map(known, tokens.sizes))
-        operations = pairs * (2 * tokens.features + len(tokens.sizes) + PAIR) + 2 * rows * layer.dim_head * length
-        # The tables of queries and of results, written and read; and the tokens.
-        return Work(operations, FLOAT * (4 * rows * length + count * (tokens.features + 2)))
-    if path == "absorbed":
-        channels = tokens.channels
-        operations = pairs * (2 * channels + PAIR) + 2 * rows * layer.dim_head * channels
-        return Work(operations, FLOAT * 3 * count * channels)
-    if path == "projected":
-        operations = tokens.projection_operations(width) + pairs * (2 * layer.dim_head + PAIR)
-        return Work(operations, FLOAT * count * (tokens.stored_channels + 2 * width))
-    raise KeyError(path)
+    """The work of one forward on one way, beyond what all ways share: the projections of latents and results.
+
+    Raises:
+        KeyError: the tokens do not offer this way.
+    """
+    return _WAYS[path](tokens, layer, known(tokens.batch), known(layer.queries) * layer.heads, known(tokens.count))
+
+
+def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
+    sizes, features = tuple(map(known, tokens.sizes)), tokens.features
+    length = features + sum(sizes)
+    attention = grid_attention_work((batch, rows, length), (batch, *sizes, features), layer.inverted)
+    # The tables of queries and of results are products, written and read; and the tokens are read.
+    tables = 2 * batch * rows * layer.dim_head * length
+    return attention + Work(tables, bytes=FLOAT * batch * (4 * rows * length + count * (features + 2)))
+
+
+def _absorbed_work(tokens: DenseTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
+    wide, many = (batch, rows, tokens.channels), (batch, count, tokens.channels)
+    products = 2 * batch * rows * layer.dim_head * tokens.channels
+    return attention_work(wide, many, many, layer.inverted) + Work(products, bytes=FLOAT * 3 * prod(many))
+
+
+def _projected_work(tokens: Tokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
+    q, kv = (batch, rows, layer.dim_head), (batch, count, layer.dim_head)
+    width = 2 * layer.heads * layer.dim_head
+    projection = int(batch * tokens.projection_operations(width))
+    # The tokens that exist are read; keys and values are written and read.
+    return attention_work(q, kv, kv, layer.inverted) + Work(
+        projection, bytes=FLOAT * batch * count * (tokens.stored_channels + 2 * width)
+    )
+
+
+_WAYS = {"grid": _grid_work, "absorbed": _absorbed_work, "projected": _projected_work}
 
 
 def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
@@ -128,7 +131,8 @@ def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
         ways["absorbed"] = _dense_choice("absorbed", tokens, layer)
     require(*ways.values(), grid)
     work = {path: count_work(path, tokens, layer) for path, choice in ways.items() if choice.backend is not None}
-    if "grid" in work and (forced_backend() != "auto" or work["grid"].cost < SMALL):
+    small = SMALL * known(tokens.batch)
+    if "grid" in work and (forced_backend() != "auto" or work["grid"].cost < small):
         path = "grid"
     else:
         path = next(iter(work))
@@ -146,7 +150,7 @@ def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:
         channels = tokens.channels + (layer.inverted or layer.dropout > 0)
         if not layer.inverted:
             heads, queries = 1, heads * queries
-    return choose_cross_attention(
+    return CROSS_ATTENTION.choose(
         CrossAttentionCall(
             dtype, tokens.device, layer.dropout, layer.inverted, layer.lse, layer.masked,
             tokens.batch, heads, queries, channels, channels,
@@ -159,7 +163,7 @@ def _grid_choice(tokens: Tokens, layer: Layer) -> Choice:
         return Choice("grid_attention", None, {"any": ["queries join the keys and values"]})
     if not isinstance(tokens, GridTokens):
         return Choice("grid_attention", None, {"any": [f"{tokens.kind} are no grid"]})
-    choice = choose_grid_attention(
+    choice = GRID_ATTENTION.choose(
         GridAttentionCall(tokens.compute, tokens.device, tokens.sizes, tokens.features, layer.inverted)
     )
     if forced_backend() != "auto" or choice.backend is None:

@@ -1,4 +1,4 @@
-"""LayerNorm before a layer, as perceiver-pytorch has it, and layers that join a residual stream."""
+"""LayerNorm before a layer, as perceiver-pytorch has it, and how such layers are added to a residual stream."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.cross_attention import cross_attention_branch, describe_context, why_cross_attention_modules
 from perceiver_fast.layers.feed_forward import FeedForward
-from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, watcher, why_not
+from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, is_watched, watcher, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream, normalize
 from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens
 
-BRANCHES = (Attention, without_dropout.Attention, FeedForward, without_dropout.FeedForward)
-CONTEXT = frozenset(("context", "mask", "inverted_attention"))
+BRANCHES = (Attention, without_dropout.Attention, FeedForward, without_dropout.FeedForward)  # classes with a branch()
+CROSS_KEYWORDS = frozenset(("context", "mask", "inverted_attention"))
 
 
 @fusable
@@ -45,8 +45,21 @@ class PreNorm(nn.Module):
         self.norm_context = None if context_dim is None else nn.LayerNorm(context_dim)
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        watched = watcher() is not None or not are_plain(x)
-        if not watched and CONTEXT.issuperset(kwargs):
+        """Normalise, and call ``fn``.
+
+        Args:
+            x: ``[B, N, D]``; with a context also ``[1, N, D]``, when the whole batch shares them.
+            **kwargs: what ``fn`` takes beside them, such as ``context [B, M, C]``. (The models of this package pass a
+                description of the context if nobody but this forward sees it.)
+
+        Returns:
+            What ``fn`` returns.
+
+        Raises:
+            TypeError, ValueError: in a cross-attention, x, context or mask of wrong dtype, rank, size or device.
+        """
+        watched = is_watched(x)
+        if not watched and CROSS_KEYWORDS.issuperset(kwargs):
             branch = _cross_branch(self, ResidualStream(x), **kwargs, who=type(self).__name__)
             if branch is not None:
                 out, bias = branch
@@ -77,7 +90,18 @@ def _cross_branch(
     who: str,
     residual: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """What the layers of a PreNorm with a context return, before a bias, and that; None where they have to be called."""
+    """Cross-attention by a fused op, in the place of ``layer``; None if the layers inside have to be called.
+
+    Args:
+        layer: a PreNorm.
+        stream: the latents.
+        context, mask, inverted_attention: see :meth:`PerceiverBlock.forward`.
+        who: the module that the user called, for messages.
+        residual: whether the result is added to the stream, which an observer is told.
+
+    Returns:
+        ``[B, N, D]`` without the last bias, and that bias; or the result and None.
+    """
     if context is None or layer._modules.get("norm_context") is None:
         return None
     if isinstance(context, Tensor):
@@ -97,7 +121,11 @@ def _cross_branch(
 
 
 def as_tensors(keywords: dict) -> dict:
-    """``keywords`` with the tensors that perceiver-pytorch has in the place of a description of tokens."""
+    """``keywords`` with tensors, as perceiver-pytorch has them, in the place of a description of tokens.
+
+    Args:
+        keywords: may have a ``context``, a tensor or a description; the masks of TokenGroups become the ``mask``.
+    """
     context = keywords.get("context")
     if isinstance(context, TokenGroups):
         return keywords | {"context": context.tensor(), "mask": context.mask()}
@@ -105,7 +133,9 @@ def as_tensors(keywords: dict) -> dict:
 
 
 def keywords_for(module: nn.Module, kind: type[nn.Module], keywords: dict) -> dict:
-    """``keywords`` to call ``module`` with: a description of tokens stays one only where nobody else sees it.
+    """The keywords to call ``module`` with: a description of tokens is passed on only to a forward that takes it.
+
+    If anybody else would see the keywords, such as a hook, they hold the tensor that is described.
 
     Args:
         module: what is called.
@@ -115,15 +145,16 @@ def keywords_for(module: nn.Module, kind: type[nn.Module], keywords: dict) -> di
     return keywords if watcher() is None and hides_keywords(module, kind.forward) else as_tensors(keywords)
 
 
-def attend(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **keywords) -> None:
-    """``x + layer(x, context=context, ..)`` of a stream: fused where ``layer`` is plain, else it is called.
+def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **keywords) -> None:
+    """Add ``layer(x, context=context, ..)`` to a stream x: by a fused op if ``layer`` is plain, else it is called.
 
     Args:
-        stream: which the result joins.
+        stream: what the result is added to.
         layer: a PreNorm with a context, or whatever was put in its place.
-        watched: whether somebody sees it when modules are not called.
-        who: whom a caller knows, for messages.
-        **keywords: ``context``, a tensor ``[B, M, C]`` or a description of one, and what else perceiver-pytorch gives.
+        watched: whether modules have to be called in any case: see :func:`perceiver_fast.layers.fusing.is_watched`.
+        who: the module that the user called, for messages.
+        **keywords: ``context``, a tensor ``[B, M, C]`` or a description of one, and the others that perceiver-pytorch
+            passes.
     """
     if not watched and why_not("layer", layer, PreNorm) is None:
         branch = _cross_branch(layer, stream, **keywords, who=who, residual=True)
@@ -133,13 +164,13 @@ def attend(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **
     stream.add_output(layer(stream.value(), **keywords_for(layer, PreNorm, keywords)))
 
 
-def join(stream: ResidualStream, layer: nn.Module, watched: bool, **keywords) -> None:
-    """``x + layer(x, ..)`` of a stream: fused where ``layer`` is a plain :class:`PreNorm`, else the layer is called.
+def add_layer(stream: ResidualStream, layer: nn.Module, watched: bool, **keywords) -> None:
+    """Add ``layer(x, ..)`` to a stream x: by a fused op if ``layer`` is a plain :class:`PreNorm`, else it is called.
 
     Args:
-        stream: which the result joins.
+        stream: what the result is added to.
         layer: a PreNorm without context, or whatever was put in its place.
-        watched: whether somebody sees it when modules are not called.
+        watched: whether modules have to be called in any case: see :func:`perceiver_fast.layers.fusing.is_watched`.
         **keywords: of the layer.
     """
     if watched or why_not("layer", layer, PreNorm) is not None or layer._modules.get("norm_context") is not None:
@@ -174,13 +205,14 @@ class Residual(nn.Module):
         self.fn = fn
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
+        """``[B, N, D]`` to ``[B, N, D]``; ``kwargs`` are what ``fn`` takes beside x."""
         stream = ResidualStream(x)
-        join(stream, self.fn, watcher() is not None or not are_plain(x), **kwargs)
+        add_layer(stream, self.fn, is_watched(x), **kwargs)
         return stream.value()
 
 
 def why_modules(layer: nn.Module) -> str | None:
-    """Why the layers of a PreNorm are called one by one, or None where a fused op stands in for them."""
+    """Why the layers of a PreNorm have to be called one by one, in words; None if a fused op may stand in for them."""
     found = watcher() or why_not("it", layer, PreNorm)
     if found is not None:
         return found

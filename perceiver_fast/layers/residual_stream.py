@@ -1,6 +1,7 @@
-"""The residual stream: latents that branches join, each after a LayerNorm of what the ones before it made.
+"""The residual stream: latents on their way through a block, and the branches that are added to them.
 
-A stream lives inside one function, that of a block for example, and is never handed to a module.
+A branch is what a layer computes from the normalised stream, before it is added. A stream lives inside one function,
+such as a block's forward, and is never passed to a module.
 """
 
 from __future__ import annotations
@@ -10,31 +11,36 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers.fusing import is_plain
 from perceiver_fast.ops.derivatives import transformed
-from perceiver_fast.ops.layer_norm import run_layer_norm
+from perceiver_fast.ops.layer_norm import add_layer_norm_unchecked
 from perceiver_fast.ops.linear import product_dtype
 
 
 def fits(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the op can stand in for ``norm``; tokens that autocast made half precision meet float32 parameters."""
+    """Whether an op may stand in for a call ``norm(x)``.
+
+    Not if dtypes differ, as under autocast, where tokens in half precision meet parameters in float32.
+    """
     if not is_plain(norm, nn.LayerNorm):
         return False
-    parameters = norm._parameters  # nn.Module's own look-ups take as long as the whole question
+    parameters = norm._parameters  # read directly: nn.Module's attribute access would take as long as all of this
     weight = parameters["weight"]
     return parameters["bias"] is not None and weight.dtype == x.dtype and weight.shape == x.shape[-1:]
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)`` in the dtype that products of it are computed in, by the op where it can stand in for ``norm``."""
+    """``norm(x)``, ``[.., D]``, in the dtype of the product that follows; by an op if it may stand in for the norm."""
     if not fits(norm, x):
         return norm(x)
     parameters = norm._parameters
-    return run_layer_norm(x, None, None, parameters["weight"], parameters["bias"], norm.eps, product_dtype(x))[1]
+    return add_layer_norm_unchecked(
+        x, None, None, parameters["weight"], parameters["bias"], norm.eps, product_dtype(x)
+    )[1]
 
 
 def shared_rows(x: Tensor) -> Tensor:
-    """``[1, N, D]`` where the whole batch of ``x [B, N, D]`` shows the same memory, as learned latents do; else x.
+    """One row ``[1, N, D]`` of ``x [B, N, D]``, if all rows are the same memory, as expanded latents are; else ``x``.
 
-    Not where gradients are recorded: somebody may ask for those of every row.
+    Where gradients are recorded it is ``x``: somebody may ask for those of every row.
     """
     if x.dim() != 3 or x.stride(0) != 0 or (torch.is_grad_enabled() and x.requires_grad):
         return x
@@ -44,69 +50,75 @@ def shared_rows(x: Tensor) -> Tensor:
 
 
 class ResidualStream:
-    """Latents ``[B, N, D]`` on their way through pre-normalised layers.
+    """Latents ``[B, N, D]`` on their way through layers that each begin with a LayerNorm.
 
-    A branch waits until the next layer asks for the normalised stream: adding it, its bias and normalising are then one
-    op.
+    A branch is not added at once: it waits until the next layer asks for the normalised stream. Adding the branch and
+    its bias, and LayerNorm of the sum, are then one op.
 
     Args:
-        x: ``[B, N, D]``, or ``[1, N, D]`` that the whole batch shares. Latents that exist once are computed with once,
-            until the first branch joins that does not.
+        x: ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them. Shared latents stay one row, and are
+            computed with once, until a branch with a row for every batch element is added.
         batch: number of batch elements. Default: that of x.
     """
 
     def __init__(self, x: Tensor, batch: int | None = None):
         self._batch = x.shape[0] if batch is None or x.dim() != 3 or x.shape[0] != 1 else batch
-        self._whole: Tensor | None = x if batch is None else x.expand(self._batch, *x.shape[1:])  # until a branch joins
+        # The value of the stream, as long as that is known without an addition.
+        self._whole: Tensor | None = x if batch is None else x.expand(self._batch, *x.shape[1:])
         self._x = shared_rows(x)
+        # The branch that waits to be added, and its bias.
         self._branch: Tensor | None = None
         self._bias: Tensor | None = None
 
     @property
     def learned(self) -> Tensor | None:
-        """In inference the parameter that the stream shows, until a branch joins: the same at every call."""
+        """In inference, the parameter whose values the stream has before the first branch: the same at every call."""
         if self._branch is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         base = self._x._base if self._x._is_view() else self._x
         if type(base) is not nn.Parameter or self._x.shape != (1, *base.shape):
             return None
-        return base if base.is_contiguous() and self._x.is_contiguous() else None  # transposed it shows something else
+        return base if base.is_contiguous() and self._x.is_contiguous() else None  # not a transposed view, say
 
     @property
     def shape(self) -> torch.Size:
-        """That of the latents, ``[1, N, D]`` as long as the whole batch shares them."""
+        """The shape of the latents, ``[1, N, D]`` as long as the whole batch shares them."""
         return self._x.shape if self._branch is None else self._branch.shape
 
     def add(self, branch: Tensor, bias: Tensor | None = None) -> None:
-        """Let ``branch + bias`` join; branch ``[B, N, D]``, bias ``[D]``."""
-        self._x = self._joined().expand_as(branch)
+        """Add ``branch [B, N, D]`` and ``bias [D]``, as late as possible."""
+        self._x = self._added().expand_as(branch)
         bias = bias if bias is None or bias.dtype == self._x.dtype else bias.to(self._x.dtype)
         self._whole, self._branch, self._bias = None, branch, bias
 
     def add_output(self, out: Tensor) -> None:
-        """Let what a module returned join, by torch's own addition: it may be anything that can be added."""
+        """Add what a module returned, at once and by torch's addition: its result may be a subclass of Tensor."""
         self._x, self._whole = out + self.value(), None
 
     def normalized(self, norm: nn.Module) -> Tensor:
-        """``norm`` of the stream so far, in the dtype that products are computed in; a norm that is more is called."""
+        """``norm`` of the stream, ``[B, N, D]`` or one shared row, in the dtype of the product that follows.
+
+        A norm that is not plain is called on the whole batch.
+        """
         if not fits(norm, self._x):
             return norm(self.value())
         dtype = product_dtype(self._x)
         branch = None if self._branch is None else self._branch.to(dtype)
         weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-        x, z = run_layer_norm(self._x, branch, self._bias, weight, bias, norm.eps, dtype)
+        x, z = add_layer_norm_unchecked(self._x, branch, self._bias, weight, bias, norm.eps, dtype)
         if branch is not None:
             self._x, self._branch, self._bias = x, None, None
         return z
 
     def value(self) -> Tensor:
-        """The latents ``[B, N, D]``, with all branches in."""
+        """The latents ``[B, N, D]``, all branches added."""
         if self._whole is not None:
             return self._whole
-        x = self._joined()
+        x = self._added()
         return x if x.shape[0] == self._batch or x.dim() != 3 else x.expand(self._batch, -1, -1)
 
-    def _joined(self) -> Tensor:
+    def _added(self) -> Tensor:
+        """The latents, one row where they are shared, after the branch that waits was added."""
         if self._branch is not None:
             branch = self._branch if self._bias is None else self._branch + self._bias
             self._x = (self._x + branch).to(self._x.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def drop_tokens(tokens: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor | None]:
-    """Keep a random share ``1 - dropout`` of the tokens, at least one; masked tokens are left out first.
+    """Leave out a random share of the tokens, masked tokens first.
 
     Args:
         tokens: ``[B, M, C]``.
@@ -15,8 +15,8 @@ def drop_tokens(tokens: Tensor, mask: Tensor | None, dropout: float) -> tuple[Te
         dropout: share of the tokens to drop.
 
     Returns:
-        The tokens kept ``[B, K, C]``, in random order, and their mask ``[B, K]`` or None. Every batch element keeps the
-        same share of its own unmasked tokens, rounded up.
+        The tokens that are left ``[B, K, C]``, in random order, K at least 1, and their mask ``[B, K]`` or None. Of the
+        unmasked tokens of every batch element the same share is left, rounded up.
 
     Source:
         perceiver-pytorch 0.11.0, with its random draws; Hawthorne et al., "General-purpose, long-context autoregressive
@@ -27,9 +27,9 @@ def drop_tokens(tokens: Tensor, mask: Tensor | None, dropout: float) -> tuple[Te
     if mask is not None:
         order = order.masked_fill(~mask, -torch.finfo(order.dtype).max)
     share = 1.0 - dropout
-    kept = order.topk(max(1, int(share * count)), dim=1).indices
+    left = order.topk(max(1, int(share * count)), dim=1).indices
     rows = torch.arange(batch, device=tokens.device).unsqueeze(1)
     if mask is not None:
         limit = torch.ceil(mask.sum(-1, keepdim=True) * share).int()
-        mask = mask[rows, kept] & (torch.arange(kept.shape[1], device=tokens.device) < limit)
-    return tokens[rows, kept], mask
+        mask = mask[rows, left] & (torch.arange(left.shape[1], device=tokens.device) < limit)
+    return tokens[rows, left], mask

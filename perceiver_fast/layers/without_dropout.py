@@ -1,4 +1,4 @@
-"""The layers of ``perceiver_pytorch.perceiver_io``: those of the Perceiver without their dropout, under the same names."""
+"""The layers of ``perceiver_pytorch.perceiver_io``: they have the names of the Perceiver's, but no dropout."""
 
 from __future__ import annotations
 

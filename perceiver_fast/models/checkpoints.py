@@ -8,7 +8,7 @@ from collections.abc import MutableMapping
 
 from torch import nn
 
-# A block was a list until 0.9: [cross_attn, cross_ff, self_attns].
+# Old keys of a Perceiver, and what takes their place. Until 0.9 a block was a list [cross_attn, cross_ff, self_attns].
 _RENAMES = (
     (re.compile(r"^(layers\.\d+)\.0\."), r"\1.cross_attn."),
     (re.compile(r"^(layers\.\d+)\.1\."), r"\1.cross_ff."),
@@ -17,7 +17,7 @@ _RENAMES = (
     (re.compile(r"\.fn\.net\.3\."), ".fn.net.2."),  # until 0.7: dropout before the last linear
 )
 
-# PerceiverIO's of 0.8 were lists: [cross_attn, cross_ff], and [self_attn, self_ff] a layer.
+# The same of PerceiverIO. In 0.8 its blocks were lists: [cross_attn, cross_ff], then [self_attn, self_ff] for each layer.
 _IO_RENAMES = (
     (re.compile(r"^cross_attend_blocks\.0\."), "cross_attend_block.cross_attn."),
     (re.compile(r"^cross_attend_blocks\.1\."), "cross_attend_block.cross_ff."),
@@ -26,12 +26,13 @@ _IO_RENAMES = (
 
 
 def _own_keys(model: nn.Module) -> set[str]:
-    """Keys of the model's state_dict. Not asked of ``state_dict()``: hooks on that may talk to other processes."""
+    """Keys of the model's state_dict, without calling ``state_dict()``, whose hooks may talk to other processes."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name for name, _ in named}
 
 
 def _rename(model: nn.Module, state_dict: MutableMapping, prefix: str, starts: tuple[str, ...], renames: tuple) -> None:
+    """Rename keys in place by patterns, see :func:`upgrade_state_dict`; ``starts`` are what an old key may start with."""
     starts = tuple(prefix + start for start in starts)
     own = _own_keys(model)
     for key in [k for k in state_dict if k.startswith(starts)]:
@@ -47,7 +48,7 @@ def upgrade_io_state_dict(model: nn.Module, state_dict: MutableMapping, prefix: 
     """Rename, in place, the keys of a PerceiverIO of perceiver-pytorch 0.8 to those of 0.10 and later.
 
     Args:
-        model: what loads; a key is renamed only where the model has the new one and not the old one.
+        model: what loads. A key is renamed only if the model has the new key and not the old one.
         state_dict: the checkpoint.
         prefix: what the model's keys start with, when it is part of a larger one.
     """
@@ -58,15 +59,15 @@ def upgrade_state_dict(model: nn.Module, state_dict: MutableMapping, prefix: str
     """Rename, in place, the keys of a perceiver-pytorch 0.3 to 0.9 checkpoint to those of 0.10 and later.
 
     Args:
-        model: what loads; a key is renamed only where the model has the new one and not the old one, so that a model with
-            layers of one's own loads what it saved.
+        model: what loads. A key is renamed only if the model has the new key and not the old one, so that models with
+            layers of the user's own load what they saved.
         state_dict: the checkpoint.
         prefix: what the model's keys start with, when it is part of a larger one.
 
     Warns:
-        UserWarning: the checkpoint is from 0.7.0 or earlier, whose frequencies were spaced logarithmically: the weights
-            fit, the position codes they were trained with do not. (0.7.1 to 0.7.3 did so too, but their checkpoints
-            look like later ones.)
+        UserWarning: the checkpoint is from 0.7.0 or earlier. Those releases spaced frequencies logarithmically, so the
+            weights fit but were trained with other position codes. (So did 0.7.1 to 0.7.3, but their checkpoints cannot
+            be told from later ones.)
     """
     own = _own_keys(model)
     head_moved = "to_logits.0.weight" not in own and {"to_logits.1.weight", "to_logits.2.weight"} <= own

@@ -1,28 +1,27 @@
-"""The experimental variant of perceiver-pytorch: the tokens attend to each other and to the latents, too."""
+"""The experimental variant of perceiver-pytorch: tokens attend, too, to each other and to the latents."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, LinearAttention, PreNorm
-from perceiver_fast.layers.fusing import are_plain, is_plain, watcher
-from perceiver_fast.layers.pre_norm import attend, join
+from perceiver_fast.layers.fusing import is_plain, is_watched
+from perceiver_fast.layers.pre_norm import add_cross_attention, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
-from perceiver_fast.models.grid import PooledPerceiver, pooled_head
-from perceiver_fast.models.stack import build_layers
-from perceiver_fast.ops.fourier_projection import fourier_projection_tokens
+from perceiver_fast.models.grid import PooledPerceiver
+from perceiver_fast.ops.fourier_projection import fourier_projection_unchecked
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
 
 
 def project_points(tokens: PointTokens, linear: nn.Linear) -> Tensor:
-    """``linear`` of the tokens that points stand for, ``[B, M, C']``, without building their position codes."""
-    return fourier_projection_tokens(tokens.feat, tokens.coords, tokens.frequencies, linear.weight.T, linear.bias)
+    """``linear`` of described points ``[B, M, C']``, without building the tokens or their position codes."""
+    return fourier_projection_unchecked(tokens.feat, tokens.coords, tokens.frequencies, linear.weight.T, linear.bias)
 
 
 def project_grid(tokens: GridTokens, linear: nn.Linear) -> Tensor:
-    """``linear`` of the tokens a grid stands for, ``[B, M, C']``, without building their position codes."""
+    """``linear`` of a described grid's tokens ``[B, M, C']``, without building the tokens: a sum over raw channels and axes."""
     feat, codes = tokens.feat, [axis.code for axis in tokens.codes]
     with unless_autocast(feat.device):
         weight = linear.weight.to(feat.dtype).split([tokens.features, *(code.shape[-1] for code in codes)], dim=1)
@@ -36,11 +35,11 @@ class Perceiver(PooledPerceiver):
     """A Perceiver that rewrites its input: between blocks, tokens attend to each other and to the latents.
 
     With ``fourier_encode_data=False`` the arguments, the state_dict, the outputs and the gradients are those of
-    ``perceiver_pytorch.experimental.Perceiver`` 0.11.0; the same seed gives the same initial weights. With its default,
-    True, perceiver-pytorch counts input_channels twice and raises an error; here layers have the width of the encoded
-    input, and the model is perceiver-pytorch's on input encoded beforehand. A mask with depth above one, nearly always
-    an error there, leaves masked tokens out of all attention. Tokens are rewritten, so they exist: memory grows by some
-    1,000 numbers a token in inference.
+    ``perceiver_pytorch.experimental.Perceiver`` 0.11.0; the same seed gives the same initial weights. With the default,
+    True, perceiver-pytorch counts input_channels twice and raises an error. Here layers have the width of the encoded
+    input, and the model is perceiver-pytorch's on input that was encoded before. A mask with a depth above one is nearly
+    always an error in perceiver-pytorch; here it leaves masked tokens out of all attention. Since tokens are rewritten
+    they have to be built: in inference they take memory of about 1,000 numbers a token.
 
     Args:
         num_freq_bands, depth, max_freq, input_channels, input_axis, num_latents, latent_dim, cross_heads, latent_heads,
@@ -80,47 +79,39 @@ class Perceiver(PooledPerceiver):
         checkpoint: bool = False,
     ):
         super().__init__(
-            num_freq_bands=num_freq_bands,
-            max_freq=max_freq,
-            input_channels=input_channels,
-            input_axis=input_axis,
-            num_latents=num_latents,
-            latent_dim=latent_dim,
-            fourier_encode_data=fourier_encode_data,
+            num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim, fourier_encode_data
         )
         width = self.input_dim
         self.data_proj = nn.Linear(width, width)
-
-        self.checkpoint = checkpoint
 
         def cross_attention(dim: int, context_dim: int) -> PreNorm:
             attention = Attention(dim, context_dim, cross_heads, cross_dim_head, attn_dropout)
             return PreNorm(dim, attention, context_dim=context_dim)
 
+        def feed_forward(dim: int) -> PreNorm:
+            return PreNorm(dim, FeedForward(dim, dropout=ff_dropout))
+
         def layer() -> nn.ModuleList:
+            cross_attn, cross_ff = cross_attention(latent_dim, width), feed_forward(latent_dim)
+            rev_cross_attn, rev_cross_ff = cross_attention(width, latent_dim), feed_forward(width)
+            input_attn = PreNorm(width, LinearAttention(width, dropout=attn_dropout))
+            latent_attn = Attention(latent_dim, heads=latent_heads, dim_head=latent_dim_head, dropout=attn_dropout)
+            latent_attn, latent_ff = PreNorm(latent_dim, latent_attn), feed_forward(latent_dim)
             return nn.ModuleList(
-                [
-                    cross_attention(latent_dim, width),
-                    PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)),
-                    cross_attention(width, latent_dim),
-                    PreNorm(width, FeedForward(width, dropout=ff_dropout)),
-                    PreNorm(width, LinearAttention(width, dropout=attn_dropout)),
-                    PreNorm(
-                        latent_dim,
-                        Attention(latent_dim, heads=latent_heads, dim_head=latent_dim_head, dropout=attn_dropout),
-                    ),
-                    PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)),
-                ]
+                [cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff]
             )
 
-        self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
-        self.to_logits = pooled_head(latent_dim, num_classes)
+        self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
     @op_range("describe")
     def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
-        """The tokens that the first layer attends to: projected, so built."""
+        """The tokens that the first layer attends to: projected by ``data_proj``, so they exist as a tensor.
+
+        Args:
+            data, coords: see :meth:`GridPerceiver.describe`.
+        """
         tokens = super().describe(data, coords)
-        fused = watcher() is None and are_plain(*tokens.sources()) and is_plain(self.data_proj, nn.Linear)
+        fused = not is_watched(*tokens.sources()) and is_plain(self.data_proj, nn.Linear)
         if isinstance(tokens, DenseTokens) or not fused or self.data_proj.bias is None:
             return DenseTokens(self.data_proj(tokens.tensor()))
         project = project_grid if isinstance(tokens, GridTokens) else project_points
@@ -128,15 +119,15 @@ class Perceiver(PooledPerceiver):
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff = self.layers[index]
-        stream, watched, who = ResidualStream(x), watcher() is not None or not are_plain(x), type(self).__name__
-        attend(stream, cross_attn, watched, who, context=tokens, mask=mask)
-        join(stream, cross_ff, watched)
-        if index < len(self.layers) - 1:  # nothing would read the tokens that the last layer rewrote
+        stream, watched, who = ResidualStream(x), is_watched(x), type(self).__name__
+        add_cross_attention(stream, cross_attn, watched, who, context=tokens, mask=mask)
+        add_layer(stream, cross_ff, watched)
+        if index < len(self.layers) - 1:  # after the last layer nothing reads the tokens
             data = ResidualStream(tokens.context)
-            join(data, input_attn, watched, mask=mask)
-            attend(data, rev_cross_attn, watched, who, context=stream.value())
-            join(data, rev_cross_ff, watched)
+            add_layer(data, input_attn, watched, mask=mask)
+            add_cross_attention(data, rev_cross_attn, watched, who, context=stream.value())
+            add_layer(data, rev_cross_ff, watched)
             tokens = DenseTokens(data.value())
-        join(stream, latent_attn, watched)
-        join(stream, latent_ff, watched)
+        add_layer(stream, latent_attn, watched)
+        add_layer(stream, latent_ff, watched)
         return stream.value(), tokens

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, GRUGating, PreNorm, Residual
 from perceiver_fast.layers.pre_norm import keywords_for
-from perceiver_fast.models.grid import PooledPerceiver, pooled_head
-from perceiver_fast.models.stack import build_layers
+from perceiver_fast.models.grid import PooledPerceiver
 from perceiver_fast.tokens import Tokens
 
 
@@ -15,7 +14,7 @@ class Perceiver(PooledPerceiver):
     """A Perceiver whose attention outputs enter the latents through GRU cells.
 
     The arguments, the state_dict, the outputs and the gradients are those of ``perceiver_pytorch.gated.Perceiver``
-    0.11.0; the same seed gives the same initial weights. Positions are computed in float64, theirs in float32.
+    0.11.0; the same seed gives the same initial weights. Positions are computed in float64, perceiver-pytorch's in float32.
 
     Args:
         num_freq_bands, depth, max_freq, input_channels, input_axis, num_latents, latent_dim, cross_heads, latent_heads,
@@ -53,16 +52,7 @@ class Perceiver(PooledPerceiver):
         weight_tie_layers: bool = False,
         checkpoint: bool = False,
     ):
-        super().__init__(
-            num_freq_bands=num_freq_bands,
-            max_freq=max_freq,
-            input_channels=input_channels,
-            input_axis=input_axis,
-            num_latents=num_latents,
-            latent_dim=latent_dim,
-        )
-
-        self.checkpoint = checkpoint
+        super().__init__(num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim)
 
         def layer() -> nn.ModuleList:
             cross_attn = Attention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
@@ -73,13 +63,9 @@ class Perceiver(PooledPerceiver):
             latent_ff = Residual(PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)))
             return nn.ModuleList([cross_attn, cross_ff, latent_attn, latent_ff])
 
-        self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
-        self.to_logits = pooled_head(latent_dim, num_classes)
+        self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]
         x = cross_attn(x, **keywords_for(cross_attn, GRUGating, dict(context=tokens, mask=mask)))
-        x = cross_ff(x)
-        x = latent_attn(x)
-        x = latent_ff(x)
-        return x, tokens
+        return latent_ff(latent_attn(cross_ff(x))), tokens

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.models.inputs import check_coords, check_width, context_channels, like
-from perceiver_fast.models.stack import Head, run_checkpointed
+from perceiver_fast.models.stack import Head, build_layers, run_checkpointed
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import DenseTokens, Tokens
 from perceiver_fast.tokens.describe import describe_grid, describe_points
@@ -15,7 +17,7 @@ from perceiver_fast.tracing import own, trainable
 
 
 class GridPerceiver(nn.Module):
-    """Base class: N latents and a description of the grid they attend to.
+    """Base class of models of one input on a grid or at positions: N latents, and a description of the input's tokens.
 
     Args:
         num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim, fourier_encode_data: see
@@ -24,7 +26,6 @@ class GridPerceiver(nn.Module):
 
     def __init__(
         self,
-        *,
         num_freq_bands: int,
         max_freq: float,
         input_channels: int,
@@ -39,7 +40,7 @@ class GridPerceiver(nn.Module):
         self.num_freq_bands = num_freq_bands
         self.fourier_encode_data = fourier_encode_data
         self.input_channels = input_channels
-        self.input_dim = input_channels + (input_axis * (2 * num_freq_bands + 1) if fourier_encode_data else 0)
+        self.input_dim = input_channels + self._code_channels()
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
 
     def __setstate__(self, state: dict) -> None:
@@ -47,14 +48,17 @@ class GridPerceiver(nn.Module):
         if "input_dim" not in self.__dict__:  # pickled by perceiver-pytorch
             self.__dict__.setdefault("fourier_encode_data", True)
             self.input_dim = context_channels(self)
-            self.input_channels = self.input_dim - self._encoding()
+            self.input_channels = self.input_dim - self._code_channels()
 
-    def _encoding(self) -> int:
-        """Channels of a position's code."""
+    def _code_channels(self) -> int:
+        """Channels of a token's position code; 0 if positions are not encoded."""
         return self.input_axis * (2 * self.num_freq_bands + 1) if self.fourier_encode_data else 0
 
     def check_inputs(self, data: Tensor, mask: Tensor | None, coords: Tensor | None = None) -> Tensor | None:
-        """Check ``data``, ``mask`` and ``coords``; return the mask, one that backwards may keep.
+        """Check ``data``, ``mask`` and ``coords``, as the forward takes them.
+
+        Returns:
+            The mask; a copy where gradients are recorded, since the backward needs it and the caller may change it.
 
         Raises:
             TypeError, ValueError: the message says expected, got and what to do.
@@ -69,7 +73,7 @@ class GridPerceiver(nn.Module):
         channels = self.input_channels
         if isinstance(data, Tensor) and data.dim() > 0 and data.shape[-1] != channels:
             width = context_channels(self)
-            channels = check_width(channels, data.shape[-1], None if width is None else width - self._encoding())
+            channels = check_width(channels, data.shape[-1], None if width is None else width - self._code_channels())
         check_data(who, "data", data, like(self), channels=channels, channels_argument="input_channels", **grid)
         if coords is not None:
             check_coords(who, "coords", coords, data, self.input_axis)
@@ -94,35 +98,55 @@ class GridPerceiver(nn.Module):
 class PooledPerceiver(GridPerceiver):
     """Base class of the variants: layers one after the other, then the mean of the latents through the head.
 
-    A subclass fills ``layers`` and ``to_logits``, and defines :meth:`run_layer`.
+    A subclass calls :meth:`build_stack` in its constructor, and defines :meth:`run_layer`.
     """
 
-    layers: nn.ModuleList
-    to_logits: Head
     checkpoint: bool = False
 
+    def build_stack(
+        self,
+        layer: Callable[[], nn.ModuleList],
+        depth: int,
+        weight_tie_layers: bool,
+        num_classes: int,
+        checkpoint: bool,
+    ) -> None:
+        """Add the layers and the head to the model.
+
+        Args:
+            layer: makes one layer.
+            depth, weight_tie_layers, num_classes, checkpoint: see :class:`perceiver_fast.Perceiver`.
+        """
+        self.checkpoint = checkpoint
+        self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
+        latent_dim = self.latents.shape[1]
+        self.to_logits = Head(nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))
+
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
-        """Latents and tokens through layer ``index``."""
+        """One layer.
+
+        Args:
+            index: of the layer.
+            x: latents ``[B, N, D]``.
+            tokens: what the latents attend to.
+            mask: bool ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to; or None.
+
+        Returns:
+            The latents, and the tokens for the next layer.
+        """
         raise NotImplementedError
 
     def forward(self, data: Tensor, mask: Tensor | None = None, *, coords: Tensor | None = None) -> Tensor:
         """Classify.
 
         Args:
-            data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters; with coords
-                ``[B, M, input_channels]``.
-            mask: bool, ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to. A row that is all
-                False attends uniformly to all tokens, as in perceiver-pytorch. Default: all True.
-            coords: positions ``[B, M, A]``, or ``[M, A]`` when the whole batch shares them, A = input_axis; see
-                :class:`perceiver_fast.Perceiver`. Default: data is on a grid.
+            data, mask, coords: as those of :meth:`perceiver_fast.Perceiver.forward`.
 
         Returns:
             Logits ``[B, num_classes]``.
 
         Raises:
-            TypeError, ValueError: wrong dtype, rank, channels, size, mask or device; the message says expected, got
-                and what to do.
-            perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
+            TypeError, ValueError, perceiver_fast.backends.BackendError: as there.
         """
         mask = self.check_inputs(data, mask, coords)
         tokens = self.describe(data, coords)
@@ -130,8 +154,3 @@ class PooledPerceiver(GridPerceiver):
         for index in range(len(self.layers)):
             x, tokens = run_checkpointed(self.run_layer, self.checkpoint, index, x, tokens, mask)
         return self.to_logits(x.mean(dim=-2))
-
-
-def pooled_head(latent_dim: int, num_classes: int) -> Head:
-    """``to_logits`` of the variants, from the mean of the latents."""
-    return Head(nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))

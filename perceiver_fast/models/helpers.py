@@ -1,4 +1,4 @@
-"""Helpers that projects import from perceiver-pytorch beside its modules, with its signatures."""
+"""Helper functions of perceiver-pytorch, with its signatures, for projects that import them."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ def l1norm(t: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
 
 
 def dropout_seq(seq: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor | None]:
-    """:func:`perceiver_fast.layers.drop_tokens` by perceiver-pytorch's name and names of arguments."""
+    """:func:`perceiver_fast.layers.drop_tokens`, with perceiver-pytorch's names of function and arguments."""
     return drop_tokens(seq, mask, dropout)
 
 
 def cache_by_key(f: Callable[..., T]) -> Callable[..., T]:
-    """``cache_fn`` of ``perceiver_pytorch.perceiver_pytorch``: what ``f`` returned is returned again, one for every ``key``.
+    """``cache_fn`` of ``perceiver_pytorch.perceiver_pytorch``: a function that calls ``f`` once for every ``key``.
 
-    The function that comes back takes ``_cache=False``, which calls ``f`` anew, and ``key=None`` beside f's arguments.
+    Beside the arguments of ``f`` it takes ``key=None``, the cache key, and ``_cache=True``; with False it calls ``f``
+    in any case and caches nothing.
 
     Source:
         perceiver-pytorch 0.11.0.
@@ -66,7 +67,9 @@ def cache_by_key(f: Callable[..., T]) -> Callable[..., T]:
 
 
 def cache_once(f: Callable[..., T]) -> Callable[..., T]:
-    """``cache_fn`` of ``perceiver_pytorch.perceiver_io``: :func:`cache_by_key` without keys; ``key`` is f's own argument.
+    """``cache_fn`` of ``perceiver_pytorch.perceiver_io``: a function that calls ``f`` once.
+
+    Like :func:`cache_by_key`, but without cache keys: an argument ``key`` is passed to ``f``.
 
     Source:
         perceiver-pytorch 0.11.0.

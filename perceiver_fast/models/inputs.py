@@ -1,4 +1,4 @@
-"""Checks of what models are called with; every model has ``check_inputs``, which makes those it needs."""
+"""Checks of what models are called with. Every model has a method ``check_inputs``, which makes the checks it needs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers import PreNorm
 from perceiver_fast.layers.checks import check_channels, check_device, check_real, check_tensor
+from perceiver_fast.tracing import intercepted
 
 
 def like(model: nn.Module) -> Tensor:
-    """A parameter of ``model``, whose dtype and device its inputs have to have.
+    """A parameter of ``model``: inputs have to have its dtype and device.
 
-    The latents, but never by asking for them where a parametrization computes them: each time may count (spectral norm).
+    It is the latents, if they can be read without computing them. A parametrization computes them at every access, and
+    may count accesses, as spectral norm does.
     """
     latents = model._parameters.get("latents")
     if latents is None:
-        latents = model.__dict__.get("latents")  # of a replica of nn.DataParallel, or pruned
+        latents = model.__dict__.get("latents")  # a plain attribute in replicas of nn.DataParallel, and when pruned
     return next(model.parameters()) if latents is None else latents
 
 
 def context_channels(model: nn.Module) -> int | None:
-    """Channels of the tokens that the first cross-attention of ``model`` takes; None where it does not say."""
+    """Channels of the tokens that the first cross-attention of ``model`` takes; None if its norm does not say."""
     for module in model.modules():
         if isinstance(module, PreNorm) and module.norm_context is not None:
             return norm_channels(module.norm_context)
@@ -29,15 +31,18 @@ def context_channels(model: nn.Module) -> int | None:
 
 
 def norm_channels(norm: nn.Module) -> int | None:
-    """Channels that a norm takes; None where it does not say."""
+    """Channels that a norm takes, the last number of ``normalized_shape``; None if it has no such attribute."""
     shape = getattr(norm, "normalized_shape", None)
     return shape[-1] if shape else None
 
 
 def check_width(built: int, given: int, now: int | None) -> int:
-    """The number of channels to expect: what the model was ``built`` for, or what its layers take ``now``.
+    """The number of channels to expect of an input; layers may have been replaced since the model was built.
 
-    Layers may have been exchanged for wider ones since; those that do not say what they take are given anything.
+    Args:
+        built: what the model was built for.
+        given: what the input has.
+        now: what the layers take now; None if they do not say, and then what is given is taken.
     """
     if given == built:
         return built
@@ -55,7 +60,7 @@ def check_coords(who: str, what: str, coords: Tensor, data: Tensor, axes: int) -
         raise TypeError(f"{who}: expected floating-point {what}, got {coords.dtype}; convert, e.g. {what}.double()")
     batch, tokens = data.shape[:2]
 
-    def layout() -> str:  # in words only where it is wrong: a graph for any batch must not look at the batch
+    def layout() -> str:  # called only for an error: putting the batch size into words ties a traced graph to it
         return f"[{tokens}, {axes}] or [{batch}, {tokens}, {axes}]"
 
     if coords.dim() not in (2, 3) or coords.shape[-1] != axes:
@@ -72,7 +77,16 @@ def check_coords(who: str, what: str, coords: Tensor, data: Tensor, axes: int) -
 
 
 def check_queries(who: str, queries: Tensor, batch: int, channels: int, like: Tensor) -> Tensor:
-    """Check decoder queries; return them as ``[B, Q, D]``, or ``[1, Q, D]`` where the whole batch shares them.
+    """Check decoder queries.
+
+    Args:
+        who: the model's name, for messages.
+        queries: ``[B, Q, D]``, or ``[Q, D]`` when the whole batch shares them.
+        batch, channels: the expected B and D.
+        like: a parameter of the model, whose dtype and device are expected.
+
+    Returns:
+        The queries ``[B, Q, D]``, or ``[1, Q, D]`` where the whole batch shares them.
 
     Raises:
         TypeError, ValueError: the message says expected, got and what to do.
@@ -97,6 +111,12 @@ def check_queries(who: str, queries: Tensor, batch: int, channels: int, like: Te
 def check_ids(who: str, ids: Tensor, num_tokens: int, max_length: int, like: Tensor) -> None:
     """Check token ids ``[batch, n]`` of a language model.
 
+    Args:
+        who: the model's name, for messages.
+        ids: what to check.
+        num_tokens, max_length: the size of the vocabulary, and the most tokens of a sequence.
+        like: a parameter of the model, whose device is expected.
+
     Raises:
         TypeError, ValueError, IndexError: the message says expected, got and what to do.
     """
@@ -114,9 +134,9 @@ def check_ids(who: str, ids: Tensor, num_tokens: int, max_length: int, like: Ten
             f"cut the sequence, or build the model with max_seq_len={ids.shape[1]}"
         )
     check_device(who, "x", ids, like)
-    # Elsewhere, and where a graph is traced, looking at values would stall it; there the embedding's own check acts.
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    traced = traced or torch._C._len_torch_dispatch_stack() > 0
+    # Values are checked only where they are there, on the CPU; on a GPU the host would have to wait for them. Ids that
+    # are not checked here are checked by the embedding.
+    traced = torch.compiler.is_compiling() or intercepted()
     has_values = not (traced or type(ids) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(ids))
     if has_values and ids.device.type == "cpu" and ids.numel() > 0:
         low, high = (bound.item() for bound in ids.aminmax())

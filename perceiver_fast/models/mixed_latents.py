@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, PreNorm, mixer
-from perceiver_fast.layers.fusing import are_plain, watcher
-from perceiver_fast.layers.pre_norm import attend, join
+from perceiver_fast.layers.fusing import is_watched
+from perceiver_fast.layers.pre_norm import add_cross_attention, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
-from perceiver_fast.models.grid import PooledPerceiver, pooled_head
-from perceiver_fast.models.stack import build_layers
+from perceiver_fast.models.grid import PooledPerceiver
 from perceiver_fast.tokens import Tokens
 
 
@@ -18,7 +17,7 @@ class Perceiver(PooledPerceiver):
 
     The arguments, the state_dict, the outputs and the gradients are those of
     ``perceiver_pytorch.mixed_latents.Perceiver`` 0.11.0; the same seed gives the same initial weights. Positions are
-    computed in float64, theirs in float32.
+    computed in float64, perceiver-pytorch's in float32.
 
     Args:
         num_freq_bands, depth, max_freq, input_channels, input_axis, num_latents, latent_dim, cross_heads,
@@ -58,16 +57,7 @@ class Perceiver(PooledPerceiver):
         checkpoint: bool = False,
         **kwargs,
     ):
-        super().__init__(
-            num_freq_bands=num_freq_bands,
-            max_freq=max_freq,
-            input_channels=input_channels,
-            input_axis=input_axis,
-            num_latents=num_latents,
-            latent_dim=latent_dim,
-        )
-
-        self.checkpoint = checkpoint
+        super().__init__(num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim)
 
         def layer() -> nn.ModuleList:
             cross_attn = Attention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
@@ -77,14 +67,13 @@ class Perceiver(PooledPerceiver):
             latent_ff = PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout))
             return nn.ModuleList([cross_attn, cross_ff, latent_attn, latent_ff])
 
-        self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
-        self.to_logits = pooled_head(latent_dim, num_classes)
+        self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
         cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]
-        stream, watched = ResidualStream(x), watcher() is not None or not are_plain(x)
-        attend(stream, cross_attn, watched, type(self).__name__, context=tokens, mask=mask)
-        join(stream, cross_ff, watched)
-        join(stream, latent_attn, watched)
-        join(stream, latent_ff, watched)
+        stream, watched = ResidualStream(x), is_watched(x)
+        add_cross_attention(stream, cross_attn, watched, type(self).__name__, context=tokens, mask=mask)
+        add_layer(stream, cross_ff, watched)
+        add_layer(stream, latent_attn, watched)
+        add_layer(stream, latent_ff, watched)
         return stream.value(), tokens

@@ -1,4 +1,4 @@
-"""What a modality is, and checks of what a multimodal Perceiver is built with and called with."""
+"""What a modality is, and checks of the arguments and inputs of a multimodal Perceiver."""
 
 from __future__ import annotations
 
@@ -87,13 +87,16 @@ def check_modality_inputs(
     mask: Mapping[str, Tensor | None] | None,
     like: Tensor,
 ) -> dict[str, Tensor | None]:
-    """Check the data and masks of a forward; return every present modality's mask as ``[B, M]``, or None.
+    """Check the data and masks of a forward.
 
     Args:
         who: the model's name, for messages.
         modalities: what the model was built with.
         data, mask: as its forward takes them.
-        like: a parameter of the model: its dtype and device are expected.
+        like: a parameter of the model, whose dtype and device are expected.
+
+    Returns:
+        For every modality in ``data``, its mask or None.
 
     Raises:
         TypeError, ValueError: the message says expected, got and what to do.

@@ -12,19 +12,23 @@ from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.inputs import like
 from perceiver_fast.models.modality import Modality, ModalityInput, check_modalities, check_modality_inputs
-from perceiver_fast.models.stack import build_layers, classifier_head, run_blocks
+from perceiver_fast.models.stack import build_blocks, classifier_head, run_blocks
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import TokenGroups
 from perceiver_fast.tokens.describe import describe_grid, describe_points
 
 
 class ModalityEmbeddings(nn.ParameterDict):
-    """The modalities' embeddings by name; called, so that whoever brings parameters from elsewhere first can do so."""
+    """The modalities' embeddings by name.
+
+    It is called like a layer, since libraries that keep parameters elsewhere (offloading, sharding) bring those of a
+    module back when the module is called.
+    """
 
     __call__ = nn.Module.__call__  # nn.ParameterDict forbids calls
 
     def forward(self, name: str) -> Tensor:
-        """That of modality ``name``, ``[E]``."""
+        """The embedding of modality ``name``, ``[E]``."""
         return self[name]
 
 
@@ -32,24 +36,18 @@ class MultimodalPerceiver(nn.Module):
     """A Perceiver whose latents attend to the tokens of several modalities at once, in every block.
 
     Modalities have positions and frequencies of their own, and a token of modality g is ``[x ; embedding_g ; Fourier
-    code]``: a learned embedding says where it comes from and fills it up to the common number of channels, that of the
-    widest modality and ``modality_channels``. One softmax runs over the tokens of all modalities, but they are attended
-    to modality by modality, each on the way that suits it, and merged exactly: no token is built, padded or joined.
+    code]``. The learned embedding says which modality the token is of, and fills it up to the common number of channels:
+    those of the widest modality and ``modality_channels``. One softmax runs over the tokens of all modalities, but
+    attention runs modality by modality, each on the way that suits it, and the results are merged exactly: no token is
+    built, padded or joined.
 
     Args:
         modalities: at least one :class:`Modality`, of different names.
         depth: number of blocks.
         modality_channels: the least size of a modality's embedding. Default: 4.
-        num_latents: number of latents, N. Default: 512.
-        latent_dim: channels of a latent, D. Default: 512.
-        cross_heads, latent_heads: heads of cross-attention and of self-attention. Default: 1 and 8.
-        cross_dim_head, latent_dim_head: channels of a head. Default: 64.
-        num_classes: size of the output. Default: 1000.
-        attn_dropout, ff_dropout: dropout of attention weights and after feed-forwards, in training. Default: 0.
-        weight_tie_layers: share the weights of all blocks but the first. Default: False.
-        self_per_cross_attn: self-attentions a block. Default: 1.
-        final_classifier_head: pool the latents and classify; else return them. Default: True.
-        checkpoint: as that of :class:`perceiver_fast.Perceiver`. Default: False.
+        num_latents, latent_dim, cross_heads, latent_heads, cross_dim_head, latent_dim_head, num_classes, attn_dropout,
+            ff_dropout, weight_tie_layers, self_per_cross_attn, final_classifier_head, checkpoint: as those of
+            :class:`perceiver_fast.Perceiver`, with the same defaults.
 
     Raises:
         TypeError, ValueError: no modality, two of one name, or a modality_channels that makes no embedding.
@@ -100,26 +98,28 @@ class MultimodalPerceiver(nn.Module):
             embedding = torch.empty(self.input_dim - modality.own_channels)
             self.embeddings[modality.name] = nn.Parameter(nn.init.trunc_normal_(embedding, std=0.02, a=-0.04, b=0.04))
 
-        def layer() -> PerceiverBlock:
-            return PerceiverBlock(
-                dim=latent_dim,
-                context_dim=self.input_dim,
-                cross_heads=cross_heads,
-                latent_heads=latent_heads,
-                cross_dim_head=cross_dim_head,
-                latent_dim_head=latent_dim_head,
-                self_per_cross_attn=self_per_cross_attn,
-                attn_dropout=attn_dropout,
-                ff_dropout=ff_dropout,
-            )
-
-        self.layers = nn.ModuleList(build_layers(layer, depth, shared=1 if weight_tie_layers else None))
+        self.layers, _ = build_blocks(
+            depth,
+            1 if weight_tie_layers else None,
+            dim=latent_dim,
+            context_dim=self.input_dim,
+            cross_heads=cross_heads,
+            latent_heads=latent_heads,
+            cross_dim_head=cross_dim_head,
+            latent_dim_head=latent_dim_head,
+            self_per_cross_attn=self_per_cross_attn,
+            attn_dropout=attn_dropout,
+            ff_dropout=ff_dropout,
+        )
         self.to_logits = classifier_head(latent_dim, num_classes) if final_classifier_head else nn.Identity()
 
     def check_inputs(
         self, data: Mapping[str, ModalityInput], mask: Mapping[str, Tensor | None] | None = None
     ) -> dict[str, Tensor | None]:
-        """Check ``data`` and ``mask``; return every present modality's mask as ``[B, M]``, or None.
+        """Check ``data`` and ``mask``, as the forward takes them.
+
+        Returns:
+            For every modality in ``data``, its mask or None.
 
         Raises:
             TypeError, ValueError: the message says expected, got and what to do.
@@ -172,8 +172,7 @@ class MultimodalPerceiver(nn.Module):
         """
         masks = self.check_inputs(data, mask)
         tokens = self.describe(data, masks)
-        batch = tokens.groups[0].feat.shape[0]
-        x = self.latents.unsqueeze(0).expand(batch, -1, -1)
+        x = self.latents.unsqueeze(0).expand(tokens.batch, -1, -1)
         arguments = (keywords_for(block, PerceiverBlock, dict(context=tokens)) for block in self.layers)
         x = run_blocks(x, self.layers, repeat(None), None, arguments, self.checkpoint)
         return x if return_embeddings else self.to_logits(x)

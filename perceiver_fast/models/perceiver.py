@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock
+from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.checkpoints import upgrade_state_dict
 from perceiver_fast.models.grid import GridPerceiver
-from perceiver_fast.models.stack import build_layers, classifier_head, first_hiddens, run_blocks
+from perceiver_fast.models.stack import build_blocks, classifier_head, first_hiddens, run_blocks
 
 
 class Perceiver(GridPerceiver):
@@ -21,8 +21,9 @@ class Perceiver(GridPerceiver):
     every order and torch.func transforms are right; those beyond the first run in plain PyTorch.
 
     What perceiver-pytorch does not have: ``model(data [B, M, F], coords=[B, M, A])`` takes tokens at arbitrary
-    positions, point clouds for example. A grid's are evenly spaced in [-1, 1] along every axis; the codes have the
-    same frequencies. Points without channels of their own are ``data [B, M, 0]`` with input_channels=0.
+    positions, point clouds for example. The positions of a grid, which need not be given, are evenly spaced in [-1, 1]
+    along every axis; the codes of both have the same frequencies. Points without channels of their own are
+    ``data [B, M, 0]`` with input_channels=0.
 
     Args:
         num_freq_bands: number of Fourier frequencies per axis, K.
@@ -44,7 +45,7 @@ class Perceiver(GridPerceiver):
             Default: False.
         attn_residual: combine the outputs of all earlier blocks by learned attention. Default: False.
         attn_residual_rank: rank of its logits. Default: 64.
-        checkpoint: in training, compute what is inside a block again in the backward rather than keep it: less memory
+        checkpoint: in training, compute what is inside a block again in the backward rather than save it: less memory
             for about 40 % more time. It can be set later, too: ``model.checkpoint = True``. Default: False.
 
     Raises:
@@ -92,13 +93,7 @@ class Perceiver(GridPerceiver):
         checkpoint: bool = False,
     ):
         super().__init__(
-            num_freq_bands=num_freq_bands,
-            max_freq=max_freq,
-            input_channels=input_channels,
-            input_axis=input_axis,
-            num_latents=num_latents,
-            latent_dim=latent_dim,
-            fourier_encode_data=fourier_encode_data,
+            num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim, fourier_encode_data
         )
         self.has_attn_residual = attn_residual
         self.checkpoint = checkpoint
@@ -111,27 +106,24 @@ class Perceiver(GridPerceiver):
                 f"got {len(self.inverted_cross_attn)}"
             )
 
-        def layer() -> tuple[PerceiverBlock, EnformerAttentionResidual | None]:
-            block = PerceiverBlock(
-                dim=latent_dim,
-                context_dim=self.input_dim,
-                cross_heads=cross_heads,
-                latent_heads=latent_heads,
-                cross_dim_head=cross_dim_head,
-                latent_dim_head=latent_dim_head,
-                self_per_cross_attn=self_per_cross_attn,
-                attn_dropout=attn_dropout,
-                ff_dropout=ff_dropout,
-            )
-            return block, EnformerAttentionResidual(latent_dim, rank=attn_residual_rank) if attn_residual else None
-
-        layers = build_layers(layer, depth, shared=1 if weight_tie_layers else None)
-        self.layers = nn.ModuleList(block for block, _ in layers)
-        self.attn_residuals = nn.ModuleList(attn_residual for _, attn_residual in layers)
+        self.layers, self.attn_residuals = build_blocks(
+            depth,
+            1 if weight_tie_layers else None,
+            attn_residual_rank if attn_residual else None,
+            dim=latent_dim,
+            context_dim=self.input_dim,
+            cross_heads=cross_heads,
+            latent_heads=latent_heads,
+            cross_dim_head=cross_dim_head,
+            latent_dim_head=latent_dim_head,
+            self_per_cross_attn=self_per_cross_attn,
+            attn_dropout=attn_dropout,
+            ff_dropout=ff_dropout,
+        )
         self.to_logits = classifier_head(latent_dim, num_classes) if final_classifier_head else nn.Identity()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        upgrade_state_dict(self, state_dict, prefix)  # before the submodules take their shares
+        upgrade_state_dict(self, state_dict, prefix)  # before the submodules look up their keys
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(

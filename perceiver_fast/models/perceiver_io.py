@@ -8,20 +8,20 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock, PreNorm
+from perceiver_fast.layers import PerceiverBlock, PreNorm
 from perceiver_fast.layers.checks import check_data, check_mask
-from perceiver_fast.layers.fusing import are_plain, is_plain, watcher
-from perceiver_fast.layers.pre_norm import join, keywords_for, why_modules
+from perceiver_fast.layers.fusing import is_plain, is_watched
+from perceiver_fast.layers.pre_norm import add_layer, keywords_for, why_modules
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.layers.without_dropout import Attention, FeedForward
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
 from perceiver_fast.models.inputs import check_ids, check_queries, check_width, context_channels, like, norm_channels
-from perceiver_fast.models.stack import build_layers, first_hiddens, rows_for, run_blocks, run_checkpointed
+from perceiver_fast.models.stack import build_blocks, first_hiddens, rows_for, run_blocks, run_checkpointed
 from perceiver_fast.tokens import DenseTokens, Tokens
 from perceiver_fast.tracing import own, trainable
 
-DECODER_ROWS = 8192  # queries decoded at once in inference; enough for full speed, few enough to stay in caches
+DECODER_ROWS = 8192  # queries decoded at once in inference: enough for full speed, few enough to fit into CPU caches
 
 
 class PerceiverIO(nn.Module):
@@ -36,18 +36,12 @@ class PerceiverIO(nn.Module):
         dim: channels of the input.
         queries_dim: channels of the queries.
         logits_dim: channels of the output. Default: None, queries_dim without a last projection.
-        num_latents: number of latents, N. Default: 512.
-        latent_dim: channels of a latent. Default: 512.
-        cross_heads, latent_heads: heads of cross-attention and of self-attention. Default: 1 and 8.
-        cross_dim_head, latent_dim_head: channels of a head. Default: 64.
+        num_latents, latent_dim, cross_heads, latent_heads, cross_dim_head, latent_dim_head, attn_residual,
+            attn_residual_rank, checkpoint: as those of :class:`perceiver_fast.Perceiver`, with the same defaults.
         weight_tie_layers: share the weights of all blocks. Default: False.
         decoder_ff: a feed-forward after the decoder's cross-attention. Default: False.
         seq_dropout_prob: share of the input's tokens left out, in training. Default: 0.
-        attn_residual: combine the outputs of all earlier blocks by learned attention. Default: False.
-        attn_residual_rank: rank of its logits. Default: 64.
         inverted_cross_attn: softmax over the latents, then normalised over the tokens. Default: False.
-        checkpoint: in training, compute what is inside a block again in the backward rather than keep it: less memory
-            for about 40 % more time. It can be set later, too: ``model.checkpoint = True``. Default: False.
 
     Source:
         Jaegle et al., "Perceiver IO: A general architecture for structured inputs & outputs", ICLR 2022;
@@ -102,13 +96,11 @@ class PerceiverIO(nn.Module):
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
         self.cross_attend_block = PerceiverBlock(dim=latent_dim, context_dim=dim, self_per_cross_attn=0, **heads)
 
-        def layer() -> tuple[PerceiverBlock, EnformerAttentionResidual | None]:
-            block = PerceiverBlock(dim=latent_dim, has_cross_attn=False, **heads)
-            return block, EnformerAttentionResidual(latent_dim, rank=attn_residual_rank) if attn_residual else None
-
-        layers = build_layers(layer, depth, shared=0 if weight_tie_layers else None)
-        self.layers = nn.ModuleList(block for block, _ in layers)
-        self.attn_residuals = nn.ModuleList(attn_residual for _, attn_residual in layers)
+        shared = 0 if weight_tie_layers else None
+        rank = attn_residual_rank if attn_residual else None
+        self.layers, self.attn_residuals = build_blocks(
+            depth, shared, rank, dim=latent_dim, has_cross_attn=False, **heads
+        )
         decoder = Attention(queries_dim, latent_dim, heads=cross_heads, dim_head=cross_dim_head)
         self.decoder_cross_attn = PreNorm(queries_dim, decoder, context_dim=latent_dim)
         self.decoder_ff = PreNorm(queries_dim, FeedForward(queries_dim)) if decoder_ff else None
@@ -122,11 +114,14 @@ class PerceiverIO(nn.Module):
             self.queries_dim = self.decoder_cross_attn.norm.normalized_shape[0]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        upgrade_io_state_dict(self, state_dict, prefix)  # before the submodules take their shares
+        upgrade_io_state_dict(self, state_dict, prefix)  # before the submodules look up their keys
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_inputs(self, data: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Check ``data`` and ``mask``; return the mask, one that backwards may keep.
+        """Check ``data`` and ``mask``, as the forward takes them.
+
+        Returns:
+            The mask; a copy where gradients are recorded, since the backward needs it and the caller may change it.
 
         Raises:
             TypeError, ValueError: the message says expected, got and what to do.
@@ -140,6 +135,7 @@ class PerceiverIO(nn.Module):
         return None if mask is None else own(mask)
 
     def _query_channels(self, queries: Tensor) -> int:
+        """The number of channels to expect of ``queries``."""
         if not isinstance(queries, Tensor) or queries.dim() == 0 or queries.shape[-1] == self.queries_dim:
             return self.queries_dim
         norm = getattr(self.decoder_cross_attn, "norm", None)
@@ -197,9 +193,10 @@ class PerceiverIO(nn.Module):
         return (out, hiddens) if return_hiddens else out
 
     def _decode(self, queries: Tensor, latents: Tokens) -> Tensor:
-        # Training keeps every part's intermediates anyway, and a compiled graph would hold one copy a part.
-        kept = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if kept or not self._decodes_in_parts(queries):
+        """The output ``[B, Q, logits_dim]`` for queries ``[B, Q, queries_dim]``; in inference part by part."""
+        # Parts save no memory in training, where all intermediates are saved, and a traced graph would repeat the decoder.
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if whole or not self._decodes_in_parts(queries):
             return self._decode_part(queries, latents)
         out = None
         for start in range(0, queries.shape[1], DECODER_ROWS):
@@ -210,7 +207,7 @@ class PerceiverIO(nn.Module):
         return out
 
     def _decodes_in_parts(self, queries: Tensor) -> bool:
-        """Whether it is worth it, and nobody can tell: a layer that is more than it looks may mix the queries."""
+        """Whether there are many queries, and every layer is plain: another one may mix queries, and then needs all."""
         if queries.shape[1] <= DECODER_ROWS:
             return False
         layers = [self.decoder_cross_attn] if self.decoder_ff is None else [self.decoder_cross_attn, self.decoder_ff]
@@ -222,10 +219,11 @@ class PerceiverIO(nn.Module):
         return is_plain(self.to_logits, nn.Linear, nn.Identity)
 
     def _decode_part(self, queries: Tensor, latents: Tokens) -> Tensor:
+        """The output for some of the queries, ``[B, q, queries_dim]`` to ``[B, q, logits_dim]``."""
         x = self.decoder_cross_attn(queries, **keywords_for(self.decoder_cross_attn, PreNorm, dict(context=latents)))
         if self.decoder_ff is not None:
             stream = ResidualStream(x)
-            join(stream, self.decoder_ff, watcher() is not None or not are_plain(x))
+            add_layer(stream, self.decoder_ff, is_watched(x))
             x = stream.value()
         return self.to_logits(x)
 

@@ -1,4 +1,4 @@
-"""Stacks of layers: which share their weights, how their outputs are kept and combined, and the head after them."""
+"""Stacks of blocks: how they are built and share weights, how latents run through them, and the head after them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from perceiver_fast.backends import forced_backend, use_backend
-from perceiver_fast.layers import PerceiverBlock
+from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock
 from perceiver_fast.layers.fusing import is_plain, watcher
 from perceiver_fast.ranges import layer_range
 
@@ -19,10 +19,13 @@ T = TypeVar("T")
 
 
 def build_layers(build: Callable[[], T], depth: int, shared: int | None) -> list[T]:
-    """``depth`` times ``build()``; from index ``shared`` on, if given, all are that one.
+    """A list of ``depth`` results of ``build``.
 
-    perceiver-pytorch's weight_tie_layers leaves the first layer of most models on its own (``shared=1``), and shares
-    every layer of PerceiverIO (``shared=0``).
+    Args:
+        build: makes one layer.
+        depth: the length of the list.
+        shared: index of the layer that stands in all later places, too; None for layers of their own. With
+            weight_tie_layers perceiver-pytorch shares all layers but the first (1), and all of PerceiverIO (0).
     """
     layers: list[T] = []
     for i in range(depth):
@@ -30,9 +33,40 @@ def build_layers(build: Callable[[], T], depth: int, shared: int | None) -> list
     return layers
 
 
-def first_hiddens(x: Tensor, block_outputs: Sequence[Tensor] | Tensor | None, keep: bool) -> list[Tensor] | None:
-    """The list that :func:`run_blocks` appends to: a copy of ``block_outputs``, or ``[x]``; None unless kept."""
-    if not keep and block_outputs is None:
+def build_blocks(
+    depth: int, shared: int | None, attn_residual_rank: int | None = None, *, dim: int, **arguments
+) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """Blocks, and an attention residual for each.
+
+    Args:
+        depth, shared: see :func:`build_layers`; a shared block shares its attention residual.
+        attn_residual_rank: rank of the attention residuals' logits. Default: None, there are none.
+        dim, **arguments: of :class:`PerceiverBlock`.
+
+    Returns:
+        The blocks, and as many attention residuals, or Nones in their place.
+    """
+
+    def layer() -> tuple[PerceiverBlock, EnformerAttentionResidual | None]:
+        block = PerceiverBlock(dim=dim, **arguments)
+        return block, None if attn_residual_rank is None else EnformerAttentionResidual(dim, rank=attn_residual_rank)
+
+    layers = build_layers(layer, depth, shared)
+    return nn.ModuleList(block for block, _ in layers), nn.ModuleList(residual for _, residual in layers)
+
+
+def first_hiddens(x: Tensor, block_outputs: Sequence[Tensor] | Tensor | None, needed: bool) -> list[Tensor] | None:
+    """The list that :func:`run_blocks` appends the outputs of blocks to.
+
+    Args:
+        x: latents ``[B, N, D]`` before the first block.
+        block_outputs: outputs of earlier blocks, as the models take them.
+        needed: whether the list is needed even without ``block_outputs``.
+
+    Returns:
+        A new list of ``block_outputs``, or ``[x]`` without these; None if it is not needed.
+    """
+    if not needed and block_outputs is None:
         return None
     if block_outputs is None:
         return [x]
@@ -41,30 +75,30 @@ def first_hiddens(x: Tensor, block_outputs: Sequence[Tensor] | Tensor | None, ke
 
 @contextmanager
 def _forcing(backend: str) -> Iterator[None]:
-    """Force a backend inside; not from its making on, as :class:`use_backend` does."""
+    """Force a backend in a block. (:class:`use_backend` alone would force it as soon as the object is made.)"""
     with use_backend(backend):
         yield
 
 
 def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args, **keywords) -> T:
-    """``layer(*args, **keywords)``; with ``checkpoint`` its activations are computed again in the backward, not kept.
+    """``layer(*args, **keywords)``; with ``checkpoint`` the backward computes its activations again, rather than save them.
 
-    Random numbers are drawn the same the second time, as in torch.utils.checkpoint without reentry, which it is.
+    That is torch.utils.checkpoint without reentry, so the second forward draws the same random numbers as the first. It
+    also runs on the backend that was forced during the first.
     """
     if not checkpoint or not torch.is_grad_enabled():
         return layer(*args, **keywords)
     forced = forced_backend()
-    if forced != "auto" and not torch.compiler.is_compiling():  # backwards may run in another thread
+    if forced != "auto" and not torch.compiler.is_compiling():  # a backward may run in another thread, where none is
         keywords["context_fn"] = lambda: (nullcontext(), _forcing(forced))
     return torch_checkpoint(layer, *args, use_reentrant=False, **keywords)
 
 
 def rows_for(block: nn.Module, x: Tensor) -> Tensor:
-    """What to call a block with: ``[1, N, D]`` of latents that the whole batch shares, where nobody can see that; else x.
+    """The latents to call a block with: one row ``[1, N, D]`` if the whole batch shares them, else ``x [B, N, D]``.
 
-    Args:
-        block: a block; one that is plain and attends to a context makes ``[B, N, D]`` of either.
-        x: latents ``[B, N, D]`` that nobody else has.
+    A plain block that attends to a context returns ``[B, N, D]`` for either, and computes less for one row. Any other
+    block gets what perceiver-pytorch would give it.
     """
     if x.stride(0) != 0 or not is_plain(block, PerceiverBlock) or not block.has_cross_attn or watcher() is not None:
         return x
@@ -85,8 +119,8 @@ def run_blocks(
         x: latents ``[B, N, D]``.
         blocks: called with the latents and ``arguments``, one dict a block.
         attn_residuals: one a block; called with ``hiddens``.
-        hiddens: the blocks' outputs are appended to it; None if nobody asks for them.
-        checkpoint: compute what is inside a block again in the backward, rather than keep it. Default: False.
+        hiddens: the list that the outputs of blocks are appended to; None if nobody needs them.
+        checkpoint: see :func:`run_checkpointed`. Default: False.
 
     Returns:
         ``[B, N, D]``.
@@ -109,7 +143,7 @@ class MeanPool(nn.Module):
 
 
 class Head(nn.Sequential):
-    """A Sequential that has a range of its own, see :class:`perceiver_fast.ranges`."""
+    """A Sequential that profilers show as one named range, see :class:`perceiver_fast.ranges`."""
 
     @layer_range
     def forward(self, x: Tensor) -> Tensor:

@@ -10,95 +10,32 @@ are expected to be fast at, and Triton kernels run the rest.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from perceiver_fast import backends, extension, reference
-from perceiver_fast.backends import Backend, Choice
+from perceiver_fast import extension, reference
+from perceiver_fast.backends import Backend
 from perceiver_fast.gpu import INTERPRETED, multiprocessors
 from perceiver_fast.ops import blocks
+from perceiver_fast.ops.checks import check_alike, check_dropout, check_mask
+from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.library import (
     compute_dtype,
     cpu_error,
     dropout_seed,
     kernel_reasons,
-    library,
-    register_triton,
     triton_reasons,
     unless_autocast,
 )
 from perceiver_fast.ops.sdpa import sdpa
+from perceiver_fast.ops.work import Shape, Work, attention_work
 from perceiver_fast.ranges import op_range
 
 OP = "cross_attention"
-
-library.define(
-    "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float dropout, Tensor? seed, "
-    "bool inverted) -> (Tensor o, Tensor lse, Tensor token_lse)"
-)
-library.define(
-    "cross_attention_backward(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, "
-    "float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor token_lse) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)"
-)
-
-
-register_triton("cross_attention_forward", "cross_attention", "forward")
-register_triton("cross_attention_backward", "cross_attention_backward", "backward")
-
-
-@library.fake("cross_attention_forward")
-def _(q, k, v, mask, scale, dropout, seed, inverted):
-    lse = q.new_empty(q.shape[:3], dtype=torch.float64)
-    return q.new_empty((*q.shape[:3], v.shape[3])), lse, lse.new_empty(k.shape[:3] if inverted else (0,))
-
-
-@library.fake("cross_attention_backward")
-def _(d_o, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-class CrossAttentionFunction(torch.autograd.Function):
-    """Connects the registered forward and backward; saves its inputs, o and statistics, nothing of size N x M."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask, scale, dropout, seed, inverted):
-        o, lse, token_lse = torch.ops.perceiver_fast.cross_attention_forward(
-            q, k, v, mask, scale, dropout, seed, inverted
-        )
-        ctx.save_for_backward(q, k, v, mask, seed, o, lse, token_lse)
-        ctx.options = scale, dropout, inverted
-        ctx.set_materialize_grads(False)
-        if inverted:
-            ctx.mark_non_differentiable(lse)
-        return o, lse
-
-    @staticmethod
-    @op_range(OP + ".backward")
-    def backward(ctx, d_o, d_lse):
-        q, k, v, mask, seed, o, lse, token_lse = ctx.saved_tensors
-        scale, dropout, inverted = ctx.options
-        if inverted:
-            d_lse = None
-
-        def kernel():
-            d_out = torch.zeros_like(o) if d_o is None else d_o
-            return torch.ops.perceiver_fast.cross_attention_backward(
-                d_out, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse
-            )
-
-        if differentiated_again():
-
-            def form(q, k, v):
-                return blocks.cross_attention(q, k, v, mask, scale, dropout, seed, inverted)
-
-            grads = differentiable(kernel, form, (q, k, v), (d_o, d_lse), ctx.needs_input_grad[:3])
-        else:
-            grads = kernel()
-        return *grads, None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -171,20 +108,115 @@ def _slow_fused_reasons(call: CrossAttentionCall) -> list[str]:
     return []
 
 
-BACKENDS = (
-    Backend("cpu", _cpu_reasons),
-    Backend("sdpa", _sdpa_reasons),
-    Backend("triton", _triton_reasons),
-    Backend("reference", lambda call: []),
+def _backward_work(q: Shape, k: Shape, v: Shape, inverted: bool) -> Work:
+    """Logits and weights' gradients (inverted: twice), then the gradients of q, k and v."""
+    pairs, passes = math.prod(q[:-1]) * k[-2], 1 + inverted
+    return Work(pairs * (passes * (q[-1] + v[-1]) + 2 * q[-1] + v[-1]), passes * pairs)
+
+
+def _forward_outputs(q, k, v, mask, scale, dropout, seed, inverted):
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64)
+    return q.new_empty((*q.shape[:3], v.shape[3])), lse, lse.new_empty(k.shape[:3] if inverted else (0,))
+
+
+def _backward_outputs(d_o, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _sample(make, dtype=torch.float32, channels=8, options=False, queries=5, tokens=9, inverted=False):
+    """With options it has a mask and dropout. Rows begin at multiples of 16 channels, as in most views of heads."""
+    q, k, v = (
+        make(2, 2, rows, channels + -channels % 16, dtype=dtype)[..., :channels] for rows in (queries, tokens, tokens)
+    )
+    mask, dropout, seed = (make.mask(2, tokens), 0.1, make.seed()) if options else (None, 0.0, None)
+    return CrossAttentionFunction.apply(q, k, v, mask, channels**-0.5, dropout, seed, inverted)
+
+
+def _instances():
+    """By dtype, channels, and with options, as of many queries to few tokens, or without, as of few to many."""
+    for dtype, channels, options in (
+        *((torch.bfloat16, *call) for call in ((64, False), (64, True), (128, True), (261, False), (322, True))),
+        (torch.float16, 512, False),
+        (torch.float32, 64, True),
+        (torch.float32, 261, False),
+    ):
+        name = f"{str(dtype).removeprefix('torch.')}, {channels} channels{', mask and dropout' if options else ''}"
+        queries, tokens = (50176, 512) if options else (512, 50176)
+        yield name, dict(dtype=dtype, channels=channels, options=options, queries=queries, tokens=tokens)
+
+
+CROSS_ATTENTION = declare(
+    OP,
+    backends=(
+        Backend("cpu", _cpu_reasons),
+        Backend("sdpa", _sdpa_reasons),
+        Backend("triton", _triton_reasons),
+        Backend("reference", lambda call: []),
+    ),
+    call=CrossAttentionCall,
+    operators=(
+        Operator(
+            "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float dropout, "
+            "Tensor? seed, bool inverted) -> (Tensor o, Tensor lse, Tensor token_lse)",
+            _forward_outputs,
+            work=lambda *a: attention_work(*a[:3], inverted=a[7]),
+            triton="cross_attention.forward",
+        ),
+        Operator(
+            "cross_attention_backward(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, "
+            "float scale, float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor token_lse) "
+            "-> (Tensor dq, Tensor dk, Tensor dv)",
+            _backward_outputs,
+            work=lambda *a: _backward_work(*a[2:5], inverted=a[9]),
+            triton="cross_attention_backward.backward",
+        ),
+    ),
+    sample=_sample,
+    variants=({}, dict(options=True), dict(inverted=True), dict(dtype=torch.float64, channels=17)),
+    instances=dict(_instances()),
 )
 
 
-def choose_cross_attention(call: CrossAttentionCall) -> Choice:
-    """The backend that runs ``call``."""
-    return backends.choose(OP, BACKENDS, call)
+class CrossAttentionFunction(torch.autograd.Function):
+    """Connects the registered forward and backward; saves its inputs, o and statistics, nothing of size N x M."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale, dropout, seed, inverted):
+        o, lse, token_lse = torch.ops.perceiver_fast.cross_attention_forward(
+            q, k, v, mask, scale, dropout, seed, inverted
+        )
+        ctx.save_for_backward(q, k, v, mask, seed, o, lse, token_lse)
+        ctx.options = scale, dropout, inverted
+        ctx.set_materialize_grads(False)
+        if inverted:
+            ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    @op_range(OP + ".backward")
+    def backward(ctx, d_o, d_lse):
+        q, k, v, mask, seed, o, lse, token_lse = ctx.saved_tensors
+        scale, dropout, inverted = ctx.options
+        if inverted:
+            d_lse = None
+
+        def kernel():
+            d_out = torch.zeros_like(o) if d_o is None else d_o
+            return torch.ops.perceiver_fast.cross_attention_backward(
+                d_out, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse
+            )
+
+        if differentiated_again():
+
+            def form(q, k, v):
+                return blocks.cross_attention(q, k, v, mask, scale, dropout, seed, inverted)
+
+            grads = differentiable(kernel, form, (q, k, v), (d_o, d_lse), ctx.needs_input_grad[:3])
+        else:
+            grads = kernel()
+        return *grads, None, None, None, None, None
 
 
-@op_range(OP)
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -229,11 +261,32 @@ def cross_attention(
         torch.Size([1, 2, 5, 4])
     """
     _check(q, k, v, mask, dropout, inverted, return_lse)
+    return cross_attention_unchecked(q, k, v, mask, dropout, inverted, scale, return_lse)
+
+
+@op_range(OP)
+def cross_attention_unchecked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    inverted: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`cross_attention` for callers whose tensors fit each other; they are not checked.
+
+    ``backend`` is what runs it, where that has been chosen already.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if transformed():
         return _transformed(q, k, v, mask, scale, dropout, inverted, return_lse)
-    call = CrossAttentionCall(q.dtype, q.device, dropout, inverted, return_lse, mask is not None, *q.shape, v.shape[3])
-    backend = backends.require(choose_cross_attention(call)).backend
+    if backend is None:
+        shape = *q.shape, v.shape[3]
+        call = CrossAttentionCall(q.dtype, q.device, dropout, inverted, return_lse, mask is not None, *shape)
+        backend = CROSS_ATTENTION.require(call)
     if backend == "reference":
         seed = dropout_seed(dropout, q.device)
         o, lse = reference.cross_attention(q, k, v, mask, scale, dropout, seed, inverted)
@@ -297,15 +350,10 @@ def _without_constants(
 
 
 def _check(q, k, v, mask, dropout, inverted, return_lse) -> None:
+    check_alike(OP, q=q, k=k, v=v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(f"{OP}: expected {name} [B, H, rows, channels], got shape {tuple(t.shape)}")
-        if not t.is_floating_point():
-            raise TypeError(f"{OP}: expected {name} to be floating point, got {t.dtype}; convert it with .float()")
-        if t.dtype != q.dtype:
-            raise TypeError(f"{OP}: expected {name} to be {q.dtype} like q, got {t.dtype}; convert one of them")
-        if t.device != q.device:
-            raise ValueError(f"{OP}: expected {name} on {q.device} like q, got {t.device}; move it with .to(...)")
         if t.shape[:2] != q.shape[:2]:
             raise ValueError(
                 f"{OP}: expected {name} of q's batch size and heads {tuple(q.shape[:2])}, got {tuple(t.shape[:2])}"
@@ -316,15 +364,7 @@ def _check(q, k, v, mask, dropout, inverted, return_lse) -> None:
         )
     if k.shape[3] != q.shape[3] or k.shape[3] == 0:
         raise ValueError(f"{OP}: expected k of q's channels, at least one, got {q.shape[3]} and {k.shape[3]}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{OP}: expected a dropout probability in [0, 1), got {dropout}")
+    check_dropout(OP, dropout)
     if inverted and return_lse:
         raise ValueError(f"{OP}: inverted attention has no log-sum-exp over the tokens; leave return_lse out")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{OP}: expected a bool mask, got {mask.dtype}; convert it with mask.bool()")
-    if mask.shape != (q.shape[0], k.shape[2]):
-        raise ValueError(f"{OP}: expected mask of shape {(q.shape[0], k.shape[2])}, got {tuple(mask.shape)}")
-    if mask.device != q.device:
-        raise ValueError(f"{OP}: expected mask on {q.device}, got {mask.device}; move it with .to(...)")
+    check_mask(OP, mask, (q.shape[0], k.shape[2]), q, "q")

@@ -16,9 +16,10 @@ from torch import Tensor
 from perceiver_fast import reference
 from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
-from perceiver_fast.ops.geglu import choose_geglu, geglu, runs_kernel
+from perceiver_fast.ops.geglu import GEGLU, geglu
 from perceiver_fast.ops.library import compute_dtype, learns, unless_autocast
 from perceiver_fast.ops.linear import forward_product, grad_input_product, grad_weight_product, linear
+from perceiver_fast.ops.pointwise import runs_kernel
 from perceiver_fast.ranges import op_range
 
 
@@ -93,7 +94,7 @@ def feed_forward(
             f"{tuple(weight1.shape)}, {tuple(bias1.shape)} and {tuple(weight2.shape)}; values and gates are half of 2 F each"
         )
     bias1 = bias1 if bias1.dtype in (z.dtype, compute_dtype(z.dtype)) else bias1.to(z.dtype)
-    if learns(z, weight1, bias1, weight2) and runs_kernel(choose_geglu, z.dtype, z.device):
+    if learns(z, weight1, bias1, weight2) and runs_kernel(GEGLU, z.dtype, z.device):
         if cache is not None:
             cache.clear_in_training()
         with unless_autocast(z.device):

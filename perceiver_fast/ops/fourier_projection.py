@@ -16,42 +16,83 @@ rows in all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from perceiver_fast import backends, extension, reference
-from perceiver_fast.backends import Backend, Choice
+from perceiver_fast import extension, reference
+from perceiver_fast.backends import Backend
 from perceiver_fast.ops import blocks
+from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.fourier_projection_checks import check
-from perceiver_fast.ops.grid_scale import grid_scale
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, kernel_reasons, library, unless_autocast
+from perceiver_fast.ops.grid_scale import grid_scale_unchecked
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, kernel_reasons, unless_autocast
+from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.work import Shape, Work
 from perceiver_fast.ranges import op_range
 
 OP = "fourier_projection"
 
-library.define(
-    "fourier_projection_forward(Tensor? feat, Tensor coords, Tensor frequencies, Tensor weight, Tensor? bias, "
-    "float? eps) -> (Tensor out, Tensor scale)"
-)
-library.define(
-    "fourier_projection_backward(Tensor d_out, Tensor? feat, Tensor coords, Tensor frequencies, Tensor weight, "
-    "Tensor scale, float? eps, bool token_grads) -> (Tensor dweight, Tensor dfeat, Tensor dcoords)"
-)
+
+def _forward_work(feat: Shape | None, coords: Shape, frequencies: Shape, weight: Shape) -> Work:
+    """feat ``[B, M, F]``, coords ``[B or 1, M, A]``, frequencies ``[A, K]``, weight ``[C, D]``."""
+    tokens = prod((coords if feat is None else feat)[:2])
+    return Work(tokens * prod(weight), 2 * prod(coords[:2]) * prod(frequencies))
 
 
-@library.fake("fourier_projection_forward")
-def _(feat, coords, frequencies, weight, bias, eps):
+def _backward_work(feat, coords, frequencies, weight, token_grads) -> Work:
+    """The gradient of weight, and with token_grads the tokens': a product each."""
+    forward = _forward_work(feat, coords, frequencies, weight)
+    return Work(forward.multiply_adds * (1 + token_grads), forward.exponentials)
+
+
+def _forward_outputs(feat, coords, frequencies, weight, bias, eps):
     tokens = (coords if feat is None else feat).shape[:2]
     return weight.new_empty((*tokens, weight.shape[1])), weight.new_empty((0,) if eps is None else tokens)
 
 
-@library.fake("fourier_projection_backward")
-def _(d_out, feat, coords, frequencies, weight, scale, eps, token_grads):
+def _backward_outputs(d_out, feat, coords, frequencies, weight, scale, eps, token_grads):
     dfeat = weight.new_empty(feat.shape if token_grads and feat is not None else (0,))
     return weight.new_empty(weight.shape), dfeat, coords.new_empty(coords.shape if token_grads else (0,))
+
+
+def _sample(make, dtype=torch.float32, tokens=7, axes=2, bands=3, features=3, width=8, eps=1e-5, token_grads=True):
+    coords, frequencies = make(2, tokens, axes, dtype=torch.float64), make(axes, bands, dtype=torch.float64).detach()
+    weight = make(features + axes * (2 * bands + 1), width, dtype=dtype)
+    feat, bias = make(2, tokens, features, dtype=dtype) if features else None, make(width, dtype=dtype)
+    if not token_grads:
+        feat, coords = feat.detach(), coords.detach()
+    return FourierProjectionFunction.apply(feat, coords, frequencies, weight, bias, eps)
+
+
+FOURIER_PROJECTION = declare(
+    OP,
+    backends=(
+        Backend("cpu", lambda call: kernel_reasons(extension.error, "cpu", call.device, call.dtype)),
+        Backend("cuda", lambda call: kernel_reasons(extension.cuda_error, "cuda", call.device, call.dtype)),
+        Backend("reference", lambda call: []),
+    ),
+    call=PointwiseCall,
+    operators=(
+        Operator(
+            "fourier_projection_forward(Tensor? feat, Tensor coords, Tensor frequencies, Tensor weight, Tensor? bias, "
+            "float? eps) -> (Tensor out, Tensor scale)",
+            _forward_outputs,
+            work=lambda *a: _forward_work(*a[:4]),
+        ),
+        Operator(
+            "fourier_projection_backward(Tensor d_out, Tensor? feat, Tensor coords, Tensor frequencies, Tensor weight, "
+            "Tensor scale, float? eps, bool token_grads) -> (Tensor dweight, Tensor dfeat, Tensor dcoords)",
+            _backward_outputs,
+            work=lambda *a: _backward_work(*a[1:5], token_grads=a[7]),
+        ),
+    ),
+    sample=_sample,
+    variants=({}, dict(eps=None, features=0), dict(token_grads=False), dict(dtype=torch.float64, tokens=70)),
+    kernels="(fourier_.*|add_parts)_kernel",
+)
 
 
 class FourierProjectionFunction(torch.autograd.Function):
@@ -90,41 +131,12 @@ class FourierProjectionFunction(torch.autograd.Function):
         return dfeat, dcoords, None, dweight if to_weight else None, d_out.sum((0, 1)) if to_bias else None, None
 
 
-@dataclass(frozen=True)
-class FourierProjectionCall:
-    """What the choice of a backend may depend on."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _cpu_reasons(call: FourierProjectionCall) -> list[str]:
-    return kernel_reasons(extension.error, "cpu", call.device, call.dtype)
-
-
-def _cuda_reasons(call: FourierProjectionCall) -> list[str]:
-    return kernel_reasons(extension.cuda_error, "cuda", call.device, call.dtype)
-
-
-# Every backend but the reference registers kernels for the two ops above.
-BACKENDS = (
-    Backend("cpu", _cpu_reasons),
-    Backend("cuda", _cuda_reasons),
-    Backend("reference", lambda call: []),
-)
-
-
-def choose_fourier_projection(call: FourierProjectionCall) -> Choice:
-    """The backend that runs ``call``; its name is None when no backend can."""
-    return backends.choose(OP, BACKENDS, call)
-
-
 def _centred(weight: Tensor) -> Tensor:
     return weight - weight.mean(0, keepdim=True)
 
 
 @op_range(OP)
-def fourier_projection_tokens(
+def fourier_projection_unchecked(
     feat: Tensor | None,
     coords: Tensor,
     frequencies: Tensor,
@@ -147,8 +159,7 @@ def fourier_projection_tokens(
     """
     device, compute = weight.device, compute_dtype(weight.dtype)
     result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
-    call = FourierProjectionCall(weight.dtype, device)
-    backend = "blocks" if transformed() else backends.require(choose_fourier_projection(call)).backend
+    backend = "blocks" if transformed() else FOURIER_PROJECTION.require(PointwiseCall(weight.dtype, device))
     with unless_autocast(device):
         feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
         if backend == "blocks":
@@ -176,7 +187,7 @@ def _on_grid(
     feat_weight, *axis_weights = weight.split([0 if feat is None else feat.shape[-1]] + [axis_channels] * len(sizes))
     total = bias if eps is None and bias is not None else weight.new_zeros(weight.shape[1])
     for axis, (position, w) in enumerate(zip(positions, axis_weights)):
-        table = fourier_projection_tokens(None, position.view(1, -1, 1), frequencies[axis : axis + 1], w)[0]
+        table = fourier_projection_unchecked(None, position.view(1, -1, 1), frequencies[axis : axis + 1], w)[0]
         total = total.unsqueeze(-2) + table  # [n_1, .., n_axis, D]
     # In place: [B, M, D] is large here, and a fresh one costs more than the arithmetic on it.
     fresh = not transformed()  # which may batch one operand and not the other
@@ -190,7 +201,7 @@ def _on_grid(
         square = torch.cat([code.var(1, unbiased=False) * axis_channels for code in codes])
         raw = weight.new_zeros(1, *sizes, 0) if feat is None else feat.unflatten(1, sizes)
         widths = [axis_channels] * len(sizes)
-        scale = grid_scale(raw, mean.to(weight.dtype), square.to(weight.dtype), widths, eps).unsqueeze(-1)
+        scale = grid_scale_unchecked(raw, mean.to(weight.dtype), square.to(weight.dtype), widths, eps).unsqueeze(-1)
         # The gradient of scale needs what is multiplied.
         out = out.mul_(scale) if fresh and not scale.requires_grad else out * scale
         if bias is not None:
@@ -269,10 +280,10 @@ def fourier_projection(
         weight = _in_kernel_order(weight, len(max_freqs), num_freq_bands)
     if isinstance(coords, Tensor):
         coords = coords.double() if coords.dim() == 3 else coords.double().unsqueeze(0)
-        return fourier_projection_tokens(feat, coords, frequencies, weight, bias, norm_eps)
+        return fourier_projection_unchecked(feat, coords, frequencies, weight, bias, norm_eps)
     positions = [spaced(-1.0, 1.0, size) for size in coords]
     if len(positions) == 1:
-        return fourier_projection_tokens(feat, positions[0].view(1, -1, 1), frequencies, weight, bias, norm_eps)
+        return fourier_projection_unchecked(feat, positions[0].view(1, -1, 1), frequencies, weight, bias, norm_eps)
     compute = compute_dtype(weight.dtype)
     result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
     with unless_autocast(device):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from perceiver_fast.ops.checks import check_device, check_floating, check_shape
 from perceiver_fast.reference.fourier_projection import LAYOUTS
 
 OP = "fourier_projection"
@@ -20,15 +21,15 @@ def check(coords, weight, num_freq_bands, max_freq, feat, bias, norm_eps, layout
         raise ValueError(f"{OP}: expected num_freq_bands to be an int of at least 0, got {num_freq_bands!r}")
     if norm_eps is not None and not norm_eps >= 0:
         raise ValueError(f"{OP}: expected norm_eps to be None or at least 0, got {norm_eps!r}")
-    _check_floating(weight=weight, feat=feat, bias=bias)
+    if weight is None:
+        raise TypeError(f"{OP}: expected weight to be a tensor, got NoneType; give the projection's [C, D]")
+    check_floating(OP, weight=weight, feat=feat, bias=bias)
     if weight.dim() != 2 or weight.shape[1] == 0:
         raise ValueError(f"{OP}: expected weight [C, D] with D at least 1, got shape {tuple(weight.shape)}")
     batch, tokens, axes = _check_coords(coords, weight)
     for name, t in (("feat", feat), ("bias", bias)):
-        if t is not None and t.device != weight.device:
-            raise ValueError(
-                f"{OP}: expected {name} on {weight.device} like weight, got {t.device}; move it with .to(...)"
-            )
+        if t is not None:
+            check_device(OP, name, t, weight, "weight")
     features = 0
     if feat is not None:
         if feat.dim() != 3 or feat.shape[1] != tokens or (batch != 1 and feat.shape[0] != batch):
@@ -44,32 +45,19 @@ def check(coords, weight, num_freq_bands, max_freq, feat, bias, norm_eps, layout
             f"{2 * num_freq_bands + 1} = {channels} rows, got shape {tuple(weight.shape)}"
             + ("; is it a Linear's weight, to be transposed?" if weight.shape[1] == channels else "")
         )
-    if bias is not None and tuple(bias.shape) != (weight.shape[1],):
-        raise ValueError(f"{OP}: expected bias of shape ({weight.shape[1]},), got {tuple(bias.shape)}")
+    if bias is not None:
+        check_shape(OP, "bias", bias, (weight.shape[1],), "it is added to the outputs of weight")
     return _check_max_freq(max_freq, axes)
-
-
-def _check_floating(**tensors) -> None:
-    for name, t in tensors.items():
-        if t is None and name != "weight":
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{OP}: expected {name} to be a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{OP}: expected {name} to be floating point, got {t.dtype}; convert it with .float()")
 
 
 def _check_coords(coords, weight) -> tuple[int, int, int]:
     """Batch size (1: shared), tokens and axes."""
     if isinstance(coords, Tensor):
-        if not coords.is_floating_point():
+        if not coords.is_floating_point():  # they are computed with in float64
             raise TypeError(
                 f"{OP}: expected coords to be floating point, got {coords.dtype}; convert it with .double()"
             )
-        if coords.device != weight.device:
-            raise ValueError(
-                f"{OP}: expected coords on {weight.device} like weight, got {coords.device}; move it with .to(...)"
-            )
+        check_device(OP, "coords", coords, weight, "weight")
         if coords.dim() not in (2, 3) or coords.shape[-1] == 0:
             raise ValueError(
                 f"{OP}: expected coords [B, M, A] or [M, A] with at least one axis, got shape {tuple(coords.shape)}"

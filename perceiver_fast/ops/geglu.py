@@ -8,43 +8,65 @@ The backward reads h again and gives u back beside the gradients, so that whoeve
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from perceiver_fast import backends, extension, reference
-from perceiver_fast.backends import Backend, Choice
-from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
-from perceiver_fast.ops.library import (
-    compute_dtype,
-    cpu_error,
-    kernel_reasons,
-    learns,
-    library,
-    register_triton,
-    triton_reasons,
-)
+from perceiver_fast import reference
+from perceiver_fast.ops.checks import check_device, check_dtype, check_floating
+from perceiver_fast.ops.declaration import Operator, declare
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again
+from perceiver_fast.ops.library import compute_dtype, learns
+from perceiver_fast.ops.pointwise import POINTWISE_BACKENDS, PointwiseCall, runs_kernel
+from perceiver_fast.ops.work import Work, no_work
 from perceiver_fast.ranges import op_range
 
 OP = "geglu"
 
-library.define("geglu_forward(Tensor h, Tensor? bias) -> Tensor")
-library.define("geglu_backward(Tensor d_u, Tensor h, Tensor? bias) -> (Tensor u, Tensor d_h, Tensor d_bias)")
-register_triton("geglu_forward", "geglu", "forward")
-register_triton("geglu_backward", "geglu", "backward")
 
-
-@library.fake("geglu_forward")
-def _(h, bias):
+def _forward_outputs(h, bias):
     return h.new_empty((*h.shape[:-1], h.shape[-1] // 2))
 
 
-@library.fake("geglu_backward")
-def _(d_u, h, bias):
+def _backward_outputs(d_u, h, bias):
     d_bias = h.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return h.new_empty(d_u.shape), h.new_empty(h.shape), d_bias
+
+
+def _sample(make, dtype=torch.float32, bias=torch.float32, rows=(2, 3), width=17):
+    return GEGLUFunction.apply(
+        make(*rows, 2 * width, dtype=dtype), None if bias is None else make(2 * width, dtype=bias)
+    )
+
+
+GEGLU = declare(
+    OP,
+    backends=POINTWISE_BACKENDS,
+    call=PointwiseCall,
+    operators=(
+        Operator(
+            "geglu_forward(Tensor h, Tensor? bias) -> Tensor",
+            _forward_outputs,
+            work=lambda h, bias: Work(exponentials=prod(h) // 2),
+            triton="geglu.forward",
+        ),
+        Operator(
+            "geglu_backward(Tensor d_u, Tensor h, Tensor? bias) -> (Tensor u, Tensor d_h, Tensor d_bias)",
+            _backward_outputs,
+            work=no_work,
+            triton="geglu.backward",
+        ),
+    ),
+    sample=_sample,
+    variants=({}, dict(bias=None), dict(dtype=torch.float64, bias=torch.float64), dict(dtype=torch.bfloat16)),
+    instances={
+        "bfloat16, 2048 wide": dict(dtype=torch.bfloat16, bias=torch.bfloat16, rows=(64, 256), width=2048),
+        "float16 and float32, 1024 wide": dict(dtype=torch.float16, rows=(64, 256), width=1024),
+        "float32, 2048 wide": dict(rows=(64, 256), width=2048),
+    },
+    kernels="(geglu_.*|column_sums)_kernel",
+)
 
 
 class GEGLUFunction(torch.autograd.Function):
@@ -67,54 +89,6 @@ class GEGLUFunction(torch.autograd.Function):
         if differentiated_again():
             return differentiable(kernel, reference.geglu, (h, bias), (d_u,), ctx.needs_input_grad)
         return kernel()
-
-
-@dataclass(frozen=True)
-class PointwiseCall:
-    """What the choice of a backend may depend on: dtypes of the operands, and their device."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-
-POINTWISE = (torch.float64, torch.float32, torch.bfloat16)  # what the CPU kernels take
-
-
-def pointwise_backends() -> tuple[Backend, ...]:
-    """The backends of ops that pass over activations once: geglu and layer_norm."""
-    return (
-        Backend("cpu", lambda c: kernel_reasons(cpu_error(extension.error), "cpu", c.device, c.dtype, POINTWISE)),
-        Backend("triton", lambda c: triton_reasons(c.device, c.dtype)),
-        Backend("reference", lambda c: []),
-    )
-
-
-BACKENDS = pointwise_backends()
-_runs_kernel: dict[tuple, bool] = {}
-
-
-def runs_kernel(choose: Callable[[PointwiseCall], Choice], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel runs a pass over activations, rather than plain PyTorch.
-
-    Under torch.compile it is plain PyTorch, and under torch.func's transforms. Answers are kept: finding one anew takes as long as a small kernel.
-
-    Raises:
-        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
-    """
-    if torch.compiler.is_compiling():
-        backends.require(choose(PointwiseCall(dtype, device)))
-        return False
-    if transformed():
-        return False
-    key = choose, dtype, device, backends.forced_backend()
-    if key not in _runs_kernel:
-        _runs_kernel[key] = backends.require(choose(PointwiseCall(dtype, device))).backend != "reference"
-    return _runs_kernel[key]
-
-
-def choose_geglu(call: PointwiseCall) -> Choice:
-    """The backend that runs ``call``."""
-    return backends.choose(OP, BACKENDS, call)
 
 
 @op_range(OP)
@@ -144,7 +118,7 @@ def geglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
         torch.Size([2, 5, 4])
     """
     _check(h, bias)
-    if not runs_kernel(choose_geglu, h.dtype, h.device):
+    if not runs_kernel(GEGLU, h.dtype, h.device):
         return reference.geglu(h, bias)
     if not learns(h, bias):
         return torch.ops.perceiver_fast.geglu_forward(h, bias)
@@ -152,18 +126,14 @@ def geglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _check(h: Tensor, bias: Tensor | None) -> None:
-    if not h.is_floating_point():
-        raise TypeError(f"geglu: expected a floating-point h, got {h.dtype}; convert it with h.float()")
+    check_floating(OP, h=h)
     if h.dim() < 1 or h.shape[-1] % 2:
-        raise ValueError(f"geglu: expected h [.., 2 F], got {tuple(h.shape)}; values and gates are a half of it each")
+        raise ValueError(f"{OP}: expected h [.., 2 F], got {tuple(h.shape)}; values and gates are a half of it each")
     if bias is None:
         return
-    if bias.shape != h.shape[-1:] or bias.device != h.device:
+    if bias.shape != h.shape[-1:]:
         raise ValueError(
-            f"geglu: expected bias [{h.shape[-1]}] on {h.device}, got {tuple(bias.shape)} on {bias.device}; "
-            "it is added to the last dimension of h"
+            f"{OP}: expected bias [{h.shape[-1]}], got {tuple(bias.shape)}; it is added to the last dimension of h"
         )
-    dtypes = dict.fromkeys((h.dtype, compute_dtype(h.dtype)))  # one of them, or two
-    if bias.dtype not in dtypes:
-        expected = " or ".join(map(str, dtypes))
-        raise TypeError(f"geglu: expected bias in {expected}, got {bias.dtype}; convert it with bias.to(..)")
+    check_device(OP, "bias", bias, h, "h")
+    check_dtype(OP, "bias", bias, (h.dtype, compute_dtype(h.dtype)), "like h")

@@ -25,9 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perceiver_fast import backends, extension, reference
-from perceiver_fast.backends import Backend, Choice
+from perceiver_fast import extension, reference
+from perceiver_fast.backends import Backend
 from perceiver_fast.ops import blocks
+from perceiver_fast.ops.checks import check_alike, check_dropout, check_mask, check_shape
+from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.library import (
     autocast_dtype,
@@ -36,46 +38,125 @@ from perceiver_fast.ops.library import (
     dropout_seed,
     half_dtype,
     kernel_reasons,
-    library,
-    register_triton,
     triton_reasons,
     unless_autocast,
 )
+from perceiver_fast.ops.work import Shape, Work
 from perceiver_fast.ranges import op_range
 
 OP = "grid_attention"
-
-library.define(
-    "grid_attention_forward(Tensor q, Tensor feat, Tensor scale, Tensor? mask, float dropout, Tensor? seed, "
-    "bool inverted) -> (Tensor o, Tensor lse, Tensor kept, Tensor token_lse)"
-)
-library.define(
-    "grid_attention_backward(Tensor d_o, Tensor? d_lse, Tensor? d_kept, Tensor q, Tensor feat, Tensor scale, "
-    "Tensor? mask, float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor kept, Tensor token_lse, "
-    "bool token_grads) -> (Tensor dq, Tensor dfeat, Tensor dscale)"
-)
-register_triton("grid_attention_forward", "grid_attention", "forward")
-register_triton("grid_attention_backward", "grid_attention_backward", "backward")
 MOST_FEATURES = 64  # that the Triton kernels are compiled for
 
 
-@library.fake("grid_attention_forward")
-def _(q, feat, scale, mask, dropout, seed, inverted):
+@dataclass(frozen=True)
+class GridAttentionCall:
+    """What the choice of a backend may depend on."""
+
+    dtype: torch.dtype
+    device: torch.device
+    sizes: tuple[int, ...]
+    features: int = 1
+    inverted: bool = False
+
+
+def _cpu_reasons(call: GridAttentionCall) -> list[str]:
+    reasons = kernel_reasons(cpu_error(extension.error), "cpu", call.device, call.dtype)
+    if len(call.sizes) > 64:
+        reasons.append(f"it takes up to 64 axes, not {len(call.sizes)}")
+    return reasons
+
+
+def _triton_reasons(call: GridAttentionCall) -> list[str]:
+    reasons = triton_reasons(call.device, call.dtype)
+    if call.inverted:
+        reasons.append("it has no inverted attention")
+    if call.features > MOST_FEATURES:
+        reasons.append(f"it takes up to {MOST_FEATURES} raw channels, not {call.features}")
+    return reasons
+
+
+def grid_attention_work(q: Shape, feat: Shape, inverted: bool) -> Work:
+    """q ``[B, N, L]``, feat ``[B, *sizes, F]``: a logit is F + A multiply-adds, a value F; inverted, logits come twice."""
+    sizes, features = feat[1:-1], feat[-1]
+    pairs, passes = q[0] * q[1] * math.prod(sizes), 1 + inverted
+    return Work(pairs * (passes * (features + len(sizes)) + features), passes * pairs)
+
+
+def _backward_work(q: Shape, feat: Shape, inverted: bool, token_grads: bool) -> Work:
+    """Logits and weights' gradients (inverted: twice), the gradient of q, and with token_grads two parts of feat's."""
+    sizes, features = feat[1:-1], feat[-1]
+    pairs, passes = q[0] * q[1] * math.prod(sizes), 1 + inverted
+    return Work(pairs * (2 * passes * (features + len(sizes)) + features * (3 if token_grads else 1)), passes * pairs)
+
+
+def _forward_outputs(q, feat, scale, mask, dropout, seed, inverted):
     lse = q.new_empty(q.shape[:2], dtype=torch.float64)
     kept = q.new_empty(q.shape[:2] if dropout > 0 or inverted else (0,))
-    return (
-        q.new_empty(q.shape),
-        lse,
-        kept,
-        lse.new_empty((q.shape[0], math.prod(scale.shape[1:])) if inverted else (0,)),
-    )
+    token_lse = lse.new_empty((q.shape[0], math.prod(scale.shape[1:])) if inverted else (0,))
+    return q.new_empty(q.shape), lse, kept, token_lse
 
 
-@library.fake("grid_attention_backward")
-def _(d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads):
+def _backward_outputs(
+    d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads
+):
     dfeat = feat.new_empty((q.shape[0], *feat.shape[1:]) if token_grads else (0,))
     dscale = scale.new_empty((q.shape[0], *scale.shape[1:]) if token_grads else (0,))
     return q.new_empty(q.shape), dfeat, dscale
+
+
+def _sample(
+    make, dtype=torch.float32, features=3, options=False, queries=4, sizes=(5, 6), inverted=False, token_grads=True
+):
+    """With options it has a mask, dropout, and gradients of lse and of the sum of weights."""
+    q, feat = make(2, queries, features + sum(sizes)), make(2, *sizes, features, dtype=dtype)
+    scale = make.positive(2, *sizes)
+    if not token_grads:
+        feat, scale = feat.detach(), scale.detach()
+    if not options:
+        return GridAttentionFunction.apply(q, feat, scale, None, 0.0, None, inverted)[0]
+    return GridAttentionFunction.apply(q, feat, scale, make.mask(2, *sizes), 0.1, make.seed(), False)
+
+
+def _instances():
+    """By dtype, raw channels, and with options or without."""
+    for dtype, features, options in (
+        *((torch.float32, *call) for call in ((3, False), (3, True), (8, True), (16, False), (64, False))),
+        *((dtype, *call) for dtype in (torch.bfloat16, torch.float16) for call in ((3, False), (3, True), (64, False))),
+    ):
+        name = f"{str(dtype).removeprefix('torch.')}, {features} channels{', mask and dropout' if options else ''}"
+        yield name, dict(dtype=dtype, features=features, options=options, queries=512, sizes=(224, 224))
+
+
+GRID_ATTENTION = declare(
+    OP,
+    backends=(
+        Backend("cpu", _cpu_reasons),
+        Backend("triton", _triton_reasons),
+        Backend("reference", lambda call: []),
+    ),
+    call=lambda dtype, device: GridAttentionCall(dtype, device, (1,)),
+    operators=(
+        Operator(
+            "grid_attention_forward(Tensor q, Tensor feat, Tensor scale, Tensor? mask, float dropout, Tensor? seed, "
+            "bool inverted) -> (Tensor o, Tensor lse, Tensor kept, Tensor token_lse)",
+            _forward_outputs,
+            work=lambda *a: grid_attention_work(a[0], a[1], inverted=a[6]),
+            triton="grid_attention.forward",
+        ),
+        Operator(
+            "grid_attention_backward(Tensor d_o, Tensor? d_lse, Tensor? d_kept, Tensor q, Tensor feat, Tensor scale, "
+            "Tensor? mask, float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor kept, "
+            "Tensor token_lse, bool token_grads) -> (Tensor dq, Tensor dfeat, Tensor dscale)",
+            _backward_outputs,
+            work=lambda *a: _backward_work(a[3], a[4], inverted=a[9], token_grads=a[14]),
+            triton="grid_attention_backward.backward",
+        ),
+    ),
+    sample=_sample,
+    variants=({}, dict(options=True), dict(inverted=True), dict(token_grads=False)),
+    instances=dict(_instances()),
+    kernels="grid_.*_kernel",
+)
 
 
 class GridAttentionFunction(torch.autograd.Function):
@@ -130,47 +211,8 @@ class GridAttentionFunction(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-@dataclass(frozen=True)
-class GridAttentionCall:
-    """What the choice of a backend may depend on."""
-
-    dtype: torch.dtype
-    device: torch.device
-    sizes: tuple[int, ...]
-    features: int = 1
-    inverted: bool = False
-
-
-def _cpu_reasons(call: GridAttentionCall) -> list[str]:
-    reasons = kernel_reasons(cpu_error(extension.error), "cpu", call.device, call.dtype)
-    if len(call.sizes) > 64:
-        reasons.append(f"it takes up to 64 axes, not {len(call.sizes)}")
-    return reasons
-
-
-def _triton_reasons(call: GridAttentionCall) -> list[str]:
-    reasons = triton_reasons(call.device, call.dtype)
-    if call.inverted:
-        reasons.append("it has no inverted attention")
-    if call.features > MOST_FEATURES:
-        reasons.append(f"it takes up to {MOST_FEATURES} raw channels, not {call.features}")
-    return reasons
-
-
-BACKENDS = (
-    Backend("cpu", _cpu_reasons),
-    Backend("triton", _triton_reasons),
-    Backend("reference", lambda call: []),
-)
-
-
-def choose_grid_attention(call: GridAttentionCall) -> Choice:
-    """The backend that runs ``call``; its name is None when no backend can."""
-    return backends.choose(OP, BACKENDS, call)
-
-
 @op_range(OP)
-def grid_attention_joined(
+def grid_attention_unchecked(
     q: Tensor,
     feat: Tensor,
     scale: Tensor,
@@ -179,6 +221,7 @@ def grid_attention_joined(
     inverted: bool = False,
     heads: int = 1,
     half: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`grid_attention` with q_feat and q_axes joined, for callers that hold them so; inputs are not checked.
 
@@ -191,6 +234,7 @@ def grid_attention_joined(
         heads: H. Only inverted attention, whose softmax runs over the queries of a head, needs to know.
         half: a half-precision dtype that weights and values are rounded to, for tensor cores. Default: what
             :func:`~perceiver_fast.ops.library.half_dtype` says of q.
+        backend: what runs it, where that has been chosen already. Default: it is chosen here.
 
     Returns:
         o ``[B, H N, L]``, lse ``[B, H N]`` float64, and kept ``[B, H N]``, the sum of every query's weights after dropout
@@ -202,15 +246,14 @@ def grid_attention_joined(
     if transformed():
         backend, run = "reference", blocks.grid_attention
     else:
-        call = GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted)
-        backend = backends.require(choose_grid_attention(call)).backend
+        if backend is None:
+            backend = GRID_ATTENTION.require(GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted))
         run = reference.grid_attention if backend == "reference" else GridAttentionFunction.apply
     shape = q.shape
     if inverted:
         q = q.unflatten(1, (heads, -1))
-        q = (q * 0 if q.shape[2] == 1 else q).flatten(
-            0, 1
-        )  # a softmax over one query is constant: no gradient, exactly
+        # A softmax over one query is constant: its gradient is zero, exactly.
+        q = (q * 0 if q.shape[2] == 1 else q).flatten(0, 1)
     values = (half or half_dtype(q.device, q.dtype) or compute) if backend == "triton" else compute
     with unless_autocast(q.device):
         seed = dropout_seed(dropout, q.device)
@@ -271,10 +314,9 @@ def grid_attention(
     """
     q_axes = tuple(q_axes)
     sizes = _check(q_feat, q_axes, feat, scale, mask)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{OP}: expected a dropout probability in [0, 1), got {dropout}")
+    check_dropout(OP, dropout)
     batch, features = feat.shape[0], feat.shape[-1]
-    o, lse, _ = grid_attention_joined(
+    o, lse, _ = grid_attention_unchecked(
         torch.cat([q_feat, *q_axes], -1),
         feat.reshape(batch, *sizes, features),
         scale.reshape(batch, *sizes),
@@ -289,18 +331,7 @@ def grid_attention(
 def _check(q_feat, q_axes, feat, scale, mask) -> tuple[int, ...]:
     if not q_axes:
         raise ValueError(f"{OP}: expected at least one axis in q_axes, got none")
-    named = {"q_feat": q_feat, **{f"q_axes[{a}]": t for a, t in enumerate(q_axes)}, "feat": feat, "scale": scale}
-    for name, t in named.items():
-        if not t.is_floating_point():
-            raise TypeError(f"{OP}: expected {name} to be floating point, got {t.dtype}; convert it with .float()")
-        if t.dtype != q_feat.dtype:
-            raise TypeError(
-                f"{OP}: expected {name} to be {q_feat.dtype} like q_feat, got {t.dtype}; convert one of them"
-            )
-        if t.device != q_feat.device:
-            raise ValueError(
-                f"{OP}: expected {name} on {q_feat.device} like q_feat, got {t.device}; move it with .to(...)"
-            )
+    check_alike(OP, q_feat=q_feat, **{f"q_axes[{a}]": t for a, t in enumerate(q_axes)}, feat=feat, scale=scale)
     if feat.dim() != 3:
         raise ValueError(f"{OP}: expected feat [B, M, F], got shape {tuple(feat.shape)}")
     if q_feat.dim() != 3:
@@ -317,17 +348,8 @@ def _check(q_feat, q_axes, feat, scale, mask) -> tuple[int, ...]:
         tokens *= size
     if features == 0:
         raise ValueError(f"{OP}: expected at least one feature, got q_feat of shape {tuple(q_feat.shape)}")
-    for name, t, shape in (("feat", feat, (batch, tokens, features)), ("scale", scale, (batch, tokens))):
-        if tuple(t.shape) != shape:
-            raise ValueError(
-                f"{OP}: expected {name} of shape {shape} for a grid of {' x '.join(map(str, sizes))} tokens "
-                f"(the sizes of q_axes), got {tuple(t.shape)}"
-            )
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{OP}: expected a bool mask, got {mask.dtype}; convert it with mask.bool()")
-        if tuple(mask.shape) != (batch, tokens):
-            raise ValueError(f"{OP}: expected mask of shape {(batch, tokens)}, got {tuple(mask.shape)}")
-        if mask.device != q_feat.device:
-            raise ValueError(f"{OP}: expected mask on {q_feat.device}, got {mask.device}; move it with .to(...)")
+    grid = f"the sizes of q_axes say a grid of {' x '.join(map(str, sizes))} tokens"
+    check_shape(OP, "feat", feat, (batch, tokens, features), grid)
+    check_shape(OP, "scale", scale, (batch, tokens), grid)
+    check_mask(OP, mask, (batch, tokens), q_feat, "q_feat")
     return sizes

@@ -13,30 +13,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from perceiver_fast import backends, extension, reference
-from perceiver_fast.backends import Backend, Choice
+from perceiver_fast import extension, reference
+from perceiver_fast.backends import Backend
+from perceiver_fast.ops.checks import check_alike, check_shape
+from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import transformed
-from perceiver_fast.ops.library import kernel_reasons, library
+from perceiver_fast.ops.library import kernel_reasons
+from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.work import no_work
 from perceiver_fast.ranges import op_range
 from perceiver_fast.reference.grid_scale import along_axes, grid_mean
 
 OP = "grid_scale"
-
-library.define(
-    "grid_scale_forward(Tensor feat, Tensor axis_mean, Tensor axis_square, SymInt[] axis_channels, float eps) -> Tensor"
-)
+CPU_DTYPES = (torch.float32, torch.float64)
 
 
-@library.fake("grid_scale_forward")
-def _(feat, axis_mean, axis_square, axis_channels, eps):
+def _outputs(feat, axis_mean, axis_square, axis_channels, eps):
     return feat.new_empty(feat.shape[:-1])
 
 
-def _cpu_reasons(feat: Tensor) -> list[str]:
-    return kernel_reasons(extension.error, "cpu", feat.device, feat.dtype, (torch.float32, torch.float64))
+def _sample(make, dtype=torch.float32, sizes=(5, 6), features=3):
+    statistics = make(sum(sizes), dtype=dtype), make.positive(sum(sizes), dtype=dtype)
+    return GridScaleFunction.apply(make(2, *sizes, features, dtype=dtype), *statistics, [7] * len(sizes), 1e-5)
 
 
-BACKENDS = (Backend("cpu", _cpu_reasons), Backend("reference", lambda feat: []))
+GRID_SCALE = declare(
+    OP,
+    backends=(
+        Backend("cpu", lambda call: kernel_reasons(extension.error, "cpu", call.device, call.dtype, CPU_DTYPES)),
+        Backend("reference", lambda call: []),
+    ),
+    call=PointwiseCall,
+    operators=(
+        Operator(
+            "grid_scale_forward(Tensor feat, Tensor axis_mean, Tensor axis_square, SymInt[] axis_channels, float eps) "
+            "-> Tensor",
+            _outputs,
+            work=no_work,
+        ),
+    ),
+    sample=_sample,
+    variants=({}, dict(dtype=torch.float64, sizes=(7,))),
+)
 
 
 class GridScaleFunction(torch.autograd.Function):
@@ -74,28 +92,23 @@ class GridScaleFunction(torch.autograd.Function):
         return d_feat, torch.cat(d_mean), torch.cat(d_square), None, None
 
 
-def choose_grid_scale(feat: Tensor) -> Choice:
-    """The backend that runs a call with this ``feat``."""
-    return backends.choose(OP, BACKENDS, feat)
-
-
-@op_range(OP)
 def grid_scale(
     feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float = 1e-5
 ) -> Tensor:
     """LayerNorm's ``1 / sqrt(var + eps)`` of every token ``[feat_m, e_1(i_1), .., e_A(i_A)]``, without building it.
 
     Args:
-        feat: raw channels ``[B, *sizes, F]``, float32 or float64.
-        axis_mean: ``[sum(sizes)]``, the mean of every axis code, axes joined in order.
-        axis_square: ``[sum(sizes)]``, the sum of squares of every axis code about its own mean.
-        axis_channels: channels of every axis' code.
-        eps: LayerNorm's epsilon. Default: 1e-5, torch's.
+        feat: raw channels ``[B, n_1, .., n_A, F]``, floating point.
+        axis_mean: ``[n_1 + .. + n_A]``, the mean of every axis code, axes joined in order; the dtype of feat.
+        axis_square: ``[n_1 + .. + n_A]``, the sum of squares of every axis code about its own mean; the dtype of feat.
+        axis_channels: channels of every axis' code, one int of at least 1 an axis.
+        eps: LayerNorm's epsilon, at least 0. Default: 1e-5, torch's.
 
     Returns:
-        ``[B, *sizes]``, the dtype of feat. Differentiable any number of times in feat, axis_mean and axis_square.
+        ``[B, n_1, .., n_A]``, the dtype of feat. Differentiable any number of times in feat, axis_mean and axis_square.
 
     Raises:
+        TypeError, ValueError: a wrong type, dtype, rank, size or device; the message says expected, got and what to do.
         perceiver_fast.backends.BackendError: a forced backend cannot run the call.
 
     Example:
@@ -104,6 +117,32 @@ def grid_scale(
         >>> grid_scale(torch.ones(1, 2, 2, 1), torch.zeros(4), torch.full((4,), 2.0), [2, 2]).shape
         torch.Size([1, 2, 2])
     """
-    if not transformed() and backends.require(choose_grid_scale(feat)).backend == "cpu":
+    _check(feat, axis_mean, axis_square, axis_channels, eps)
+    return grid_scale_unchecked(feat, axis_mean, axis_square, axis_channels, eps)
+
+
+@op_range(OP)
+def grid_scale_unchecked(
+    feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float = 1e-5
+) -> Tensor:
+    """:func:`grid_scale` for callers whose tensors fit each other; they are not checked."""
+    if not transformed() and GRID_SCALE.require(PointwiseCall(feat.dtype, feat.device)) == "cpu":
         return GridScaleFunction.apply(feat, axis_mean, axis_square, axis_channels, eps)
     return reference.grid_scale(feat, axis_mean, axis_square, axis_channels, eps)
+
+
+def _check(feat, axis_mean, axis_square, axis_channels, eps) -> None:
+    check_alike(OP, feat=feat, axis_mean=axis_mean, axis_square=axis_square)
+    widths = list(axis_channels)
+    if not widths or any(type(width) is not int or width < 1 for width in widths):
+        raise ValueError(f"{OP}: expected axis_channels of at least one axis, ints of at least 1, got {widths}")
+    if feat.dim() != len(widths) + 2:
+        raise ValueError(
+            f"{OP}: expected feat [B, n_1, .., n_A, F] of {len(widths)} axes, as axis_channels has, got shape "
+            f"{tuple(feat.shape)}; give one number of channels an axis"
+        )
+    entries = (sum(feat.shape[1:-1]),)
+    check_shape(OP, "axis_mean", axis_mean, entries, "it has an entry for every index of every axis of feat")
+    check_shape(OP, "axis_square", axis_square, entries, "it has an entry for every index of every axis of feat")
+    if not eps >= 0:
+        raise ValueError(f"{OP}: expected eps of at least 0, got {eps}")

@@ -12,49 +12,78 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perceiver_fast import backends, reference
-from perceiver_fast.backends import Choice
+from perceiver_fast import reference
+from perceiver_fast.ops.checks import check_device, check_dtype, check_floating
+from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
-from perceiver_fast.ops.geglu import PointwiseCall, pointwise_backends, runs_kernel
-from perceiver_fast.ops.library import compute_dtype, learns, library, register_triton
+from perceiver_fast.ops.library import compute_dtype, learns
+from perceiver_fast.ops.pointwise import POINTWISE_BACKENDS, PointwiseCall, runs_kernel
+from perceiver_fast.ops.work import no_work
 from perceiver_fast.ranges import op_range
 
 OP = "layer_norm"
 
-library.define(
-    "layer_norm_forward(Tensor x, Tensor? branch, Tensor? branch_bias, Tensor weight, Tensor bias, float eps, "
-    "ScalarType out_dtype) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)"
-)
-library.define(
-    "layer_norm_backward(Tensor? d_y, Tensor d_z, Tensor y, Tensor mean, Tensor rstd, Tensor weight, bool branch_bias) "
-    "-> (Tensor d_x, Tensor d_branch, Tensor d_weight, Tensor d_bias, Tensor d_branch_bias)"
-)
-register_triton("layer_norm_forward", "layer_norm", "forward")
-register_triton("layer_norm_backward", "layer_norm", "backward")
 
-
-@library.fake("layer_norm_forward")
-def _(x, branch, branch_bias, weight, bias, eps, out_dtype):
-    statistics = compute_dtype(x.dtype)
+def _forward_outputs(x, branch, branch_bias, weight, bias, eps, out_dtype):
     y = x.new_empty((0,) if branch is None else x.shape)
-    rows = x.shape[:-1]
-    return (
-        y,
-        x.new_empty(x.shape, dtype=out_dtype),
-        x.new_empty(rows, dtype=statistics),
-        x.new_empty(rows, dtype=statistics),
-    )
+    z = x.new_empty(x.shape, dtype=out_dtype)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype)) for _ in range(2))
+    return y, z, mean, rstd
 
 
-@library.fake("layer_norm_backward")
-def _(d_y, d_z, y, mean, rstd, weight, branch_bias):
-    return (
-        y.new_empty(y.shape),
-        d_z.new_empty((0,) if d_z.dtype == y.dtype else d_z.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape if branch_bias else (0,)),
+def _backward_outputs(d_y, d_z, y, mean, rstd, weight, branch_bias):
+    d_branch = d_z.new_empty((0,) if d_z.dtype == y.dtype else d_z.shape)
+    d_weight, d_bias = (weight.new_empty(weight.shape) for _ in range(2))
+    return y.new_empty(y.shape), d_branch, d_weight, d_bias, weight.new_empty(weight.shape if branch_bias else (0,))
+
+
+def _sample(make, dtype=torch.float32, out_dtype=torch.float32, rows=(2, 3), width=17, branch=True, branch_bias=True):
+    x, weight, bias = make(*rows, width, dtype=dtype), make(width, dtype=dtype), make(width, dtype=dtype)
+    joins = (
+        make(*rows, width, dtype=out_dtype) if branch else None,
+        make(width, dtype=dtype) if branch and branch_bias else None,
     )
+    return AddLayerNormFunction.apply(x, *joins, weight, bias, 1e-5, out_dtype)
+
+
+_MANY = (64, 256)  # rows
+
+LAYER_NORM = declare(
+    OP,
+    backends=POINTWISE_BACKENDS,
+    call=PointwiseCall,
+    operators=(
+        Operator(
+            "layer_norm_forward(Tensor x, Tensor? branch, Tensor? branch_bias, Tensor weight, Tensor bias, float eps, "
+            "ScalarType out_dtype) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
+            _forward_outputs,
+            work=no_work,
+            triton="layer_norm.forward",
+        ),
+        Operator(
+            "layer_norm_backward(Tensor? d_y, Tensor d_z, Tensor y, Tensor mean, Tensor rstd, Tensor weight, "
+            "bool branch_bias) -> (Tensor d_x, Tensor d_branch, Tensor d_weight, Tensor d_bias, Tensor d_branch_bias)",
+            _backward_outputs,
+            work=no_work,
+            triton="layer_norm.backward",
+        ),
+    ),
+    sample=_sample,
+    variants=(
+        {},
+        dict(branch=False),
+        dict(branch_bias=False),
+        dict(dtype=torch.float64, out_dtype=torch.float64),
+        dict(out_dtype=torch.bfloat16),
+    ),
+    instances={
+        "bfloat16, 512 wide": dict(dtype=torch.bfloat16, out_dtype=torch.bfloat16, rows=_MANY, width=512),
+        "float32 and bfloat16, 1024 wide": dict(out_dtype=torch.bfloat16, rows=_MANY, width=1024),
+        "float16, 2560 wide": dict(dtype=torch.float16, out_dtype=torch.float16, rows=_MANY, width=2560, branch=False),
+        "float32, 8192 wide": dict(rows=_MANY, width=8192),
+    },
+    kernels="(layer_norm_.*|column_sums)_kernel",
+)
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -111,14 +140,6 @@ class AddLayerNormFunction(torch.autograd.Function):
             if out_dtype == y.dtype:
                 d_branch = d_x
         return d_x, d_branch if branch else None, d_branch_bias if branch_bias else None, d_weight, d_bias, None, None
-
-
-BACKENDS = pointwise_backends()
-
-
-def choose_layer_norm(call: PointwiseCall) -> Choice:
-    """The backend that runs ``call``."""
-    return backends.choose(OP, BACKENDS, call)
 
 
 def layer_norm(
@@ -187,11 +208,11 @@ def add_layer_norm(
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     _check(x, branch, branch_bias, weight, bias, out_dtype)
-    return run_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype)
+    return add_layer_norm_unchecked(x, branch, branch_bias, weight, bias, eps, out_dtype)
 
 
 @op_range(OP)
-def run_layer_norm(
+def add_layer_norm_unchecked(
     x: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
@@ -202,7 +223,7 @@ def run_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """:func:`add_layer_norm` for callers whose tensors fit each other; they are not checked."""
     narrow = out_dtype if compute_dtype(x.dtype) == x.dtype else x.dtype
-    if not runs_kernel(choose_layer_norm, narrow, x.device):
+    if not runs_kernel(LAYER_NORM, narrow, x.device):
         return reference.add_layer_norm(x, branch, branch_bias, weight, bias, eps, out_dtype, smooth=transformed())
     if learns(x, branch, branch_bias, weight, bias):
         y, z = AddLayerNormFunction.apply(x, branch, branch_bias, weight, bias, eps, out_dtype)
@@ -212,33 +233,28 @@ def run_layer_norm(
 
 
 def _check(x, branch, branch_bias, weight, bias, out_dtype) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"layer_norm: expected a floating-point x, got {x.dtype}; convert it with x.float()")
+    check_floating(OP, x=x)
     if not (out_dtype == x.dtype or (x.dtype == torch.float32 and out_dtype in (torch.bfloat16, torch.float16))):
         raise TypeError(
-            f"layer_norm: expected out_dtype {x.dtype}, or half precision for a float32 x, got {out_dtype}; "
+            f"{OP}: expected out_dtype {x.dtype}, or half precision for a float32 x, got {out_dtype}; "
             "convert z afterwards"
         )
     if branch is None and branch_bias is not None:
-        raise ValueError("layer_norm: expected branch_bias with a branch, got it alone; give the branch, or neither")
+        raise ValueError(f"{OP}: expected branch_bias with a branch, got it alone; give the branch, or neither")
     if branch is not None:
-        if branch.shape != x.shape or branch.device != x.device:
+        if branch.shape != x.shape:
             raise ValueError(
-                f"layer_norm: expected branch {tuple(x.shape)} on {x.device}, like x, got {tuple(branch.shape)} on "
-                f"{branch.device}; expand the smaller one"
+                f"{OP}: expected branch {tuple(x.shape)}, like x, got {tuple(branch.shape)}; expand the smaller one"
             )
-        if branch.dtype != out_dtype:
-            raise TypeError(
-                f"layer_norm: expected branch in {out_dtype}, out_dtype, got {branch.dtype}; convert it, or name "
-                "its dtype as out_dtype"
-            )
+        check_device(OP, "branch", branch, x, "x")
+        check_dtype(OP, "branch", branch, (out_dtype,), "like out_dtype")
     for name, vector in (("branch_bias", branch_bias), ("weight", weight), ("bias", bias)):
         if vector is None:
             continue
-        if vector.shape != x.shape[-1:] or vector.device != x.device:
+        if vector.shape != x.shape[-1:]:
             raise ValueError(
-                f"layer_norm: expected {name} [{x.shape[-1]}] on {x.device}, got {tuple(vector.shape)} on "
-                f"{vector.device}; it belongs to the last dimension of x"
+                f"{OP}: expected {name} [{x.shape[-1]}], got {tuple(vector.shape)}; "
+                "it belongs to the last dimension of x"
             )
-        if vector.dtype != x.dtype:
-            raise TypeError(f"layer_norm: expected {name} in {x.dtype}, like x, got {vector.dtype}; convert it")
+        check_device(OP, name, vector, x, "x")
+        check_dtype(OP, name, vector, (x.dtype,), "like x")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -106,22 +105,6 @@ def triton_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     if architecture(device) < 80:
         reasons.append(f"it is compiled for sm_80 and newer, not sm_{architecture(device)}")
     return reasons
-
-
-def register_triton(op: str, module: str, function: str) -> None:
-    """Register a kernel of ``perceiver_fast.kernels``; its module, and with it triton, is imported by the first call."""
-
-    def run(*args):
-        kernel = getattr(importlib.import_module(f"perceiver_fast.kernels.{module}"), function)
-        device = next(value.device for value in args if value is not None)  # a gradient that is not there comes first
-        if device.type != "cuda":
-            return kernel(*args)
-        with torch.cuda.device(device):  # Triton launches on the current device, and on its current stream
-            return kernel(*args)
-
-    library.impl(op, run, "CUDA")
-    if INTERPRETED:
-        library.impl(op, run, "CPU", allow_override=True)
 
 
 def learns(*tensors: Tensor | None) -> bool:

@@ -18,6 +18,7 @@ from perceiver_fast.ops.derivatives import differentiated_again, transformed
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, linear_settings, measure, wide_bfloat16
 from perceiver_fast.ranges import op_range
+from perceiver_fast.tracing import intercepted
 
 OP = "linear"
 LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every library is as good
@@ -27,9 +28,7 @@ def is_large(rows: int, channels: int, out_channels: int, device: torch.device) 
     """Whether it matters which library runs a product; only then is one chosen."""
     if device.type != "cpu" or forced_backend() == "reference" or torch.compiler.is_compiling() or transformed():
         return False
-    if (
-        torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
-    ):  # what looks on (explain, too) knows torch's alone
+    if intercepted():
         return False
     return rows * channels * out_channels >= LARGE
 
@@ -48,7 +47,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return dtype
 
 
-def choose_linear(rows: int, channels: int, out_channels: int, dtype: torch.dtype, device: torch.device) -> Choice:
+def linear_library(rows: int, channels: int, out_channels: int, dtype: torch.dtype, device: torch.device) -> Choice:
     """The library that runs a forward product in inference, and what the others were measured at."""
     if not is_large(rows, channels, out_channels, device):
         return Choice(OP, "torch")
@@ -61,7 +60,7 @@ def choose_linear(rows: int, channels: int, out_channels: int, dtype: torch.dtyp
 
 
 def _product(kind: str, a: Tensor, b: Tensor) -> Tensor:
-    """One kind of product of two matrices of one dtype; see :class:`Library`."""
+    """One kind of product of two matrices of one dtype, on the library that is fastest at it."""
     inner = a.shape[0] if kind == "grad_weight" else a.shape[1]
     others = a.numel() // max(inner, 1) * (b.numel() // max(inner, 1))
     dtype, library = a.dtype, "torch"
@@ -69,7 +68,7 @@ def _product(kind: str, a: Tensor, b: Tensor) -> Tensor:
         if dtype == torch.bfloat16 and wide_bfloat16():
             a, b = a.float(), b.float()
         library = library_of(kind, a.dtype)
-    return getattr(LIBRARIES[library], kind)(a, b).to(dtype)
+    return LIBRARIES[library].products()[kind](a, b).to(dtype)
 
 
 def forward_product(x: Tensor, weight: Tensor) -> Tensor:

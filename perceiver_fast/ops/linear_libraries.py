@@ -67,6 +67,10 @@ class Library:
     pack: Callable[[Tensor, int], Callable[[Tensor], Tensor]] | None = None
     takes: tuple[torch.dtype, ...] = (torch.float32,)
 
+    def products(self) -> dict[str, Callable[[Tensor, Tensor], Tensor] | None]:
+        """The products of a training step by their kind."""
+        return dict(forward=self.forward, grad_input=self.grad_input, grad_weight=self.grad_weight)
+
 
 LIBRARIES = {
     "torch": Library(

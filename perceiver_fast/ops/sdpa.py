@@ -12,18 +12,18 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from perceiver_fast.ops import blocks
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.library import compute_dtype, dropout_seed, learns, unless_autocast
 from perceiver_fast.ranges import op_range
+from perceiver_fast.tracing import PLAIN, intercepted
 
 OP = "sdpa"
 FLASH, MATH = SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value
 HALF = torch.bfloat16, torch.float16
-PLAIN = (Tensor, nn.Parameter)
 
 
 def _differentiate_again(grad_inputs, grad_outputs):
@@ -34,7 +34,8 @@ def _differentiate_again(grad_inputs, grad_outputs):
     if not differentiated_again():
         return None
     node = torch._C._current_autograd_node()
-    q, k, v, bias, scale = (getattr(node, f"_saved_{name}") for name in ("query", "key", "value", "attn_mask", "scale"))
+    q, k, v = node._saved_query, node._saved_key, node._saved_value
+    bias, scale = node._saved_attn_mask, node._saved_scale
     needed = [grad is not None for grad in grad_inputs[:3]]
     return (*_second(q, k, v, bias, scale, grad_outputs[0], needed, lambda: grad_inputs[:3]), *grad_inputs[3:])
 
@@ -124,11 +125,6 @@ def _form(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dr
     return o.to(q.dtype)
 
 
-def _watched(q: Tensor) -> bool:
-    """Whether operations do not simply run: what looks on knows torch's function alone."""
-    return type(q) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-
-
 def sdpa(
     q: Tensor,
     k: Tensor,
@@ -173,7 +169,7 @@ def _sdpa(q, k, v, mask, dropout, scale) -> Tensor:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
         bias = bias.masked_fill(~mask, torch.finfo(q.dtype).min)[:, None, None, :]
     device = q.device.type
-    if torch.compiler.is_compiling() or _watched(q) or device == "meta":
+    if torch.compiler.is_compiling() or type(q) not in PLAIN or intercepted() or device == "meta":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
     if device == "cpu":
         if torch._fused_sdp_choice(q, k, v, bias, dropout, False, scale=scale) == FLASH:

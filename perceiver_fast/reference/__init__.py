@@ -1,4 +1,4 @@
-"""The oracle: every op in plain PyTorch, any dtype and device. Ground truth is this, in float64."""
+"""Every op in plain PyTorch, for any dtype and device. In float64 this is the ground truth that kernels are tested by."""
 
 from perceiver_fast.reference.cross_attention import cross_attention
 from perceiver_fast.reference.dropout import apply_dropout, dropout_keep

@@ -1,7 +1,7 @@
-"""Which attention weights dropout keeps, as a function of a seed and of indices: the statement of csrc/core/dropout.h.
+"""Which attention weights are dropped, as a function of a seed and of indices; csrc/core/dropout.h computes the same.
 
-Every query row and every token has a 32-bit key, the upper half of splitmix64 (Sebastiano Vigna) of its index and the
-seed; a weight is dropped when lowbias32 (Chris Wellons) of both keys is below p 2^32.
+Every query row and every token has a 32-bit hash, the upper half of splitmix64 (Sebastiano Vigna) of its index and the
+seed. A weight is dropped with probability p: if lowbias32 (Chris Wellons) of the two hashes, xored, is below p 2^32.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ _WRAP = 1 << 64
 
 
 def _signed(x: int) -> int:
+    """The int64 of the same 64 bits as the unsigned ``x``."""
     return (x + (1 << 63)) % _WRAP - (1 << 63)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: torch shifts int64 arithmetically
+    """``x`` shifted right as an unsigned number; torch's shift of int64 repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _splitmix64(x: Tensor) -> Tensor:
+    """A 64-bit hash of int64, elementwise."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
@@ -28,6 +31,7 @@ def _splitmix64(x: Tensor) -> Tensor:
 
 
 def _lowbias32(x: Tensor) -> Tensor:
+    """A 32-bit hash of 32-bit numbers in int64, elementwise."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ (x >> 15)
@@ -36,30 +40,30 @@ def _lowbias32(x: Tensor) -> Tensor:
 
 
 def dropout_threshold(probability: float) -> int:
-    """Weights whose hash is below it are dropped."""
+    """The number p 2^32: weights whose hash is below it are dropped."""
     return min(int(probability * 2**32), 2**32 - 1)
 
 
 def dropout_scale(probability: float) -> float:
-    """What kept weights are multiplied by: the inverse of the share that is kept."""
+    """What the weights that are not dropped are multiplied by: the inverse of their share."""
     return 2**32 / (2**32 - dropout_threshold(probability))
 
 
 def dropout_keep(seed: Tensor, rows: int, tokens: int | Tensor, probability: float) -> Tensor:
-    """Bool ``[rows, tokens]``, True where a weight is kept.
+    """Which weights are not dropped, bool ``[rows, tokens]``.
 
     Args:
         seed: int64, one element.
         rows: number of query rows: batch, heads and queries in row-major order.
         tokens: number of tokens, or the indices of some, int64.
-        probability: of a weight being dropped.
+        probability: of a weight to be dropped.
     """
     mixed = _splitmix64(seed.reshape(()))
     row = torch.arange(rows, dtype=torch.int64, device=seed.device)
     token = tokens if isinstance(tokens, Tensor) else torch.arange(tokens, dtype=torch.int64, device=seed.device)
-    row_key = _shift(_splitmix64(mixed ^ _splitmix64(2 * row)), 32)
-    token_key = _shift(_splitmix64(mixed ^ _splitmix64(2 * token + 1)), 32)
-    return _lowbias32(row_key[:, None] ^ token_key) >= dropout_threshold(probability)
+    row_hash = _shift(_splitmix64(mixed ^ _splitmix64(2 * row)), 32)
+    token_hash = _shift(_splitmix64(mixed ^ _splitmix64(2 * token + 1)), 32)
+    return _lowbias32(row_hash[:, None] ^ token_hash) >= dropout_threshold(probability)
 
 
 def apply_dropout(weight: Tensor, seed: Tensor, probability: float, tokens: Tensor | None = None) -> Tensor:

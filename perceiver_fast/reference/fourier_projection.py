@@ -16,8 +16,8 @@ LAYOUTS = ("perceiver-pytorch", "deepmind")
 def fourier_encode(coords: Tensor, frequencies: Tensor, layout: str = "perceiver-pytorch") -> Tensor:
     """Sines, cosines and the position itself, for every axis.
 
-    Whole periods are taken off the phase before it is multiplied by pi, which is exact, so the result is right to the
-    last digits of the dtype of coords however high the frequency.
+    Whole periods are subtracted from the phase before it is multiplied by pi. That subtraction is exact, so the result is
+    right to the last digits of coords' dtype, however high the frequency.
 
     Args:
         coords: positions ``[.., A]``.
@@ -46,17 +46,17 @@ def fourier_projection(
     layout: str = "perceiver-pytorch",
     smooth: bool = False,
 ) -> Tensor:
-    """``LayerNorm([feat, fourier_encode(coords)]) weight + bias``, LayerNorm without affine part and only with eps.
+    """``LayerNorm([feat, fourier_encode(coords)]) weight + bias``, with a LayerNorm that has no affine part.
 
     Args:
         feat: raw channels ``[B, M, F]``, or None.
         coords: positions ``[Bc, M, A]``, Bc = 1 or B, in the dtype that the encoding is computed in.
         frequencies: ``[A, K]``, the dtype of coords.
-        weight: ``[C, D]``, rows in the order of layout, feat first. Everything after the encoding has its dtype.
+        weight: ``[C, D]``, rows in the order of layout, feat first. All after the encoding is computed in its dtype.
         bias: ``[D]`` or None.
         eps: LayerNorm's epsilon, or None for no LayerNorm.
         layout: see :func:`fourier_encode`.
-        smooth: have right derivatives of every order, see :func:`perceiver_fast.reference.smooth_layer_norm`.
+        smooth: use :func:`perceiver_fast.reference.smooth_layer_norm`, whose derivatives of every order are right.
 
     Returns:
         ``[B, M, D]``, the dtype of weight.

@@ -1,4 +1,4 @@
-"""Grid attention in plain PyTorch. Builds the N x M logits: simple, and the truth."""
+"""Grid attention in plain PyTorch. It builds the N x M logits, which the kernels never do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def grid_logits(q: Tensor, feat: Tensor, scale: Tensor) -> Tensor:
     """Logits ``S[b, n, m] = scale_m (q_feat[n] . feat_m + sum_a q_axes_a[n, i_a(m)])``.
 
     Args:
-        q: ``[B, N, L]``, the features' part then every axis' part, L = F + sum(sizes).
+        q: ``[B, N, L]``, L = F + sum(sizes): the part that meets the raw channels, then one part for every axis.
         feat: ``[B, *sizes, F]``.
         scale: ``[B, *sizes]``.
 
@@ -50,8 +50,8 @@ def grid_attention(
 
     Returns:
         o ``[B, N, L]`` in the dtype of the inputs, lse ``[B, N]`` float64, the log-sum-exp of the logits
-        (-finfo.max of the dtype for a row that is all masked; inverted: the logarithm of the normaliser), and kept
-        ``[B, N]``, the sum of P.
+        (-finfo.max of the dtype for a row that is all masked; inverted: the logarithm of the normaliser), and the sums
+        of the weights P ``[B, N]``.
     """
     heads = q.shape[0] // max(1, feat.shape[0])
     if heads > 1:
@@ -75,7 +75,7 @@ def grid_values(weight: Tensor, feat: Tensor, scale: Tensor) -> list[Tensor]:
         ``[B, N, F]``, then ``[B, N, n_a]`` of every axis.
     """
     axes = range(scale.dim() - 1)
-    weight = weight.unflatten(2, scale.shape[1:]) * scale.unsqueeze(1)  # P r
+    weight = weight.unflatten(2, scale.shape[1:]) * scale.unsqueeze(1)  # P scale
     parts = [torch.einsum("bn...,b...f->bnf", weight, feat)]
     for axis in axes:
         others = [2 + a for a in axes if a != axis]

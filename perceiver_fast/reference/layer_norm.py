@@ -25,7 +25,7 @@ def add_layer_norm(
         weight, bias: LayerNorm's, ``[D]``.
         eps: LayerNorm's epsilon.
         out_dtype: dtype of z.
-        smooth: have right derivatives of every order, see :func:`smooth_layer_norm`. Default: False.
+        smooth: use :func:`smooth_layer_norm`, whose derivatives of every order are right. Default: False.
 
     Returns:
         y ``[.., D]`` in the dtype of x, z ``[.., D]`` in out_dtype.
@@ -44,7 +44,7 @@ def smooth_layer_norm(
 ) -> Tensor:
     """:func:`torch.nn.functional.layer_norm` over the last dimension, by operators with right derivatives of every order.
 
-    torch's own (2.13) is wrong from the third derivative on, without an error: its second takes mean and variance for
+    torch's own (2.13) is silently wrong from the third derivative on: its second derivative treats mean and variance as
     constants.
 
     Args:

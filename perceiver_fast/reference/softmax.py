@@ -1,4 +1,4 @@
-"""Attention's weights from its logits, for all tokens or for a block of them."""
+"""Attention weights from logits, for all tokens or for a block of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-8  # of inverted attention's normaliser, perceiver-pytorch's
+EPS = 1e-8  # the least normaliser of inverted attention, as in perceiver-pytorch
 
 
 def block_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tuple[Tensor, Tensor]:
-    """Weights of a block of tokens by themselves, and what it takes to put blocks together.
+    """Weights of a block of tokens, as if there were no other tokens, and a statistic by which blocks are put together.
 
     Args:
         logits: ``[.., N, M]``.
@@ -33,7 +33,14 @@ def block_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tuple[
 
 
 def attention_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tuple[Tensor, Tensor]:
-    """Weights ``[.., N, M]`` over all tokens, and lse ``[.., N]``; inverted, the logarithm of the normaliser."""
+    """Attention weights over all tokens.
+
+    Args:
+        logits, mask, inverted: see :func:`block_weights`.
+
+    Returns:
+        Weights ``[.., N, M]``, and the log-sum-exp of the logits ``[.., N]``; inverted, the logarithm of the normaliser.
+    """
     weight, statistic = block_weights(logits, mask, inverted)
     if not inverted:
         return weight, statistic

@@ -2,57 +2,79 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
+from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tracing import known
 
 
 class Tokens:
-    """What every description of tokens offers.
+    """A description of M tokens of C channels for every batch element, in the place of the tensor ``[B, M, C]``.
+
+    Made once a forward, and shared by all cross-attention layers.
 
     Attributes:
         kind: what the tokens are, for people: "grid tokens".
-        batch: number of batch elements, B.
-        count: number of tokens of a batch element, M.
+        feat: the channels of the tokens that exist in memory, ``[B, M, F]``, on a grid ``[B, n_1, .., n_A, F]``.
         channels: channels of a token as perceiver-pytorch would build it, C.
-        stored_channels: channels of a token that exist in memory.
-        device: where they are.
-        compute: the dtype that attention on them is computed in.
     """
 
     kind: str
-    batch: int
-    count: int
+    feat: Tensor
     channels: int
-    stored_channels: int
-    device: torch.device
-    compute: torch.dtype
-    _tensor: Tensor | None = None
-    _version = 0  # of the tensor when it was handed out
+    _tensor: Tensor | None = None  # what tensor() returned
+    _version = 0  # the version of that tensor when it was first returned
+
+    @property
+    def batch(self) -> int:
+        """Number of batch elements, B."""
+        return self.feat.shape[0]
+
+    @property
+    def count(self) -> int:
+        """Number of tokens of a batch element, M."""
+        return math.prod(self.feat.shape[1:-1])
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels of a token that exist in memory, F."""
+        return self.feat.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.feat.device
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype that attention to the tokens is computed in: float32, or float64 for float64."""
+        return compute_dtype(self.feat.dtype)
 
     def materialize(self) -> Tensor:
-        """The ``[B, M, C]`` tensor this object stands for."""
+        """The tensor ``[B, M, C]`` that this object describes, newly built."""
         raise NotImplementedError
 
     def tensor(self) -> Tensor:
-        """:meth:`materialize`, once for all who ask: for modules that have to be called, on what perceiver-pytorch builds."""
+        """:meth:`materialize`, built once and returned to all who ask: for modules that have to be called on tensors."""
         tensor = self._tensor
         if torch.compiler.is_compiling():
             return self.materialize()
         if tensor is not None and self.was_changed():
             return tensor
-        # What carries a gradient belongs to the layer that asked (checkpointing).
+        # A tensor that carries a gradient is built anew for every layer, since a checkpointed layer builds its own again.
         if tensor is None or (torch.is_grad_enabled() and self.learns()):
             recorded = torch.is_grad_enabled()
-            with torch.inference_mode(False), torch.set_grad_enabled(recorded):  # so that its changes are counted
+            with torch.inference_mode(False), torch.set_grad_enabled(recorded):  # so that torch counts its changes
                 tensor = self._tensor = self.materialize()
             self._version = 0 if tensor.is_inference() else tensor._version
         return tensor
 
     def was_changed(self) -> bool:
-        """Whether somebody who was handed the tensor has changed it in place: all others then see that, too."""
+        """Whether somebody wrote in place to what :meth:`tensor` returned, which then is what the tokens are."""
         tensor = self._tensor
         return tensor is not None and not tensor.is_inference() and tensor._version != self._version
 
@@ -61,15 +83,20 @@ class Tokens:
         raise NotImplementedError
 
     def learns(self) -> bool:
-        """Whether a gradient flows to what the tokens are made of."""
+        """Whether a gradient flows to any of :meth:`sources`."""
         return any(source.requires_grad for source in self.sources())
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        """``to_kv(norm(tokens))``, ``[B, M, 2 H d]``, for paths that need keys and values as tensors."""
+        """Keys and values ``to_kv(norm(tokens))``, ``[B, M, 2 H d]``, as a tensor.
+
+        Args:
+            to_kv: the linear layer whose weight ``[2 H d, C]`` is used; it has no bias.
+            norm: the LayerNorm of the tokens; its weight, bias and eps are used.
+        """
         raise NotImplementedError
 
     def uses(self, path: str) -> tuple[Choice, ...]:
-        """Ops beside attention that a layer needs of these tokens on its way, with the backends that run them."""
+        """The ops beside attention that ``path`` (see layers/plan.py) runs on these tokens, with their backends."""
         return ()
 
     def projection_operations(self, width: int) -> float:
@@ -78,6 +105,15 @@ class Tokens:
 
 
 def absorb_norm(to_kv: nn.Linear, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """LayerNorm's affine part moved into the projection after it: weight ``[D, C]`` and bias ``[D]``."""
+    """A projection that includes the affine part of the LayerNorm before it.
+
+    Args:
+        to_kv: the linear layer of weight ``[D, C]``, without bias.
+        norm: the LayerNorm of weight and bias ``[C]``.
+        dtype: of the result.
+
+    Returns:
+        Weight ``[D, C]`` and bias ``[D]``, with which ``to_kv(norm(x)) = weight z + bias`` for x normalised to z.
+    """
     weight = to_kv.weight.to(dtype)
     return weight * norm.weight.to(dtype), weight @ norm.bias.to(dtype)

@@ -7,18 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.ops.fourier_projection import (
-    FourierProjectionCall,
-    choose_fourier_projection,
-    fourier_projection_tokens,
-)
+from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
 from perceiver_fast.ops.layer_norm import layer_norm
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype
+from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 
 
 class DenseTokens(Tokens):
-    """Tokens that exist as a tensor: input that comes with its own encoding, or another model's latents.
+    """Tokens that exist as a tensor: input that comes with its own encoding, or latents.
 
     Args:
         context: ``[B, M, C]``.
@@ -27,32 +24,12 @@ class DenseTokens(Tokens):
     kind = "dense tokens"
 
     def __init__(self, context: Tensor):
-        self.context = context
+        self.context = self.feat = context
         self._normalized: dict[float, Tensor] = {}
-
-    @property
-    def batch(self) -> int:
-        return self.context.shape[0]
-
-    @property
-    def count(self) -> int:
-        return self.context.shape[1]
 
     @property
     def channels(self) -> int:
         return self.context.shape[2]
-
-    @property
-    def stored_channels(self) -> int:
-        return self.context.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        return self.context.device
-
-    @property
-    def compute(self) -> torch.dtype:
-        return compute_dtype(self.context.dtype)
 
     def materialize(self) -> Tensor:
         return self.context
@@ -61,37 +38,42 @@ class DenseTokens(Tokens):
         return (self.context,)
 
     def normalized(self, eps: float) -> Tensor:
-        """LayerNorm of the tokens without its affine part, which is the layers' own: computed once for all of them,
-        unless a gradient flows through it."""
-        normalized = None if self._tensor is not None else self._normalized.get(eps)  # who has the tensor may change it
+        """The tokens ``[B, M, C]`` with mean 0 and variance 1: LayerNorm without its affine part, which each layer has.
+
+        Computed once for all layers of one eps; anew for each where a gradient flows through it, since a checkpointed
+        layer computes its own again, and after :meth:`tensor` was called, as its result may be changed in place.
+        """
+        normalized = None if self._tensor is not None else self._normalized.get(eps)
         if normalized is None or (torch.is_grad_enabled() and self.learns()):
             normalized = self._normalize(eps)
-            if not normalized.requires_grad:  # what carries a gradient belongs to the layer that asked (checkpointing)
+            if not normalized.requires_grad:
                 self._normalized[eps] = normalized
         return normalized
 
     def _normalize(self, eps: float) -> Tensor:
+        """:meth:`normalized`, computed now."""
         context = self.context
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.learns()):
             return F.layer_norm(context, context.shape[-1:], eps=eps)
         one = context.new_ones(context.shape[-1])
-        return layer_norm(context, one, torch.zeros_like(one), eps)  # whose derivatives of every order are right
+        return layer_norm(context, one, torch.zeros_like(one), eps)  # F.layer_norm's third derivative is wrong
 
     def uses(self, path: str) -> tuple[Choice, ...]:
         return (self._projection(),) if path == "projected" and self._fuses() else ()
 
     def _projection(self) -> Choice:
-        return choose_fourier_projection(FourierProjectionCall(self.context.dtype, self.device))
+        """The backend that would run LayerNorm and projection as one op."""
+        return FOURIER_PROJECTION.choose(PointwiseCall(self.context.dtype, self.device))
 
     def _fuses(self) -> bool:
-        """Whether LayerNorm and projection are one pass over the tokens: twice as fast, and nothing normalised is kept."""
+        """Whether LayerNorm and projection run as one op: twice as fast, and the normalised tokens are never stored."""
         exact = self.context.dtype == self.compute and autocast_dtype(self.device) is None
         return exact and self._projection().backend == "cpu"
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         if self._fuses():
             weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)
-            nowhere = self.context.new_empty((*self.context.shape[:2], 0), dtype=torch.float64)  # no coordinates
-            none = nowhere.new_empty(0, 0)
-            return fourier_projection_tokens(self.context, nowhere, none, weight.T, bias, norm.eps)
+            coords = self.context.new_empty((*self.context.shape[:2], 0), dtype=torch.float64)  # of no axis
+            frequencies = coords.new_empty(0, 0)
+            return fourier_projection_unchecked(self.context, coords, frequencies, weight.T, bias, norm.eps)
         return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))

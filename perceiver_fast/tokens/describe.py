@@ -1,4 +1,4 @@
-"""From data and positions to descriptions of tokens."""
+"""Descriptions of tokens, made from a model's input: data on a grid, or data and positions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from perceiver_fast.tokens.grid import GridTokens
 from perceiver_fast.tokens.points import PointTokens
 from perceiver_fast.tracing import known, own
 
-ONE_AXIS_LIMIT = 1024  # positions; a longer single axis would have a table entry for every pair
+ONE_AXIS_LIMIT = 1024  # positions; on one axis a grid's tables have an entry for every query and token, as logits do
 
 
 def describe_grid(
     data: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None
 ) -> GridTokens | PointTokens:
-    """The tokens of data on a grid with Fourier codes of their positions, not built.
+    """Describe the tokens of data on a grid: raw channels, and Fourier codes of their positions.
 
     Args:
         data: ``[B, n_1, .., n_A, F]``.
-        num_freq_bands, max_freq: of the codes.
-        embedding: ``[E]``, channels that all tokens share, between their own and the codes. Default: none.
+        num_freq_bands, max_freq: number of frequencies of the codes, K, and twice the highest one.
+        embedding: ``[E]``, channels that all tokens share, between their raw channels and the codes. Default: none.
+
+    Returns:
+        GridTokens; for one long axis PointTokens at evenly spaced positions.
     """
     data = own(data)
     if data.dim() == 3 and known(data.shape[1]) > ONE_AXIS_LIMIT:
@@ -30,7 +33,7 @@ def describe_grid(
         return describe_points(data, positions, num_freq_bands, max_freq, embedding)
     dtype = compute_dtype(data.dtype)
     codes = tuple(axis_codes(size, num_freq_bands, max_freq, dtype, data.device) for size in data.shape[1:-1])
-    if embedding is not None:  # one more axis, of one index
+    if embedding is not None:  # like the code of one more axis, which has one index
         data, codes = data.unsqueeze(1), (_shared_code(embedding.to(dtype)), *codes)
     return GridTokens(data, codes)
 
@@ -49,13 +52,12 @@ def grid_positions(size: int, device: torch.device) -> Tensor:
 def describe_points(
     data: Tensor, coords: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None
 ) -> PointTokens:
-    """The tokens of data at given positions with Fourier codes of these, not built.
+    """Describe the tokens of data at given positions: raw channels, and Fourier codes of the positions.
 
     Args:
         data: ``[B, M, F]``.
         coords: ``[B, M, A]``, or ``[1, M, A]`` or ``[M, A]`` when the whole batch shares them.
-        num_freq_bands, max_freq: of the codes.
-        embedding: ``[E]``, channels that all tokens share, between their own and the codes. Default: none.
+        num_freq_bands, max_freq, embedding: see :func:`describe_grid`.
     """
     data, coords = own(data), own(coords if coords.dim() == 3 else coords.unsqueeze(0))
     frequency = torch.linspace(1.0, max_freq / 2, num_freq_bands, dtype=torch.float64, device="cpu").to(data.device)

@@ -8,6 +8,9 @@ high frequencies sin(pi f p) loses digits in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,17 @@ from perceiver_fast.tracing import exports_onnx
 
 _CACHE_SIZE = 64
 _cache: dict[tuple, AxisCodes] = {}
+_uses_cache: ContextVar[bool] = ContextVar("uses_cache", default=True)
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Codes that are asked for inside, in this thread, are computed anew: for whoever counts what they cost."""
+    token = _uses_cache.set(False)
+    try:
+        yield
+    finally:
+        _uses_cache.reset(token)
 
 
 class AxisCodes(NamedTuple):
@@ -40,7 +54,7 @@ def _compute(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, dev
 
 def _cached(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, device: torch.device) -> AxisCodes:
     key = (size, num_bands, max_freq, dtype, device)
-    if (codes := _cache.get(key)) is not None:
+    if _uses_cache.get() and (codes := _cache.get(key)) is not None:
         return codes
     with torch.inference_mode(False), torch.no_grad():  # usable in training whatever mode it was first asked for in
         codes = _compute(*key)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast import ops
 from perceiver_fast.backends import Choice
-from perceiver_fast.ops.grid_scale import choose_grid_scale
+from perceiver_fast.ops.grid_scale import GRID_SCALE, grid_scale_unchecked
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype, unless_autocast
+from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 from perceiver_fast.tracing import known
 
 
 class GridTokens(Tokens):
     """Tokens ``[x_m ; e_1(i_1) ; .. ; e_A(i_A)]``: raw channels on a grid, and one code per axis and index.
-
-    Built once a forward and shared by every cross-attention layer; LayerNorm's scale is computed once for each eps,
-    unless a gradient flows through it.
 
     Args:
         feat: raw channels ``[B, *sizes, F]``, floating point.
@@ -45,57 +40,44 @@ class GridTokens(Tokens):
         return self.feat.shape[-1]
 
     @property
-    def batch(self) -> int:
-        return self.feat.shape[0]
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.sizes)
-
-    @property
     def channels(self) -> int:
         return self.features + sum(code.code.shape[-1] for code in self.codes)
 
-    @property
-    def stored_channels(self) -> int:
-        return self.features
-
-    @property
-    def device(self) -> torch.device:
-        return self.feat.device
-
-    @property
-    def compute(self) -> torch.dtype:
-        return self.feat.dtype
-
     def uses(self, path: str) -> tuple[Choice, ...]:
-        return (choose_grid_scale(self.feat),)
+        return (GRID_SCALE.choose(PointwiseCall(self.feat.dtype, self.feat.device)),)
 
     def projection_operations(self, width: int) -> float:
         tables = sum(known(code.code.shape[0]) * code.code.shape[1] for code in self.codes)
         return width * (tables + known(self.count) * (self.features + len(self.codes) + 1))
 
     def scale(self, eps: float) -> Tensor:
-        """LayerNorm's ``1 / sqrt(var + eps)`` of every token, ``[B, *sizes]``."""
+        """LayerNorm's ``1 / sqrt(var + eps)`` of every token, ``[B, *sizes]``.
+
+        Computed once for all layers of one eps; anew for each where a gradient flows through it, since a checkpointed
+        layer computes its own again.
+        """
         scale = self._scale.get(eps)
         if scale is None or (torch.is_grad_enabled() and self.learns()):
             mean = torch.cat([code.mean for code in self.codes])
             square = torch.cat([code.square for code in self.codes])
             widths = [code.code.shape[-1] for code in self.codes]
-            scale = ops.grid_scale(self.feat, mean, square, widths, eps)
-            if not scale.requires_grad:  # what carries a gradient belongs to the layer that asked (checkpointing)
+            scale = grid_scale_unchecked(self.feat, mean, square, widths, eps)
+            if not scale.requires_grad:
                 self._scale[eps] = scale
         return scale
 
     def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """Keys and values of the basis ``[x, onehot, .., onehot]``, LayerNorm's centring and affine part absorbed.
+        """The projection ``to_kv(norm(token))`` as a table: what every raw channel and every axis index adds to it.
+
+        A token is a sum over the basis ``[x, onehot(i_1), .., onehot(i_A)]``. LayerNorm's centring and affine part are
+        in the table; its scale is not, as every token has its own (:meth:`scale`).
 
         Returns:
-            weight ``[D, L]``, L = F + sum(sizes): the raw channels' columns, then one column per index of every axis;
-            and bias ``[D]``. A token's projection is its scale times its columns' sum, plus bias.
+            weight ``[D, L]``, L = F + sum(sizes): a column for every raw channel, then one for every index of every axis;
+            and bias ``[D]``. The projection of token m is ``scale_m (weight basis_m) + bias``.
         """
         weight, bias = absorb_norm(to_kv, norm, self.feat.dtype)
-        weight = weight - weight.mean(1, keepdim=True)  # z W^T of centred z is z times the centred W
+        weight = weight - weight.mean(1, keepdim=True)  # centring W's rows is the same as centring the token
         feat, *axes = weight.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
         return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1), bias
 

@@ -1,4 +1,4 @@
-"""Tokens of several kinds, attended to kind by kind."""
+"""Tokens in several groups, attended to group by group."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from perceiver_fast.tokens.base import Tokens
 
 
 class TokenGroups:
-    """Groups of tokens of one number of channels: modalities, shards of an input, chunks of a stream.
+    """Groups of tokens with the same number of channels: modalities, shards of an input, chunks of a stream.
 
-    A layer attends to every group on the way that suits it, and the results are merged by their log-sum-exps,
-    ``o = sum_g w_g o_g`` with ``w_g = exp(lse_g - lse)``: exactly attention to all tokens joined, which are never joined.
+    A layer attends to each group on the way that suits the group, and merges the results by their log-sum-exps,
+    ``o = sum_g w_g o_g`` with ``w_g = exp(lse_g - lse)``. That equals attention to the joined tokens, without joining.
 
     Args:
         groups: at least one description, all of the same ``channels``.
@@ -61,7 +61,7 @@ class TokenGroups:
         return torch.cat([group.materialize() for group in self.groups], 1)
 
     def tensor(self) -> Tensor:
-        """:meth:`materialize`, of what the groups built already: for modules that have to be called."""
+        """All tokens joined, from what the groups have built already: for modules that have to be called on tensors."""
         return torch.cat([group.tensor() for group in self.groups], 1)
 
     def mask(self) -> Tensor | None:
@@ -86,7 +86,7 @@ def merge_groups(outs: Sequence[Tensor], lses: Sequence[Tensor], counts: Sequenc
     Returns:
         ``[B, N, H, d]``.
     """
-    # A group that is all masked has no say beside one that is not, and its share of the tokens beside others like it.
+    # A group that is all masked has weight 0; if all groups are, each is weighted by its number of tokens.
     size = torch.tensor(counts, dtype=torch.float64).log().to(lses[0].device)
     lse = torch.stack(tuple(lses), -1)
     empty = lse < -1e30

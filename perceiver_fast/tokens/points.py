@@ -1,4 +1,7 @@
-"""Tokens at arbitrary positions: point clouds, and long signals of one axis, where nothing separates."""
+"""Tokens at arbitrary positions: point clouds, and long signals of one axis.
+
+Their position codes do not split into one table an axis, as a grid's do.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,13 @@ from torch import Tensor, nn
 
 from perceiver_fast import reference
 from perceiver_fast.backends import Choice
-from perceiver_fast.ops.fourier_projection import (
-    FourierProjectionCall,
-    choose_fourier_projection,
-    fourier_projection_tokens,
-)
+from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
 from perceiver_fast.ops.library import compute_dtype, unless_autocast
+from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 from perceiver_fast.tracing import known
 
-ENCODING = 12  # multiply-adds in whose time a sine or a cosine is computed
+ENCODING = 12  # a sine or a cosine takes the time of so many multiply-adds
 
 
 class PointTokens(Tokens):
@@ -34,32 +34,12 @@ class PointTokens(Tokens):
         self.feat, self.coords, self.frequencies = feat, coords, frequencies
 
     @property
-    def batch(self) -> int:
-        return self.feat.shape[0]
-
-    @property
-    def count(self) -> int:
-        return self.feat.shape[1]
-
-    @property
     def channels(self) -> int:
         axes, bands = self.frequencies.shape
         return self.stored_channels + axes * (2 * bands + 1)
 
-    @property
-    def stored_channels(self) -> int:
-        return self.feat.shape[2]
-
-    @property
-    def device(self) -> torch.device:
-        return self.feat.device
-
-    @property
-    def compute(self) -> torch.dtype:
-        return compute_dtype(self.feat.dtype)
-
     def uses(self, path: str) -> tuple[Choice, ...]:
-        return (choose_fourier_projection(FourierProjectionCall(self.feat.dtype, self.device)),)
+        return (FOURIER_PROJECTION.choose(PointwiseCall(self.feat.dtype, self.device)),)
 
     def projection_operations(self, width: int) -> float:
         return known(self.count) * (self.channels * width + 2 * self.frequencies.numel() * ENCODING)
@@ -67,7 +47,7 @@ class PointTokens(Tokens):
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         with unless_autocast(self.device):
             weight, bias = absorb_norm(to_kv, norm, compute_dtype(to_kv.weight.dtype))
-        kv = fourier_projection_tokens(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
+        kv = fourier_projection_unchecked(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
         return kv.to(to_kv.weight.dtype) if kv.dtype == weight.dtype else kv
 
     def sources(self) -> tuple[Tensor, ...]:

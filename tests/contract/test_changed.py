@@ -1,4 +1,4 @@
-"""What a look at modules does not show: exchanged classes and attributes, modes, subclasses of tensors, what is not finite."""
+"""Changes that are not visible on modules: patched classes, other attributes, modes, subclasses of tensors, NaN and inf."""
 
 import warnings
 
@@ -16,7 +16,7 @@ from perceiver_fast import layers
 
 
 def test_exchanged_forwards_of_classes_are_called(monkeypatch):
-    """As people patch another library's attention, or count calls of nn.Linear."""
+    """People replace the forward of a class to patch a library's attention, or to count calls of nn.Linear."""
     _, ours = pair("perceiver")
     before, call = ours(**inputs("perceiver")), inputs("perceiver")
     for kind in (layers.Attention, layers.FeedForward, layers.GEGLU, layers.PreNorm, layers.PerceiverBlock, nn.Linear):
@@ -35,7 +35,7 @@ def test_exchanged_forwards_of_classes_are_called(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["PreNorm", "Attention", "FeedForward", "Linear", "Module"])
 def test_exchanged_calls_of_classes_are_made(kind, monkeypatch):
-    """``__call__`` in the place of ``forward``: as tracers and profilers do it."""
+    """Tracers and profilers replace ``__call__``."""
     from perceiver_pytorch import perceiver_pytorch as their_module
 
     results = []
@@ -75,7 +75,7 @@ def set_scale(value):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_scale_that_is_a_tensor(name):
-    """Changed in place between two calls, and learned."""
+    """The scale is changed in place between two calls; and it is a parameter that learns."""
     models = pair(name, change=set_scale(lambda: torch.tensor(0.3)))
     for factor in (1, 8):
         for model in models:
@@ -99,7 +99,7 @@ def test_other_numbers_of_heads(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_biases_that_are_no_parameters(name):
-    """As meta-learning and hypernetworks put them there."""
+    """Meta-learning and hypernetworks put plain tensors in the place of parameters."""
 
     def change(model):
         for module in model.modules():
@@ -222,7 +222,7 @@ class Watching(TorchDispatchMode):
 
 
 class WatchingFunctions(TorchFunctionMode):
-    """The same one level up."""
+    """Counts calls of functions: a mode one level above operators."""
 
     def __init__(self):
         super().__init__()
@@ -267,7 +267,7 @@ def test_dynamic_quantization(name):
 
 
 class Doubled(torch.Tensor):
-    """A tensor subclass whose products are something else, as quantized and sharded weights are."""
+    """A subclass of Tensor whose products mean something else, as those of quantized and sharded weights do."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -290,7 +290,7 @@ def test_weights_of_a_tensor_subclass(name):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_not_finite_shows(name, value):
-    """In any weight or input: where perceiver-pytorch's output is not finite, ours is not."""
+    """With NaN or inf in any weight or input, our output is not finite where perceiver-pytorch's is not."""
     theirs, ours = pair(name)
     for (where, p), (_, q) in zip(sorted(theirs.named_parameters()), sorted(ours.named_parameters())):
         with torch.no_grad():
@@ -330,7 +330,7 @@ def test_explain_names_what_is_not_fused_and_why():
 
 @pytest.mark.parametrize("name", ["perceiver", "io", "gated", "experimental"])
 def test_parametrized_latents_are_computed_once(name):
-    """Spectral norm takes a step of its power iteration each time that the latents are asked for."""
+    """Spectral norm takes a step of its power iteration at every access to the latents, so their number counts."""
     results = []
     for model in pair(name, change=lambda m: parametrizations.spectral_norm(m, "latents")):
         model.train()

@@ -13,7 +13,7 @@ NAMES = [name for name in MODELS if name != "lm"]  # whose inputs are ids
 
 @pytest.fixture(autouse=True)
 def positions_in_float64():
-    """Those of perceiver-pytorch's variants are in the default dtype."""
+    """perceiver-pytorch's variants compute positions in the default dtype: float64 makes them exact."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -24,7 +24,7 @@ def models(name):
 
 
 def first_input(name):
-    """The models' inputs, and which of them is differentiated."""
+    """The models' inputs, and the name of the one by which outputs are differentiated."""
     call = inputs(name, torch.float64)
     return call, next(key for key, value in call.items() if value.is_floating_point())
 
@@ -55,7 +55,7 @@ def test_hessian_vector_products(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_second_derivatives_by_all_parameters(name):
-    """A gradient penalty, as of MAML and WGAN-GP."""
+    """The second derivative of a gradient penalty, as in WGAN-GP and MAML."""
     results = []
     for model in models(name):
         parameters = [p for _, p in sorted(model.named_parameters())]
@@ -69,7 +69,7 @@ def test_second_derivatives_by_all_parameters(name):
 
 @pytest.mark.parametrize("name", ["perceiver", "io", "gated"])
 def test_third_derivatives(name, monkeypatch):
-    """torch's layer_norm, of perceiver-pytorch and of our head, is wrong from the third on: here it is set right."""
+    """Third derivatives. torch's layer_norm, which perceiver-pytorch and our head call, has wrong ones: it is replaced."""
     monkeypatch.setattr(torch.nn.functional, "layer_norm", reference.smooth_layer_norm)
     call, key = first_input(name)
     results = []
@@ -164,7 +164,7 @@ def test_gradgradcheck(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_a_hook_and_with_autograds_own_switches(name):
-    """Where layers are called, or torch's plain attention is asked for, derivatives are the same."""
+    """Derivatives are the same where layers are called one by one, and with torch's plain attention."""
     call, key = first_input(name)
     direction = torch.randn_like(call[key])
     ours = models(name)[1]

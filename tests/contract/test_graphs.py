@@ -26,7 +26,7 @@ class Positional(nn.Module):
 
 
 def test_tracing_checks_itself():
-    """By a second trace, without gradients."""
+    """torch.jit.trace checks its trace by a second one, made without gradients."""
     for name in ("perceiver", "io", "gated"):
         _, ours = pair(name)
         call = inputs(name)
@@ -60,7 +60,7 @@ def test_traced_models_hold_torchs_operators_alone(name, learning):
 
 
 def dynamic(name, call):
-    """Dimensions that may be any: the batch and all lengths."""
+    """Which dimensions of the inputs are exported for any size: the batch and all lengths."""
     batch, tokens, rows = Dim("batch", max=64), Dim("tokens", min=2, max=5000), Dim("rows", min=2, max=5000)
     height, width = Dim("height", min=2, max=500), Dim("width", min=2, max=500)
     if name in ("io", "block", "block joined"):
@@ -79,7 +79,7 @@ def dynamic(name, call):
 
 
 def resized(call, dims):
-    """Inputs of other sizes in all dimensions that may be any."""
+    """Inputs that have other sizes in all those dimensions."""
     sizes, out = {}, {}
     for key, value in call.items():
         shape = list(value.shape)
@@ -145,7 +145,7 @@ def test_meta_tensors_give_shapes(name):
 
 
 def test_meta_tensors_take_no_memory():
-    """N x M logits of an hour of video would be petabytes: shapes are cheap."""
+    """On the meta device an hour of video takes no memory, though its N x M logits would be petabytes."""
     with torch.device("meta"):
         model = pf.Perceiver(num_freq_bands=6, depth=1, max_freq=10.0, input_axis=3)
         assert model(torch.empty(64, 108_000, 1080, 1920, 3)).shape == (64, 1000)

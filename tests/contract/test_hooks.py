@@ -1,4 +1,4 @@
-"""Hooks fire where perceiver-pytorch's do, see what they see there, and may change it: for every module of every model."""
+"""Hooks on any module of any model are called when perceiver-pytorch's are, see the same, and can change it."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def seen(value):
-    """Types, shapes and dtypes of what a hook gets."""
+    """Types, shapes and dtypes of what a hook is called with."""
     if torch.is_tensor(value):
         return type(value).__name__, tuple(value.shape), value.dtype
     if isinstance(value, (tuple, list)):
@@ -18,7 +18,7 @@ def seen(value):
 
 
 def record(model, register):
-    """What hooks on all modules but the model itself get, in order."""
+    """What the hooks on all modules within a model are called with, in order."""
     calls = []
     for name, module in model.named_modules():
         if name:
@@ -50,7 +50,7 @@ def test_all_hooks_at_once(name, register, training):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hook_on_one_module_sees_and_changes_what_it_does_there(name):
-    """One module after the other: what is fused around it must not differ, nor what it is given."""
+    """A hook on one module at a time: the module gets the same input, and the fused layers around it compute the same."""
     theirs, ours = pair(name)
     call = inputs(name)
     for where in modules_of(name):
@@ -92,7 +92,7 @@ def test_a_hook_on_one_module_sees_the_same_dtypes_under_autocast(name, dtype):
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", ["perceiver", "perceiver dense", "gated", "mixed latents"])
 def test_what_a_hook_writes_into_the_context_all_blocks_see(name, inference):
-    """perceiver-pytorch hands one tensor to all of them."""
+    """perceiver-pytorch passes one tensor to all layers, so all see a change that one makes in place."""
 
     def write(module, args, kwargs):
         kwargs["context"].mul_(0.5)

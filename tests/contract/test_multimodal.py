@@ -39,7 +39,7 @@ def step(model, **call):
 
 
 def watched(model):
-    """The same model with a hook on every module, which does nothing: all of them are called."""
+    """A copy of the model with a hook on every module, so that all modules are called; the hooks do nothing."""
     for module in model.modules():
         module.register_forward_hook(lambda *a: None)
     return model

@@ -1,4 +1,4 @@
-"""Layers that are more than their parameters, or others than they were: adapters, pruning, norms, layers of one's own."""
+"""Layers that do more than their parameters show, and layers that were replaced: adapters, pruning, the user's own."""
 
 import warnings
 
@@ -106,7 +106,7 @@ def test_norms_of_other_kinds(name, index):
 
 
 class Own(nn.Module):
-    """A layer of one's own in the place of another; it says what it was given."""
+    """A user's layer in the place of another; it records what it was called with."""
 
     def __init__(self, width):
         super().__init__()
@@ -131,7 +131,7 @@ def test_whole_layers_replaced(name):
     from perceiver_pytorch.perceiver_pytorch import PreNorm as their_norm
 
     for where in modules_of(name, (their_norm, their_io_norm)):
-        if "decoder" in where:  # of another width
+        if "decoder" in where:  # the decoder has another width
             continue
         models = pair(name, change=lambda m: replace(m, where, lambda old: Own(old.norm.normalized_shape[0])))
         agree([step(m, **inputs(name)) for m in models], where=where)
@@ -142,7 +142,7 @@ def test_whole_layers_replaced(name):
 
 
 class Block(nn.Module):
-    """A block of one's own: it gets what perceiver-pytorch's blocks get."""
+    """A user's block is called with what perceiver-pytorch's blocks are called with."""
 
     def __init__(self, width=16):
         super().__init__()
@@ -163,7 +163,7 @@ def test_blocks_replaced(name):
 
 
 class Counted(nn.Module):
-    """In the place of the dropout of attention weights: it sees them all."""
+    """A module in the place of the dropout of attention weights sees all weights."""
 
     def forward(self, weights):
         self.shape = weights.shape
@@ -180,7 +180,7 @@ def test_dropout_replaced(name, new):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dropout_of_probability_one_of_a_layer_that_learns(name):
-    """All weights dropped, in training mode alone: no number is drawn differently."""
+    """With p = 1, training drops all weights, and draws no random number that perceiver-pytorch does not."""
     for where in modules_of(name, nn.Dropout):
         models = pair(name, change=lambda m: setattr(m.get_submodule(where), "p", 1.0))
         agree([m.train()(**inputs(name)).detach() for m in models], where=where)

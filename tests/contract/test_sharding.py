@@ -1,4 +1,4 @@
-"""Sharded by either FSDP, any module as the unit, a model is the one it was: outputs and gradients, on one rank and two."""
+"""FSDP, old and new, on any module, on one rank and on two: outputs and gradients are those of the model unsharded."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Weights, pickles, caches, and what models are called with: nothing is left behind and nothing is taken for granted."""
+"""Weights, pickles, caches and inputs: a model leaves nothing behind, and assumes nothing about what it is called with."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from perceiver_fast import experimental, gated, mixed_latents, perceiver_io, per
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_pickled_by_perceiver_pytorch_load(name, monkeypatch):
-    """With perceiver-fast in its place in sys.modules, as projects carry it over."""
+    """A model pickled by perceiver-pytorch is loaded with perceiver-fast in its place in sys.modules."""
     theirs, ours = pair(name)
     file = pickle.dumps(theirs)
     expected = step(theirs, **inputs(name))
@@ -37,7 +37,7 @@ def test_whole_models_pickled_by_perceiver_pytorch_load(name, monkeypatch):
 def test_models_are_saved_whole(name):
     _, ours = pair(name)
     with torch.no_grad():
-        ours(**inputs(name))  # what is kept in inference stays behind
+        ours(**inputs(name))  # what it caches in inference is not pickled
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)
@@ -102,7 +102,7 @@ def test_empty_batches_in_training(extra):
     assert points.shape == (0, 5)
 
 
-# What perceiver-pytorch keeps for the backward itself, and so must not be refilled there either.
+# What perceiver-pytorch itself saves for the backward, and so must not be changed before it with either library.
 KEPT = {"perceiver dense": ["data"], "io": ["data", "queries"], "lm": ["x"], "block": ["x", "context"]}
 KEPT |= {"block joined": ["x", "context"], "experimental": ["data"]}
 
@@ -187,7 +187,7 @@ def test_import_paths():
 
 
 def test_two_threads_may_be_looked_at():
-    """explain and attention_map see the forward of their own thread, whatever ends first."""
+    """explain and attention_map see only the forward of their own thread, whichever ends first."""
     import threading
 
     from perceiver_fast.layers.observer import Observer, observer, observing
@@ -231,7 +231,7 @@ BATCHED = {
 @pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.parametrize("name", BATCHED)
 def test_latents_expanded_over_the_batch(name, learning):
-    """They exist once; outputs and gradients are those of every row."""
+    """Latents that the batch shares are computed with once; outputs and gradients are those of every row."""
     build, call = BATCHED[name]
     layer, latents = build(), torch.randn(1, 5, 16)
     results = []

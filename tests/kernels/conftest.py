@@ -67,10 +67,23 @@ if INTERPRETED:
             return convert(self, src, dst_type)
         bits = np.ascontiguousarray(src.data).view(np.uint32)
         nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16  # ties to even
-        kept = np.where(np.isnan(src.data), bits >> 16, nearest).astype(np.uint16)
-        return interpreter.TensorHandle(kept, dst_type.scalar)
+        rounded = np.where(np.isnan(src.data), bits >> 16, nearest).astype(np.uint16)
+        return interpreter.TensorHandle(rounded, dst_type.scalar)
 
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+    @pytest.fixture(autouse=True)
+    def launches_fit(monkeypatch):
+        """The interpreter ignores arguments that a kernel does not take; a launch on a GPU raises."""
+        from perceiver_fast.kernels.launch import Launch
+
+        run = Launch.run
+
+        def checked(launch):
+            assert not launch.mismatches()
+            run(launch)
+
+        monkeypatch.setattr(Launch, "run", checked)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from perceiver_fast.kernels import cross_attention as kernels
 from perceiver_fast.kernels.dense_tiles import cut
 from perceiver_fast.kernels.launch import aligned_rows, share
 from perceiver_fast.ops.cross_attention import (
+    CROSS_ATTENTION,
     CrossAttentionCall,
     CrossAttentionFunction,
-    choose_cross_attention,
     cross_attention,
 )
 
@@ -238,15 +238,15 @@ def test_the_registered_op_refuses_what_it_cannot_compute(device):
 
 def test_inverted_attention_and_double_precision_go_to_the_reference(device):
     q, k = torch.randn(1, 1, 5, 4, device=device), torch.randn(1, 1, 9, 4, device=device)
-    inverted = choose_cross_attention(CrossAttentionCall(q.dtype, q.device, inverted=True))
+    inverted = CROSS_ATTENTION.choose(CrossAttentionCall(q.dtype, q.device, inverted=True))
     assert inverted.backend == "reference" and "normalises over the latents" in inverted.rejected["triton"][0]
-    double = choose_cross_attention(CrossAttentionCall(torch.float64, q.device, lse=True))
+    double = CROSS_ATTENTION.choose(CrossAttentionCall(torch.float64, q.device, lse=True))
     assert double.backend == "reference" and "float64" in double.rejected["triton"][0]
     assert cross_attention(q, k, k, inverted=True).shape == q.shape
 
 
 def test_launches_are_the_same_on_tensors_without_content():
-    """What kernels/aot.py compiles ahead of time is made from them."""
+    """What is compiled ahead of time is made from them."""
     for dtype in (torch.float32, torch.bfloat16):
         q, k = (torch.empty(1, 1, n, 64, dtype=dtype, device="meta") for n in (4, 640))
         o, lse, launches = kernels.forward_launches(q, k, k, None, 1.0, 0.0, None, 90)

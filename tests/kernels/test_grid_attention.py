@@ -13,7 +13,7 @@ from perceiver_fast import reference
 from perceiver_fast.kernels.configs import config
 from perceiver_fast.kernels.grid import Grid, blocks
 from perceiver_fast.ops import grid_attention
-from perceiver_fast.ops.grid_attention import GridAttentionCall, choose_grid_attention, grid_attention_joined
+from perceiver_fast.ops.grid_attention import GRID_ATTENTION, GridAttentionCall, grid_attention_unchecked
 
 FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 DTYPES = list(FLOOR)
@@ -65,7 +65,7 @@ def errors(device, dtype, case, magnitude=1.0, dropout=0.0, shift=0.0):
         torch.manual_seed(0)
         seed.copy_(drawn)
         half = None if dtype == torch.float32 else dtype
-        return grid_attention_joined(q, feat, scale, mask, dropout, half=half)
+        return grid_attention_unchecked(q, feat, scale, mask, dropout, half=half)
 
     kernel = gradients(fast, (q, feat, scale), weights)
     exact = gradients(plain, (q.double(), feat.double(), scale.double()), weights)
@@ -125,7 +125,7 @@ def test_splits_whose_logits_are_far_apart(device):
     q[..., 2 + 25] += 400.0
     cut = blocks(Grid(1, 7, 2, (40, 33), "fma"), config("grid_attention_forward[fma]", 90), device)
     assert cut.splits > 1 and cut.columns > 1
-    o, lse, _ = grid_attention_joined(q, feat, scale)
+    o, lse, _ = grid_attention_unchecked(q, feat, scale)
     exact, exact_lse, _ = reference.grid_attention(q.double(), feat.double(), scale.double())
     assert relative_error(o, exact) < 1e-5 and relative_error(lse, exact_lse) < 1e-6
 
@@ -134,7 +134,7 @@ def test_same_result_every_time(device):
     q, feat, scale, mask = (t.to(device) for t in grid_inputs(2, 33, 3, (9, 40), torch.float32, masked=True))
     weights = [torch.randn_like(q), torch.randn(q.shape[:2], dtype=torch.float64, device=device)]
     first, second = (
-        gradients(lambda *inputs: grid_attention_joined(*inputs, mask)[:2], (q, feat, scale), weights) for _ in range(2)
+        gradients(lambda *inputs: grid_attention_unchecked(*inputs, mask)[:2], (q, feat, scale), weights) for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -143,8 +143,8 @@ def test_one_set_of_queries_for_the_batch(device):
     q, feat, scale, _ = (t if t is None else t.to(device) for t in grid_inputs(3, 6, 3, (5, 34), torch.float32))
     shared = q[:1].expand(3, -1, -1)
     for mine, theirs in zip(
-        grid_attention_joined(shared, feat, scale)[:2],
-        grid_attention_joined(shared.contiguous(), feat, scale)[:2],
+        grid_attention_unchecked(shared, feat, scale)[:2],
+        grid_attention_unchecked(shared.contiguous(), feat, scale)[:2],
     ):
         assert torch.equal(mine, theirs)
 
@@ -152,14 +152,14 @@ def test_one_set_of_queries_for_the_batch(device):
 def test_inputs_of_any_strides(device):
     q, feat, scale, _ = (t if t is None else t.to(device) for t in grid_inputs(2, 6, 3, (5, 34), torch.float32))
     strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in (q, feat, scale)]
-    for mine, theirs in zip(grid_attention_joined(*strided)[:2], grid_attention_joined(q, feat, scale)[:2]):
+    for mine, theirs in zip(grid_attention_unchecked(*strided)[:2], grid_attention_unchecked(q, feat, scale)[:2]):
         assert torch.equal(mine, theirs)
 
 
 def test_nothing_to_attend_with(device):
     q, feat, scale, _ = (t if t is None else t.to(device) for t in grid_inputs(2, 0, 3, (5, 6), torch.float32))
     q.requires_grad_()
-    o, lse, _ = grid_attention_joined(q, feat, scale)
+    o, lse, _ = grid_attention_unchecked(q, feat, scale)
     assert o.shape == q.shape and lse.shape == (2, 0)
     o.sum().backward()
     assert q.grad.shape == q.shape
@@ -181,17 +181,17 @@ def test_public_op(device):
 
 def test_backend_and_reasons(device):
     call = GridAttentionCall(torch.float32, device, (8, 8), features=3)
-    assert choose_grid_attention(call).backend == "triton"
+    assert GRID_ATTENTION.choose(call).backend == "triton"
     for other, said in (
         (GridAttentionCall(torch.float64, device, (8, 8)), "float64"),
         (GridAttentionCall(torch.float32, device, (8, 8), inverted=True), "inverted"),
         (GridAttentionCall(torch.float32, device, (8, 8), features=65), "65"),
     ):
-        choice = choose_grid_attention(other)
+        choice = GRID_ATTENTION.choose(other)
         assert choice.backend == "reference" and said in " ".join(choice.rejected["triton"])
     with pf.use_backend("triton"), pytest.raises(pf.backends.BackendError, match="float64"):
         q, feat, scale, _ = grid_inputs(1, 2, 3, (4, 4), torch.float64)
-        grid_attention_joined(q.to(device), feat.to(device), scale.to(device))
+        grid_attention_unchecked(q.to(device), feat.to(device), scale.to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -216,7 +216,7 @@ def test_compiles_without_a_graph_break(device):
     q, feat, scale, _ = (t if t is None else t.to(device) for t in grid_inputs(1, 4, 3, (5, 7), torch.float32))
 
     def attend(q):
-        return grid_attention_joined(q, feat, scale)[0].square().sum()
+        return grid_attention_unchecked(q, feat, scale)[0].square().sum()
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     found = []

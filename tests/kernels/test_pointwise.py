@@ -11,8 +11,9 @@ from perceiver_fast.kernels import layer_norm as norm_kernels
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.row_tiles import tiles
 from perceiver_fast.ops import add_layer_norm, geglu, layer_norm
-from perceiver_fast.ops.geglu import PointwiseCall, choose_geglu
-from perceiver_fast.ops.layer_norm import choose_layer_norm
+from perceiver_fast.ops.geglu import GEGLU
+from perceiver_fast.ops.layer_norm import LAYER_NORM
+from perceiver_fast.ops.pointwise import PointwiseCall
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 STREAMS = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP16)]  # dtypes of x and of z
@@ -246,7 +247,7 @@ def test_opcheck(device):
 
 def test_double_precision_goes_to_the_reference(device):
     call = PointwiseCall(FP64, device)
-    for choice in (choose_layer_norm(call), choose_geglu(call)):
+    for choice in (LAYER_NORM.choose(call), GEGLU.choose(call)):
         assert choice.backend == "reference" and "float64" in choice.rejected["triton"][0]
 
 
@@ -264,7 +265,7 @@ def test_tiles_cover_the_matrix():
 
 
 def test_launches_are_the_same_on_tensors_without_content():
-    """What kernels/aot.py compiles ahead of time is made from them."""
+    """What is compiled ahead of time is made from them."""
     x, w = torch.empty(4, 5000, dtype=BF16, device="meta"), torch.empty(5000, dtype=BF16, device="meta")
     *results, launches = norm_kernels.backward_launches(x, x, x, x[:, 0].float(), x[:, 0].float(), w, True)
     assert [r.shape for r in results] == [x.shape, (0,), w.shape, w.shape, w.shape]

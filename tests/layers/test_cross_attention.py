@@ -1,4 +1,4 @@
-"""The cross-attention layer: which way it plans, that all ways agree, and queries that join the tokens."""
+"""The cross-attention layer: the way that is planned, that all ways agree, and queries that are tokens, too."""
 
 import perceiver_pytorch
 import pytest
@@ -53,14 +53,14 @@ def test_the_least_work_is_planned(tokens, path):
 def test_work_is_counted():
     layer = Layer(queries=10, heads=2, dim_head=4)
     tokens = DenseTokens(torch.zeros(1, 100, 6))
-    assert count_work("absorbed", tokens, layer).operations == 20 * 100 * (2 * 6 + 12) + 2 * 20 * 4 * 6
-    assert count_work("projected", tokens, layer).operations == 100 * 6 * 16 + 20 * 100 * (2 * 4 + 12)
+    assert count_work("absorbed", tokens, layer).arithmetic == 20 * 100 * (2 * 6 + 12) + 2 * 20 * 4 * 6
+    assert count_work("projected", tokens, layer).arithmetic == 100 * 6 * 16 + 20 * 100 * (2 * 4 + 12)
     with pytest.raises(KeyError):
         count_work("sideways", tokens, layer)
 
 
 def outputs(layer, x, tokens, mask, path, inverted, monkeypatch):
-    """The layer's output and gradients, forced to take ``path``."""
+    """The layer's output and gradients when it takes the way ``path``."""
     from perceiver_fast.layers import cross_attention as module
 
     plan = module.plan_cross_attention
@@ -75,7 +75,7 @@ def outputs(layer, x, tokens, mask, path, inverted, monkeypatch):
 @pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_all_ways_are_one(monkeypatch, heads, inverted, dropout):
-    """Grid, absorbed and projected give the same numbers, whatever the biases of LayerNorm; the same weights fall."""
+    """All ways give the same numbers, whatever the biases of LayerNorm, and drop the same weights."""
     layer = cross_attention(16, 29, heads, 5, dropout).double()
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.5)
@@ -144,7 +144,7 @@ def test_narrow_models_on_every_way(way, dtype):
 
 @pytest.mark.parametrize("way", ["grid", "dense"])
 def test_caches_know_the_grad_mode(way):
-    """What was computed without gradients is not used where they are wanted, and blocks can be checkpointed."""
+    """What tokens cached without gradients is not used where gradients are recorded; blocks can be checkpointed."""
     from torch.utils.checkpoint import checkpoint
 
     keywords = dict(

@@ -1,4 +1,4 @@
-"""The residual stream against plain additions, and layers that are more than their parameters."""
+"""The residual stream against plain additions, and layers that do more than their parameters show."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 import perceiver_fast as pf
 from perceiver_fast.layers import Attention, FeedForward, PerceiverBlock, PreNorm
 from perceiver_fast.layers.fusing import is_plain
-from perceiver_fast.layers.pre_norm import join
+from perceiver_fast.layers.pre_norm import add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 
 
@@ -28,7 +28,7 @@ def test_is_plain_addition(batch, backend):
             plain = plain + layer(plain)
         stream = ResidualStream(x)
         for layer in some:
-            join(stream, layer, watched=False)
+            add_layer(stream, layer, watched=False)
         assert stream.shape == x.shape
         value = stream.value()
         assert value is stream.value()
@@ -54,7 +54,7 @@ def test_the_stream_keeps_float32_under_autocast():
     stream = ResidualStream(torch.randn(2, 4, 16))
     with torch.autocast("cpu", torch.bfloat16):
         for layer in layers():
-            join(stream, layer, watched=False)
+            add_layer(stream, layer, watched=False)
         assert stream.normalized(nn.LayerNorm(16)).dtype == torch.bfloat16
         assert stream.value().dtype == torch.float32
 
@@ -97,7 +97,7 @@ def test_hooks_are_called():
 
 
 def test_a_forward_put_on_a_layer_is_called():
-    """As accelerate does, to bring weights from elsewhere first."""
+    """accelerate puts a forward on the instance, which first brings weights from elsewhere."""
     block, x = PerceiverBlock(dim=16, has_cross_attn=False).eval(), torch.randn(2, 5, 16)
     before = run(block, x)
     attn, ff = block.self_attns[0]
@@ -133,7 +133,7 @@ class Adapted(nn.Linear):
 
 
 def merged(adapted):
-    """The same as a plain layer."""
+    """A plain linear layer that computes the same as an adapted one."""
     plain = nn.Linear(adapted.in_features, adapted.out_features, adapted.bias is not None)
     plain.load_state_dict({k: v for k, v in adapted.state_dict().items() if k in ("weight", "bias")})
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_parametrizations_are_seen():
 
 
 class Opaque(nn.Module):
-    """A layer without a weight to look at, as quantization makes."""
+    """A layer that has no attribute ``weight``, as quantization makes them."""
 
     def __init__(self, layer):
         super().__init__()

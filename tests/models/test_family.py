@@ -153,7 +153,7 @@ def test_random_configurations(name):
 
 @pytest.mark.parametrize("name", ["gated", "mixed_latents", "experimental"])
 def test_dropout_draws_what_theirs_draws(name):
-    """Of feed-forwards; attention draws other masks."""
+    """Dropout of feed-forwards drops what perceiver-pytorch drops; attention draws other masks."""
     keywords = SMALL[name] | dict(ff_dropout=0.3)
     theirs, ours = pair(name, **keywords)
     data = torch.randn(2, 5, 4, keywords.get("input_channels", 3))

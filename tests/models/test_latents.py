@@ -68,7 +68,7 @@ def test_float64_agrees():
 
 
 def error_in(how, model, x, want):
-    """Of the embedding, whose thousands of numbers round every way; ten logits would be a matter of luck."""
+    """Errors of the embedding, thousands of numbers: those of ten logits would depend on how each happens to round."""
     with torch.no_grad():
         if how == "weights":
             return relative_error(model.bfloat16()(x.bfloat16(), return_embeddings=True), want)

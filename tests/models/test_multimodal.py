@@ -11,7 +11,6 @@ from support import check_float32, compare_models, relative_error
 import perceiver_fast as pf
 from perceiver_fast import Modality, MultimodalPerceiver
 from perceiver_fast.layers.cross_attention import FusedCrossAttention
-from perceiver_fast.models import grid
 from perceiver_fast.tokens import GridTokens, PointTokens
 
 VIDEO = Modality("video", input_channels=3, input_axis=3, num_freq_bands=2, max_freq=6.0)
@@ -46,7 +45,7 @@ class Flat(torch.nn.Module):
 
 
 def build(seed=0, modalities=MODALITIES, **keywords):
-    """A model whose embeddings are not small: their gradients matter."""
+    """A model whose embeddings are not small, so that their gradients matter."""
     torch.manual_seed(seed)
     model = MultimodalPerceiver(modalities, **SMALL | keywords)
     for embedding in model.embeddings.values():
@@ -127,7 +126,7 @@ def way(request, monkeypatch):
 
         monkeypatch.setattr(FusedCrossAttention, "plan", plan)
     if request.param == "long axis":
-        monkeypatch.setattr(grid, "ONE_AXIS_LIMIT", 22)
+        monkeypatch.setattr("perceiver_fast.tokens.describe.ONE_AXIS_LIMIT", 22)
     with pf.use_backend("reference" if request.param == "reference" else "auto"):
         yield request.param
 
@@ -150,7 +149,7 @@ def test_every_way(way, masked):
 
 
 def test_gradients_of_embeddings_by_differences():
-    """First derivatives of the planned way against differences, through tables and LayerNorm's statistics."""
+    """First derivatives of the planned way against finite differences, through tables and LayerNorm's statistics."""
     model = build(modalities=[IMAGE, AUDIO], depth=1).double()
     data = {"image": torch.randn(1, 5, 4, 2).double(), "audio": torch.randn(1, 23, 1).double()}
     names = [m.name for m in model.modalities]
@@ -164,7 +163,7 @@ def test_gradients_of_embeddings_by_differences():
 
 @pytest.mark.parametrize("way", ["as planned", "long axis"], indirect=True)
 def test_attention_dropout_in_training(way):
-    """Its weights are dropped by the same hash on every way, one seed a group: the plain statement draws the same."""
+    """Every way drops weights by the same hash, with one seed a group; the plain model drops the same weights."""
     model = build(attn_dropout=0.4, self_per_cross_attn=0)  # self-attention draws torch's masks
     inputs = draw(random.Random(1), 2, ["image", "audio", "cloud"], "some")
     for _, name, ours, plain in compare(model, inputs):
@@ -264,7 +263,7 @@ def test_inverted_attention_is_refused():
 
 
 def test_learns_which_modality_a_token_is_of():
-    """Two modalities alike but for their embeddings: without them the model could not tell them apart."""
+    """Two modalities that differ in their embeddings alone: without these the model could not tell them apart."""
     left, right = (Modality(name, 1, 1, 2, 4.0) for name in ("left", "right"))
     model = build(modalities=[left, right], depth=1, num_classes=2)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

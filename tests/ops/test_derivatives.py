@@ -12,7 +12,7 @@ from perceiver_fast.ops import blocks, derivatives
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.derivatives import Recomputed, gradients, transformed
 from perceiver_fast.ops.fourier_projection import fourier_projection
-from perceiver_fast.ops.grid_attention import grid_attention_joined
+from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 from perceiver_fast.ops.linear import LinearFunction
 
 pytestmark = pytest.mark.skipif(**needs_extension)
@@ -54,7 +54,7 @@ def grid_case(sizes=(2, 4), heads=1, **options):
     inverted = options.get("inverted", False)
 
     def run(q, feat, scale):
-        o, lse, kept = grid_attention_joined(q, feat, scale, mask, heads=heads, **options)
+        o, lse, kept = grid_attention_unchecked(q, feat, scale, mask, heads=heads, **options)
         return tuple(t for t in (o, None if inverted else lse, kept) if t is not None)
 
     return run, (q, feat, scale)
@@ -245,7 +245,7 @@ def test_constants_have_no_gradient():
 @pytest.mark.parametrize("operation", ["cross", "grid"])
 def test_memory_of_a_second_derivative(operation, monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")  # what is freed goes back: glibc's heap would hold holes
-    tokens = {"cross": "cross_attention(q, k, k)", "grid": "grid_attention_joined(q, k, s)[0]"}[operation]
+    tokens = {"cross": "cross_attention(q, k, k)", "grid": "grid_attention_unchecked(q, k, s)[0]"}[operation]
     shape = "q, k = torch.randn(1, 4, 64, 8), torch.randn(1, 4, 250 * tokens, 8)"
     if operation == "grid":
         shape = (
@@ -253,7 +253,7 @@ def test_memory_of_a_second_derivative(operation, monkeypatch):
         )
     prepare = f"""
 from perceiver_fast.ops import cross_attention
-from perceiver_fast.ops.grid_attention import grid_attention_joined
+from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 torch.set_num_threads(1)
 torch.manual_seed(0)
 def twice(q, k, s=None):

@@ -5,7 +5,7 @@ import torch
 from support import needs_extension
 
 from perceiver_fast import ops
-from perceiver_fast.ops.grid_attention import grid_attention_joined
+from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 
 pytestmark = pytest.mark.skipif(**needs_extension)
 
@@ -20,7 +20,7 @@ def grid(batch, heads=1, **options):
     mask = torch.ones(batch, 2, 4, dtype=torch.bool) if options.pop("masked", False) else None
 
     def run(q, feat, scale):
-        return grid_attention_joined(q, feat, scale, None if mask is None else mask.to(q.device), heads=heads, **options)
+        return grid_attention_unchecked(q, feat, scale, None if mask is None else mask.to(q.device), heads=heads, **options)
 
     return run, ((batch, 3 * heads, 2 + 6), (batch, 2, 4, 2), (batch, 2, 4))
 

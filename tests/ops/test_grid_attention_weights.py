@@ -11,7 +11,7 @@ from support import check_over_draws, grid_inputs, needs_extension, relative_err
 
 import perceiver_fast as pf
 from perceiver_fast import reference
-from perceiver_fast.ops.grid_attention import GridAttentionFunction, grid_attention, grid_attention_joined
+from perceiver_fast.ops.grid_attention import GridAttentionFunction, grid_attention, grid_attention_unchecked
 
 pytestmark = pytest.mark.skipif(**needs_extension)
 
@@ -113,7 +113,7 @@ def test_the_same_weights_fall_as_on_built_keys():
     """For one seed grid attention and attention over built keys and values drop the same weights."""
     q, feat, scale, _ = grid_inputs(2, 6, 2, (5, 4), torch.float64)
     torch.manual_seed(5)
-    o, _, kept = grid_attention_joined(q, feat, scale, dropout=0.4)
+    o, _, kept = grid_attention_unchecked(q, feat, scale, dropout=0.4)
     keys = _basis(feat) * scale.flatten(1).unsqueeze(-1)
     torch.manual_seed(5)
     expected = pf.ops.cross_attention(q[:, None], keys[:, None], keys[:, None], dropout=0.4, scale=1.0)[:, 0]
@@ -123,14 +123,14 @@ def test_the_same_weights_fall_as_on_built_keys():
 
 def test_inverted_attention_to_nothing_is_zero():
     q, feat, scale, mask = grid_inputs(2, 6, 3, (5, 4), torch.float64, masked=True)
-    o, _, kept = grid_attention_joined(q, feat, scale, mask, inverted=True)
+    o, _, kept = grid_attention_unchecked(q, feat, scale, mask, inverted=True)
     assert not o[0].any() and not kept[0].any() and relative_error(kept[1], torch.ones_like(kept[1])) < 1e-12
 
 
 def test_one_query_alone_has_no_gradient():
     q, feat, scale, _ = grid_inputs(1, 2, 3, (5, 4), torch.float32)
     q.requires_grad_()
-    grid_attention_joined(q, feat, scale, inverted=True, heads=2)[0].square().sum().backward()
+    grid_attention_unchecked(q, feat, scale, inverted=True, heads=2)[0].square().sum().backward()
     assert not q.grad.any()
 
 

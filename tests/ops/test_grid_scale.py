@@ -31,16 +31,40 @@ def test_is_layer_norms_scale(shape, offset, backend):
         assert relative_error(single, expected) <= 2 * relative_error(plain, expected) + 2e-7
 
 
-def test_gradcheck_and_opcheck():
+def test_gradcheck():
     feat = torch.randn(2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: tokens_of(x).scale(1e-5), (feat,))
     mean, square = torch.randn(7).double().requires_grad_(), torch.rand(7).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, m, s: grid_scale(x, m, s, [11, 4], 1e-5), (feat, mean, square))
-    args = (feat.detach(), mean.detach(), square.detach(), [11, 4], 1e-5)
-    torch.library.opcheck(torch.ops.perceiver_fast.grid_scale_forward.default, args)
-    assert grid_scale(*args).shape == (2, 3, 4)
 
 
 def test_scale_is_computed_once():
     tokens = tokens_of(torch.randn(1, 4, 5, 3))
     assert tokens.scale(1e-5) is tokens.scale(1e-5) and tokens.scale(1e-5) is not tokens.scale(1e-6)
+
+
+GOOD = dict(
+    feat=torch.randn(2, 3, 4, 2), axis_mean=torch.randn(7), axis_square=torch.rand(7), axis_channels=[11, 4], eps=1e-5
+)
+BAD = [
+    (dict(feat=[1.0]), TypeError, "expected feat to be a tensor, got list"),
+    (dict(feat=GOOD["feat"].long()), TypeError, r"feat to be floating point, got torch.int64.*\.float\(\)"),
+    (dict(axis_mean=torch.randn(7).double()), TypeError, "axis_mean to be torch.float32 like feat, got torch.float64"),
+    (dict(axis_square=torch.rand(7, device="meta")), ValueError, "axis_square on cpu like feat, got meta"),
+    (dict(axis_channels=[]), ValueError, r"axis_channels of at least one axis.*got \[\]"),
+    (dict(axis_channels=[11, 0]), ValueError, r"ints of at least 1, got \[11, 0\]"),
+    (dict(axis_channels=[11, -(2**62)]), ValueError, "ints of at least 1"),
+    (dict(axis_channels=[11.0, 4]), ValueError, "ints of at least 1"),
+    (dict(axis_channels=[11]), ValueError, r"feat \[B, n_1, .., n_A, F\] of 1 axes.*got shape \(2, 3, 4, 2\)"),
+    (dict(axis_mean=torch.randn(8)), ValueError, r"axis_mean of shape \(7,\), got \(8,\)"),
+    (dict(axis_square=torch.rand(6)), ValueError, r"axis_square of shape \(7,\), got \(6,\)"),
+    (dict(eps=-1.0), ValueError, "eps of at least 0, got -1.0"),
+    (dict(eps=float("nan")), ValueError, "eps of at least 0, got nan"),
+]
+
+
+@pytest.mark.parametrize("change,error,words", BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_explained(change, error, words):
+    assert grid_scale(**GOOD).shape == (2, 3, 4)
+    with pytest.raises(error, match=words):
+        grid_scale(**GOOD | change)

@@ -7,8 +7,8 @@ from support import check_over_draws, needs_extension, relative_error
 import perceiver_fast as pf
 from perceiver_fast import reference
 from perceiver_fast.ops import add_layer_norm, layer_norm
-from perceiver_fast.ops.geglu import PointwiseCall
-from perceiver_fast.ops.layer_norm import choose_layer_norm
+from perceiver_fast.ops.layer_norm import LAYER_NORM
+from perceiver_fast.ops.pointwise import PointwiseCall
 
 pytestmark = pytest.mark.skipif(**needs_extension)
 
@@ -48,7 +48,7 @@ def run(function, inputs, d_outputs, out_dtype, dtype=None):
 
 def test_the_kernels_are_what_runs():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        assert choose_layer_norm(PointwiseCall(dtype, torch.device("cpu"))).backend == "cpu"
+        assert LAYER_NORM.choose(PointwiseCall(dtype, torch.device("cpu"))).backend == "cpu"
 
 
 @pytest.mark.parametrize("join", JOINS)
@@ -145,17 +145,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(add_layer_norm, (x, branch, branch_bias, weight, bias))
 
 
-@pytest.mark.parametrize("join", JOINS)
-@pytest.mark.parametrize("dtype, out_dtype", [(torch.float64, torch.float64), DTYPES[1]], ids=str)
-def test_opcheck(dtype, out_dtype, join):
-    forward, backward = torch.ops.perceiver_fast.layer_norm_forward, torch.ops.perceiver_fast.layer_norm_backward
-    inputs, (d_y, d_z) = inputs_of((2, 5), 17, dtype, out_dtype, join)
-    torch.library.opcheck(forward.default, (*inputs, 1e-5, out_dtype))
-    y, _, mean, rstd = forward(*inputs, 1e-5, out_dtype)
-    y = inputs[0] if join == "alone" else y
-    torch.library.opcheck(backward.default, (d_y, d_z, y, mean, rstd, inputs[3], join == "branch_bias"))
-
-
 def test_inputs_need_not_be_contiguous():
     inputs, d_outputs = inputs_of((34,), 17, torch.float64, torch.float64, "branch_bias")
     strided = [torch.stack([t, t], -1)[..., 0] for t in inputs], [torch.stack([t, t], -1)[..., 0] for t in d_outputs]
@@ -182,19 +171,19 @@ def test_only_y_is_used():
 
 def test_what_is_wrong_with_the_input_is_said():
     (x, branch, branch_bias, weight, bias), _ = inputs_of((5,), 6, torch.float32, torch.float32, "branch_bias")
-    with pytest.raises(TypeError, match="expected a floating-point x, got torch.int64"):
+    with pytest.raises(TypeError, match="expected x to be floating point, got torch.int64"):
         layer_norm(x.long(), weight, bias)
     with pytest.raises(TypeError, match="expected out_dtype torch.float32, or half precision.*got torch.float64"):
         layer_norm(x, weight, bias, out_dtype=torch.float64)
     with pytest.raises(ValueError, match="expected branch_bias with a branch, got it alone"):
         add_layer_norm(x, None, branch_bias, weight, bias)
-    with pytest.raises(ValueError, match=r"expected branch \(5, 6\) on cpu, like x, got \(1, 6\)"):
+    with pytest.raises(ValueError, match=r"expected branch \(5, 6\), like x, got \(1, 6\)"):
         add_layer_norm(x, branch[:1], None, weight, bias)
-    with pytest.raises(TypeError, match="expected branch in torch.bfloat16, out_dtype, got torch.float32"):
+    with pytest.raises(TypeError, match="expected branch to be torch.bfloat16 like out_dtype, got torch.float32"):
         add_layer_norm(x, branch, None, weight, bias, out_dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"expected weight \[6\] on cpu, got \(5,\)"):
+    with pytest.raises(ValueError, match=r"expected weight \[6\], got \(5,\)"):
         layer_norm(x, weight[:5], bias)
-    with pytest.raises(TypeError, match="expected bias in torch.float32, like x, got torch.float64"):
+    with pytest.raises(TypeError, match="expected bias to be torch.float32 like x, got torch.float64"):
         layer_norm(x, weight, bias.double())
     with pf.use_backend("cpu"), pytest.raises(pf.backends.BackendError, match="float16"):
         layer_norm(x, weight, bias, out_dtype=torch.float16)

@@ -12,7 +12,7 @@ from support import relative_error
 import perceiver_fast as pf
 from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops import linear, linear_libraries
-from perceiver_fast.ops.linear import LARGE, choose_linear, is_large, product_dtype
+from perceiver_fast.ops.linear import LARGE, is_large, linear_library, product_dtype
 
 MODULE = importlib.import_module("perceiver_fast.ops.linear")
 NAMES = [name for name in linear_libraries.NAMES if name != "auto" and not linear_libraries.reasons(name)]
@@ -136,9 +136,9 @@ def test_the_probe_and_the_choice():
         torch.backends.mkldnn.set_flags(_enabled=before[0])
     assert linear_libraries._fastest({"torch": 100.0, "mkl": 114.0, "onednn": 120.0}, 1.15) == "onednn"
     assert linear_libraries._fastest({"torch": 100.0, "mkl": 114.0}, 1.15) == "torch"
-    chosen = choose_linear(256, 512, 4096, torch.float32, torch.device("cpu"))
+    chosen = linear_library(256, 512, 4096, torch.float32, torch.device("cpu"))
     assert chosen.op == "linear" and "GFLOP/s" in chosen.backend
-    assert choose_linear(2, 3, 4, torch.float32, torch.device("cpu")).backend == "torch"
+    assert linear_library(2, 3, 4, torch.float32, torch.device("cpu")).backend == "torch"
 
 
 def test_the_probe_runs_on_the_cpu_whatever_the_default_device():

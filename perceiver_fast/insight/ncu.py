@@ -1,4 +1,4 @@
-"""What ncu is asked about this package's kernels: which kernels, which sections, which metrics, and what each tells.
+"""What ncu is asked about this package's kernels: which of them, which sections, which metrics, and what each tells.
 
 Names are those of Nsight Compute 2022 and later. A metric that a GPU does not have reads ``n/a``, and the next name of
 its entry is tried.
@@ -9,15 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# Kernels of an op's forward and backward, by the op's stem: Triton's (kernels/) and CUDA's (csrc/cuda/).
-KERNELS = {
-    "grid_attention": "grid_(attention|planes|tokens|token_keys)(_.*)?_kernel",
-    "cross_attention": "cross_attention_.*_kernel",
-    "fourier_projection": "(fourier_.*|add_parts)_kernel",
-    "geglu": "geglu_.*_kernel",
-    "layer_norm": "(layer_norm_.*|column_sums)_kernel",
-}
-OURS = "|".join(f"({pattern})" for pattern in KERNELS.values())
+from perceiver_fast.ops.declaration import OPS
 
 SECTIONS = (
     "SpeedOfLight",
@@ -80,6 +72,12 @@ def kernel_filter(wish: str | None) -> str:
     """The regular expression of the kernels to profile.
 
     Args:
-        wish: an op's stem, a regular expression, or None for all of this package.
+        wish: an op's name, a regular expression, or None for all of this package.
+
+    Example:
+        >>> kernel_filter("cross_attention")
+        'cross_attention_.*_kernel'
     """
-    return OURS if wish is None else KERNELS.get(wish, wish)
+    if wish is None:
+        return "|".join(f"({op.kernels})" for op in OPS.values())
+    return OPS[wish].kernels if wish in OPS else wish

@@ -1,0 +1,73 @@
+"""What commands show to people: tables on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+WIDTH = 160  # of a file or a pipe, which have none of their own
+
+Report = Callable[..., object]
+"""Called with what is being done, and optionally how far it is."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1, which says something else here
+
+
+def wide_console() -> Console:
+    """Standard output, wide enough for tables where it is no terminal."""
+    console = _Console()
+    return console if console.is_terminal else _Console(width=WIDTH)
+
+
+def plain_table(
+    *columns: str, numbers: Sequence[str] = (), title: str | None = None, caption: str | None = None
+) -> Table:
+    """A table that ends where its content does; the first column is not wrapped.
+
+    Args:
+        columns: headers of columns of words.
+        numbers: headers of the columns after these, aligned to the right.
+        title, caption: what is above and below.
+    """
+    table = Table(
+        title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=any(columns),
+    )  # fmt: skip
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0)
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A spinner on a terminal; elsewhere a line for each thing that is done, without how far it is.
+
+    Example:
+        >>> with progress() as say:
+        ...     say("counting", "1 of 2")
+        ...     say("counting", "2 of 2")
+    """
+    console = Console(stderr=True)
+    shown = None
+
+    def line(what: str, detail: str = "") -> None:
+        nonlocal shown
+        if what != shown:
+            shown = what
+            console.print(what, markup=False, highlight=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield line
+        return
+    with console.status("starting") as status:
+        yield lambda what, detail="": status.update(escape(f"{what}: {detail}" if detail else what))

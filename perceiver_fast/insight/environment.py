@@ -1,0 +1,96 @@
+"""The environment that results depend on: versions, build, instruction set, threads, backends, libraries of products."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from perceiver_fast import backends, extension
+from perceiver_fast.insight.machine import cpu_name, package_version
+from perceiver_fast.ops.declaration import OPS, Op
+from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
+from perceiver_fast.ops.linear_libraries import reasons as library_reasons
+from perceiver_fast.version import __version__
+
+PACKAGES = ("triton", "rich", "perceiver-pytorch", "transformers", "perceiver-io")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
+    "PYTORCH_ALLOC_CONF", "TRITON_CACHE_DIR", "TRITON_INTERPRET",
+)  # fmt: skip
+
+
+def _reasons(op: Op, device: str) -> dict[str, list[str]]:
+    """Why each backend of an op cannot run an ordinary call on a device; empty where it can."""
+    call = op.call(torch.float32, torch.device(device))
+    return {backend.name: backend.reasons(call) for backend in op.backends}
+
+
+def _linear() -> dict:
+    """The CPU's libraries for matrix products: why one cannot be used, what was measured, and what was chosen."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return {
+        "unavailable": {name: why for name in LIBRARIES if (why := library_reasons(name))},
+        "gflops": {
+            f"{name} {kind}": {library: round(speed, 1) for library, speed in speeds.items()}
+            for name, dtype in dtypes.items()
+            for kind, speeds in measure(dtype).items()
+        },
+        "chosen": {f"{name} {kind}": library_of(kind, dtype) for name, dtype in dtypes.items() for kind in KINDS},
+        "bfloat16_in_float32": wide_bfloat16(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Environment variables that are set, of those that change what runs."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("PERCEIVER_FAST_") or name in VARIABLES
+    }
+
+
+def problems() -> list[str]:
+    """What was built and does not load; what was never built, or not for this torch, is none."""
+    record, found = extension.build_record(), []
+    there = importlib.util.find_spec("perceiver_fast._C") is not None
+    if extension.error is not None and (there or (record and not record.get("skipped"))):
+        found.append(extension.error)
+    cuda = record.get("cuda", {})
+    there = Path(extension.__file__).with_name("_cuda.so").exists() or (cuda and not cuda.get("skipped"))
+    if extension.cuda_error is not None and there and torch.version.cuda is not None:
+        found.append(extension.cuda_error)
+    return found
+
+
+def collect() -> dict:
+    """Versions, build, instruction set, threads and backends, as a dict that JSON can hold."""
+    module, record = extension.module, extension.build_record()
+    cuda = {**record.pop("cuda", {}), "loaded": extension.cuda_error is None}
+    if extension.cuda_error is not None:
+        cuda["reason"] = extension.cuda_error
+    built = {"built": module is not None}
+    if module is None:
+        built["reason"] = extension.error
+    else:
+        built |= {**record, **module.build_info()}
+        built |= {"active_isa": module.active_isa(), "available_isas": module.available_isas()}
+    return {
+        "problems": problems(),
+        "perceiver_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "cpu": cpu_name(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "extension": built,
+        "cuda_kernels": cuda,
+        "forced_backend": backends.forced_backend(),
+        "environment": environment(),
+        "linear": _linear(),
+        "backends": {name: {device: _reasons(op, device) for device in ("cpu", "cuda")} for name, op in OPS.items()},
+    }

@@ -1,0 +1,143 @@
+"""The three ways of a cross-attention; layers/plan.py decides which of them a call takes.
+
+    grid       [K | V] = W' [I_F | E_1^T | .. | E_A^T], W' = W minus its row means (LayerNorm's centring is linear):
+               keys and values of the basis [x, onehot, .., onehot];  q = to_q(x) K / sqrt(d);  out = o V^T + b_v
+    absorbed   q = to_q(x) W_k / sqrt(d) attends to the normalised tokens themselves;  out = o W_v^T + b_v
+    projected  keys and values are built:  to_kv(norm(tokens))
+
+A bias on keys adds the same to all logits of a query, which a softmax over the tokens does not notice. Inverted
+attention notices, so there the bias is one more channel of the tokens. A bias on values counts as often as the weights
+sum to, which with dropout and inverted attention is not once.
+
+Every way is a function of
+
+    layer     the layer's parameters
+    z         normalised latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them
+    tokens    a description of what is attended to
+    mask      bool ``[B, M]``, True where a token may be attended to, or None
+    inverted  softmax over the latents, then normalised over the tokens
+    with_lse  whether the log-sum-exp is needed, as it is to merge groups of tokens
+    backend   what runs the attention, as the plan has chosen it
+
+and returns ``[B, N, H, d]`` and the log-sum-exp of the logits ``[B, N, H]``, or None if it is not needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from perceiver_fast.layers.cross_attention_parameters import CrossAttentionParameters
+from perceiver_fast.ops.cross_attention import cross_attention_unchecked
+from perceiver_fast.ops.grid_attention import grid_attention_unchecked
+from perceiver_fast.ops.library import half_dtype, unless_autocast
+from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens, absorb_norm
+
+Result = tuple[Tensor, Tensor | None]
+
+
+def attend_grid(
+    layer: CrossAttentionParameters,
+    z: Tensor,
+    tokens: GridTokens,
+    mask: Tensor | None,
+    inverted: bool,
+    with_lse: bool,
+    backend: str,
+) -> Result:
+    """Attend to raw channels and one table entry an axis and index; no token, key or value is built."""
+    feat, heads, features = tokens.feat, layer.fn.heads, tokens.features
+    half = half_dtype(z.device, tokens.dtype)
+    q, logit_bias, values, value_bias = layer.grid_tables(z, tokens)
+    with unless_autocast(z.device):
+        scale = tokens.scale(layer.norm_context.eps)
+        if inverted:  # the keys' bias: a channel that is one after scaling, and the bias as its query
+            feat = torch.cat([feat, 1 / scale.unsqueeze(-1)], -1)
+            q = torch.cat([q[..., :features], logit_bias.unsqueeze(-1), q[..., features:]], -1)
+        q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
+        mask = None if mask is None else mask.reshape(feat.shape[:-1])
+        dropout = layer.fn.active_dropout
+        o, lse, weight_sums = grid_attention_unchecked(q, feat, scale, mask, dropout, inverted, heads, half, backend)
+        o = o.unflatten(1, (heads, -1))
+        if inverted:
+            o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)
+        out = torch.einsum("bhnl,hld->bnhd", o, values) + layer.weighted_bias(value_bias, weight_sums)
+        if not with_lse:
+            return out, None
+        return out, lse.unflatten(1, (heads, -1)).transpose(1, 2) + logit_bias.transpose(1, 2)
+
+
+def attend_absorbed(
+    layer: CrossAttentionParameters,
+    z: Tensor,
+    tokens: DenseTokens,
+    mask: Tensor | None,
+    inverted: bool,
+    with_lse: bool,
+    backend: str,
+) -> Result:
+    """Attend to the normalised tokens ``[B, M, C]`` themselves, as keys and as values of every head."""
+    heads, dropout = layer.fn.heads, layer.fn.active_dropout
+    half = half_dtype(z.device, tokens.context.dtype)
+    dtype = tokens.compute
+
+    def project():
+        return absorb_norm(layer.fn.to_kv, layer.norm_context, dtype)
+
+    keys, key_bias, values, value_bias = layer.keys_values("absorbed", project, (), dtype)
+    q, logit_bias = layer.queries(z, keys, key_bias)
+    with unless_autocast(z.device):
+        context = tokens.normalized(layer.norm_context.eps).to(dtype)
+        # A channel of ones puts the keys' bias into the logits, and its result is what the weights sum to.
+        has_ones = inverted or dropout > 0
+        if has_ones:
+            context = torch.cat([context, context.new_ones(1).expand(*context.shape[:-1], 1)], -1)
+            q = torch.cat([q, logit_bias.unsqueeze(-1)], -1)
+        q = q.expand(context.shape[0], -1, -1, -1)
+        if inverted:  # every head has a softmax of its own, over its queries
+            context = context.unsqueeze(1).expand(-1, heads, -1, -1)
+        else:  # all heads attend to the same, as if they were queries of one head
+            q, context = q.flatten(1, 2).unsqueeze(1), context.unsqueeze(1)
+        if half is not None:
+            q, context = q.to(half), context.to(half)
+        values_view = context.view(context.shape)  # keys and values are one tensor, but two inputs
+        o = cross_attention_unchecked(q, context, values_view, mask, dropout, inverted, 1.0, with_lse, backend)
+        o, lse = o if with_lse else (o, None)
+        o = o.to(values.dtype)
+        o = o.reshape(o.shape[0], heads, z.shape[1], o.shape[-1])
+        weight_sums = None
+        if has_ones:
+            o, weight_sums = o[..., :-1], o[..., -1].flatten(1)
+        out = torch.einsum("bhnc,hdc->bnhd", o, values) + layer.weighted_bias(value_bias, weight_sums)
+        if not with_lse:
+            return out, None
+        lse = lse.view(o.shape[:3]).transpose(1, 2)
+        return out, lse if has_ones else lse + logit_bias.transpose(1, 2)
+
+
+def attend_projected(
+    layer: CrossAttentionParameters,
+    z: Tensor,
+    tokens: Tokens,
+    mask: Tensor | None,
+    inverted: bool,
+    with_lse: bool,
+    backend: str,
+) -> Result:
+    """Attend to keys and values that are built, those of the queries before them with queries_contribute_kv."""
+    fn = layer.fn
+    kv = tokens.keys_values(fn.to_kv, layer.norm_context)
+    q = layer.to_q(z).to(kv.dtype).expand(kv.shape[0], -1, -1)
+    if fn.queries_contribute_kv:
+        z = z.expand(kv.shape[0], -1, -1)
+        kv = torch.cat([fn.project("to_kv", z).to(kv.dtype), kv], 1)
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(mask.shape[0], z.shape[1]), mask], -1)
+    q, k, v = (fn.split_heads(t) for t in (q, *kv.chunk(2, dim=-1)))
+    out = cross_attention_unchecked(q, k, v, mask, fn.active_dropout, inverted, fn.scale, with_lse, backend)
+    out, lse = out if with_lse else (out, None)
+    return out.transpose(1, 2), lse.transpose(1, 2) if with_lse else None
+
+
+WAYS = {"grid": attend_grid, "absorbed": attend_absorbed, "projected": attend_projected}
+"""The function of every ``Plan.path``."""

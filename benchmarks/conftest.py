@@ -12,12 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `from benchmarks...`, also under a bare `pytest`
 
-from benchmarks.options import DEFAULT_THREADS, positive  # noqa: E402
+from benchmarks.environment import DEFAULT_THREADS  # noqa: E402
 from benchmarks.sides import DTYPES, Case  # noqa: E402
 from benchmarks.suite import measure  # noqa: E402
 from benchmarks.suite.levels import LEVELS  # noqa: E402
 from benchmarks.suite.plans import LEVEL_NAMES, PLANS, QUICK, select  # noqa: E402
 from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
+from perceiver_fast.insight.options import positive  # noqa: E402
 from perceiver_fast.insight.roofs import measure_roofs  # noqa: E402
 
 HERE = Path(__file__).resolve().parent

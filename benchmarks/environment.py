@@ -16,6 +16,7 @@ from perceiver_fast import backends, extension
 from perceiver_fast.insight.machine import cpu_name, package_version
 
 ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 PACKAGES = ("perceiver-pytorch", "transformers", "perceiver-io", "flash-perceiver")
 
 

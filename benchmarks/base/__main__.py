@@ -23,16 +23,16 @@ from benchmarks import output
 from benchmarks.base.measure import Worker, WorkerError, measure
 from benchmarks.base.tree import CannotMeasure, build, commit_of, is_dirty, stale_source, worktree
 from benchmarks.compare_view import coloured
-from benchmarks.environment import ROOT, conditions
-from benchmarks.options import DEFAULT_THREADS, at_least
+from benchmarks.environment import DEFAULT_THREADS, ROOT, conditions
 from benchmarks.statistic import LEAST_ROUNDS
+from perceiver_fast.insight.console import Report, progress, wide_console
 from perceiver_fast.insight.geometries import GEOMETRIES
+from perceiver_fast.insight.options import at_least, positive
 
 GEOMETRY_NAMES, QUICK = ("cross-only", "readme"), ("cross-only",)
 PASSES, DTYPES = ("forward", "step"), ("float32", "bfloat16")
 ROUNDS, QUICK_ROUNDS = 20, 10
 THRESHOLD = 0.05
-TABLE_WIDTH = 120
 HEADERS = ("geometry, pass", "base", "new", "ratio", "95 % interval", "difference:\noutput", "\ngradient", "verdict")
 CAPTION = (
     "Medians of the rounds; ratio: median of the rounds' ratios, and its interval; difference: of the results, relative"
@@ -57,7 +57,7 @@ def warnings(facts: dict[str, dict], dirty: bool) -> list[str]:
     return lines
 
 
-def run(args: argparse.Namespace, say: output.Report) -> dict:
+def run(args: argparse.Namespace, say: Report) -> dict:
     """Check out, build and measure; returns everything, as JSON holds it."""
     result = {
         "conditions": conditions(args.threads),
@@ -125,10 +125,10 @@ def parser() -> argparse.ArgumentParser:
     add("--geometry", action="append", choices=list(GEOMETRIES), help=f"repeat for several {unless}")
     add("--pass", dest="passes", action="append", choices=PASSES, help="repeat for several (default: both)")
     add("--dtype", action="append", choices=DTYPES, help="bfloat16: autocast; repeat for several (default: float32)")
-    add("--batch", type=at_least(1), default=1, help="inputs at once (default: %(default)s)")
+    add("--batch", type=positive, default=1, help="inputs at once (default: %(default)s)")
     add("--quick", action="store_true", help=f"{', '.join(QUICK)} alone, unless --geometry; {QUICK_ROUNDS} rounds")
     add("--rounds", type=at_least(LEAST_ROUNDS), help=f"turns of each side (default: {ROUNDS})")
-    add("--threads", type=at_least(1), default=DEFAULT_THREADS, help="of either side (default: %(default)s)")
+    add("--threads", type=positive, default=DEFAULT_THREADS, help="of either side (default: %(default)s)")
     help = "the smallest change that counts (default: %(default)s)"
     add("--threshold", type=float, default=THRESHOLD, metavar="SHARE", help=help)
     add("--json", type=Path, metavar="PATH", help="where to keep the numbers; -: standard output, instead of the table")
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.json and str(args.json) != "-":
             args.json.parent.mkdir(parents=True, exist_ok=True)
-        with output.progress() as say:
+        with progress() as say:
             result = run(args, say)
     except (CannotMeasure, OSError) as error:
         print(f"base: {error}", file=sys.stderr)
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)
-    output.deliver(result, args.json, lambda: show(output.wide_console(TABLE_WIDTH), result))
+    output.deliver(result, args.json, lambda: show(wide_console(), result))
     if not result["rows"]:
         print(f"base: nothing could be measured: {result['missing'][0]['reason']}", file=sys.stderr)
         return 2

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.output import Report
 from benchmarks.sides import errors, excess
 from benchmarks.statistic import judge, median_interval, statistic
+from perceiver_fast.insight.console import Report
 from perceiver_fast.insight.geometries import Geometry
 
 WORKER = Path(__file__).with_name("worker.py")

@@ -19,15 +19,16 @@ import torch
 from rich.console import Console
 
 from benchmarks import output
-from benchmarks.environment import conditions, slug
-from benchmarks.options import DEFAULT_THREADS, at_least
+from benchmarks.environment import DEFAULT_THREADS, conditions, slug
 from benchmarks.scaling.plot import draw
 from benchmarks.scaling.point import PEERS, Fingerprint, Limits, Stopped, available_bytes, case_of, difference, measure
 from benchmarks.scaling.record import MEASURED, Point, curve, exponent, read, write
 from benchmarks.sides import DTYPES, OURS, Case
 from benchmarks.suite.memory import memory_method
 from benchmarks.suite.models import PEERS as MODELS
+from perceiver_fast.insight.console import Report, progress, wide_console
 from perceiver_fast.insight.machine import cpu_name
+from perceiver_fast.insight.options import positive
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PASSES = ("forward", "step")
@@ -37,7 +38,6 @@ QUICK = 5  # the sizes of an axis that --quick keeps
 LIMIT_SECONDS = 60.0
 HOPELESS = 4  # times the allowed memory: a peer expected to need more is not even tried
 SAME = {"float32": 1e-3, "bfloat16": 1e-1}  # what peers' results may differ by
-TABLE_WIDTH = 120
 VALUES = {"time": "median", "memory": "peak_memory_bytes"}  # what exponents are fitted to
 
 
@@ -47,7 +47,7 @@ def sizes(axis: str, quick: bool) -> list[tuple[int, int]]:
     return every[:QUICK] if quick else every
 
 
-def sweep(axis: str, args: argparse.Namespace, say: output.Report) -> Iterator[Point]:
+def sweep(axis: str, args: argparse.Namespace, say: Report) -> Iterator[Point]:
     """Measure the points of an axis, all peers at one size after the other; a peer's last one says why it stopped."""
     going: dict[str, Point | None] = dict.fromkeys(args.peers)  # and the last point of each
     for side, latents in sizes(axis, args.quick):
@@ -148,9 +148,9 @@ def parser() -> argparse.ArgumentParser:
     add("--pass", dest="pass_name", choices=PASSES, default="forward", help="step: and backward (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="bfloat16: autocast (default: %(default)s)")
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="(default: all)")
-    add("--threads", type=at_least(1), default=DEFAULT_THREADS, help="(default: %(default)s)")
+    add("--threads", type=positive, default=DEFAULT_THREADS, help="(default: %(default)s)")
     add("--limit-seconds", type=float, default=LIMIT_SECONDS, metavar="S", help="for a call (default: %(default)s)")
-    add("--limit-memory", type=at_least(1), metavar="BYTES", help="for a peer (default: 90 %% of what is available)")
+    add("--limit-memory", type=positive, metavar="BYTES", help="for a peer (default: 90 %% of what is available)")
     add("--out", type=Path, default=RESULTS, metavar="DIR", help="where files go (default: benchmarks/results)")
     add("--redraw", type=Path, metavar="CSV", help="draw this file's points again beside it; nothing is measured")
     add("--json", type=Path, metavar="PATH", help="also points and exponents; -: standard output, instead of the table")
@@ -182,7 +182,7 @@ def reasons(args: argparse.Namespace) -> list[str]:
 def measured(args: argparse.Namespace, facts: dict, points: list[Point], stored: Path) -> bool:
     """Measure into ``points``, which ``stored`` holds after each; returns whether it came to its end."""
     try:
-        with output.progress() as say:
+        with progress() as say:
             for axis in ("tokens", "latents") if args.axis == "both" else (args.axis,):
                 for point in sweep(axis, args, say):
                     points.append(point)
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     result = {"conditions": facts, "exponents": exponents(points), "points": list(map(asdict, points)), "files": files}
 
     def printed() -> None:
-        console = output.wide_console(TABLE_WIDTH)
+        console = wide_console()
         show(console, facts, points)
         output.plain(console, *files)
 

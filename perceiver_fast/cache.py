@@ -84,7 +84,7 @@ class ParameterCache:
         self._entries[name] = stamps, cache_key, value
         return value
 
-    def kept(self, name: str, source: Tensor) -> tuple | None:
+    def peek(self, name: str, source: Tensor) -> tuple | None:
         """Cache key and value under ``name``, of a value computed from ``source`` alone; None if it is not to be used.
 
         A faster :meth:`get` for callers who compare the cache key themselves.

@@ -89,7 +89,7 @@ def _keys(layer: nn.Module, tokens: Tokens, piece: slice, plain: bool) -> Tensor
     if isinstance(tokens, PointTokens):
         tokens = PointTokens(tokens.feat[:, piece], tokens.coords[:, piece], tokens.frequencies)
     else:
-        tokens = DenseTokens(tokens.context[:, piece])
+        tokens = DenseTokens(tokens.feat[:, piece])
     weight = layer.fn.to_kv.weight
     to_k = SimpleNamespace(weight=weight[: weight.shape[0] // 2])  # values are not needed
     return tokens.keys_values(to_k, layer.norm_context)

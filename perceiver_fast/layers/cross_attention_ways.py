@@ -78,7 +78,7 @@ def attend_absorbed(
 ) -> Result:
     """Attend to the normalised tokens ``[B, M, C]`` themselves, as keys and as values of every head."""
     heads, dropout = layer.fn.heads, layer.fn.active_dropout
-    half = half_dtype(z.device, tokens.context.dtype)
+    half = half_dtype(z.device, tokens.feat.dtype)
     dtype = tokens.compute
 
     def project():

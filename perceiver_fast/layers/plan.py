@@ -146,7 +146,7 @@ def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:
     if path == "projected":
         dtype = autocast_dtype(tokens.device) or dtype
     else:  # heads are queries; a channel of ones rides along where weights have to be counted
-        dtype = half_dtype(tokens.device, tokens.context.dtype) or dtype
+        dtype = half_dtype(tokens.device, tokens.feat.dtype) or dtype
         channels = tokens.channels + (layer.inverted or layer.dropout > 0)
         if not layer.inverted:
             heads, queries = 1, heads * queries

@@ -123,7 +123,7 @@ class Perceiver(PooledPerceiver):
         add_cross_attention(stream, cross_attn, watched, who, context=tokens, mask=mask)
         add_layer(stream, cross_ff, watched)
         if index < len(self.layers) - 1:  # after the last layer nothing reads the tokens
-            data = ResidualStream(tokens.context)
+            data = ResidualStream(tokens.feat)
             add_layer(data, input_attn, watched, mask=mask)
             add_cross_attention(data, rev_cross_attn, watched, who, context=stream.value())
             add_layer(data, rev_cross_ff, watched)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from perceiver_fast.ops.library import unless_autocast
 
-SMALL = 2**16  # elements: what is smaller is kept rather than computed again
+SMALL = 2**16  # elements: what is smaller is saved rather than computed again
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 
@@ -140,7 +140,7 @@ def recomputed(function: Callable, size: int, *inputs: Tensor | None) -> Tensor 
 
 
 class Recomputed(torch.autograd.Function):
-    """``Recomputed.apply(function, *inputs)`` is ``function(*inputs)``, of which only the inputs are kept.
+    """``Recomputed.apply(function, *inputs)`` is ``function(*inputs)``, of which only the inputs are saved.
 
     It has derivatives of every order, forward and reverse, and torch.func's transforms: they compute the function again.
 

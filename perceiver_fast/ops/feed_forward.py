@@ -3,7 +3,7 @@
     h = z W1^T        u = geglu(h + b1)        out = u W2^T
 
 The bias of the second product is left to whoever adds the result to the stream (ops/layer_norm.py). For the backward
-z and h are kept and u is computed again, in the pass that computes h's gradient: 9 numbers a channel of z where plain
+z and h are saved and u is computed again, in the pass that computes h's gradient: 9 numbers a channel of z where plain
 PyTorch keeps 17 (perceiver-pytorch 0.11.0, counted by saved_tensors_hooks).
 """
 
@@ -73,7 +73,7 @@ def feed_forward(
         weight1: ``[2 F, D]``, values then gates.
         bias1: ``[2 F]``.
         weight2: ``[D', F]``.
-        cache: where packed weights are kept in inference. Default: they are not.
+        cache: where packed weights are cached in inference. Default: they are not.
 
     Returns:
         ``[.., D']``, the dtype of z. Differentiable any number of times.

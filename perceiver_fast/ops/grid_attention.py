@@ -162,7 +162,7 @@ GRID_ATTENTION = declare(
 class GridAttentionFunction(torch.autograd.Function):
     """Connects the registered forward and backward; saves its inputs, o and statistics, nothing of size N x M.
 
-    Returns o, lse and kept, the sum of every query's weights: one, but for dropout and inverted attention.
+    Returns o, lse and kept, every query's weight sum: one, but for dropout and inverted attention.
     """
 
     @staticmethod
@@ -237,7 +237,7 @@ def grid_attention_unchecked(
         backend: what runs it, where that has been chosen already. Default: it is chosen here.
 
     Returns:
-        o ``[B, H N, L]``, lse ``[B, H N]`` float64, and kept ``[B, H N]``, the sum of every query's weights after dropout
+        o ``[B, H N, L]``, lse ``[B, H N]`` float64, and ``[B, H N]``, the sum of every query's weights after dropout
         or normalisation, or None where it is one.
     """
     result = autocast_dtype(q.device) or q.dtype

@@ -1,7 +1,7 @@
 """Linear layers of the latents: the same product as torch's, on the library that is fastest here.
 
 On the CPU large products go where linear_libraries.py measured the most speed, in inference with weights packed in
-advance and kept until the parameter changes. On a GPU, in small products and under torch.compile it is torch's own.
+advance and cached until the parameter changes. On a GPU, in small products and under torch.compile it is torch's own.
 """
 
 from __future__ import annotations
@@ -122,10 +122,10 @@ def _quick_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) 
 
     A few comparisons: what it takes to find that out anew costs as much as the smaller products.
     """
-    kept = cache.kept(name, weight)
-    if kept is None or type(x) is not Tensor or not x.is_contiguous():
+    found = cache.peek(name, weight)
+    if found is None or type(x) is not Tensor or not x.is_contiguous():
         return None
-    (key, dtype, library), packed = kept
+    (key, dtype, library), packed = found
     if packed.product is None or dtype != x.dtype or library == "torch":
         return None
     shape = x.shape
@@ -135,7 +135,7 @@ def _quick_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) 
 
 
 def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) -> Tensor | None:
-    """``x [n, k] @ weight^T`` by weights that ``cache`` keeps packed, or None where that has no use yet.
+    """``x [n, k] @ weight^T`` by packed weights in ``cache``, or None where that has no use yet.
 
     Packing costs a few parts in a hundred of the product, and some libraries pack for one number of rows: it is done
     when a number of rows comes the second time in turn, with the same weight.
@@ -146,7 +146,7 @@ def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) 
     if library == "torch" and dtype == weight.dtype:
         return None
     key = _packed_key(x.shape[0], x.dtype), dtype, library  # the dtype of x is what weights are rounded to
-    packed = cache.get(name, (weight,), _Packed, key)  # a new one where nothing can be kept
+    packed = cache.get(name, (weight,), _Packed, key)  # a new one where nothing can be cached
     if packed.product is None:
         if not packed.seen:
             packed.seen = True
@@ -173,7 +173,7 @@ def linear(
         x: ``[.., k]``, floating point.
         weight: ``[m, k]``; it is computed with in the dtype of x.
         bias: ``[m]`` or None.
-        cache: where packed weights are kept in inference, under ``name``. Default: they are not.
+        cache: where packed weights are cached in inference, under ``name``. Default: they are not.
 
     Returns:
         ``[.., m]``, the dtype of x. Differentiable any number of times.

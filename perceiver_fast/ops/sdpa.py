@@ -79,7 +79,7 @@ class _FlashOnCPU(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """Whatever kernel torch chooses on another device, with its backward: the graph of the one call is kept."""
+    """Whatever kernel torch chooses on another device, with its backward: the graph of the one call is saved."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias, mask, dropout, scale):

@@ -24,18 +24,18 @@ class DenseTokens(Tokens):
     kind = "dense tokens"
 
     def __init__(self, context: Tensor):
-        self.context = self.feat = context
+        self.feat = context
         self._normalized: dict[float, Tensor] = {}
 
     @property
     def channels(self) -> int:
-        return self.context.shape[2]
+        return self.feat.shape[2]
 
     def materialize(self) -> Tensor:
-        return self.context
+        return self.feat
 
     def sources(self) -> tuple[Tensor, ...]:
-        return (self.context,)
+        return (self.feat,)
 
     def normalized(self, eps: float) -> Tensor:
         """The tokens ``[B, M, C]`` with mean 0 and variance 1: LayerNorm without its affine part, which each layer has.
@@ -52,7 +52,7 @@ class DenseTokens(Tokens):
 
     def _normalize(self, eps: float) -> Tensor:
         """:meth:`normalized`, computed now."""
-        context = self.context
+        context = self.feat
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.learns()):
             return F.layer_norm(context, context.shape[-1:], eps=eps)
         one = context.new_ones(context.shape[-1])
@@ -63,17 +63,17 @@ class DenseTokens(Tokens):
 
     def _projection(self) -> Choice:
         """The backend that would run LayerNorm and projection as one op."""
-        return FOURIER_PROJECTION.choose(PointwiseCall(self.context.dtype, self.device))
+        return FOURIER_PROJECTION.choose(PointwiseCall(self.feat.dtype, self.device))
 
     def _fuses(self) -> bool:
         """Whether LayerNorm and projection run as one op: twice as fast, and the normalised tokens are never stored."""
-        exact = self.context.dtype == self.compute and autocast_dtype(self.device) is None
+        exact = self.feat.dtype == self.compute and autocast_dtype(self.device) is None
         return exact and self._projection().backend == "cpu"
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         if self._fuses():
             weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)
-            coords = self.context.new_empty((*self.context.shape[:2], 0), dtype=torch.float64)  # of no axis
+            coords = self.feat.new_empty((*self.feat.shape[:2], 0), dtype=torch.float64)  # of no axis
             frequencies = coords.new_empty(0, 0)
-            return fourier_projection_unchecked(self.context, coords, frequencies, weight.T, bias, norm.eps)
+            return fourier_projection_unchecked(self.feat, coords, frequencies, weight.T, bias, norm.eps)
         return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.conftest import CHOICES, SLOW_PEER
+from benchmarks.conftest import OPTIONS, SLOW_PEER
 from benchmarks.environment import conditions, slug
-from benchmarks.options import DEFAULT_THREADS, positive
 from benchmarks.output import BUSY, listed, plain, save
 from benchmarks.suite import report
-from benchmarks.suite.plans import LEVEL_NAMES, PLANS, QUICK
+from benchmarks.suite.plans import PLANS, QUICK
 from perceiver_fast.insight.machine import cpu_name
 
 HERE = Path(__file__).resolve().parent
@@ -29,27 +28,13 @@ NOTHING_COLLECTED = 5  # pytest's exit code
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
-    slow = ", ".join(name for name, plan in PLANS.items() if not plan.default)
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="perceiver-fast beside its peers.")
     which = top.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help=f"only {QUICK}, in float32: done in three minutes")
-    which.add_argument(
-        "--geometry",
-        action="append",
-        default=[],
-        choices=list(PLANS),
-        help=f"one to measure, also by {SLOW_PEER}; repeat for several (default: all but {slow})",
-    )
-    which.add_argument("--all", action="store_true", help=f"every geometry and dtype, also {slow}, and {SLOW_PEER}")
-    top.add_argument("--level", action="append", default=[], choices=LEVEL_NAMES, help="repeat (default: all)")
-    top.add_argument("--batch", action="append", default=[], type=positive, help="inputs at once; repeat (default: 1)")
-    for option, _, known, default in CHOICES:
-        top.add_argument(option, action="append", default=[], choices=known, help=f"(default: {', '.join(default)})")
+    for name, settings in OPTIONS.items():
+        (which if name in ("--quick", "--geometry", "--all") else top).add_argument(name, **settings)
     top.add_argument("--only", default="", metavar="EXPRESSION", help='as pytest -k takes it: "not (sdpa or compile)"')
-    top.add_argument("--threads", type=positive, default=DEFAULT_THREADS, help="threads (default: %(default)s)")
-    top.add_argument(
-        "--json", type=Path, help="where the numbers go (default: benchmarks/results/<cpu>-<date>.json, numbered)"
-    )
+    where = "where the numbers go (default: benchmarks/results/<cpu>-<date>.json, numbered)"
+    top.add_argument("--json", type=Path, help=where)
     return top
 
 

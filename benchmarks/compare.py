@@ -16,9 +16,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.compare_view import TABLE_WIDTH, markdown, show
-from benchmarks.output import BUSY, as_json, wide_console
+from benchmarks.compare_view import markdown, show
+from benchmarks.output import BUSY, as_json
 from benchmarks.statistic import judge
+from perceiver_fast.insight.console import wide_console
 
 KEY = ("level", "geometry", "pass", "batch", "dtype", "peer")
 OURS = "fast"
@@ -218,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(as_json(comparison), end="")
     else:
-        show(wide_console(TABLE_WIDTH), comparison)
+        show(wide_console(), comparison)
     return 1 if args.fail and comparison["regressions"] else 0
 
 

@@ -7,7 +7,6 @@ from rich.markup import escape
 
 from benchmarks.output import described, mebibytes, milliseconds, plain, table, warn
 
-TABLE_WIDTH = 150  # what the widest rows need
 COLOURS = {"slower": "red", "faster": "green", "more memory": "red", "less memory": "green"}
 COLOURS |= {"less exact": "red", "other results": "red"}
 HEADERS = ("geometry, pass", "peer", "old", "new", "ratio", "over peers'", "memory", "error", "verdict")

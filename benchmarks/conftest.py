@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `from benchmarks...`, also under a bare `pytest`
 
-from benchmarks.options import DEFAULT_THREADS, positive  # noqa: E402
-from benchmarks.sides import Case  # noqa: E402
+from benchmarks.environment import DEFAULT_THREADS  # noqa: E402
+from benchmarks.sides import DTYPES, Case  # noqa: E402
 from benchmarks.suite import measure  # noqa: E402
-from benchmarks.suite.level import DTYPES  # noqa: E402
 from benchmarks.suite.levels import LEVELS  # noqa: E402
 from benchmarks.suite.plans import LEVEL_NAMES, PLANS, QUICK, select  # noqa: E402
 from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
+from perceiver_fast.insight.options import positive  # noqa: E402
 from perceiver_fast.insight.roofs import measure_roofs  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -30,25 +29,31 @@ SLOW_PEER = "compile-eager"  # compiles for as long as "compile" and is seldom t
 QUICK_PASSES = {"model": ("forward", "step"), "layer": ("forward", "step"), "grid_attention": ("forward",)}
 PASSES = ("forward", "step", "step+tokens")
 QUICK_SECONDS = 0.5  # for the rounds of one side
-# Of a parametrized benchmark: option, parameter, what it may be, and what is measured when nothing is asked for.
-CHOICES = (
-    ("--dtype", "dtype", DTYPES, DTYPES[:1]),
-    ("--pass", "pass_name", PASSES, PASSES),
-)
+NOT_DEFAULT = ", ".join(name for name, plan in PLANS.items() if not plan.default)
+
+
+def _repeated(help: str, **more: object) -> dict:
+    return {"action": "append", "default": [], "help": f"{help}; repeat for several", **more}
+
+
+OPTIONS = {  # of ``python -m benchmarks`` too
+    "--quick": {"action": "store_true", "help": f"only {QUICK}, in float32: done in three minutes"},
+    "--geometry": _repeated(
+        f"one to measure, also by {SLOW_PEER} (default: all but {NOT_DEFAULT})", choices=list(PLANS)
+    ),
+    "--all": {"action": "store_true", "help": f"every geometry and dtype, also {NOT_DEFAULT}, and {SLOW_PEER}"},
+    "--level": _repeated("(default: all)", choices=LEVEL_NAMES),
+    "--batch": _repeated("inputs at once (default: 1)", type=positive),
+    "--dtype": _repeated(f"(default: {DTYPES[0]})", choices=DTYPES),
+    "--pass": _repeated("(default: all)", choices=PASSES),
+    "--threads": {"type": positive, "default": DEFAULT_THREADS, "help": "torch's threads (default: %(default)s)"},
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("perceiver-fast benchmarks")
-    group.addoption("--geometry", action="append", default=[], choices=list(PLANS), help="one to measure; repeat")
-    group.addoption("--level", action="append", default=[], choices=LEVEL_NAMES, help="model, layer, or an op; repeat")
-    group.addoption("--batch", action="append", default=[], type=positive, help="inputs at once; repeat (default: 1)")
-    for option, _, known, default in CHOICES:
-        group.addoption(
-            option, action="append", default=[], choices=known, help=f"repeat (default: {', '.join(default)})"
-        )
-    group.addoption("--all", action="store_true", help=f"every geometry and dtype, also the slow ones, and {SLOW_PEER}")
-    group.addoption("--quick", action="store_true", help=f"only {QUICK}, one thing each: done in three minutes")
-    group.addoption("--threads", type=positive, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
+    for name, settings in OPTIONS.items():
+        group.addoption(name, **settings)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,14 +86,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     option, level = metafunc.config.getoption, level_of(metafunc.function)
     names = [QUICK] if option("--quick") else option("--geometry")
-    dtypes, passes = (option(name) or (known if option("--all") else default) for name, _, known, default in CHOICES)
+    dtypes, passes = option("--dtype") or (DTYPES if option("--all") else DTYPES[:1]), option("--pass") or PASSES
+    if option("--level") and level not in option("--level"):
+        passes = ()
     cases = [
         Case(level, GEOMETRIES[name], pass_name, peer, batch, dtype)
-        for name, batch, pass_name, dtype, peer in product(
-            select(names, option("--all"), level), option("--batch") or [1], LEVELS[level].passes, LEVELS[level].dtypes,
-            LEVELS[level].peers,
-        )
-        if pass_name in passes and dtype in dtypes and level in (option("--level") or [level])
+        for name in select(names, option("--all"), level)
+        for batch in option("--batch") or [1]
+        for pass_name in LEVELS[level].passes if pass_name in passes
+        for dtype in LEVELS[level].dtypes if dtype in dtypes
+        for peer in LEVELS[level].peers
     ]  # fmt: skip
     # A level of float32 alone has no dtype in its benchmarks' names.
     parts = ["geometry", "batch", "pass", *(["dtype"] if len(LEVELS[level].dtypes) > 1 else []), "peer"]
@@ -109,13 +116,13 @@ def _wanted(case: Case, option: Callable) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out examples in docstrings, and what pytest puts in the place of a level without cases."""
-    params = [getattr(item, "callspec", None) and item.callspec.params for item in items]
-    kept = [
-        item for item, known in zip(items, params, strict=True)
-        if HERE not in item.path.parents or known and known["geometry"] in PLANS
-    ]  # fmt: skip
+    kept = [item for item in items if HERE not in item.path.parents or _is_case(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def _is_case(item: pytest.Item) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params["geometry"] in PLANS
 
 
 @pytest.fixture(autouse=True)

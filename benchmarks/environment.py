@@ -16,6 +16,7 @@ from perceiver_fast import backends, extension
 from perceiver_fast.insight.machine import cpu_name, package_version
 
 ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 PACKAGES = ("perceiver-pytorch", "transformers", "perceiver-io", "flash-perceiver")
 
 
@@ -33,13 +34,8 @@ def conditions(threads: int) -> dict:
         "perceiver-fast": perceiver_fast.__version__,
         "forced_backend": backends.forced_backend(),
         "git_commit": git_commit(),
-        "date": now(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def now() -> str:
-    """Date and time in UTC, to the second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def git_commit() -> str | None:

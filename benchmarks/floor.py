@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.environment import conditions
-from benchmarks.options import DEFAULT_THREADS
+from benchmarks.environment import DEFAULT_THREADS, conditions
 from benchmarks.output import save, table
 from benchmarks.suite.models import fast
 from perceiver_fast.insight.geometries import GEOMETRIES

@@ -137,6 +137,7 @@ def show(args: argparse.Namespace, result: dict) -> int:
 
     from benchmarks.environment import slug
     from benchmarks.gpu import record
+    from benchmarks.output import plain
 
     complaints = record.complaints(result)
     conditions = result["conditions"]
@@ -145,14 +146,13 @@ def show(args: argparse.Namespace, result: dict) -> int:
         for console in (Console(width=140), Console(width=140, file=file)):
             for table in record.tables(result):
                 console.print(table)
-            for title, lines in (
-                ("build", [result["build"]["outcome"]]),
-                ("tests", [f"{result['tests']['outcome']} ({result['tests'].get('tests', 0)})"]),
-                ("skipped", [record.skipped_line(result)]),
-                ("FAILED", complaints),
-            ):
-                for line in lines:
-                    console.print(f"{title}: {line}", highlight=False, markup=False)
+            plain(
+                console,
+                f"build: {result['build']['outcome']}",
+                f"tests: {result['tests']['outcome']} ({result['tests'].get('tests', 0)})",
+                f"skipped: {record.skipped_line(result)}",
+                *(f"FAILED: {line}" for line in complaints),
+            )
     name = f"{slug(conditions.get('device', 'unknown'))}-{day}.json"
     print(f"{result['outcome']} in {result['seconds']:.0f} s; {args.out / 'battery.json'}")
     if not result["dry_run"]:

@@ -1,20 +1,16 @@
-"""What benchmarks show and keep: numbers as text, tables, progress on standard error, JSON files."""
+"""What benchmarks show and keep: numbers as text, tables, JSON files."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-
-Report = Callable[..., object]
-"""Called with what is being done, and optionally how far it is."""
 
 BUSY = 0.5  # a load average above this is other work
 
@@ -69,12 +65,6 @@ def table(
     return result
 
 
-def wide_console(width: int) -> Console:
-    """Standard output, at least ``width`` characters wide where it is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, width))
-
-
 def plain(console: Console, *lines: str) -> None:
     """Print lines as they are."""
     for line in lines:
@@ -90,30 +80,6 @@ def warn(console: Console, lines: Iterable[str]) -> None:
 def listed(conditions: dict) -> str:
     """Conditions in one line."""
     return ", ".join(f"{key} {value}" for key, value in conditions.items())
-
-
-@contextmanager
-def progress() -> Iterator[Report]:
-    """A spinner on a terminal; elsewhere a line for each thing that is done, without how far it is.
-
-    Example:
-        >>> with progress() as say:
-        ...     say("counting", "1 of 2")
-        ...     say("counting", "2 of 2")
-    """
-    console = Console(stderr=True)
-    shown = []
-
-    def line(what: str, detail: str = "") -> None:
-        if shown != [what]:
-            shown[:] = [what]
-            plain(console, what)
-
-    if not console.is_terminal:
-        yield line
-        return
-    with console.status("starting") as status:
-        yield lambda what, detail="": status.update(escape(f"{what}: {detail}" if detail else what))
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,7 @@ from perceiver_fast.insight.geometries import Geometry
 
 OURS = "fast"
 SMART = "smart-dense"  # its keys and values come from this package: shown, and left out of "best"
+DTYPES = ("float32", "bfloat16")  # bfloat16: autocast, of float32 weights
 SHARPENING = 6.0  # of the queries: attention that is nearly uniform would hide a wrong key
 PERTURBATION = 0.1  # of LayerNorms' weights and biases, whose initial ones and zeros would hide a missing term
 ROUNDINGS = 16  # of the largest tensor: what is smaller than these is not compared with itself
@@ -35,6 +36,7 @@ class Side:
         parameters: that get gradients too, by names whose order all sides share.
         cotangents: of the outputs. Default: :func:`cotangent` of each.
         common: makes of its results, which are outputs and gradients, what those of every side are. Default: they are that.
+        plain: what is counted in place of ``apply``, whose operators are not seen. Default: ``apply`` is.
     """
 
     apply: Callable[..., Tensor | Results]
@@ -42,6 +44,7 @@ class Side:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     cotangents: tuple[Tensor, ...] | None = None
     common: Callable[[Results], Results] = tuple
+    plain: Callable | None = None
 
 
 @torch.no_grad()
@@ -106,8 +109,9 @@ class Case:
 
     def call(self, side: Side) -> Call:
         """A call of ``side``: bfloat16 is autocast of float32 weights."""
-        bfloat16 = self.dtype == "bfloat16"
-        return lambda: run(side, self.step, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16))
+        if self.dtype == "bfloat16":
+            return lambda: run(side, self.step, torch.autocast("cpu", torch.bfloat16))
+        return lambda: run(side, self.step, nullcontext())
 
     def record(self) -> dict:
         """As results hold it."""
@@ -157,9 +161,34 @@ def compiled(build: Callable[..., Side], **options: object) -> Peer:
 
     def build_compiled(case: object) -> Side:
         side = build(case)
-        return replace(side, apply=torch.compile(side.apply, dynamic=False))
+        return replace(side, apply=torch.compile(side.apply, dynamic=False), plain=side.apply)
 
     return Peer(build_compiled, **{"reasons": lambda case: compile_reasons(), "compiled": True, **options})
+
+
+@dataclass(frozen=True)
+class Level:
+    """Whole models, one cross-attention layer, or an op.
+
+    Args:
+        peers: by the names that results have.
+        truth: the side of a case in float64 that the others are checked against; the case's peer is none of its business.
+        attentions: how often the latents attend to the input in a forward. Default: never.
+        latents: whether its rows are latents, no tokens of the input. Default: no.
+        op: whether its results count among the bytes that have to pass. Default: yes.
+        needs: what a case takes of memory, in bytes by what takes it. Default: too little to be looked at.
+        passes: what is measured.
+        dtypes: likewise; a level of float32 alone has no dtype in its benchmarks' names.
+    """
+
+    peers: dict[str, Peer]
+    truth: Callable[[Case], Side]
+    attentions: Callable[[Geometry], int] = lambda geometry: 0
+    latents: bool = False
+    op: bool = True
+    needs: Callable[[Case], dict[str, int]] = lambda case: {}
+    passes: tuple[str, ...] = ("forward", "step")
+    dtypes: tuple[str, ...] = DTYPES[:1]
 
 
 def compile_reasons() -> list[str]:

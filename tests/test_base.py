@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import os
 import shutil
@@ -170,38 +169,27 @@ def test_the_wrong_package_is_refused(repository, tmp_path, monkeypatch):
     """An installed package is found where the tree has none; the worker says so, and is not measured."""
     monkeypatch.setenv("PYTHONPATH", str(repository))
     (tmp_path / "empty").mkdir()
-    worker = base_measure.Worker("base", tmp_path / "empty", tmp_path / "worker", threads=1)
-    try:
-        with pytest.raises(
-            base_measure.WorkerError, match="base: ImportError: expected perceiver_fast of .*empty, got"
-        ):
+    expected = "base: ImportError: expected perceiver_fast of .*empty, got"
+    with base_measure.Worker("base", tmp_path / "empty", tmp_path / "worker", threads=1) as worker:
+        with pytest.raises(base_measure.WorkerError, match=expected):
             worker.ask("facts")
-    finally:
-        worker.close()
 
 
 @needs_git
 def test_all_of_a_side_is_its_trees(repository, tmp_path):
     """Also the extension, which an installed checkout has and this tree has not."""
-    worker = base_measure.Worker("base", repository, tmp_path / "worker", threads=1)
-    try:
+    with base_measure.Worker("base", repository, tmp_path / "worker", threads=1) as worker:
         facts = worker.ask("facts")
-    finally:
-        worker.close()
     assert facts["isa"] is None and "not built" in facts["extension_error"]
 
 
 def test_a_worker_that_died_says_how(tmp_path, monkeypatch):
     monkeypatch.setattr(base_measure, "WORKER", tmp_path / "dies.py")
     (tmp_path / "dies.py").write_text("import sys\nsys.stdin.readline()\nsys.exit('cannot go on')\n")
-    worker = base_measure.Worker("new", tmp_path, tmp_path / "worker", threads=1)
-    try:
-        with pytest.raises(base_measure.WorkerError, match="new: its process ended with exit code 1: cannot go on"):
-            worker.ask("facts")
-        with pytest.raises(base_measure.WorkerError, match="exit code 1"):
-            worker.ask("facts")
-    finally:
-        worker.close()
+    with base_measure.Worker("new", tmp_path, tmp_path / "worker", threads=1) as worker:
+        for expected in ("new: its process ended with exit code 1: cannot go on", "exit code 1"):
+            with pytest.raises(base_measure.WorkerError, match=expected):
+                worker.ask("facts")
 
 
 def test_no_kernels_unless_asked_for(monkeypatch):
@@ -250,9 +238,3 @@ def test_options_are_checked(capsys):
             base.main(["HEAD", *options])
         assert stopped.value.code == 2
     assert "expected at least 6, got 5" in capsys.readouterr().err
-
-
-def test_examples_of_the_documentation():
-    for module in (statistic,):
-        found = doctest.testmod(module)
-        assert found.attempted and not found.failed

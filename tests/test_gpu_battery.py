@@ -128,18 +128,8 @@ def test_wrong_arguments(arguments, text, capsys):
 
 def test_help_and_list(capsys):
     output = battery("--help")
-    options = (
-        "--out",
-        "--minutes",
-        "--geometry",
-        "--batch",
-        "--dtype",
-        "--level",
-        "--quick",
-        "--no-tests",
-        "--no-build",
-    )
-    assert all(option in output for option in (*options, "--device", "--profile", "--case", "--compile"))
+    options = "out minutes geometry batch dtype level quick no-tests no-build device profile case compile"
+    assert all(f"--{option}" in output for option in options.split())
     assert gpu_battery.main(["--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == len(set(listed)) == len(cases.select()[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import sys
 from dataclasses import replace
@@ -27,6 +26,7 @@ from benchmarks.scaling.point import Limits, Stopped, case_of
 from benchmarks.scaling.record import Point
 from benchmarks.suite.measure import build_call
 from benchmarks.suite.memory import METHOD, memory_method
+from perceiver_fast import extension
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited by way of /proc")
 CASE = case_of("eager", 4, 3, "forward", "float32")
@@ -58,7 +58,7 @@ def stand_in(monkeypatch, tiny):
         return times | {"rounds": 3, "peak_memory_bytes": pairs, "fingerprint": [[1.0, 2.0], []]}
 
     monkeypatch.setattr(scaling, "measure", measured)
-    monkeypatch.setattr(scaling.extension, "error", None)
+    monkeypatch.setattr(extension, "error", None)
 
 
 def run(tmp_path, *options):
@@ -258,15 +258,6 @@ def test_what_cannot_run_says_why(options, expected, capsys):
 
 
 def test_without_the_extension_ours_is_not_measured(monkeypatch, capsys):
-    monkeypatch.setattr(scaling.extension, "error", "not built")
+    monkeypatch.setattr(extension, "error", "not built")
     assert scaling.main([]) == 2
     assert "not built; or leave fast out of --peers" in capsys.readouterr().err
-
-
-def test_examples_of_the_documentation():
-    for module in (
-        plot,
-        record,
-    ):
-        found = doctest.testmod(module)
-        assert found.attempted and not found.failed

@@ -19,31 +19,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from benchmarks import output
 from benchmarks.base.measure import Worker, WorkerError, measure
 from benchmarks.base.tree import CannotMeasure, build, commit_of, is_dirty, stale_source, worktree
 from benchmarks.compare_view import coloured
-from benchmarks.environment import ROOT, conditions
-from benchmarks.options import DEFAULT_THREADS, at_least
-from benchmarks.output import (
-    Report,
-    deliver,
-    described,
-    listed,
-    milliseconds,
-    plain,
-    progress,
-    table,
-    warn,
-    wide_console,
-)  # fmt: skip
+from benchmarks.environment import DEFAULT_THREADS, ROOT, conditions
 from benchmarks.statistic import LEAST_ROUNDS
+from perceiver_fast.insight.console import Report, progress, wide_console
 from perceiver_fast.insight.geometries import GEOMETRIES
+from perceiver_fast.insight.options import at_least, positive
 
 GEOMETRY_NAMES, QUICK = ("cross-only", "readme"), ("cross-only",)
 PASSES, DTYPES = ("forward", "step"), ("float32", "bfloat16")
 ROUNDS, QUICK_ROUNDS = 20, 10
 THRESHOLD = 0.05
-TABLE_WIDTH = 120
 HEADERS = ("geometry, pass", "base", "new", "ratio", "95 % interval", "difference:\noutput", "\ngradient", "verdict")
 CAPTION = (
     "Medians of the rounds; ratio: median of the rounds' ratios, and its interval; difference: of the results, relative"
@@ -80,10 +69,8 @@ def run(args: argparse.Namespace, say: Report) -> dict:
         folder = stack.enter_context(worktree(ROOT, result["base"]["commit"]))
         say(f"building {args.revision}", "minutes")
         build(folder / "tree", folder / "build", lambda line: say(f"building {args.revision}", line))
-        sides = []
-        for name, tree in (("base", folder / "tree"), ("new", ROOT)):
-            sides.append(Worker(name, tree, folder / name, args.threads))
-            stack.callback(sides[-1].close)
+        trees = {"base": folder / "tree", "new": ROOT}
+        sides = [stack.enter_context(Worker(*side, folder / side[0], args.threads)) for side in trees.items()]
         try:
             facts = {side.name: side.ask("facts") for side in sides}
         except WorkerError as error:
@@ -104,14 +91,14 @@ def run(args: argparse.Namespace, say: Report) -> dict:
 
 def show(console: Console, result: dict) -> None:
     """Print for people: warnings first."""
-    warn(console, result["warnings"])
+    output.warn(console, result["warnings"])
     base, new = result["base"], result["new"]
     changes = " with changes" if new["dirty"] else ""
     title = escape(f"{base['revision']} ({base['commit'][:9]}) → {new['commit'][:9]}{changes}")
     rows = [
         (
-            described(row),
-            *(milliseconds(row[side]["median"]) for side in ("base", "new")),
+            output.described(row),
+            *(output.milliseconds(row[side]["median"]) for side in ("base", "new")),
             f"{row['ratio']:.3f}x",
             f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
             *(
@@ -122,9 +109,9 @@ def show(console: Console, result: dict) -> None:
         )
         for row in result["rows"]
     ]
-    console.print(table(title, HEADERS, rows, left=(0, len(HEADERS) - 1), caption=CAPTION))
-    plain(console, *(f"not measured: {described(row)}: {row['reason']}" for row in result["missing"]))
-    plain(console, listed(result["conditions"]))
+    console.print(output.table(title, HEADERS, rows, left=(0, len(HEADERS) - 1), caption=CAPTION))
+    output.plain(console, *(f"not measured: {output.described(row)}: {row['reason']}" for row in result["missing"]))
+    output.plain(console, output.listed(result["conditions"]))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,10 +125,10 @@ def parser() -> argparse.ArgumentParser:
     add("--geometry", action="append", choices=list(GEOMETRIES), help=f"repeat for several {unless}")
     add("--pass", dest="passes", action="append", choices=PASSES, help="repeat for several (default: both)")
     add("--dtype", action="append", choices=DTYPES, help="bfloat16: autocast; repeat for several (default: float32)")
-    add("--batch", type=at_least(1), default=1, help="inputs at once (default: %(default)s)")
+    add("--batch", type=positive, default=1, help="inputs at once (default: %(default)s)")
     add("--quick", action="store_true", help=f"{', '.join(QUICK)} alone, unless --geometry; {QUICK_ROUNDS} rounds")
     add("--rounds", type=at_least(LEAST_ROUNDS), help=f"turns of each side (default: {ROUNDS})")
-    add("--threads", type=at_least(1), default=DEFAULT_THREADS, help="of either side (default: %(default)s)")
+    add("--threads", type=positive, default=DEFAULT_THREADS, help="of either side (default: %(default)s)")
     help = "the smallest change that counts (default: %(default)s)"
     add("--threshold", type=float, default=THRESHOLD, metavar="SHARE", help=help)
     add("--json", type=Path, metavar="PATH", help="where to keep the numbers; -: standard output, instead of the table")
@@ -170,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)
-    deliver(result, args.json, lambda: show(wide_console(TABLE_WIDTH), result))
+    output.deliver(result, args.json, lambda: show(wide_console(), result))
     if not result["rows"]:
         print(f"base: nothing could be measured: {result['missing'][0]['reason']}", file=sys.stderr)
         return 2

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.output import Report
 from benchmarks.sides import errors, excess
 from benchmarks.statistic import judge, median_interval, statistic
+from perceiver_fast.insight.console import Report
 from perceiver_fast.insight.geometries import Geometry
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -29,7 +29,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """The process of one side.
+    """The process of one side, which ends with a ``with`` block.
 
     Args:
         name: base or new.
@@ -69,8 +69,10 @@ class Worker:
             raise WorkerError(f"{self.name}: {answer['error']}")
         return answer[command]
 
-    def close(self) -> None:
-        """End the process."""
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait(STOP_SECONDS)
         self.process.stdout.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import perceiver_fast as pf
 from benchmarks.gpu import sides
 from benchmarks.gpu.problem import Problem
-from benchmarks.sides import OURS, Results, Side, errors, excess, run
+from benchmarks.sides import OURS, Results, Side, errors, excess, parameters, run
 from perceiver_fast.insight.peer import peer_model
 
 # Of the output and of the worst gradient, relative in the 2-norm; tf32 in place of float32 would fail. In bf16 all sides
@@ -33,9 +34,14 @@ def checked_inputs(problem: Problem) -> tuple[tuple[Tensor, ...], Tensor]:
     return inputs, kept
 
 
+def per_element(problem: Problem) -> int:
+    """How many of the results are of every batch element: the output, and at op level the latents' gradient."""
+    return 2 if problem.case.level == "op" and problem.case.pass_name == "step" else 1
+
+
 def checked_results(problem: Problem, results: Results) -> Results:
     """Of :func:`call`'s results, those that :func:`truth` has."""
-    rows = 2 if problem.case.level == "op" and len(results) > 1 else 1  # the output, and the latents' gradient
+    rows = per_element(problem)
     return (*(t[problem.checked].detach() for t in results[:rows]), *results[rows:])
 
 
@@ -49,22 +55,18 @@ def truth(problem: Problem) -> Results:
     """Output and gradients of the checked batch elements in float64, one element at a time."""
     inputs, cotangent = problem.copies[0]
     apply, module = (_op_truth if problem.case.level == "op" else _model_truth)(problem)
-    parameters = [p for _, p in sorted(module.named_parameters())]
-    step = problem.case.pass_name == "step"
-    outputs, row_grads, grads = [], [], None
+    side, step, rows = (
+        Side(apply, parameters=parameters(module)),
+        problem.case.pass_name == "step",
+        per_element(problem),
+    )
+    found = []
     for b in problem.checked:
-        part = [t[b : b + 1].detach().double().requires_grad_(t.requires_grad) for t in inputs]
-        with torch.set_grad_enabled(step):
-            out = apply(*part)
-        outputs.append(out.detach())
-        if step:
-            leaves = [t for t in part if t.requires_grad]
-            found = torch.autograd.grad(out, leaves + parameters, cotangent[b : b + 1].double())
-            row_grads += found[: len(leaves)]
-            found = found[len(leaves) :]
-            grads = found if grads is None else [a + b for a, b in zip(grads, found)]
-    rows = [torch.cat(row_grads)] if row_grads else []
-    return torch.cat(outputs), *rows, *(grads or ())
+        part = tuple(t[b : b + 1].detach().double().requires_grad_(t.requires_grad) for t in inputs)
+        results = run(side, step, nullcontext(), part, (cotangent[b : b + 1].double(),))
+        found.append([t.detach() for t in results])
+    whole = [torch.cat(parts) for parts in zip(*(results[:rows] for results in found))]
+    return *whole, *(sum(parts) for parts in zip(*(results[rows:] for results in found)))
 
 
 def _op_truth(problem: Problem):

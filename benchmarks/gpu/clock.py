@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.statistic import statistic
+
 GROUP_SECONDS = 0.02  # calls are timed in groups of about this long: a clock's resolution and first gaps vanish in it
 MOST_CALLS = 50  # in a group
 ROUNDS = 7
@@ -78,12 +80,12 @@ def interleave(
 
 def _summary(rounds: list[tuple[float, float]], calls: int, device: torch.device) -> dict:
     seconds = [done for done, _ in rounds]
-    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    done = statistic(seconds)
     enqueue = statistics.median(enqueued for _, enqueued in rounds)
     return {
-        "median": median,
-        "quartiles": [lower, upper],
+        "median": done["median"],
+        "quartiles": [done["q1"], done["q3"]],
         "rounds": seconds,
         "calls_per_round": calls,
-        "launch_bound": enqueue > 0.9 * median if device.type == "cuda" else None,
+        "launch_bound": enqueue > 0.9 * done["median"] if device.type == "cuda" else None,
     }

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "perceiver-pytorch", "einops", "flash-attn", "numpy")
 CLOCKS = (
     "name", "driver_version", "pstate", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit",
@@ -21,6 +17,7 @@ def conditions(device) -> dict:
     """Of the process that measures, on its ``device``."""
     import torch
 
+    from perceiver_fast.insight.environment import collect
     from perceiver_fast.insight.machine import cpu_name, package_version
 
     found = {"device": cpu_name(), "kind": device.type, "python": platform.python_version()}
@@ -35,17 +32,7 @@ def conditions(device) -> dict:
             "cudnn": torch.backends.cudnn.version(),
         }
     found |= {"cuda": torch.version.cuda, "packages": {name: package_version(name) or "absent" for name in PACKAGES}}
-    return found | {"tf32": torch.backends.cuda.matmul.allow_tf32, "perceiver_fast": package()}
-
-
-def package() -> dict:
-    """What ``perceiver-fast info`` says of build, backends and environment, or why it does not."""
-    command = [sys.executable, "-m", "perceiver_fast", "info", "--json"]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
-    try:
-        return json.loads(done.stdout)
-    except ValueError:
-        return {"unknown": (done.stderr or done.stdout).strip()[-400:]}
+    return found | {"tf32": torch.backends.cuda.matmul.allow_tf32, "perceiver_fast": collect()}
 
 
 def clocks() -> dict:

@@ -31,11 +31,11 @@ def explain(problem: Problem) -> dict:
     image = problem.copies[0][0][-1]
     with problem.autocast(), torch.set_grad_enabled(problem.case.pass_name == "step"):
         crosses = [layer for layer in pf.explain(problem.model, image).layers if layer.path]
-    ways = {(layer.path, str(layer.choice), tuple(map(str, layer.uses))): layer for layer in crosses}
+    ways = {(layer.path, str(layer.choice), tuple(map(str, layer.plan.uses))): layer for layer in crosses}
     return {
         "path": ", ".join(sorted({layer.path for layer in ways.values()})),
         "backend": ", ".join(sorted({f"{layer.choice.op} on {layer.choice.backend}" for layer in ways.values()})),
-        "uses": sorted({f"{use.op} on {use.backend}" for layer in ways.values() for use in layer.uses}),
+        "uses": sorted({f"{use.op} on {use.backend}" for layer in ways.values() for use in layer.plan.uses}),
         "rejected": {name: why for layer in ways.values() for name, why in layer.choice.rejected.items()},
     }
 

@@ -9,10 +9,6 @@ from rich.table import Table
 from benchmarks.output import digits, table, times_ours
 
 OURS = "fast"
-PEERS = (
-    "fast-graph", "fast-compile", "eager", "sdpa", "compile", "flash-attn", "flash-perceiver", "smart", "smart-compile",
-    "smart-cudnn",
-)  # fmt: skip
 SHORT = {"out of memory": "memory", "not run": "-"}
 CAPTION = (
     "Median of a call; below it how many times as long as fast it takes (red: fast is the slower one). wrong: further "
@@ -52,7 +48,7 @@ def tables(result: dict) -> list[Table]:
         if cases:
             dry = "DRY RUN, tiny sizes: " if result["dry_run"] else ""
             # A side that runs models does not appear as a column of dashes where it cannot.
-            peers = [peer for peer in PEERS if any(shown(case, peer) for case in cases)]
+            peers = [peer for peer in peers_of(*cases) if any(shown(case, peer) for case in cases)]
             headers = "geometry\nbatch dtype pass", "fast", "pairs/s", "error", *(p.replace("-", "\n") for p in peers)
             title = f"{dry}{level} level, {result['conditions'].get('device')}"
             lines = [_line(case, peers) for case in cases]
@@ -75,7 +71,7 @@ def _line(case: dict, peers: list[str]) -> list[str]:
 def summary(case: dict) -> str:
     """One line: our time, and the peers' as multiples of it."""
     said = []
-    for name in (OURS, *PEERS):
+    for name in (OURS, *peers_of(case)):
         side = case["sides"].get(name, {"outcome": "not run"})
         if side["outcome"] == "timed":
             ratio = side.get("over_ours")
@@ -84,6 +80,11 @@ def summary(case: dict) -> str:
         elif side["outcome"] not in ("not run", "absent"):
             said.append(f"{name} {side['outcome']}")
     return ", ".join(said + case["notes"])
+
+
+def peers_of(*cases: dict) -> list[str]:
+    """All sides but ours, in the order in which they are measured."""
+    return [side for side in dict.fromkeys(side for case in cases for side in case["sides"]) if side != OURS]
 
 
 def shown(case: dict, peer: str) -> bool:

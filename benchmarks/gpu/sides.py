@@ -23,23 +23,28 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import perceiver_fast as pf
 from benchmarks.gpu.problem import Problem
-from benchmarks.sides import OURS, Peer, Side, compiled
+from benchmarks.sides import OURS, Peer, Side, compiled, parameters
 from perceiver_fast.insight.peer import peer_model
 
 FLASH_HEAD_DIM = 256  # the largest that flash-attn takes
 PYTORCH = ("perceiver_pytorch",)
 
 
-def _ours(problem: Problem) -> Side:
-    model, layer = problem.model, problem.layer
+def _side(problem: Problem, model: nn.Module, tokens: Callable[[Tensor], object]) -> Side:
+    """A whole ``model``, or its first cross-attention on the ``tokens`` of an image."""
     if problem.case.level == "model":
-        return Side(model, parameters=dict(model.named_parameters()))
-    return Side(lambda x, image: layer(x, context=model.describe(image)), parameters=dict(layer.named_parameters()))
+        return Side(model, parameters=parameters(model))
+    layer = model.layers[0].cross_attn
+    return Side(lambda x, image: layer(x, context=tokens(image)), parameters=parameters(layer))
+
+
+def _ours(problem: Problem) -> Side:
+    return _side(problem, problem.model, problem.model.describe)
 
 
 def _ours_graphed(problem: Problem) -> Side:
@@ -50,7 +55,7 @@ def _ours_graphed(problem: Problem) -> Side:
             recorded.append(pf.graph(model, image, copy=False))
         return recorded[0](image)
 
-    return Side(apply, parameters=dict(model.named_parameters()))
+    return Side(apply, parameters=parameters(model))
 
 
 def _whole_models(problem: Problem) -> list[str]:
@@ -70,15 +75,10 @@ def _theirs(problem: Problem, sdpa: bool = False) -> Side:
     with torch.device(problem.device):
         model = peer_model(problem.geometry, problem.model.state_dict())
     if sdpa:
-        from benchmarks.sdpa import with_sdpa  # needs perceiver-pytorch
+        from benchmarks.suite.models import with_sdpa  # needs perceiver-pytorch
 
         model = with_sdpa(model)
-    if problem.case.level == "model":
-        return Side(model, parameters=dict(model.named_parameters()))
-    layer = model.layers[0].cross_attn
-    return Side(
-        lambda x, image: layer(x, context=problem.build_tokens(image)), parameters=dict(layer.named_parameters())
-    )
+    return _side(problem, model, problem.build_tokens)
 
 
 def _dense(problem: Problem, keys_values: Callable[[Tensor], Tensor], attend: Callable[..., Tensor]) -> Side:
@@ -89,7 +89,7 @@ def _dense(problem: Problem, keys_values: Callable[[Tensor], Tensor], attend: Ca
         k, v = keys_values(image).chunk(2, dim=-1)
         return fn.to_out(attend(fn.to_q(layer.norm(x)), k, v))
 
-    return Side(apply, parameters=dict(layer.named_parameters()))
+    return Side(apply, parameters=parameters(layer))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) -> Tensor:
@@ -120,7 +120,7 @@ def _flash_perceiver(problem: Problem) -> Side:
     ).to(problem.device)  # fmt: skip
     names = {"Wq": "fn.to_q", "Wkv": "fn.to_kv", "out_proj": "fn.to_out"}
     own = {f"{names[owner]}.{kind}": p for n, p in attention.named_parameters() for owner, kind in [n.rsplit(".", 1)]}
-    theirs = dict(layer.named_parameters())
+    theirs = parameters(layer)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(theirs[name])

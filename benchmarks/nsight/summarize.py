@@ -17,7 +17,8 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from benchmarks.output import table, wide_console
+from benchmarks.output import table
+from perceiver_fast.insight.console import wide_console
 from perceiver_fast.insight.ncu import BOUND_FROM, LIMITS, METRICS, STALL, Metric
 
 KERNEL = "Kernel Name"

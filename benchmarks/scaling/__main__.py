@@ -18,27 +18,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.environment import conditions, slug
-from benchmarks.options import DEFAULT_THREADS, at_least
-from benchmarks.output import (
-    Report,
-    deliver,
-    listed,
-    mebibytes,
-    milliseconds,
-    plain,
-    progress,
-    table,
-    wide_console,
-)  # fmt: skip
+from benchmarks import output
+from benchmarks.environment import DEFAULT_THREADS, conditions, slug
 from benchmarks.scaling.plot import draw
 from benchmarks.scaling.point import PEERS, Fingerprint, Limits, Stopped, available_bytes, case_of, difference, measure
 from benchmarks.scaling.record import MEASURED, Point, curve, exponent, read, write
-from benchmarks.sides import OURS, Case, compile_reasons
-from benchmarks.suite.level import DTYPES
+from benchmarks.sides import DTYPES, OURS, Case
 from benchmarks.suite.memory import memory_method
-from perceiver_fast import extension
+from benchmarks.suite.models import PEERS as MODELS
+from perceiver_fast.insight.console import Report, progress, wide_console
 from perceiver_fast.insight.machine import cpu_name
+from perceiver_fast.insight.options import positive
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PASSES = ("forward", "step")
@@ -48,7 +38,6 @@ QUICK = 5  # the sizes of an axis that --quick keeps
 LIMIT_SECONDS = 60.0
 HOPELESS = 4  # times the allowed memory: a peer expected to need more is not even tried
 SAME = {"float32": 1e-3, "bfloat16": 1e-1}  # what peers' results may differ by
-TABLE_WIDTH = 120
 VALUES = {"time": "median", "memory": "peak_memory_bytes"}  # what exponents are fitted to
 
 
@@ -88,7 +77,9 @@ def _point(axis: str, case: Case, limits: Limits, last: Point | None) -> tuple[P
     if last is not None and last.peak_memory_bytes:
         needed = round(last.peak_memory_bytes * (shape.tokens * shape.queries) / (last.tokens * last.latents))
         if needed > HOPELESS * limits.bytes:
-            detail = f"would need about {mebibytes(needed)}, {mebibytes(limits.bytes)} are allowed: not run"
+            detail = (
+                f"would need about {output.mebibytes(needed)}, {output.mebibytes(limits.bytes)} are allowed: not run"
+            )
             return replace(point, status="would not fit", needed_bytes=needed, detail=detail), None
     try:
         row = measure(case, limits)
@@ -121,21 +112,23 @@ def show(console: Console, facts: dict, points: list[Point]) -> None:
             for (tokens, latents), line in lines.items()
         ]
         title = f"{axis}: {here[0].pass_name}, {here[0].dtype}"
-        console.print(table(title, ("M", "N", *peers), rows, left=(), show_lines=True))
+        console.print(output.table(title, ("M", "N", *peers), rows, left=(), show_lines=True))
     where = {point: f"{point.peer} at M = {point.tokens:,}, N = {point.latents:,}" for point in points}
-    plain(console, *(f"{text}: {p.status}: {p.detail}" for p, text in where.items() if p.status != MEASURED))
+    output.plain(console, *(f"{text}: {p.status}: {p.detail}" for p, text in where.items() if p.status != MEASURED))
     for axis, found in exponents(points).items():
         powers = ", ".join(f"{name} {'-' if power is None else f'{power:.2f}'}" for name, power in found.items())
-        plain(console, f"ours grows with {axis} to the power of: {powers} (the last two decades; without the input)")
+        output.plain(
+            console, f"ours grows with {axis} to the power of: {powers} (the last two decades; without the input)"
+        )
     for point in filter(is_different, points):
-        plain(console, f"other results than the first peer's: {where[point]}: {point.difference:.1e}")
-    plain(console, listed(facts))
+        output.plain(console, f"other results than the first peer's: {where[point]}: {point.difference:.1e}")
+    output.plain(console, output.listed(facts))
 
 
 def _cell(point: Point) -> str:
     if point.median is None:
         return point.status
-    return f"{milliseconds(point.median)}\n{mebibytes(point.peak_memory_bytes)}"
+    return f"{output.milliseconds(point.median)}\n{output.mebibytes(point.peak_memory_bytes)}"
 
 
 def is_different(point: Point) -> bool:
@@ -155,9 +148,9 @@ def parser() -> argparse.ArgumentParser:
     add("--pass", dest="pass_name", choices=PASSES, default="forward", help="step: and backward (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="bfloat16: autocast (default: %(default)s)")
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="(default: all)")
-    add("--threads", type=at_least(1), default=DEFAULT_THREADS, help="(default: %(default)s)")
+    add("--threads", type=positive, default=DEFAULT_THREADS, help="(default: %(default)s)")
     add("--limit-seconds", type=float, default=LIMIT_SECONDS, metavar="S", help="for a call (default: %(default)s)")
-    add("--limit-memory", type=at_least(1), metavar="BYTES", help="for a peer (default: 90 %% of what is available)")
+    add("--limit-memory", type=positive, metavar="BYTES", help="for a peer (default: 90 %% of what is available)")
     add("--out", type=Path, default=RESULTS, metavar="DIR", help="where files go (default: benchmarks/results)")
     add("--redraw", type=Path, metavar="CSV", help="draw this file's points again beside it; nothing is measured")
     add("--json", type=Path, metavar="PATH", help="also points and exponents; -: standard output, instead of the table")
@@ -179,10 +172,8 @@ def reasons(args: argparse.Namespace) -> list[str]:
         found.append("the pictures need matplotlib: pip install matplotlib")
     if args.redraw is None and not Path("/proc/self/statm").exists():
         found.append("this system has no /proc, by which memory is limited and measured: run it on Linux")
-    if args.redraw is None and OURS in args.peers and extension.error:
-        found.append(f"{extension.error}; or leave {OURS} out of --peers")
-    if args.redraw is None and "compile" in args.peers and (why := compile_reasons()):
-        found.append(f"{'; '.join(why)}; or leave compile out of --peers")
+    for peer in args.peers if args.redraw is None else ():
+        found += [f"{why}; or leave {peer} out of --peers" for why in MODELS[peer].reasons(None)]
     if not args.limit_seconds > 0:
         found.append(f"--limit-seconds: expected more than 0, got {args.limit_seconds:g}")
     return found
@@ -230,11 +221,11 @@ def main(argv: list[str] | None = None) -> int:
     result = {"conditions": facts, "exponents": exponents(points), "points": list(map(asdict, points)), "files": files}
 
     def printed() -> None:
-        console = wide_console(TABLE_WIDTH)
+        console = wide_console()
         show(console, facts, points)
-        plain(console, *files)
+        output.plain(console, *files)
 
-    deliver(result, args.json, printed)
+    output.deliver(result, args.json, printed)
     bad = any(point.status == "failed" or is_different(point) for point in points)
     return int(bad) if complete else 2
 

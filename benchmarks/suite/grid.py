@@ -19,11 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import perceiver_fast as pf
-from benchmarks.sides import OURS, Case, Peer, Results, Side, ours
+from benchmarks.sides import OURS, Case, Level, Peer, Results, Side, ours
 from benchmarks.suite.layers import one_layer
-from benchmarks.suite.level import Level
 from benchmarks.suite.plans import logits_bytes
-from benchmarks.suite.throughput import Work, scaled
 from perceiver_fast.insight.geometries import Geometry
 
 LAYER_NORM_EPS = 1e-5  # torch's default
@@ -131,16 +129,6 @@ def truth(case: Case) -> Side:
     return dense_side(replace(p, **{name: t.double() for name, t in tensors.items()}), case.pass_name)
 
 
-def work(case: Case) -> Work:
-    """Of one call; torch is given keys and values."""
-    geometry, dense = case.geometry, case.peer == "sdpa"
-    tokens = case.batch * geometry.tokens
-    each = 2 * geometry.dim_head if dense else 2 * geometry.channels + len(geometry.sizes)
-    data = 4 * tokens * (2 * geometry.dim_head if dense else geometry.channels + 1)
-    pairs = geometry.queries * tokens
-    return scaled(Work(case.batch, tokens, pairs, data, float(pairs * each), pairs), case.pass_name)
-
-
 def needs(case: Case) -> dict[str, int]:
     """The memory of plain PyTorch, which builds the logits."""
     if case.peer != "reference":
@@ -157,4 +145,4 @@ PEERS = {
     "sdpa": Peer(lambda case: dense_side(problem(case.geometry, case.batch), case.pass_name)),
     OURS: ours(_grid("cpu")),
 }
-LEVEL = Level(PEERS, truth, work, needs, passes=("forward", "step", "step+tokens"))
+LEVEL = Level(PEERS, truth, lambda geometry: 1, needs=needs, passes=("forward", "step", "step+tokens"))

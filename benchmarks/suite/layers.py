@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from perceiver_pytorch.perceiver_pytorch import Attention, PreNorm, fourier_encode
 from torch import Tensor, nn
 
-from benchmarks.sdpa import with_sdpa
-from benchmarks.sides import OURS, SMART, Case, Peer, Results, Side, compiled, ours, parameters, perturb
-from benchmarks.suite.level import DTYPES, Level
-from benchmarks.suite.plans import eager_bytes, truth_bytes
-from benchmarks.suite.throughput import Work, module_work
+from benchmarks.sides import DTYPES, OURS, SMART, Case, Level, Peer, Results, Side, compiled, ours, parameters, perturb
+from benchmarks.suite.models import with_sdpa
+from benchmarks.suite.plans import needs
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.tokens import DenseTokens
 
@@ -265,25 +263,6 @@ def truth(case: Case) -> Side:
     return Side(module, (x.requires_grad_(case.step), data), parameters(module.layer))
 
 
-def needs(case: Case) -> dict[str, int]:
-    """Memory that the check and the layer take, in bytes; the peers listed first build no N x M matrix."""
-    found = {"the check against float64": truth_bytes(case.geometry, case.batch)}
-    if case.peer not in (OURS, "sdpa", "compile", SMART):
-        found["perceiver-pytorch"] = eager_bytes(case.geometry, case.batch, layers=1)
-    return found
-
-
-@lru_cache(maxsize=3)
-def _work(peer: str, pass_name: str, geometry: Geometry, batch: int) -> Work:
-    module = {OURS: Fast, SMART: SmartDense}.get(peer, Original)(geometry)
-    return module_work(geometry, batch, pass_name, module, 1, latents(geometry, batch), geometry.input(batch))
-
-
-def work(case: Case) -> Work:
-    """What one call of a peer amounts to; libraries do what perceiver-pytorch does."""
-    return _work(case.peer if case.peer in (OURS, SMART) else "eager", case.pass_name, case.geometry, case.batch)
-
-
 def _on_a_grid(case: Case) -> bool:
     """Whether tokens have codes of several axes, which is what tables of the axes are good for."""
     return case.geometry.family == "perceiver" and case.geometry.encoded and len(case.geometry.sizes) > 1
@@ -312,4 +291,4 @@ PEERS = {
         ],
     ),
 }
-LEVEL = Level(PEERS, truth, work, needs, dtypes=DTYPES)
+LEVEL = Level(PEERS, truth, lambda geometry: 1, op=False, needs=needs, dtypes=DTYPES)

@@ -14,7 +14,7 @@ from benchmarks.sides import OURS, Call, Case, Results, errors, excess
 from benchmarks.suite.levels import LEVELS
 from benchmarks.suite.memory import memory_method, peak_memory
 from benchmarks.suite.plans import PLANS
-from benchmarks.suite.throughput import throughput
+from benchmarks.suite.throughput import throughput, work_of
 
 # Of outputs and of gradients, relative to float64; in float32 positions alone cost perceiver-pytorch 1e-4 at high frequencies.
 TOLERANCES = {"float32": (1e-3, 1e-2), "bfloat16": (5e-2, 2e-1)}
@@ -66,7 +66,7 @@ def measure(benchmark, case: Case) -> None:
         pytest.skip("; ".join(reasons))
     for what, needed in level.needs(case).items():
         need_memory(what, needed)
-    work = level.work(case)
+    work = work_of(case)
     side = peer.build(case)
     call, threads = case.call(side), torch.get_num_threads()
     info = case.record() | {"threads": threads} | checked(side.common(call()), case)

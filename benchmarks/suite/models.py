@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
-from torch import nn
+import torch.nn.functional as F
+from perceiver_pytorch.perceiver_io import Attention as IOAttention
+from perceiver_pytorch.perceiver_pytorch import Attention
+from torch import Tensor, nn
 
-from benchmarks.sdpa import with_sdpa
-from benchmarks.sides import OURS, Case, Peer, Side, compiled, ours, parameters
-from benchmarks.suite.level import DTYPES, Level
-from benchmarks.suite.plans import eager_bytes, truth_bytes
-from benchmarks.suite.throughput import Work, module_work
+from benchmarks.sides import DTYPES, OURS, Case, Level, Peer, Side, compiled, ours, parameters
+from benchmarks.suite.plans import needs
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.insight.peer import peer_model
+
+
+class SDPAAttention(Attention):
+    """perceiver-pytorch's attention through torch's scaled_dot_product_attention: no N x M matrix in memory.
+
+    Same parameters, arguments and results. Inverted attention and joined queries, which that function does not have,
+    stay as they were.
+    """
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, inverted_attention: bool = False
+    ) -> Tensor:
+        if inverted_attention or self.queries_contribute_kv:
+            return super().forward(x, context=context, mask=mask, inverted_attention=inverted_attention)
+        keys_values = self.to_kv(x if context is None else context)
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), *keys_values.chunk(2, dim=-1))
+        )
+        if mask is not None:
+            mask = mask.flatten(1)
+            # A row that is all masked attends uniformly, and its logits are constants: zero queries without a mask.
+            empty = ~mask.any(-1, keepdim=True)
+            q = q.masked_fill(empty[:, None, None], 0.0)
+            mask = (mask | empty)[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout.p * self.training)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+def with_sdpa(model: nn.Module) -> nn.Module:
+    """Turn every attention of this one ``model`` of perceiver-pytorch into :class:`SDPAAttention`, in place."""
+    for module in model.modules():
+        if type(module) in (Attention, IOAttention):
+            if type(module) is IOAttention:  # perceiver-pytorch has it twice, once without these options
+                module.dropout, module.queries_contribute_kv = nn.Dropout(0.0), False
+            module.__class__ = SDPAAttention
+    return model
 
 
 def eager(geometry: Geometry) -> nn.Module:
@@ -44,25 +78,6 @@ def truth(case: Case) -> Side:
     return Side(model, (case.geometry.input(case.batch).double(),), parameters(model))
 
 
-@lru_cache(maxsize=2)
-def _work(is_ours: bool, pass_name: str, geometry: Geometry, batch: int) -> Work:
-    model = geometry.build() if is_ours else eager(geometry)
-    return module_work(geometry, batch, pass_name, model, geometry.cross_attentions, geometry.input(batch))
-
-
-def work(case: Case) -> Work:
-    """What one call of our model, or of perceiver-pytorch's, amounts to."""
-    return _work(case.peer == OURS, case.pass_name, case.geometry, case.batch)
-
-
-def needs(case: Case) -> dict[str, int]:
-    """Memory that the check and the model take, in bytes."""
-    found = {"the check against float64": truth_bytes(case.geometry, case.batch)}
-    if "eager" in case.peer:
-        found["perceiver-pytorch"] = eager_bytes(case.geometry, case.batch)
-    return found
-
-
 PEERS = {
     "eager": Peer(lambda case: _side(eager(case.geometry), case)),
     "sdpa": Peer(lambda case: _side(sdpa(case.geometry), case)),
@@ -70,4 +85,4 @@ PEERS = {
     "compile": compiled(lambda case: _side(sdpa(case.geometry), case)),
     "compile-eager": compiled(lambda case: _side(eager(case.geometry), case)),
 }
-LEVEL = Level(PEERS, truth, work, needs, dtypes=DTYPES)
+LEVEL = Level(PEERS, truth, lambda geometry: geometry.cross_attentions, op=False, needs=needs, dtypes=DTYPES)

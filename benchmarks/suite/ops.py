@@ -7,17 +7,15 @@ the sides, and is the truth on float64 inputs; a step returns the gradients of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from perceiver_pytorch.perceiver_pytorch import fourier_encode
 from torch import Tensor
 
-from benchmarks.sides import OURS, Case, Peer, Side, compiled, ours
+from benchmarks.sides import OURS, Case, Level, Peer, Side, compiled, ours
 from benchmarks.suite.layers import one_layer
-from benchmarks.suite.level import Level
-from benchmarks.suite.throughput import Work, counted, scaled
 from perceiver_fast import ops
 from perceiver_fast.cache import ParameterCache
 from perceiver_fast.insight.geometries import Geometry
@@ -37,14 +35,12 @@ class Problem:
     Args:
         inputs: tensors that every side takes.
         sides: peer to function of the inputs; the first is plain PyTorch and what the others are checked against.
-        work: of the forward, without counts.
         wanted: of how many of the inputs, the first ones, a step returns the gradients.
         outputs: of a side. Default: 1. The first is compared; the others are seen through the gradients.
     """
 
     inputs: tuple[Tensor, ...]
     sides: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]
-    work: Work
     wanted: int
     outputs: int = 1
 
@@ -52,11 +48,6 @@ class Problem:
 def random(*size: int, seed: int = 4) -> Tensor:
     """Standard normal numbers, the same at every call."""
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
-
-
-def nbytes(*tensors: Tensor) -> int:
-    """Of tensors together."""
-    return sum(t.nbytes for t in tensors)
 
 
 def cross_attention(geometry: Geometry, batch: int) -> Problem:
@@ -78,10 +69,7 @@ def cross_attention(geometry: Geometry, batch: int) -> Problem:
     def fast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ops.cross_attention(q, k, v, scale=1.0)
 
-    pairs = batch * heads * geometry.queries * geometry.tokens
-    least = nbytes(q, k, v) + 4 * batch * heads * geometry.queries * channels
-    work = Work(batch, batch * geometry.tokens, pairs, least)
-    return Problem((q, k, v), {"eager": eager, "sdpa": sdpa, OURS: fast}, work, wanted=3)
+    return Problem((q, k, v), {"eager": eager, "sdpa": sdpa, OURS: fast}, wanted=3)
 
 
 def fourier_projection(geometry: Geometry, batch: int) -> Problem:
@@ -102,9 +90,7 @@ def fourier_projection(geometry: Geometry, batch: int) -> Problem:
             data if points else axis, weight, num_freq_bands=bands, max_freq=max_freq, norm_eps=EPS, **where
         )
 
-    tokens = batch * geometry.tokens
-    work = Work(batch, tokens, 0, nbytes(weight, data) + 4 * tokens * PROJECTED)
-    return Problem((weight, data), {"eager": eager, OURS: fast}, work, wanted=1)
+    return Problem((weight, data), {"eager": eager, OURS: fast}, wanted=1)
 
 
 def grid_scale(geometry: Geometry, batch: int) -> Problem:
@@ -115,16 +101,14 @@ def grid_scale(geometry: Geometry, batch: int) -> Problem:
     widths = [code.code.shape[-1] for code in tokens.codes]
     codes = tokens.materialize()[:1, :, geometry.channels :]
 
-    def eager(data: Tensor, codes: Tensor, mean: Tensor, square: Tensor) -> Tensor:
-        built = torch.cat([data.flatten(1, -2), codes.expand(data.shape[0], -1, -1)], -1)
+    def eager(data: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+        built = torch.cat([data.flatten(1, -2), codes.to(data).expand(data.shape[0], -1, -1)], -1)
         return (built.var(-1, correction=0) + EPS).rsqrt().view(data.shape[:-1])
 
-    def fast(data: Tensor, codes: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+    def fast(data: Tensor, mean: Tensor, square: Tensor) -> Tensor:
         return ops.grid_scale(data, mean, square, widths, EPS)
 
-    count = batch * geometry.tokens
-    work = Work(batch, count, 0, nbytes(data, mean, square) + 4 * count)
-    return Problem((data, codes, mean, square), {"eager": eager, OURS: fast}, work, wanted=1)
+    return Problem((data, mean, square), {"eager": eager, OURS: fast}, wanted=1)
 
 
 def layer_norm(geometry: Geometry, batch: int) -> Problem:
@@ -140,8 +124,7 @@ def layer_norm(geometry: Geometry, batch: int) -> Problem:
     def fast(x: Tensor, branch: Tensor, branch_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return add_layer_norm(x, branch, branch_bias, weight, bias)[::-1]
 
-    work = Work(batch, batch * geometry.queries, 0, 2 * nbytes(x, branch))
-    return Problem((x, branch, *vectors), {"eager": eager, OURS: fast}, work, wanted=5, outputs=2)
+    return Problem((x, branch, *vectors), {"eager": eager, OURS: fast}, wanted=5, outputs=2)
 
 
 def geglu(geometry: Geometry, batch: int) -> Problem:
@@ -153,8 +136,7 @@ def geglu(geometry: Geometry, batch: int) -> Problem:
         values, gates = (h + bias).chunk(2, dim=-1)
         return values * F.gelu(gates)
 
-    work = Work(batch, batch * geometry.queries, 0, nbytes(h) * 3 // 2)
-    return Problem((h, bias), {"eager": eager, OURS: ops.geglu}, work, wanted=2)
+    return Problem((h, bias), {"eager": eager, OURS: ops.geglu}, wanted=2)
 
 
 def feed_forward(geometry: Geometry, batch: int) -> Problem:
@@ -170,24 +152,22 @@ def feed_forward(geometry: Geometry, batch: int) -> Problem:
         return F.linear(values * F.gelu(gates), weight2)
 
     inputs = z, weight1, bias1, weight2
-    work = Work(batch, batch * geometry.queries, 0, nbytes(*inputs) + z.nbytes)
-    return Problem(inputs, {"eager": eager, OURS: ops.feed_forward}, work, wanted=4)
+    return Problem(inputs, {"eager": eager, OURS: ops.feed_forward}, wanted=4)
 
 
 def linear(geometry: Geometry, batch: int) -> Problem:
     """The widest product of the latents, a feed-forward's first, on the library that was measured fastest."""
-    width, rows = geometry.model["latent_dim"], batch * geometry.queries
+    width = geometry.model["latent_dim"]
     x, weight = random(batch, geometry.queries, width), random(2 * WIDENING * width, width, seed=5) * width**-0.5
     cache = ParameterCache()  # in inference a layer keeps its packed weights
 
     def fast(x: Tensor, weight: Tensor) -> Tensor:
         return packed_linear(x, weight, cache=cache)
 
-    work = Work(batch, rows, 0, nbytes(x, weight) + 4 * rows * len(weight))
-    return Problem((x, weight), {"eager": F.linear, OURS: fast}, work, wanted=2)
+    return Problem((x, weight), {"eager": F.linear, OURS: fast}, wanted=2)
 
 
-def op_level(make: Callable[[Geometry, int], Problem], others: tuple[str, ...]) -> Level:
+def op_level(make: Callable[[Geometry, int], Problem], others: tuple[str, ...], **options: object) -> Level:
     """The level of one op: ``others`` are measured beside ours; "compile" is torch.compile of "eager"."""
 
     def side_of(peer: str, dtype: torch.dtype = torch.float32) -> Callable[[Case], Side]:
@@ -200,24 +180,16 @@ def op_level(make: Callable[[Geometry, int], Problem], others: tuple[str, ...]) 
 
         return build
 
-    def work(case: Case) -> Work:
-        problem = make(case.geometry, case.batch)
-        if case.peer == "compile":  # compiled, no operators are seen
-            return scaled(problem.work, case.pass_name)
-        counts = counted(problem.sides[case.peer], *problem.inputs)
-        done = replace(problem.work, multiply_adds=counts.multiply_adds, exponentials=counts.exponentials)
-        return scaled(done, case.pass_name)
-
     peers = {name: compiled(side_of("eager")) if name == "compile" else Peer(side_of(name)) for name in others}
-    return Level(peers | {OURS: ours(side_of(OURS))}, side_of("eager", torch.float64), work)
+    return Level(peers | {OURS: ours(side_of(OURS))}, side_of("eager", torch.float64), **options)
 
 
 LEVELS = {
-    "cross_attention": op_level(cross_attention, ("eager", "sdpa")),
+    "cross_attention": op_level(cross_attention, ("eager", "sdpa"), attentions=lambda geometry: 1),
     "fourier_projection": op_level(fourier_projection, ("eager", "compile")),
     "grid_scale": op_level(grid_scale, ("eager", "compile")),
-    "layer_norm": op_level(layer_norm, ("eager", "compile")),
-    "geglu": op_level(geglu, ("eager", "compile")),
-    "feed_forward": op_level(feed_forward, ("eager", "compile")),
-    "linear": op_level(linear, ("eager",)),
+    "layer_norm": op_level(layer_norm, ("eager", "compile"), latents=True),
+    "geglu": op_level(geglu, ("eager", "compile"), latents=True),
+    "feed_forward": op_level(feed_forward, ("eager", "compile"), latents=True),
+    "linear": op_level(linear, ("eager",), latents=True),
 }

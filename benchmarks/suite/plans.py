@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.sides import OURS, SMART, Case
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 FLOAT32_BYTES = 4
 QUICK = "cross-only"
+LEAN = (OURS, "sdpa", "compile", SMART)  # peers that build no N x M matrix: they fit where the check does
 GRID = ("model", "layer", "grid_attention", "grid_scale")
 DENSE = ("model", "layer", "cross_attention")
 POINTS = (*DENSE, "fourier_projection")
@@ -80,3 +82,12 @@ def eager_bytes(geometry: Geometry, batch: int, layers: int | None = None) -> in
     built = FLOAT32_BYTES * batch * geometry.tokens * geometry.token_channels
     layers = geometry.cross_attentions if layers is None else layers
     return (layers + 3) * built + (2 * layers + 3) * logits_bytes(geometry, batch)
+
+
+def needs(case: Case) -> dict[str, int]:
+    """Memory that the check of a model or a layer takes, and the peers that form N x M matrices, in bytes."""
+    found = {"the check against float64": truth_bytes(case.geometry, case.batch)}
+    if case.peer not in LEAN:
+        layers = None if case.level == "model" else 1
+        found["perceiver-pytorch"] = eager_bytes(case.geometry, case.batch, layers)
+    return found

@@ -6,17 +6,15 @@ second. Exponentials and multiply-adds are vector instructions that take turns, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perceiver_fast.insight.geometries import Geometry
+from benchmarks.sides import Case
+from benchmarks.suite.levels import LEVELS
 from perceiver_fast.insight.roofs import measure_roofs
 from perceiver_fast.insight.work import WorkCounter, total
-from perceiver_fast.ops import work as counting
 
 BACKWARD = 2  # a step's products, over those of its forward alone: each has one for either operand's gradient
 
@@ -27,36 +25,34 @@ class Work:
 
     Args:
         inputs: images, clips or clouds: the batch.
-        tokens: that are attended to, of all inputs.
+        tokens: that are attended to, of all inputs; of an op on latents, these.
         pairs: of queries (times heads and cross-attentions) and tokens, forward only: softmax weights.
-        bytes: that any implementation has to read at least: inputs and parameters.
-        multiply_adds, exponentials: of this implementation; None where they are not counted.
+        bytes: that have to pass at least: inputs and parameters, and an op's results.
+        multiply_adds, exponentials: of this implementation.
     """
 
     inputs: int
     tokens: int
     pairs: int
     bytes: int
-    multiply_adds: float | None = None
-    exponentials: float | None = None
+    multiply_adds: float
+    exponentials: float
 
 
 def throughput(work: Work, seconds: float, threads: int) -> dict:
-    """What goes into the record: rates, and shares of the roofs in percent (None without roofs or counts).
+    """What goes into the record: rates, and shares of the roofs in percent (None without roofs).
 
     ``percent_of_exp_roof``: as if nothing but one exponential a pair had to be done. ``percent_of_copy_roof``: as if
     nothing but inputs and parameters had to pass through memory. ``percent_of_fma_roof``: the implementation's
     counted multiply-adds. ``percent_of_roof``: all it counts, done at the roofs, over the time it took.
     """
-    roofs, shares = measure_roofs(threads), dict.fromkeys(("exp", "copy", "fma"))
-    whole = None
+    roofs, shares, whole = measure_roofs(threads), dict.fromkeys(("exp", "copy", "fma")), None
     if roofs is not None:
-        shares["copy"] = work.bytes / roofs.copied_bytes
         shares["exp"] = work.pairs / roofs.exponentials if work.pairs else None
-        if work.multiply_adds is not None:
-            shares["fma"] = work.multiply_adds / roofs.multiply_adds
-            vectors = shares["fma"] + (work.exponentials or 0) / roofs.exponentials
-            whole = 100 * max(vectors, shares["copy"]) / seconds
+        shares["copy"] = work.bytes / roofs.copied_bytes
+        shares["fma"] = work.multiply_adds / roofs.multiply_adds
+        vectors = shares["fma"] + work.exponentials / roofs.exponentials
+        whole = 100 * max(vectors, shares["copy"]) / seconds
     return {
         "tokens": work.tokens // work.inputs,
         "inputs_per_second": work.inputs / seconds,
@@ -70,33 +66,22 @@ def throughput(work: Work, seconds: float, threads: int) -> dict:
     }
 
 
-def counted(module: Callable, *inputs: torch.Tensor) -> counting.Work:
-    """What a forward's operators do, counted on tensors without content."""
+def work_of(case: Case) -> Work:
+    """What one call amounts to: a side's own operators, counted on tensors without content."""
+    level, geometry, batch = LEVELS[case.level], case.geometry, case.batch
+    side = level.peers[case.peer].build(case)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode, WorkCounter() as counter:
-        module(*(mode.from_tensor(x) for x in inputs))
-    return total(counter.operators)
+        outputs = (side.plain or side.apply)(*(mode.from_tensor(x) for x in side.inputs))
+    counts = total(counter.operators)
+    outputs = (outputs if isinstance(outputs, tuple) else (outputs,)) if level.op else ()
+    rows = batch * (geometry.queries if level.latents else geometry.tokens)
+    pairs = batch * geometry.heads * geometry.queries * geometry.tokens * level.attentions(geometry)
+    least = sum(t.nbytes for t in (*side.inputs, *side.parameters.values(), *outputs))
+    forward = Work(batch, rows, pairs, least, counts.multiply_adds, counts.exponentials)
+    return step_of(forward) if case.step else forward
 
 
-def module_work(geometry: Geometry, batch: int, pass_name: str, module: nn.Module, attentions: int, *inputs) -> Work:
-    """Of one call of a model or a layer.
-
-    Args:
-        geometry, batch, pass_name: what is measured.
-        module: in plain form, not compiled.
-        attentions: cross-attentions to the input in one forward.
-        *inputs: of the module.
-    """
-    pairs = batch * geometry.heads * geometry.queries * geometry.tokens * attentions
-    least = sum(t.nbytes for t in (*inputs, *module.parameters()))
-    counts = counted(module, *inputs)
-    work = Work(batch, batch * geometry.tokens, pairs, least, counts.multiply_adds, counts.exponentials)
-    return scaled(work, pass_name)
-
-
-def scaled(work: Work, pass_name: str) -> Work:
+def step_of(work: Work) -> Work:
     """A step's work by its forward's: the backward has every product twice, every exponential once more."""
-    if pass_name == "forward":
-        return work
-    products = None if work.multiply_adds is None else (1 + BACKWARD) * work.multiply_adds
-    exponentials = None if work.exponentials is None else 2 * work.exponentials
+    products, exponentials = (1 + BACKWARD) * work.multiply_adds, 2 * work.exponentials
     return Work(work.inputs, work.tokens, work.pairs, 2 * work.bytes, products, exponentials)

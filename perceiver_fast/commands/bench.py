@@ -15,7 +15,7 @@ from types import ModuleType
 import perceiver_fast
 
 EXTRA = "pip install -e '.[bench]'"
-MODES = {"base": "benchmarks.base", "compare": "benchmarks.compare", "scaling": "benchmarks.scaling"}
+MODES = {"base": "benchmarks.base.__main__", "compare": "benchmarks.compare", "scaling": "benchmarks.scaling.__main__"}
 SUITE = "benchmarks.__main__"
 
 

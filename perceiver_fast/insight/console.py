@@ -21,10 +21,10 @@ class _Console(Console):
         raise BrokenPipeError  # rich would exit with 1, which says something else here
 
 
-def wide_console() -> Console:
+def wide_console(width: int = WIDTH) -> Console:
     """Standard output, wide enough for tables where it is no terminal."""
     console = _Console()
-    return console if console.is_terminal else _Console(width=WIDTH)
+    return console if console.is_terminal else _Console(width=width)
 
 
 def plain_table(

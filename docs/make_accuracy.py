@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))  # this checkout's package
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.commands.peer_model import peer_model
+from perceiver_fast.insight.peer import peer_model
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 
 PAGE = HERE / "accuracy.md"

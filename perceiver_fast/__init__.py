@@ -15,7 +15,7 @@ from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
 from perceiver_fast.ops.linear_libraries import use_linear
 from perceiver_fast.ranges import ranges
-from perceiver_fast.version import __version__
+from perceiver_fast.version import __version__ as __version__
 
 __all__ = [
     "BackendError",

@@ -19,8 +19,8 @@ sys.path.insert(0, str(HERE.parent))  # this checkout's package
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.insight.peer import peer_model
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
+from perceiver_fast.insight.peer import peer_model
 
 PAGE = HERE / "accuracy.md"
 START, END = "<!-- table: python docs/make_accuracy.py -->", "<!-- end of the table -->"

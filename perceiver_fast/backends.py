@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from perceiver_fast.settings import Setting
+from perceiver_fast.settings import Setting, Use
 
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 
@@ -94,7 +94,7 @@ def _check(name: str, where: str) -> str:
     return name
 
 
-class use_backend:
+class use_backend(Use):
     """Force a backend for every op, at once and, used as a context manager, until the end of the block.
 
     It holds for the thread or asyncio task that it is called in; others have the process's own: nn.DataParallel's
@@ -120,15 +120,7 @@ class use_backend:
     """
 
     def __init__(self, name: str):
-        self._forced = _backend.force(_check(name, "use_backend"))
-        self._forced.bare = True  # until it is entered: it ends with the block around it, if there is one
-
-    def __enter__(self) -> use_backend:
-        self._forced.bare = False
-        return self
-
-    def __exit__(self, *exc) -> None:
-        _backend.release(self._forced)
+        super().__init__(_backend, _check(name, "use_backend"))
 
 
 _backend = Setting("backend", _check(os.environ.get("PERCEIVER_FAST_BACKEND") or "auto", "PERCEIVER_FAST_BACKEND"))

@@ -90,3 +90,25 @@ class _Forced:
 
     def __init__(self, value: str):
         self.value, self.holds, self.bare = value, True, False
+
+
+class Use:
+    """Base class of what forces a value of a setting at once and, used as a context manager, until the end of the block.
+
+    Without a block of its own the value ends with the block around it, if there is one.
+
+    Args:
+        setting: what is set.
+        value: a value of it.
+    """
+
+    def __init__(self, setting: Setting, value: str):
+        self._setting, self._forced = setting, setting.force(value)
+        self._forced.bare = True
+
+    def __enter__(self):
+        self._forced.bare = False
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._setting.release(self._forced)

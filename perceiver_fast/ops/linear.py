@@ -107,7 +107,10 @@ class LinearFunction(torch.autograd.Function):
 
 
 class _Packed:
-    """Weights laid out in advance for one number of rows, once that has come twice in turn."""
+    """A weight packed for products with one number of rows: from the second product in a row with that number on.
+
+    ``product`` multiplies by it, once there is one; ``seen`` says that the first product has come.
+    """
 
     product: Callable[[Tensor], Tensor] | None = None
     seen = False

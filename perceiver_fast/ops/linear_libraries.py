@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from perceiver_fast.settings import Setting
+from perceiver_fast.settings import Setting, Use
 
 NAMES = ("auto", "torch", "mkl", "onednn")
 ROWS, INNER, OUTER = 256, 512, 2048  # the problem that is timed: a feed-forward of perceiver-pytorch's README
@@ -159,12 +159,12 @@ def measure(dtype: torch.dtype) -> dict[str, dict[str, float]]:
         by_kind = _calls(dtype)
         if dtype == torch.bfloat16:
             for kind, calls in _calls(torch.float32).items():
-                by_kind[kind]["float32"] = calls[choose(kind, torch.float32)]
+                by_kind[kind]["float32"] = calls[fastest(kind, torch.float32)]
         return {kind: _speeds(calls) for kind, calls in by_kind.items()}
 
 
 @functools.cache
-def choose(kind: str, dtype: torch.dtype) -> str:
+def fastest(kind: str, dtype: torch.dtype) -> str:
     """The library that was measured to be the fastest, or one that is as good and comes before it."""
     speeds = {name: speed for name, speed in measure(dtype)[kind].items() if name in LIBRARIES}
     return _fastest(speeds, PACKED_GAIN if kind == "packed" else GAIN)
@@ -173,10 +173,10 @@ def choose(kind: str, dtype: torch.dtype) -> str:
 @functools.cache
 def _float32_is_faster() -> bool:
     found = measure(torch.bfloat16)
-    return statistics.geometric_mean(s["float32"] / s[choose(k, torch.bfloat16)] for k, s in found.items()) > GAIN
+    return statistics.geometric_mean(s["float32"] / s[fastest(k, torch.bfloat16)] for k, s in found.items()) > GAIN
 
 
-class use_linear:
+class use_linear(Use):
     """Say which library runs large matrix products on the CPU, at once and, as a context manager, until a block ends.
 
     It holds for the thread or asyncio task that it is called in.
@@ -197,15 +197,7 @@ class use_linear:
     """
 
     def __init__(self, name: str):
-        self._forced = _library.force(_check(name, "use_linear"))
-        self._forced.bare = True  # until it is entered: it ends with the block around it, if there is one
-
-    def __enter__(self) -> use_linear:
-        self._forced.bare = False
-        return self
-
-    def __exit__(self, *exc) -> None:
-        _library.release(self._forced)
+        super().__init__(_library, _check(name, "use_linear"))
 
 
 def _check(name: str, where: str) -> str:
@@ -222,9 +214,9 @@ def library_of(kind: str, dtype: torch.dtype = torch.float32) -> str:
         return "torch"
     forced = _library.value()
     if forced == "auto":
-        return choose(kind, dtype)
+        return fastest(kind, dtype)
     library = LIBRARIES[forced]
-    has = library.pack if kind == "packed" else getattr(library, kind)
+    has = library.pack if kind == "packed" else library.products()[kind]
     return forced if has is not None and dtype in library.takes else "torch"
 
 

@@ -123,7 +123,7 @@ def test_the_probe_and_the_choice():
             measured = linear_libraries.measure(dtype)
             assert set(measured) == set(linear_libraries.KINDS) and linear_libraries.measure(dtype) is measured
             chosen = linear_libraries.library_of(kind, dtype)
-            assert chosen == linear_libraries.choose(kind, dtype)
+            assert chosen == linear_libraries.fastest(kind, dtype)
             assert ("float32" in measured[kind]) == (dtype == torch.bfloat16)
             assert measured[kind][chosen] > 0 and measured[kind][chosen] >= measured[kind]["torch"]
         assert linear_libraries.library_of(kind, torch.float64) == "torch"

@@ -61,6 +61,7 @@ def test_sdist_holds_the_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     needed = [path for end in ("cpp", "h", "cu", "cuh") for path in ROOT.glob(f"csrc/**/*.{end}")]
+    needed += [path for end in ("cpp", "h") for path in ROOT.glob(f"tests/**/*.{end}")]
     needed += ROOT.glob("perceiver_fast/**/*.py")
     needed += [
         *ROOT.glob("kernels/*.py"),

@@ -53,14 +53,14 @@ void run_group(const CrossAttentionBlocking<T>& blocking, const TokenTerms<T>& t
   }
 }
 
-// Adds the sums of another part of the tokens, which may be shifted otherwise.
+// Adds the sums of another part of the tokens, whose shifts may differ.
 template <class T>
 void add_state(const ForwardState<T>& at, T* state, T* other, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     T *shift = at.shift(state, i), *other_shift = at.shift(other, i);
     T *total = at.total(state, i), *other_total = at.total(other, i);
     for (int64_t lane = 0; lane < at.width; ++lane) {
-      // An empty sum has no say; the smaller shift belongs to the larger logits.
+      // A part that summed nothing is left out. Of two shifts the smaller one belongs to the larger logits.
       const bool take = total[lane] == 0 || (other_total[lane] != 0 && other_shift[lane] < shift[lane]);
       const T common = take ? other_shift[lane] : shift[lane];
       const T mine = total[lane] == 0 ? T(1) : T(std::exp2(double(common - shift[lane])));

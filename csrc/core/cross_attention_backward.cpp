@@ -161,23 +161,21 @@ class Backward {
     if (in_.dropout) pack_hashes(blocking_, head, block, hashes);
   }
 
+  // A packed block as the kernels see it, without a place for its gradients.
   BackwardBlock<T> view(T* at, const Hash* hashes, T* p, T* ds) const {
-    return {packed_.q(at),
-            packed_.shift(at),
-            packed_.grad(at),
-            packed_.delta(at),
-            packed_.q_rows(at),
-            packed_.grad_rows(at),
-            packed_.pad_d,
-            packed_.pad_v,
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            nullptr,
-            hashes,
-            p,
-            ds};
+    BackwardBlock<T> block{};
+    block.q = packed_.q(at);
+    block.shift = packed_.shift(at);
+    block.grad = packed_.grad(at);
+    block.delta = packed_.delta(at);
+    block.q_rows = packed_.q_rows(at);
+    block.grad_rows = packed_.grad_rows(at);
+    block.pad_d = packed_.pad_d;
+    block.pad_v = packed_.pad_v;
+    block.hashes = hashes;
+    block.p = p;
+    block.ds = ds;
+    return block;
   }
 
   void each_part(bool correction) {

@@ -1,4 +1,4 @@
-// Dtypes of operands that are not all alike: what kernels of the ops that pass over activations once are made for.
+// The combinations of dtypes that geglu and layer_norm are compiled for: their operands need not all be of one dtype.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
-// load, store, and `rounded`: the vector that a load gives back after a store.
+// load, store, and rounded(v): what a load would give back after v was stored.
 template <class X>
 struct Elements : Simd<X> {
   using T = X;
@@ -18,7 +18,8 @@ struct Elements : Simd<X> {
   static PF_INLINE Vec rounded(Vec v) { return v; }
 };
 
-// Sixteen bits a lane, as 32-bit ones from memory and back; compilers widen and narrow in more steps on their own.
+// Lanes of 32 bits from 16-bit elements in memory, and back. Written out, since compilers take more instructions for
+// it.
 typedef uint32_t Words32 __attribute__((vector_size(PF_VECTOR_BYTES)));
 #if PF_VECTOR_BYTES == 64
 PF_INLINE Words32 load_halves(const void* p) {

@@ -18,7 +18,7 @@ namespace perceiver_fast {
 
 namespace {
 
-// Each part of the backward holds the weight's gradient twice; there are no more parts than this many bytes allow.
+// Each part of the backward holds the weight's gradient twice. There are as many parts as this many bytes allow.
 constexpr int64_t kPartBytes = int64_t(256) << 20;
 constexpr int64_t kPartTiles = 4;  // a part with fewer tiles spends its time on clearing and adding its sums
 

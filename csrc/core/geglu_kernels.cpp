@@ -6,7 +6,7 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
-constexpr int64_t kSumColumns = 1024;  // features at a time of rows whose sums are wanted: 8 KB, which stay in L1
+constexpr int64_t kSumColumns = 1024;  // features at a time where rows are summed: 8 KB of sums, which stay in L1
 
 template <class D>
 void geglu_rows(const GegluForward<D>& call, int64_t begin, int64_t end) {

@@ -82,9 +82,9 @@ struct GridAttentionKernels {
   void (*backward)(const TokenBox<T>&, const QueryBlock<T>&);
   void (*maximum)(const TokenBox<T>&, const T* q, T* max);  // max [lanes] is raised to the largest S
   void (*token_gradient)(const TokenBox<T>&, const TokenGradient<T>&);
-  // Inverted attention, [M] each. token_sums: log2 of the sum over the queries of 2^S, as a maximum and a sum of 2^(S -
-  // maximum). token_delta: the sum over the queries of P times (its gradient - the box's delta); it needs neither feat
-  // nor the outputs of TokenGradient.
+  // Inverted attention, [M] each. token_sums: log2 of the sum over the queries of 2^S, as a maximum and the sum of 2^(S
+  // - maximum). token_delta: the sum over the queries of P times (its gradient - the box's delta); it needs neither
+  // feat nor the outputs of TokenGradient.
   void (*token_sums)(const TokenBox<T>&, const TokenGradient<T>&, T* maximum, T* sum);
   void (*token_delta)(const TokenBox<T>&, const TokenGradient<T>&, T* delta);
 };

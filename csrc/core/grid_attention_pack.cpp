@@ -90,7 +90,7 @@ PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, con
     for (int64_t b = 0; b < B; ++b) {
       const uint8_t* mask = in.mask + b * tokens;
       const int64_t visible = std::count_if(mask, mask + tokens, [](uint8_t m) { return m != 0; });
-      packed.all_masked[b] = visible == 0 && !in.inverted;  // inverted: attends to nothing
+      packed.all_masked[b] = visible == 0 && !in.inverted;  // inverted attention gives it no weight at all
       packed.constant[b] |= visible <= 1;
     }
 
@@ -127,7 +127,8 @@ void bound_logits(const T* table, const std::vector<int64_t>& sizes, int64_t fea
     for (int lane = 0; lane < lanes; ++lane) axes[lane] += axis_max[lane];
   }
   for (int lane = 0; lane < lanes; ++lane) {
-    // The channels' share is at most the sum of its terms' extremes, and at most |g| |r x|: many channels want that.
+    // The channels' share is at most the sum of its terms' extremes, and at most |g| |r x|, which is the smaller bound
+    // where channels are many.
     T extremes = 0, square = 0;
     for (int64_t f = 0; f < features; ++f) {
       const T g = table[f * lanes + lane];

@@ -6,10 +6,10 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
-// Mean and variance of the n values that the second pass reads from row; sum is theirs, made in the first.
+// Mean and variance of the n values of a row, given their sum.
 //
-// A rounded mean is off by some of its last bits, which is much where the mean is large beside the deviations: the mean
-// of what it leaves corrects it.
+// sum / n is rounded, and where the mean is large beside the deviations from it, that error matters: so the mean of the
+// deviations from it is computed too, and corrects it.
 template <class T, class X>
 PF_INLINE void statistics(const X* row, int64_t n, T sum, T* mean, T* variance) {
   const T shift = sum / T(n);

@@ -22,7 +22,7 @@ constexpr int kPasses = 5, kTurns = 2;  // a turn measures all rates one after t
 constexpr int64_t kCopied = int64_t(512) << 20;     // bytes of all buffers; less would fit into caches
 constexpr int64_t kLeastCopied = int64_t(8) << 20;  // bytes of one buffer at least
 
-volatile float sink;  // keeps what the loops compute
+volatile float sink;  // results are written here, so that the compiler cannot leave the loops out
 
 struct Threads : std::vector<std::thread> {
   ~Threads() { join(); }  // also those that were started before one could not be

@@ -1,12 +1,13 @@
-// Loops that do one thing as fast as an instruction set can.
+// Loops that do nothing but multiply-adds, or nothing but exponentials, for one instruction set.
 #include "roofs.h"
 #include "simd.h"
 
 namespace perceiver_fast {
 namespace PF_ISA {
 
-// Enough chains to hide the latency on two ports (four or five cycles of one instruction, some forty of an
-// exponential), and for the multiply-adds few enough for the registers.
+// A chain is a row of operations that each need the one before. There are enough of them to keep two units busy while
+// results are on their way (four or five cycles for an instruction, some forty for an exponential), and no more chains
+// of multiply-adds than there are registers.
 constexpr int kMultiplyAddChains = PF_VECTOR_BYTES == 64 ? 16 : 12;
 constexpr int kExponentialChains = 12;
 

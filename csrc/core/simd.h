@@ -175,7 +175,7 @@ PF_INLINE typename Simd<T>::Vec exp2(typename Simd<T>::Vec t, typename Simd<T>::
 
 // Flushes denormals to zero while a kernel runs and restores the caller's mode afterwards. They cost a hundred cycles
 // each, and in these kernels they are only ever weights below 2^-126 of the largest.
-class FlushDenormals {
+class [[maybe_unused]] FlushDenormals {  // does nothing but on x86
  public:
 #if defined(__x86_64__)
   FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }

@@ -22,7 +22,7 @@ struct TokenRows {
   double* spread;     // [A]: S_a; null without LayerNorm
 };
 
-// The sums of one token while its channels go by in order of place; all of it is one thread's.
+// The sums of one token, which one thread adds to channel by channel, in the order of FourierTokens.
 template <class T>
 struct TokenSums {
   TokenRows<T> at;
@@ -36,7 +36,8 @@ struct TokenSums {
     along = apart = 0;
   }
 
-  // Places v0 .. v0 + 63, whose e stand in products[place][token]. Sums in T reach over one tile, those in double on.
+  // Places v0 .. v0 + 63, whose e stand in products[place][token]. Sums over these are in T, sums over
+  // all places in double.
   template <int kWidth>
   __device__ void add(const FourierTokens<T>& tokens, int v0, const T (&products)[kColumns][kWidth], int token) {
     T tile_dr = 0, tile_sum = 0, tile_along = 0, tile_apart = 0;
@@ -89,8 +90,8 @@ struct TokenSums {
 
 constexpr int kTokenBlocks = 3;  // an SM: with a fourth, a token's sums spill from the registers beside the tile
 
-// dposition and spread [B M, A], dfeat [B M, F]. A block owns a tile of tokens and goes over 64 channels after another:
-// the tile of e = d_out W^T by multiply-adds, then one thread a token adds them up.
+// dposition and spread [B M, A], dfeat [B M, F]. A block owns a tile of tokens and takes 64 channels at a time: all
+// threads compute the tile of e = d_out W^T, then one thread for every token adds it to the token's sums.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kTokenBlocks)
     fourier_dtokens_kernel(FourierTokens<T> tokens, const T* d_out, const T* weight, const T* scale, int columns,

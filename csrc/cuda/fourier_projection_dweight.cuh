@@ -1,5 +1,5 @@
-// dW = sum_m r_m z_m^T d_out_m: the forward's tile with tokens for terms. Tokens are split over blocks, whose partial
-// sums a second kernel adds in order: no atomics, one result.
+// dW = sum_m r_m z_m^T d_out_m: the forward's product of tiles, here summed over tokens. Tokens are split over blocks,
+// whose partial sums a second kernel adds in order: without atomics, so that every run gives the same result.
 #pragma once
 
 #include "fourier_projection_forward.cuh"
@@ -18,7 +18,7 @@ int weight_splits(const FourierTokens<T>& tokens, int columns) {
   return weight_splits(tokens.tokens, blocks_for(tokens.channels, Tile<T>::rows) * blocks_for(columns, kColumns));
 }
 
-// partial [splits, C, D]. A thread makes the same band for one token after the other.
+// partial [splits, C, D]. A thread computes the codes of one and the same band for one token after the other.
 template <class T>
 __global__ void __launch_bounds__(kThreads, TileShape<T>::blocks)
     fourier_dweight_kernel(FourierTokens<T> tokens, const T* d_out, const T* scale, int columns, int64_t split_tokens,

@@ -1,5 +1,5 @@
-// A matrix product's tile in registers, from panels in shared memory: every kernel of the projection is one of these
-// around panels of its own making. Plain multiply-adds in T (no TF32), so float32 results are float32's.
+// A tile of a matrix product in registers, computed from panels in shared memory. Every kernel of the projection fills
+// panels in its own way and multiplies them here. Plain multiply-adds in T (no TF32): float32 has all its digits.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ constexpr int kColumns = 64;   // of a tile
 constexpr int kDepth = 32;     // of the panels: terms of the product between two barriers
 constexpr int kPad = 4;        // keeps vector loads aligned and makes the transposed stores below free of conflicts
 
-// Rows of a tile, what of it a thread owns, and the blocks that an SM should hold: it caps registers at 128 for float32
-// and 168 for float64.
+// Rows of a tile, how much of it a thread owns, and how many blocks a multiprocessor should hold, which limits a thread
+// to 128 registers for float32 and 168 for float64.
 template <class T>
 struct TileShape;
 template <>

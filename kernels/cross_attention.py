@@ -310,7 +310,7 @@ def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Te
     return o, lse, launches
 
 
-def check(q: Tensor, v: Tensor, scale: float, inverted: bool) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float, inverted: bool) -> None:
     """Raises what these kernels cannot do: the public function never asks for it, who calls the registered op may.
 
     Raises:
@@ -318,6 +318,11 @@ def check(q: Tensor, v: Tensor, scale: float, inverted: bool) -> None:
     """
     if inverted:
         raise RuntimeError("cross_attention: the Triton kernels expected a softmax over tokens, got inverted attention")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
+        raise RuntimeError(
+            "cross_attention: the Triton kernels expected q [B, H, N, d], k [B, H, M, d] and v [B, H, M, dv], got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     if not scale > 0:
         raise RuntimeError(f"cross_attention: the Triton kernels expected a positive scale, got {scale}")
     if v.shape[3] == 0:
@@ -354,7 +359,7 @@ def forward(
     Raises:
         RuntimeError: see :func:`check`.
     """
-    check(q, v, scale, inverted)
+    check(q, k, v, scale, inverted)
     o, lse, launches = forward_launches(q, k, v, mask, scale, dropout, seed, architecture(q.device))
     for launch in launches:
         launch.run()

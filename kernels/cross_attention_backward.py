@@ -233,7 +233,7 @@ def backward(
     Raises:
         RuntimeError: see :func:`perceiver_fast.kernels.cross_attention.check`.
     """
-    check(q, v, scale, inverted)
+    check(q, k, v, scale, inverted)
     arch = architecture(q.device)
     *grads, launches = backward_launches(d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch)
     for launch in launches:

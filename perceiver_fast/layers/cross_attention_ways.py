@@ -133,6 +133,11 @@ def attend_projected(
         kv = torch.cat([fn.project("to_kv", z).to(kv.dtype), kv], 1)
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], z.shape[1]), mask], -1)
+    if 2 * q.shape[-1] != kv.shape[-1]:  # to_q may be anything that somebody put there
+        raise ValueError(
+            f"PreNorm: expected {kv.shape[-1] // 2} channels of fn.to_q, as many as fn.to_kv has for keys, "
+            f"got {q.shape[-1]}; give both the same heads and channels"
+        )
     q, k, v = (fn.split_heads(t) for t in (q, *kv.chunk(2, dim=-1)))
     out = cross_attention_unchecked(q, k, v, mask, fn.active_dropout, inverted, fn.scale, with_lse, backend)
     out, lse = out if with_lse else (out, None)

@@ -19,7 +19,7 @@ from math import prod
 from perceiver_fast.backends import Choice, forced_backend, require
 from perceiver_fast.ops.cross_attention import CROSS_ATTENTION, CrossAttentionCall
 from perceiver_fast.ops.grid_attention import GRID_ATTENTION, GridAttentionCall, grid_attention_work
-from perceiver_fast.ops.library import autocast_dtype, half_dtype
+from perceiver_fast.ops.library import half_dtype, projected_dtype
 from perceiver_fast.ops.work import Work, attention_work
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
 from perceiver_fast.tracing import known
@@ -88,7 +88,8 @@ def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
 
 
 def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
-    sizes, features = tuple(map(known, tokens.sizes)), tokens.features
+    sizes = tuple(map(known, tokens.sizes))
+    features = tokens.features + layer.inverted  # one more channel, with the keys' bias
     length = features + sum(sizes)
     attention = grid_attention_work((batch, rows, length), (batch, *sizes, features), layer.inverted)
     # The tables of queries and of results are products, written and read; and the tokens are read.
@@ -97,8 +98,9 @@ def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: i
 
 
 def _absorbed_work(tokens: DenseTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
-    wide, many = (batch, rows, tokens.channels), (batch, count, tokens.channels)
-    products = 2 * batch * rows * layer.dim_head * tokens.channels
+    channels = tokens.channels + (layer.inverted or layer.dropout > 0)  # a channel of ones, where weights are counted
+    wide, many = (batch, rows, channels), (batch, count, channels)
+    products = 2 * batch * rows * layer.dim_head * channels
     return attention_work(wide, many, many, layer.inverted) + Work(products, bytes=FLOAT * 3 * prod(many))
 
 
@@ -142,11 +144,11 @@ def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
 
 
 def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:
-    dtype, heads, queries, channels = tokens.compute, layer.heads, layer.queries, layer.dim_head
+    heads, queries, channels = layer.heads, layer.queries, layer.dim_head
     if path == "projected":
-        dtype = autocast_dtype(tokens.device) or dtype
+        dtype = projected_dtype(tokens.feat)
     else:  # heads are queries; a channel of ones rides along where weights have to be counted
-        dtype = half_dtype(tokens.device, tokens.feat.dtype) or dtype
+        dtype = half_dtype(tokens.device, tokens.feat.dtype) or tokens.compute
         channels = tokens.channels + (layer.inverted or layer.dropout > 0)
         if not layer.inverted:
             heads, queries = 1, heads * queries

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 
-def check_floating(op: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError unless all are tensors of floating point; None is passed over."""
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Raise TypeError unless all are tensors of floating point."""
     for name, t in tensors.items():
-        if t is None:
-            continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: expected {name} to be a tensor, got {type(t).__name__}; use torch.as_tensor")
         if not t.is_floating_point():
@@ -36,14 +34,13 @@ def check_device(op: str, name: str, t: Tensor, like: Tensor, like_name: str) ->
         )
 
 
-def check_alike(op: str, **tensors: Tensor | None) -> None:
-    """Raise unless all are of floating point, and of the dtype and device of the first; None is passed over."""
+def check_alike(op: str, **tensors: Tensor) -> None:
+    """Raise unless all are of floating point, and of the dtype and device of the first."""
     check_floating(op, **tensors)
     first_name, first = next(iter(tensors.items()))
     for name, t in tensors.items():
-        if t is not None:
-            check_dtype(op, name, t, (first.dtype,), f"like {first_name}")
-            check_device(op, name, t, first, first_name)
+        check_dtype(op, name, t, (first.dtype,), f"like {first_name}")
+        check_device(op, name, t, first, first_name)
 
 
 def check_shape(op: str, name: str, t: Tensor, shape: Sequence[int], why: str) -> None:

@@ -21,7 +21,12 @@ def register(counter: ModuleType) -> None:
     """Make torch's counter, the module, know all operators of this package."""
 
     def formula(operator: Operator) -> Callable[..., int]:
-        return lambda *args, out_shape=None, **keywords: 2 * operator.work(*args).multiply_adds
+        names = [argument.name for argument in operator.packet.default._schema.arguments]
+
+        def count(*args, out_shape=None, **keywords):
+            return 2 * operator.work(*args, *(keywords[name] for name in names[len(args) :])).multiply_adds
+
+        return count
 
     for operator in OPERATORS.values():
         if operator.packet not in counter.flop_registry:  # as it is where this package is imported again

@@ -28,7 +28,7 @@ from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.fourier_projection_checks import check
 from perceiver_fast.ops.grid_scale import grid_scale_unchecked
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, kernel_reasons, unless_autocast
+from perceiver_fast.ops.library import compute_dtype, kernel_reasons, projected_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.ops.work import Shape, Work
 from perceiver_fast.ranges import op_range
@@ -158,7 +158,7 @@ def fourier_projection_unchecked(
         ``[B, M, D]``, the dtype of weight, or autocast's when it is on.
     """
     device, compute = weight.device, compute_dtype(weight.dtype)
-    result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
+    result = projected_dtype(weight)
     backend = "blocks" if transformed() else FOURIER_PROJECTION.require(PointwiseCall(weight.dtype, device))
     with unless_autocast(device):
         feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
@@ -285,7 +285,7 @@ def fourier_projection(
     if len(positions) == 1:
         return fourier_projection_unchecked(feat, positions[0].view(1, -1, 1), frequencies, weight, bias, norm_eps)
     compute = compute_dtype(weight.dtype)
-    result = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
+    result = projected_dtype(weight)
     with unless_autocast(device):
         feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
         return _on_grid(feat, positions, frequencies, weight, bias, norm_eps).to(result)

@@ -21,15 +21,13 @@ def check(coords, weight, num_freq_bands, max_freq, feat, bias, norm_eps, layout
         raise ValueError(f"{OP}: expected num_freq_bands to be an int of at least 0, got {num_freq_bands!r}")
     if norm_eps is not None and not norm_eps >= 0:
         raise ValueError(f"{OP}: expected norm_eps to be None or at least 0, got {norm_eps!r}")
-    if weight is None:
-        raise TypeError(f"{OP}: expected weight to be a tensor, got NoneType; give the projection's [C, D]")
-    check_floating(OP, weight=weight, feat=feat, bias=bias)
+    optional = {name: t for name, t in (("feat", feat), ("bias", bias)) if t is not None}
+    check_floating(OP, weight=weight, **optional)
     if weight.dim() != 2 or weight.shape[1] == 0:
         raise ValueError(f"{OP}: expected weight [C, D] with D at least 1, got shape {tuple(weight.shape)}")
     batch, tokens, axes = _check_coords(coords, weight)
-    for name, t in (("feat", feat), ("bias", bias)):
-        if t is not None:
-            check_device(OP, name, t, weight, "weight")
+    for name, t in optional.items():
+        check_device(OP, name, t, weight, "weight")
     features = 0
     if feat is not None:
         if feat.dim() != 3 or feat.shape[1] != tokens or (batch != 1 and feat.shape[0] != batch):

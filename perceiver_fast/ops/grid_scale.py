@@ -9,16 +9,17 @@ The mean itself is never needed: subtracting it is linear, so the layers centre 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
 
 from perceiver_fast import extension, reference
 from perceiver_fast.backends import Backend
-from perceiver_fast.ops.checks import check_alike, check_shape
+from perceiver_fast.ops.checks import check_device, check_dtype, check_floating, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import transformed
-from perceiver_fast.ops.library import kernel_reasons
+from perceiver_fast.ops.library import compute_dtype, kernel_reasons
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.ops.work import no_work
 from perceiver_fast.ranges import op_range
@@ -99,9 +100,9 @@ def grid_scale(
 
     Args:
         feat: raw channels ``[B, n_1, .., n_A, F]``, floating point.
-        axis_mean: ``[n_1 + .. + n_A]``, the mean of every axis code, axes joined in order; the dtype of feat.
-        axis_square: ``[n_1 + .. + n_A]``, the sum of squares of every axis code about its own mean; the dtype of feat.
-        axis_channels: channels of every axis' code, one int of at least 1 an axis.
+        axis_mean: ``[n_1 + .. + n_A]``, the mean of every axis code, axes joined in order; the dtype of feat, or float32 beside half precision.
+        axis_square: ``[n_1 + .. + n_A]``, the sum of squares of every axis code about its own mean; the same dtypes.
+        axis_channels: channels of every axis' code, one int an axis.
         eps: LayerNorm's epsilon, at least 0. Default: 1e-5, torch's.
 
     Returns:
@@ -117,8 +118,12 @@ def grid_scale(
         >>> grid_scale(torch.ones(1, 2, 2, 1), torch.zeros(4), torch.full((4,), 2.0), [2, 2]).shape
         torch.Size([1, 2, 2])
     """
-    _check(feat, axis_mean, axis_square, axis_channels, eps)
-    return grid_scale_unchecked(feat, axis_mean, axis_square, axis_channels, eps)
+    try:
+        widths = [index(width) for width in axis_channels]
+    except TypeError:
+        raise TypeError(f"{OP}: expected axis_channels to be ints, one an axis, got {axis_channels!r}") from None
+    _check(feat, axis_mean, axis_square, widths, eps)
+    return grid_scale_unchecked(feat, axis_mean, axis_square, widths, eps)
 
 
 @op_range(OP)
@@ -131,11 +136,13 @@ def grid_scale_unchecked(
     return reference.grid_scale(feat, axis_mean, axis_square, axis_channels, eps)
 
 
-def _check(feat, axis_mean, axis_square, axis_channels, eps) -> None:
-    check_alike(OP, feat=feat, axis_mean=axis_mean, axis_square=axis_square)
-    widths = list(axis_channels)
-    if not widths or any(type(width) is not int or width < 1 for width in widths):
-        raise ValueError(f"{OP}: expected axis_channels of at least one axis, ints of at least 1, got {widths}")
+def _check(feat, axis_mean, axis_square, widths, eps) -> None:
+    check_floating(OP, feat=feat, axis_mean=axis_mean, axis_square=axis_square)
+    for name, t in (("axis_mean", axis_mean), ("axis_square", axis_square)):
+        check_dtype(OP, name, t, (feat.dtype, compute_dtype(feat.dtype)), "like feat")
+        check_device(OP, name, t, feat, "feat")
+    if not widths or min(widths) < 0 or max(widths) >= 2**31:
+        raise ValueError(f"{OP}: expected axis_channels of at least one axis, ints from 0 on, got {widths}")
     if feat.dim() != len(widths) + 2:
         raise ValueError(
             f"{OP}: expected feat [B, n_1, .., n_A, F] of {len(widths)} axes, as axis_channels has, got shape "

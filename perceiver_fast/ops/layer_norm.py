@@ -247,7 +247,7 @@ def _check(x, branch, branch_bias, weight, bias, out_dtype) -> None:
                 f"{OP}: expected branch {tuple(x.shape)}, like x, got {tuple(branch.shape)}; expand the smaller one"
             )
         check_device(OP, "branch", branch, x, "x")
-        check_dtype(OP, "branch", branch, (out_dtype,), "like out_dtype")
+        check_dtype(OP, "branch", branch, (out_dtype,), "like out_dtype (or name its dtype as out_dtype)")
     for name, vector in (("branch_bias", branch_bias), ("weight", weight), ("bias", bias)):
         if vector is None:
             continue

@@ -59,6 +59,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def projected_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a product with a parameter: autocast's, where it is on; but autocast leaves float64 alone."""
+    return weight.dtype if weight.dtype == torch.float64 else autocast_dtype(weight.device) or weight.dtype
+
+
 def unless_autocast(device: torch.device) -> AbstractContextManager:
     """Where autocast is on, it is off inside; entering torch.autocast costs as much as a small kernel."""
     if autocast_dtype(device) is None:
@@ -69,9 +74,9 @@ def unless_autocast(device: torch.device) -> AbstractContextManager:
 def half_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
     """The half-precision dtype that GPU kernels multiply in: autocast's, or ``dtype`` itself; None where there is none.
 
-    CPU kernels compute in float32 whatever comes in, so there nothing is rounded for them.
+    Autocast leaves float64 alone. CPU kernels compute in float32 whatever comes in, so there nothing is rounded for them.
     """
-    if device.type == "cpu" and not INTERPRETED:
+    if dtype == torch.float64 or (device.type == "cpu" and not INTERPRETED):
         return None
     dtype = autocast_dtype(device) or dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
 from perceiver_fast.ops.grid_scale import GRID_SCALE, grid_scale_unchecked
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, unless_autocast
+from perceiver_fast.ops.library import compute_dtype, projected_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Tokens, absorb_norm
 from perceiver_fast.tracing import known
@@ -89,7 +89,7 @@ class GridTokens(Tokens):
             for axis, part in enumerate(axes):
                 kv = kv + part.view(*(-1 if a == axis else 1 for a in range(len(axes))), kv.shape[-1])
             kv = kv * self.scale(norm.eps).unsqueeze(-1) + bias
-        return kv.flatten(1, -2).to(autocast_dtype(kv.device) or to_kv.weight.dtype)
+        return kv.flatten(1, -2).to(projected_dtype(to_kv.weight))
 
     def sources(self) -> tuple[Tensor, ...]:
         return (self.feat, *(axis.code for axis in self.codes))

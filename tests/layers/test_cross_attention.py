@@ -1,14 +1,21 @@
 """The cross-attention layer: the way that is planned, that all ways agree, and queries that are tokens, too."""
 
+from types import SimpleNamespace
+
 import perceiver_pytorch
 import pytest
 import torch
 from support import needs_extension, relative_error
 
 import perceiver_fast as pf
-from perceiver_fast.layers import Attention, PreNorm, axis_codes
+from perceiver_fast.layers import Attention, PreNorm, axis_codes, cross_attention_ways, plan
 from perceiver_fast.layers.plan import Layer, count_work, plan_cross_attention
+from perceiver_fast.ops.cross_attention import CROSS_ATTENTION, cross_attention_unchecked
+from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, TokenGroups
+from perceiver_fast.tokens.describe import describe_points
+
+CPU = torch.device("cpu")
 
 
 def cross_attention(dim, context_dim, heads, dim_head, dropout=0.0):
@@ -166,3 +173,54 @@ def test_caches_know_the_grad_mode(way):
         block.forward = lambda *args, run=run, **kw: checkpoint(run, *args, use_reentrant=False, **kw)
     (actual,) = torch.autograd.grad(model(data).square().sum(), data)
     assert relative_error(actual, expected) < 1e-5
+
+
+KINDS = {
+    "grid": lambda dtype: GridTokens(
+        torch.randn(2, 40, 41, 3, dtype=dtype), tuple(axis_codes(n, 4, 8.0, compute_dtype(dtype), CPU) for n in (40, 41))
+    ),
+    "points": lambda dtype: describe_points(torch.randn(2, 1500, 3, dtype=dtype), torch.rand(2, 1500, 2).double(), 4, 8.0),
+    "dense": lambda dtype: DenseTokens(torch.randn(2, 300, 48, dtype=dtype)),
+    "narrow": lambda dtype: DenseTokens(torch.randn(2, 300, 4, dtype=dtype)),
+}
+
+
+@pytest.mark.parametrize("contributes", [False, True], ids=["", "queries contribute"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_planned_for_is_what_arrives(kind, dtype, autocast, contributes, monkeypatch):
+    """The backend is chosen by the plan, for tensors that do not exist yet, and handed to the op."""
+    asked, arrived = {}, []
+
+    def choose(call):
+        asked[call.dtype, call.heads, call.queries, call.dim] = call
+        return CROSS_ATTENTION.choose(call)
+
+    def attend(q, k, v, *args):
+        arrived.append((q.dtype, q.shape[1], q.shape[2], q.shape[3]))
+        assert k.dtype == v.dtype == q.dtype and k.shape[3] == q.shape[3]
+        return cross_attention_unchecked(q, k, v, *args)
+
+    monkeypatch.setattr(plan, "CROSS_ATTENTION", SimpleNamespace(choose=choose))
+    monkeypatch.setattr(cross_attention_ways, "cross_attention_unchecked", attend)
+    tokens = KINDS[kind](dtype)
+    attention = Attention(32, tokens.channels, heads=2, dim_head=16)
+    attention.queries_contribute_kv = contributes
+    if contributes:
+        attention.to_kv = torch.nn.Linear(32, 64, bias=False)
+        tokens = DenseTokens(torch.randn(2, 300, 32, dtype=dtype))
+    layer = PreNorm(32, attention, context_dim=tokens.channels).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layer(torch.randn(2, 7, 32, dtype=dtype), context=tokens)
+    assert out.isfinite().all() and set(arrived) <= set(asked)
+    assert arrived or kind == "grid"
+
+
+def test_queries_of_other_channels_are_refused():
+    """What stands in the place of to_q is called, whatever it is."""
+    for width in (16, 64):
+        layer = PreNorm(32, Attention(32, 48, heads=2, dim_head=16), context_dim=48)
+        layer.fn.to_q = torch.nn.Linear(32, width, bias=False)
+        with pytest.raises(ValueError, match=f"expected 32 channels of fn.to_q.*got {width}"):
+            layer(torch.randn(2, 256, 32), context=torch.randn(2, 60, 48))

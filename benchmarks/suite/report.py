@@ -20,22 +20,13 @@ CAPTION = (
 )
 LAST = ("over\nbest", "error:\npeers\nfast", "fast:\nM tokens\na second", "fast:\nof roof")
 SHOWN_KEPT = 2**27  # bytes; less is what starting threads and libraries leaves, of any peer
-ROW_KEYS = ("level", "geometry", "pass", "batch", "dtype", "peer", "threads")
 STATS = ("median", "min", "q1", "q3", "iqr", "rounds")
-MEASURED_KEYS = (
-    "relative_error", "gradient_error", "peak_memory_bytes", "kept_memory_bytes", "peak_memory_method", "tokens",
-    "inputs_per_second", "tokens_per_second", "pairs_per_second", "multiply_adds", "exponentials", "bytes_at_least",
-    "percent_of_exp_roof", "percent_of_copy_roof", "percent_of_fma_roof", "percent_of_roof",
-)  # fmt: skip
 
 
 def rows(record: dict) -> list[dict]:
     """One flat row per measurement of pytest-benchmark's ``record``; times in seconds."""
     return [
-        {key: benchmark["extra_info"][key] for key in ROW_KEYS}
-        | {key: benchmark["stats"][key] for key in STATS}
-        | {key: benchmark["extra_info"][key] for key in MEASURED_KEYS}
-        for benchmark in record["benchmarks"]
+        benchmark["extra_info"] | {key: benchmark["stats"][key] for key in STATS} for benchmark in record["benchmarks"]
     ]
 
 

@@ -6,7 +6,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,6 +45,11 @@ class Side:
     cotangents: tuple[Tensor, ...] | None = None
     common: Callable[[Results], Results] = tuple
     plain: Callable | None = None
+
+
+def leaves(inputs: Sequence[Tensor], wanted: int) -> tuple[Tensor, ...]:
+    """The inputs of a side, the first ``wanted`` of which get gradients."""
+    return tuple(t.detach().contiguous().requires_grad_(i < wanted) for i, t in enumerate(inputs))
 
 
 @torch.no_grad()
@@ -109,9 +114,7 @@ class Case:
 
     def call(self, side: Side) -> Call:
         """A call of ``side``: bfloat16 is autocast of float32 weights."""
-        if self.dtype == "bfloat16":
-            return lambda: run(side, self.step, torch.autocast("cpu", torch.bfloat16))
-        return lambda: run(side, self.step, nullcontext())
+        return lambda: run(side, self.step, torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"))
 
     def record(self) -> dict:
         """As results hold it."""
@@ -178,7 +181,7 @@ class Level:
         op: whether its results count among the bytes that have to pass. Default: yes.
         needs: what a case takes of memory, in bytes by what takes it. Default: too little to be looked at.
         passes: what is measured.
-        dtypes: likewise; a level of float32 alone has no dtype in its benchmarks' names.
+        dtypes: likewise.
     """
 
     peers: dict[str, Peer]

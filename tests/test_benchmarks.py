@@ -186,8 +186,9 @@ def test_memory_of_the_original_grows_with_the_batch():
 
 
 def test_selection():
-    assert "imagenet-lucid" not in select([], False, "model")
-    assert select([], True, "model") == having("model") and select(["points"], False, "grid_attention") == []
+    assert "imagenet-lucid" not in select([], False, ["model"])
+    assert select([], True, ["model"]) == having("model") and select(["points"], False, ["grid_attention"]) == []
+    assert select(["points"], False, []) == ["points"]
     assert set(PLANS) == set(GEOMETRIES)
 
 

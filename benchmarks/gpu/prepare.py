@@ -95,14 +95,14 @@ def test(out: Path, seconds: float) -> dict:
 
 def read_report(report: Path) -> dict:
     """Counts and the failures' names of a JUnit report; zeros when there is none."""
-    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     try:
         root = ElementTree.parse(report).getroot()
     except (OSError, ElementTree.ParseError):
-        return counts | {"failed": []}
-    for suite in root.iter("testsuite"):
-        for key in counts:
-            counts[key] += int(suite.get(key, 0))
+        root = ElementTree.Element("testsuites")
+    counts = {
+        key: sum(int(suite.get(key, 0)) for suite in root.iter("testsuite"))
+        for key in ("tests", "failures", "errors", "skipped")
+    }
     failed = [
         f"{case.get('classname')}.{case.get('name')}"
         for case in root.iter("testcase")

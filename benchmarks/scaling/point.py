@@ -38,17 +38,11 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a peer may take.
+    """What a peer may take."""
 
-    Args:
-        threads: that compute.
-        bytes: that a process may add to what it starts with.
-        seconds: that a call may take.
-    """
-
-    threads: int
-    bytes: int
-    seconds: float
+    threads: int  # that compute
+    bytes: int  # that a process may add to what it starts with
+    seconds: float  # that a call may take
 
 
 def case_of(peer: str, side: int, latents: int, pass_name: str, dtype: str) -> Case:

@@ -124,18 +124,13 @@ class Foreign(nn.Module):
         It orders codes by positions, sines and cosines, then by axes; perceiver-pytorch by axes, then sines, cosines, position.
         """
         geometry, axes = self.geometry, self.axes
+        channels = torch.arange(geometry.token_channels)
         if not geometry.encoded:
-            return torch.arange(geometry.token_channels)
-        raw, bands = 0 if geometry.family == "points" else geometry.channels, geometry.model["num_freq_bands"]
-        order = list(range(raw))
-        for axis in range(axes):
-            sines = raw + axes + axis * bands
-            order += [
-                *range(sines, sines + bands),
-                *range(sines + axes * bands, sines + (axes + 1) * bands),
-                raw + axis,
-            ]
-        return torch.tensor(order)
+            return channels
+        waves = 2 * axes * geometry.model["num_freq_bands"]
+        raw, positions, waves = channels.split([len(channels) - axes - waves, axes, waves])
+        sines, cosines = waves.view(2, axes, -1)
+        return torch.cat([raw, torch.cat([sines, cosines, positions.unsqueeze(1)], 1).flatten()])
 
     def parts(self, name: str) -> tuple[list[str], bool]:
         """The parameters that make up perceiver-pytorch's ``name``, and whether their last axis is channels of tokens."""

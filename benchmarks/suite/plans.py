@@ -18,17 +18,11 @@ LATENTS = ("layer_norm", "geglu", "feed_forward", "linear")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a geometry is measured.
+    """How a geometry is measured."""
 
-    Args:
-        levels: whole models, one cross-attention layer, or an op by its name.
-        rounds: timed calls at least; fewer where one takes many seconds. Default: 5.
-        default: whether it is measured when none is asked for by name. Default: True.
-    """
-
-    levels: tuple[str, ...]
-    rounds: int = 5
-    default: bool = True
+    levels: tuple[str, ...]  # whole models, one cross-attention layer, or an op by its name
+    rounds: int = 5  # timed calls at least; fewer where one takes many seconds
+    default: bool = True  # whether it is measured when none is asked for by name
 
 
 PLANS = {
@@ -57,10 +51,10 @@ assert list(PLANS) == [name for name in PLANS if name in GEOMETRIES]
 LEVEL_NAMES = tuple(dict.fromkeys(level for plan in PLANS.values() for level in plan.levels))
 
 
-def select(names: list[str], everything: bool, level: str) -> list[str]:
-    """Names of the geometries to measure at a level: ``names``, or all, or the default ones."""
+def select(names: list[str], everything: bool, levels: list[str]) -> list[str]:
+    """Those of ``names``, or of all or the default geometries, that have one of the ``levels``; no levels: any."""
     names = names or [name for name, plan in PLANS.items() if everything or plan.default]
-    return [name for name in names if level in PLANS[name].levels]
+    return [name for name in names if not levels or set(levels) & set(PLANS[name].levels)]
 
 
 def logits_bytes(geometry: Geometry, batch: int) -> int:

@@ -21,21 +21,13 @@ BACKWARD = 2  # a step's products, over those of its forward alone: each has one
 
 @dataclass(frozen=True)
 class Work:
-    """Of one call.
+    """Of one call."""
 
-    Args:
-        inputs: images, clips or clouds: the batch.
-        tokens: that are attended to, of all inputs; of an op on latents, these.
-        pairs: of queries (times heads and cross-attentions) and tokens, forward only: softmax weights.
-        bytes: that have to pass at least: inputs and parameters, and an op's results.
-        multiply_adds, exponentials: of this implementation.
-    """
-
-    inputs: int
-    tokens: int
-    pairs: int
-    bytes: int
-    multiply_adds: float
+    inputs: int  # images, clips or clouds: the batch
+    tokens: int  # that are attended to, of all inputs; of an op on latents, these
+    pairs: int  # of queries (times heads and cross-attentions) and tokens, forward only: softmax weights
+    bytes: int  # that have to pass at least: inputs and parameters, and an op's results
+    multiply_adds: float  # of this implementation, like exponentials
     exponentials: float
 
 

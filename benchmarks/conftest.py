@@ -108,13 +108,13 @@ def _wanted(case: Case, option: Callable) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out examples in docstrings, and what pytest puts in the place of a level without cases."""
-    kept = [item for item in items if HERE not in item.path.parents or _is_case(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
 
+    def is_kept(item: pytest.Item) -> bool:
+        case = hasattr(item, "callspec") and item.callspec.params["geometry"] in PLANS
+        return case or HERE not in item.path.parents
 
-def _is_case(item: pytest.Item) -> bool:
-    return hasattr(item, "callspec") and item.callspec.params["geometry"] in PLANS
+    config.hook.pytest_deselected(items=[item for item in items if not is_kept(item)])
+    items[:] = filter(is_kept, items)
 
 
 @pytest.fixture(autouse=True)

@@ -68,9 +68,10 @@ def chosen(args: argparse.Namespace) -> tuple[list[cases.Case], list[dict]]:
     """The cases asked for, in order, and those left out with the reason."""
     if args.case:
         return args.case, []
-    given = (args.geometry, args.batch, args.dtype, args.level, args.passes)
-    usual = (cases.HEAD, (8,), cases.DTYPES, ("op",), ("forward",)) if args.quick else ((),) * len(given)
-    return cases.select(*(tuple(values) or default for values, default in zip(given, usual)))
+    options = {"levels": args.level, "geometries": args.geometry, "batches": args.batch}
+    options |= {"dtypes": args.dtype, "passes": args.passes}
+    quick = {"levels": ["op"], "geometries": cases.HEAD, "batches": [8], "passes": ["forward"]} if args.quick else {}
+    return cases.select(**quick | {name: values for name, values in options.items() if values})
 
 
 def capability() -> str | None:
@@ -92,28 +93,28 @@ def timed(args: argparse.Namespace, result: dict, wanted: list[cases.Case], star
     compile_mode = args.compile or ("none" if args.quick or dry else "headline")
     options = {"device": args.device, "dry": dry, "compile_mode": compile_mode}
     worker = Worker(options, lambda line: print(line, flush=True))
-    path, left = args.out / "battery.json", list(wanted)
+    path, measured = args.out / "battery.json", result["cases"]
     result["compile"] = compile_mode
     try:
-        if left and time.monotonic() < end:
+        if wanted and time.monotonic() < end:
             result["conditions"] |= worker.start()
-        while left and time.monotonic() + LEAST_SECONDS * (not dry) < end:
-            case = left[0]
-            number, seconds = len(wanted) - len(left) + 1, end - time.monotonic()
+        for number, case in enumerate(wanted, 1):
+            seconds = end - time.monotonic()
+            if seconds <= (0 if dry else LEAST_SECONDS):
+                break
             print(f"[{number}/{len(wanted)}, {seconds:.0f} s left] {case.name}", flush=True)
-            result["cases"].append(worker.run(case, min(end, time.monotonic() + CASE_SECONDS)))
-            left.pop(0)
-            print(f"  {record.summary(result['cases'][-1])}", flush=True)
+            measured.append(worker.run(case, min(end, time.monotonic() + CASE_SECONDS)))
+            print(f"  {record.summary(measured[-1])}", flush=True)
             save(path, result)
         if result["outcome"] == "running":
-            result["outcome"] = "budget spent" if left else "complete"
+            result["outcome"] = "complete" if len(measured) == len(wanted) else "budget spent"
     except KeyboardInterrupt:
         result["outcome"] = "interrupted"
     except WorkerLost as error:
         result["outcome"] = f"failed: {error}"
     finally:
         reason = "the time was spent" if result["outcome"] == "budget spent" else result["outcome"]
-        result["skipped"] += [{"case": case.name, "reason": reason} for case in left]
+        result["skipped"] += [{"case": case.name, "reason": reason} for case in wanted[len(measured) :]]
         worker.stop(at_once=result["outcome"] == "interrupted")
         result["conditions"]["clocks_at_end"] = machine.clocks()
         result["seconds"] = round(time.monotonic() - start, 1)

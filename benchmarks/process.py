@@ -38,13 +38,11 @@ class Process:
     Args:
         target: sends its results through the pipe, and may receive messages from it.
         args: its further arguments.
-        method: how it is started. Default: forked from a process that has imported torch and nothing else.
     """
 
-    def __init__(self, target: Callable, *args: object, method: str = "forkserver"):
-        context = _forkserver if method == "forkserver" else multiprocessing.get_context(method)
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=target, args=(theirs, *args))
+    def __init__(self, target: Callable, *args: object):
+        self.pipe, theirs = _forkserver.Pipe()
+        self._process = _forkserver.Process(target=target, args=(theirs, *args))
         self._process.start()
         theirs.close()  # so that its end is noticed
 

@@ -139,7 +139,7 @@ def test_a_measurement_is_checked_and_kept(monkeypatch):
     monkeypatch.setattr(measure, "work_of", lambda case: work)
     monkeypatch.setattr(measure, "peak_memory", lambda build, case: Memory(5, 7))
     monkeypatch.setattr("benchmarks.suite.throughput.measure_roofs", lambda threads: roofs.Roofs(1000, 100, 500, threads))
-    measure._truths.cache_clear()
+    measure.truths.cache_clear()
     stopwatch, case = Stopwatch(0.5), Case("model", GEOMETRIES["readme"], "forward", "fast", batch=2)
     measure.measure(stopwatch, case)
     info = stopwatch.extra_info
@@ -152,7 +152,7 @@ def test_a_measurement_is_checked_and_kept(monkeypatch):
         measure.measure(Stopwatch(0.5), replace(case, peer="wrong"))
     with pytest.raises(pytest.skip.Exception, match="no_such cannot be imported"):
         measure.measure(Stopwatch(0.5), replace(case, peer="absent"))
-    measure._truths.cache_clear()
+    measure.truths.cache_clear()
 
 
 def test_without_roofs_there_are_no_shares(monkeypatch):

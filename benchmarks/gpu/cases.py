@@ -7,6 +7,7 @@ perceiver_fast/insight/geometries.py.
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -77,16 +78,16 @@ def _urgency(case: Case) -> tuple:
 
 
 def select(
-    geometries: tuple[str, ...] = (),
-    batches: tuple[int, ...] = (),
-    dtypes: tuple[str, ...] = (),
-    levels: tuple[str, ...] = (),
-    passes: tuple[str, ...] = (),
+    levels: Sequence[str] = LEVELS,
+    geometries: Sequence[str] = NAMES,
+    batches: Sequence[int] = BATCHES,
+    dtypes: Sequence[str] = DTYPES,
+    passes: Sequence[str] = PASSES,
 ) -> tuple[list[Case], list[dict]]:
-    """The cases asked for (nothing asked for: all), the most telling first; and those left out, with the reason."""
-    wanted = product(levels or LEVELS, geometries or NAMES, batches or BATCHES, dtypes or DTYPES, passes or PASSES)
+    """The cases asked for, the most telling first; and those left out, with the reason."""
     cases, skipped = [], []
-    for case in sorted({Case(*parts) for parts in wanted}, key=_urgency):
+    wanted = {Case(*parts) for parts in product(levels, geometries, batches, dtypes, passes)}
+    for case in sorted(wanted, key=_urgency):
         if case.level == "op" and case.geometry in SAME_OP:
             skipped.append({"case": case.name, "reason": f"the same op as {SAME_OP[case.geometry]}"})
         else:

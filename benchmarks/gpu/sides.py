@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -87,10 +88,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) ->
     return out.squeeze(1)[..., :width]
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
-
-
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
@@ -140,6 +137,7 @@ def _of_ops(build: Callable[[Problem], Side], **options: object) -> Peer:
     return Peer(build, fits=lambda case: case.level == "op", **options)
 
 
+CUDNN = partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION)
 FLASH = _needs("flash", "cuda", "half")
 PEERS = {
     OURS: Peer(_ours),
@@ -153,7 +151,7 @@ PEERS = {
     "smart": _of_ops(lambda p: _dense(p, p.project_tables, _sdpa)),
     "smart-compile": _of_ops(lambda p: _dense(p, p.write_keys_values, _sdpa), compiled=True),
     "smart-cudnn": _of_ops(
-        lambda p: _dense(p, p.write_keys_values, _cudnn), reasons=_needs("cuda", "half"), compiled=True
+        lambda p: _dense(p, p.write_keys_values, CUDNN), reasons=_needs("cuda", "half"), compiled=True
     ),
 }
 

@@ -35,9 +35,6 @@ def _serve(pipe: Connection, options: dict) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)  # a dry run's tensors are small, and a busy machine makes parallel regions wait
 
-    def busy_with(side: str) -> None:
-        pipe.send(("side", side))
-
     gc.freeze()  # what was imported stays: collections between sides look at the rest alone
     pipe.send(("done", machine.conditions(device) | {"truth": check.truth_name(), "tolerances": check.TOLERANCES}))
     while True:
@@ -45,8 +42,9 @@ def _serve(pipe: Connection, options: dict) -> None:
             case, exclude = pipe.recv()
         except EOFError:  # the parent is gone
             return
+        options |= {"exclude": exclude, "say": lambda side: pipe.send(("side", side))}
         try:
-            pipe.send(("done", measure_case.measure_case(case, device, exclude=exclude, say=busy_with, **options)))
+            pipe.send(("done", measure_case.measure_case(case, device, **options)))
         except measure_case.DeviceLost as error:
             pipe.send(("lost", f"the device was lost: {error}"))
             return
@@ -66,7 +64,7 @@ class Worker:
     def start(self) -> dict:
         """Start the process if there is none; returns the machine's conditions."""
         if self.process is None:
-            self.process = Process(self.serve, self.options, method="spawn")
+            self.process = Process(self.serve, self.options)
             self.conditions = self._receive(START_SECONDS)
         return self.conditions
 

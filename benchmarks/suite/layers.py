@@ -35,12 +35,6 @@ PERMUTED = ("norm_context", "fn.to_kv")  # whose last axis is the channels of to
 Names = dict[str, tuple[str, ...]]  # a parameter of perceiver-pytorch's: the peer's, one after the other
 
 
-def latents(geometry: Geometry, batch: int) -> Tensor:
-    """Random latents ``[batch, N, D]``, the same at every call."""
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(batch, geometry.queries, geometry.model["latent_dim"], generator=generator)
-
-
 class Original(nn.Module):
     """perceiver-pytorch's layer."""
 
@@ -238,7 +232,9 @@ def weights(geometry: Geometry) -> dict[str, Tensor]:
 def side(module: nn.Module, case: Case) -> Side:
     """``module`` with the weights that all peers share, on the case's latents and input."""
     shared = weights(case.geometry)
-    inputs = latents(case.geometry, case.batch).requires_grad_(case.step), case.geometry.input(case.batch)
+    latents = case.batch, case.geometry.queries, case.geometry.model["latent_dim"]
+    x = torch.randn(latents, generator=torch.Generator().manual_seed(3)).requires_grad_(case.step)
+    inputs = x, case.geometry.input(case.batch)
     if isinstance(module, Foreign):
         module.load(shared)
         return Side(module, inputs, parameters(module), common=partial(module.common, list(shared)))

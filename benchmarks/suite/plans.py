@@ -62,11 +62,6 @@ def logits_bytes(geometry: Geometry, batch: int) -> int:
     return FLOAT32_BYTES * batch * geometry.heads * geometry.queries * geometry.tokens
 
 
-def truth_bytes(geometry: Geometry, batch: int) -> int:
-    """About what perceiver-pytorch's step in float64 holds at once, its attention through torch's."""
-    return 2 * (geometry.cross_attentions + 3) * FLOAT32_BYTES * batch * geometry.tokens * geometry.token_channels
-
-
 def eager_bytes(geometry: Geometry, batch: int, layers: int | None = None) -> int:
     """About the most memory that a training step of perceiver-pytorch holds at once.
 
@@ -80,8 +75,9 @@ def eager_bytes(geometry: Geometry, batch: int, layers: int | None = None) -> in
 
 def needs(case: Case) -> dict[str, int]:
     """Memory that the check of a model or a layer takes, and the peers that form N x M matrices, in bytes."""
-    found = {"the check against float64": truth_bytes(case.geometry, case.batch)}
+    geometry = case.geometry
+    built = FLOAT32_BYTES * case.batch * geometry.tokens * geometry.token_channels
+    found = {"the check against float64": 2 * (geometry.cross_attentions + 3) * built}  # of tokens: it builds no logits
     if case.peer not in LEAN:
-        layers = None if case.level == "model" else 1
-        found["perceiver-pytorch"] = eager_bytes(case.geometry, case.batch, layers)
+        found["perceiver-pytorch"] = eager_bytes(geometry, case.batch, None if case.level == "model" else 1)
     return found

@@ -32,23 +32,18 @@ def rows(record: dict) -> list[dict]:
 
 def tables(rows: list[dict], missing: list[dict]) -> list[Table]:
     """One table per level: a row for every geometry and pass, a column for every peer, and the ratios."""
-    return [_table(level, rows, missing) for level in dict.fromkeys(row["level"] for row in rows)]
-
-
-def _table(level: str, rows: list[dict], missing: list[dict]) -> Table:
-    rows, missing = ([row for row in some if row["level"] == level] for some in (rows, missing))
-    peers = [*(peer for peer in PEERS if any(row["peer"] == peer for row in (*rows, *missing))), OURS]
-    lines = {}
-    for row in (*rows, *missing):
-        name = f"{row['geometry']}\n{pass_of(row)}"
-        lines.setdefault(name, {})[row["peer"]] = row
-    return table(
-        TITLES.get(level, f"{level}: plain PyTorch and perceiver-fast"),
-        ("geometry\npass", *(peer.replace("-", "\n") for peer in peers), *LAST),
-        [_line(name, found, peers) for name, found in lines.items()],
-        caption=CAPTION,
-        show_lines=True,
-    )
+    made = []
+    for level in dict.fromkeys(row["level"] for row in rows):
+        lines = {}
+        for row in (*rows, *missing):
+            if row["level"] == level:
+                lines.setdefault(f"{row['geometry']}\n{pass_of(row)}", {})[row["peer"]] = row
+        peers = [*(peer for peer in PEERS if any(peer in found for found in lines.values())), OURS]
+        title = TITLES.get(level, f"{level}: plain PyTorch and perceiver-fast")
+        headers = ("geometry\npass", *(peer.replace("-", "\n") for peer in peers), *LAST)
+        lines = [_line(name, found, peers) for name, found in lines.items()]
+        made.append(table(title, headers, lines, caption=CAPTION, show_lines=True))
+    return made
 
 
 def _line(name: str, found: dict[str, dict], peers: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ second. Exponentials and multiply-adds are vector instructions that take turns, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -75,5 +75,5 @@ def work_of(case: Case) -> Work:
 
 def step_of(work: Work) -> Work:
     """A step's work by its forward's: the backward has every product twice, every exponential once more."""
-    products, exponentials = (1 + BACKWARD) * work.multiply_adds, 2 * work.exponentials
-    return Work(work.inputs, work.tokens, work.pairs, 2 * work.bytes, products, exponentials)
+    products = (1 + BACKWARD) * work.multiply_adds
+    return replace(work, bytes=2 * work.bytes, multiply_adds=products, exponentials=2 * work.exponentials)

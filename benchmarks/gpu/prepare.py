@@ -25,7 +25,7 @@ def run_logged(
         Its exit code, None when it was stopped after ``seconds``; and how long it took.
     """
     print("$", " ".join(command), flush=True)
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
 
         def report(line: str) -> None:
             for stream in (file, sys.stdout):

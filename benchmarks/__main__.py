@@ -18,7 +18,7 @@ from benchmarks.conftest import OPTIONS, SLOW_PEER
 from benchmarks.environment import conditions, slug
 from benchmarks.output import BUSY, listed, plain, save
 from benchmarks.suite import report
-from benchmarks.suite.plans import PLANS, QUICK
+from benchmarks.suite.plans import QUICK, select
 from perceiver_fast.insight.machine import cpu_name
 
 HERE = Path(__file__).resolve().parent
@@ -57,21 +57,14 @@ def run_pytest(geometry: str, args: argparse.Namespace) -> tuple[int, dict | Non
         return code, json.loads(record.read_text()) if record.exists() and record.stat().st_size else None
 
 
-def geometries(args: argparse.Namespace) -> list[str]:
-    """Names of the geometries that were asked for and have a level that was."""
-    names = [QUICK] if args.quick else args.geometry
-    names = names or [name for name, plan in PLANS.items() if args.all or plan.default]
-    return [name for name in names if not args.level or set(args.level) & set(PLANS[name].levels)]
-
-
-def collect(args: argparse.Namespace, path: Path) -> tuple[int, dict]:
-    """Measure every geometry in a process of its own, keeping what there is in ``path`` after each.
+def collect(args: argparse.Namespace, geometries: list[str], path: Path) -> tuple[int, dict]:
+    """Measure each of ``geometries`` in a process of its own, keeping what there is in ``path`` after each.
 
     Returns 0, or 1 when something failed, and all results.
     """
     result = {"conditions": conditions(args.threads), "roofs": {}, "rows": [], "missing": []}
     codes = []
-    for geometry in geometries(args):
+    for geometry in geometries:
         code, record = run_pytest(geometry, args)
         codes.append(0 if code == NOTHING_COLLECTED else code)
         if code == NOTHING_COLLECTED:
@@ -107,10 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 1 when a result is wrong or failed, or 2 when nothing could be measured."""
     args = parser().parse_args(argv)
     path = args.json or free_path(args.quick)
-    if not geometries(args):
+    geometries = select([QUICK] if args.quick else args.geometry, args.all, args.level)
+    if not geometries:
         print(f"expected geometries that have --level {' or '.join(args.level)}, got none: see --help", file=sys.stderr)
         return 2
-    code, result = collect(args, path)
+    code, result = collect(args, geometries, path)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)  # also on a terminal: a table cut short says nothing
     show(console, result)

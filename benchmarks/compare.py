@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks.compare_view import markdown, show
 from benchmarks.output import BUSY, as_json
 from benchmarks.statistic import judge
+from perceiver_fast.commands import CannotRun
 from perceiver_fast.insight.console import wide_console
 
 KEY = ("level", "geometry", "pass", "batch", "dtype", "peer")
@@ -33,31 +34,27 @@ LESS_EXACT = 2.0
 BAD = {"slower", "more memory", "less exact", "failed"}
 
 
-class CannotCompare(Exception):
-    """A file is not a result; the message says which, and what was expected."""
-
-
 def load(path: Path) -> dict:
     """The result in ``path``, its rows keyed in ``"by_key"``.
 
     Raises:
-        CannotCompare: the file cannot be read, or is no result of ``python -m benchmarks``.
+        CannotRun: the file cannot be read, or is no result of ``python -m benchmarks``.
     """
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CannotCompare(f"{path}: expected a result of python -m benchmarks --json, but {error}") from None
+        raise CannotRun(f"{path}: expected a result of python -m benchmarks --json, but {error}") from None
     if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
         hint = "; pytest-benchmark's own files are for `pytest-benchmark compare`" if "benchmarks" in result else ""
-        raise CannotCompare(f'{path}: expected a result of python -m benchmarks, with "rows", got none{hint}')
+        raise CannotRun(f'{path}: expected a result of python -m benchmarks, with "rows", got none{hint}')
     by_key = {}
     for row in result["rows"]:
         if absent := [name for name in (*KEY, "median") if name != "batch" and name not in row]:
-            raise CannotCompare(f"{path}: expected every row to have {', '.join(absent)}, got {sorted(row)}")
+            raise CannotRun(f"{path}: expected every row to have {', '.join(absent)}, got {sorted(row)}")
         if not row["median"] > 0:
-            raise CannotCompare(f"{path}: expected medians of more than 0 seconds, got {row['median']}")
+            raise CannotRun(f"{path}: expected medians of more than 0 seconds, got {row['median']}")
         if key_of(row) in by_key:
-            raise CannotCompare(f"{path}: expected one row for {' '.join(map(str, key_of(row)))}, got two")
+            raise CannotRun(f"{path}: expected one row for {' '.join(map(str, key_of(row)))}, got two")
         by_key[key_of(row)] = row
     return {"conditions": {}, "missing": [], **result, "by_key": by_key}
 
@@ -206,14 +203,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if not args.threshold >= 0:
-            raise CannotCompare(f"--threshold: expected a share of at least 0, got {args.threshold}")
+            raise CannotRun(f"--threshold: expected a share of at least 0, got {args.threshold}")
         old, new = load(args.old), load(args.new)
         if not old["by_key"].keys() & new["by_key"].keys():
-            raise CannotCompare("the files have no row in common: expected the same geometries and passes in both")
+            raise CannotRun("the files have no row in common: expected the same geometries and passes in both")
         comparison = compare(old, new, args.threshold)
         if args.markdown:
             args.markdown.write_text(markdown(comparison))
-    except (CannotCompare, OSError) as error:
+    except (CannotRun, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     if args.json:

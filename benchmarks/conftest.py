@@ -74,12 +74,6 @@ def case_of(item: pytest.Item) -> Case:
     return Case(level_of(item.function), GEOMETRIES[params.pop("geometry")], **params)
 
 
-@pytest.fixture
-def dtype() -> str:
-    """Of levels that are measured in no other."""
-    return DTYPES[0]
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The cases that were asked for; the peers of one geometry, pass and dtype run one after the other."""
     if "geometry" not in metafunc.fixturenames:
@@ -91,17 +85,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         passes = ()
     cases = [
         Case(level, GEOMETRIES[name], pass_name, peer, batch, dtype)
-        for name in select(names, option("--all"), level)
+        for name in select(names, option("--all"), [level])
         for batch in option("--batch") or [1]
         for pass_name in LEVELS[level].passes if pass_name in passes
         for dtype in LEVELS[level].dtypes if dtype in dtypes
         for peer in LEVELS[level].peers
     ]  # fmt: skip
-    # A level of float32 alone has no dtype in its benchmarks' names.
-    parts = ["geometry", "batch", "pass", *(["dtype"] if len(LEVELS[level].dtypes) > 1 else []), "peer"]
-    values = [[case.record()[part] for part in parts] for case in cases if _wanted(case, option)]
-    names = ["pass_name" if part == "pass" else part for part in parts]
-    metafunc.parametrize(names, values, ids=lambda value: f"batch{value}" if isinstance(value, int) else value)
+    values = [(c.geometry.name, c.batch, c.pass_name, c.dtype, c.peer) for c in cases if _wanted(c, option)]
+    parts = ("geometry", "batch", "pass_name", "dtype", "peer")
+    metafunc.parametrize(parts, values, ids=lambda value: f"batch{value}" if isinstance(value, int) else value)
 
 
 def _wanted(case: Case, option: Callable) -> bool:
@@ -116,13 +108,13 @@ def _wanted(case: Case, option: Callable) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out examples in docstrings, and what pytest puts in the place of a level without cases."""
-    kept = [item for item in items if HERE not in item.path.parents or _is_case(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
 
+    def is_kept(item: pytest.Item) -> bool:
+        case = hasattr(item, "callspec") and item.callspec.params["geometry"] in PLANS
+        return case or HERE not in item.path.parents
 
-def _is_case(item: pytest.Item) -> bool:
-    return hasattr(item, "callspec") and item.callspec.params["geometry"] in PLANS
+    config.hook.pytest_deselected(items=[item for item in items if not is_kept(item)])
+    items[:] = filter(is_kept, items)
 
 
 @pytest.fixture(autouse=True)

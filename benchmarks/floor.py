@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.environment import DEFAULT_THREADS, conditions
 from benchmarks.output import save, table
+from benchmarks.statistic import seconds_of
 from benchmarks.suite.models import fast
 from perceiver_fast.insight.geometries import GEOMETRIES
 from perceiver_fast.ops.linear_libraries import LIBRARIES, reasons
@@ -72,10 +72,9 @@ def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, floa
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in track(range(rounds + 2), "timing", console=Console(stderr=True)):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
+            seconds = seconds_of(call)
             if turn >= 2:
-                found[name].append(time.perf_counter() - start)
+                found[name].append(seconds)
     return {name: statistics.median(values) for name, values in found.items()}
 
 

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ in ("__main__", "__mp_main__"):  # this checkout's packages, whatever is installed; and no file beside this
     sys.path[0] = str(ROOT)
 
-from benchmarks.gpu import cases, prepare  # noqa: E402
+from benchmarks.gpu import cases, machine, prepare, record  # noqa: E402
+from benchmarks.gpu.worker import Worker, WorkerLost  # noqa: E402
+from benchmarks.output import plain, save  # noqa: E402
 
 BUILD_SHARE, TEST_SHARE = 0.3, 0.3  # of the time, at most
 CASE_SECONDS = 75.0  # a case that takes longer hangs
@@ -49,12 +51,13 @@ def parser() -> argparse.ArgumentParser:
     for name, known in (("geometry", cases.NAMES), ("dtype", cases.DTYPES), ("level", cases.LEVELS)):
         which.add_argument(f"--{name}", action="append", default=[], choices=known)
     which.add_argument("--pass", dest="passes", action="append", default=[], choices=cases.PASSES)
-    which.add_argument("--batch", action="append", default=[], type=int, metavar="B")
-    which.add_argument("--case", action="append", default=[], metavar="NAME", help="exactly this, as --list names it")
+    which.add_argument("--batch", action="append", default=[], type=cases.batch_size, metavar="B")
+    name = {"type": cases.parse_case, "metavar": "NAME"}
+    which.add_argument("--case", action="append", default=[], help="exactly this, as --list names it", **name)
     which.add_argument("--compile", choices=("headline", "all", "none"), help="where compiled peers are measured")
     which.add_argument("--list", action="store_true", help="print the cases in their order, and stop")
     loop = top.add_argument_group("one case in a loop, for ncu and nsys; nothing is measured")
-    loop.add_argument("--profile", metavar="NAME", help="the case; marks the loop by cudaProfilerStart and Stop")
+    loop.add_argument("--profile", help="the case; marks the loop by cudaProfilerStart and Stop", **name)
     loop.add_argument("--side", default="fast", help="whose (default: %(default)s)")
     loop.add_argument("--iterations", type=int, default=20, help="calls (default: %(default)s)")
     top.add_argument("--commit", help="what to record where there is no git (default: ask git)")
@@ -64,10 +67,11 @@ def parser() -> argparse.ArgumentParser:
 def chosen(args: argparse.Namespace) -> tuple[list[cases.Case], list[dict]]:
     """The cases asked for, in order, and those left out with the reason."""
     if args.case:
-        return [cases.parse_case(name) for name in args.case], []
-    given = (args.geometry, args.batch, args.dtype, args.level, args.passes)
-    usual = (cases.HEAD, (8,), cases.DTYPES, ("op",), ("forward",)) if args.quick else ((),) * len(given)
-    return cases.select(*(tuple(values) or default for values, default in zip(given, usual)))
+        return args.case, []
+    options = {"levels": args.level, "geometries": args.geometry, "batches": args.batch}
+    options |= {"dtypes": args.dtype, "passes": args.passes}
+    quick = {"levels": ["op"], "geometries": cases.HEAD, "batches": [8], "passes": ["forward"]} if args.quick else {}
+    return cases.select(**quick | {name: values for name, values in options.items() if values})
 
 
 def capability() -> str | None:
@@ -83,49 +87,35 @@ def capability() -> str | None:
     return "{}{}".format(*torch.cuda.get_device_capability())
 
 
-def prepared(args: argparse.Namespace, result: dict, arch: str | None) -> None:
-    """Build and test, as asked."""
-    seconds = 60 * args.minutes
-    if not args.no_build:
-        result["build"] = prepare.build(args.out, BUILD_SHARE * seconds, arch)
-    if not args.no_tests:
-        result["tests"] = prepare.test(args.out, TEST_SHARE * seconds)
-
-
 def timed(args: argparse.Namespace, result: dict, wanted: list[cases.Case], start: float, end: float) -> None:
     """Measure the cases, keeping after each what there is."""
-    from benchmarks.gpu import machine
-    from benchmarks.gpu.record import summary
-    from benchmarks.gpu.worker import STOP_SECONDS, Worker, WorkerLost
-    from benchmarks.output import save
-
     dry = args.device == "cpu"
     compile_mode = args.compile or ("none" if args.quick or dry else "headline")
     options = {"device": args.device, "dry": dry, "compile_mode": compile_mode}
     worker = Worker(options, lambda line: print(line, flush=True))
-    path, left = args.out / "battery.json", list(wanted)
+    path, measured = args.out / "battery.json", result["cases"]
     result["compile"] = compile_mode
     try:
-        if left and time.monotonic() < end:
+        if wanted and time.monotonic() < end:
             result["conditions"] |= worker.start()
-        while left and time.monotonic() + LEAST_SECONDS * (not dry) < end:
-            case = left[0]
-            number, seconds = len(wanted) - len(left) + 1, end - time.monotonic()
+        for number, case in enumerate(wanted, 1):
+            seconds = end - time.monotonic()
+            if seconds <= (0 if dry else LEAST_SECONDS):
+                break
             print(f"[{number}/{len(wanted)}, {seconds:.0f} s left] {case.name}", flush=True)
-            result["cases"].append(worker.run(case, min(end, time.monotonic() + CASE_SECONDS)))
-            left.pop(0)
-            print(f"  {summary(result['cases'][-1])}", flush=True)
+            measured.append(worker.run(case, min(end, time.monotonic() + CASE_SECONDS)))
+            print(f"  {record.summary(measured[-1])}", flush=True)
             save(path, result)
         if result["outcome"] == "running":
-            result["outcome"] = "budget spent" if left else "complete"
+            result["outcome"] = "complete" if len(measured) == len(wanted) else "budget spent"
     except KeyboardInterrupt:
         result["outcome"] = "interrupted"
     except WorkerLost as error:
         result["outcome"] = f"failed: {error}"
     finally:
         reason = "the time was spent" if result["outcome"] == "budget spent" else result["outcome"]
-        result["skipped"] += [{"case": case.name, "reason": reason} for case in left]
-        worker.stop(patience=0 if result["outcome"] == "interrupted" else STOP_SECONDS)
+        result["skipped"] += [{"case": case.name, "reason": reason} for case in wanted[len(measured) :]]
+        worker.stop(at_once=result["outcome"] == "interrupted")
         result["conditions"]["clocks_at_end"] = machine.clocks()
         result["seconds"] = round(time.monotonic() - start, 1)
         save(path, result)
@@ -136,8 +126,6 @@ def show(args: argparse.Namespace, result: dict) -> int:
     from rich.console import Console
 
     from benchmarks.environment import slug
-    from benchmarks.gpu import record
-    from benchmarks.output import plain
 
     complaints = record.complaints(result)
     conditions = result["conditions"]
@@ -162,12 +150,10 @@ def show(args: argparse.Namespace, result: dict) -> int:
 
 def run(args: argparse.Namespace, wanted: list[cases.Case], skipped: list[dict]) -> int:
     """The whole battery; returns its exit code: 0, or 1 for failing tests or a wrong result of ours."""
-    start = time.monotonic()
-    end = start + 60 * args.minutes
+    start, seconds = time.monotonic(), 60 * args.minutes
+    end = start + seconds
     arch = None if args.device == "cpu" else capability()
     args.out.mkdir(parents=True, exist_ok=True)
-    from benchmarks.gpu import machine
-
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     result = {
         "format": 1,
@@ -182,7 +168,10 @@ def run(args: argparse.Namespace, wanted: list[cases.Case], skipped: list[dict])
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a time limit sends: to be kept like an interrupt
     try:
-        prepared(args, result, arch)
+        if not args.no_build:
+            result["build"] = prepare.build(args.out, BUILD_SHARE * seconds, arch)
+        if not args.no_tests:
+            result["tests"] = prepare.test(args.out, TEST_SHARE * seconds)
     except KeyboardInterrupt:
         result["outcome"], end = "interrupted", time.monotonic()
     from benchmarks.environment import git_commit  # imports the package, so after it was built
@@ -202,30 +191,23 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     top = parser()
     args = top.parse_args(argv)
-    try:
-        wanted, skipped = chosen(args)
-        if args.list:
-            print("\n".join(case.name for case in wanted))
-            return 0
-        if args.profile:
-            profiled = cases.parse_case(args.profile)
-    except ValueError as error:
-        top.error(str(error))
-    if any(batch < 1 for batch in args.batch):
-        top.error("--batch: expected at least 1")
+    wanted, skipped = chosen(args)
+    if args.list:
+        print("\n".join(case.name for case in wanted))
+        return 0
     try:
         if args.profile:
-            return profile(args, profiled)
+            return profile(args)
         if args.out is None:
-            top.error("--out DIR is needed: results are written there after every case")
+            raise Refused("--out DIR is needed: results are written there after every case")
         if not wanted:
-            top.error(f"nothing to measure: {skipped[0]['case']} is {skipped[0]['reason']}")
+            raise Refused(f"nothing to measure: {skipped[0]['case']} is {skipped[0]['reason']}")
         return run(args, wanted, skipped)
     except Refused as error:
         top.error(str(error))
 
 
-def profile(args: argparse.Namespace, case: cases.Case) -> int:
+def profile(args: argparse.Namespace) -> int:
     """Run one side of one case in a loop."""
     if args.device == "cuda":
         capability()
@@ -236,7 +218,7 @@ def profile(args: argparse.Namespace, case: cases.Case) -> int:
     if args.side not in sides.PEERS:
         raise Refused(f"--side: expected one of {', '.join(sides.PEERS)}, got {args.side!r}")
     measure_case.use_exact_float32()
-    measure_case.profile(case, args.side, torch.device(args.device), args.device == "cpu", args.iterations)
+    measure_case.profile(args.profile, args.side, torch.device(args.device), args.device == "cpu", args.iterations)
     return 0
 
 

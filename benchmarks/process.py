@@ -1,11 +1,18 @@
-"""A function in a process of its own, and the messages between it and this one."""
+"""A function in a process of its own and the messages between it and this one; and a command in one, line by line."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import subprocess
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
+DAY = 86400.0  # seconds: no limit
+GRACE_SECONDS = 15  # for a command to end when it is told to stop
 JOIN_SECONDS = 10.0  # for a process that has closed its pipe to end
 
 _forkserver = multiprocessing.get_context("forkserver")  # forks from a server that only imports: threads do not fork
@@ -31,13 +38,11 @@ class Process:
     Args:
         target: sends its results through the pipe, and may receive messages from it.
         args: its further arguments.
-        method: how it is started. Default: forked from a process that has imported torch and nothing else.
     """
 
-    def __init__(self, target: Callable, *args: object, method: str = "forkserver"):
-        context = _forkserver if method == "forkserver" else multiprocessing.get_context(method)
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=target, args=(theirs, *args))
+    def __init__(self, target: Callable, *args: object):
+        self.pipe, theirs = _forkserver.Pipe()
+        self._process = _forkserver.Process(target=target, args=(theirs, *args))
         self._process.start()
         theirs.close()  # so that its end is noticed
 
@@ -69,3 +74,35 @@ class Process:
         if self._process.exitcode is None:
             self._process.kill()
             self._process.join()
+
+
+def run_command(
+    command: list[str],
+    folder: Path,
+    report: Callable[[str], object],
+    environment: dict[str, str] | None = None,
+    seconds: float = DAY,
+) -> tuple[int | None, float]:
+    """Run ``command`` in ``folder``; ``report`` is called with every line that it prints.
+
+    Returns:
+        Its exit code, None when it was stopped after ``seconds``; and how long it took.
+    """
+    start = time.monotonic()
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **options) as process:
+        stops = ((seconds, signal.SIGINT), (seconds + GRACE_SECONDS, signal.SIGKILL))
+        timers = [threading.Timer(after, os.killpg, (process.pid, number)) for after, number in stops]
+        try:
+            for timer in timers:
+                timer.start()
+            for line in process.stdout:
+                report(line)
+            process.wait()
+        finally:
+            for timer in timers:
+                timer.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    took = time.monotonic() - start
+    return process.returncode if took < seconds else None, took

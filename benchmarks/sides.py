@@ -6,7 +6,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,23 +28,20 @@ Call = Callable[[], Results]
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation, built.
+    """One implementation, built."""
 
-    Args:
-        apply: of the inputs; returns the output, or several.
-        inputs: of a call; those that require gradients get them in a step.
-        parameters: that get gradients too, by names whose order all sides share.
-        cotangents: of the outputs. Default: :func:`cotangent` of each.
-        common: makes of its results, which are outputs and gradients, what those of every side are. Default: they are that.
-        plain: what is counted in place of ``apply``, whose operators are not seen. Default: ``apply`` is.
-    """
-
-    apply: Callable[..., Tensor | Results]
-    inputs: tuple[Tensor, ...] = ()
+    apply: Callable[..., Tensor | Results]  # of the inputs; returns the output, or several
+    inputs: tuple[Tensor, ...] = ()  # of a call; those that require gradients get them in a step
+    # Get gradients too; the order of their names is that of all sides.
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    cotangents: tuple[Tensor, ...] | None = None
-    common: Callable[[Results], Results] = tuple
-    plain: Callable | None = None
+    cotangents: tuple[Tensor, ...] | None = None  # of the outputs; None: those of :func:`cotangent`
+    common: Callable[[Results], Results] = tuple  # makes of its outputs and gradients what those of every side are
+    plain: Callable | None = None  # counted in place of ``apply``, where its operators are not seen
+
+
+def leaves(inputs: Sequence[Tensor], wanted: int) -> tuple[Tensor, ...]:
+    """The inputs of a side, the first ``wanted`` of which get gradients."""
+    return tuple(t.detach().contiguous().requires_grad_(i < wanted) for i, t in enumerate(inputs))
 
 
 @torch.no_grad()
@@ -109,9 +106,7 @@ class Case:
 
     def call(self, side: Side) -> Call:
         """A call of ``side``: bfloat16 is autocast of float32 weights."""
-        if self.dtype == "bfloat16":
-            return lambda: run(side, self.step, torch.autocast("cpu", torch.bfloat16))
-        return lambda: run(side, self.step, nullcontext())
+        return lambda: run(side, self.step, torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"))
 
     def record(self) -> dict:
         """As results hold it."""
@@ -123,22 +118,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Peer:
-    """One implementation at one level.
+    """One implementation at one level."""
 
-    Args:
-        build: its side of a case, with the weights that all peers share.
-        reasons: why it cannot run a case. Default: it can.
-        packages: without which it is absent; with ``install``, how to get them.
-        compiled: whether torch.compile takes its time.
-        fits: whether it is something of its own in a case, no other peer under another name. Default: it is.
-    """
-
-    build: Callable[..., Side]
-    reasons: Callable[..., list[str]] = lambda case: []
-    packages: tuple[str, ...] = ()
-    install: str = ""
-    compiled: bool = False
-    fits: Callable[..., bool] = lambda case: True
+    build: Callable[..., Side]  # its side of a case, with the weights that all peers share
+    reasons: Callable[..., list[str]] = lambda case: []  # why it cannot run a case
+    packages: tuple[str, ...] = ()  # without which it is absent
+    install: str = ""  # how to get them
+    compiled: bool = False  # whether torch.compile takes its time
+    fits: Callable[..., bool] = lambda case: True  # in a case, it is no other peer under another name
 
     def absent(self) -> list[str]:
         """Which package cannot be imported, and how to get it; empty where all can."""
@@ -168,27 +155,16 @@ def compiled(build: Callable[..., Side], **options: object) -> Peer:
 
 @dataclass(frozen=True)
 class Level:
-    """Whole models, one cross-attention layer, or an op.
+    """Whole models, one cross-attention layer, or an op."""
 
-    Args:
-        peers: by the names that results have.
-        truth: the side of a case in float64 that the others are checked against; the case's peer is none of its business.
-        attentions: how often the latents attend to the input in a forward. Default: never.
-        latents: whether its rows are latents, no tokens of the input. Default: no.
-        op: whether its results count among the bytes that have to pass. Default: yes.
-        needs: what a case takes of memory, in bytes by what takes it. Default: too little to be looked at.
-        passes: what is measured.
-        dtypes: likewise; a level of float32 alone has no dtype in its benchmarks' names.
-    """
-
-    peers: dict[str, Peer]
-    truth: Callable[[Case], Side]
-    attentions: Callable[[Geometry], int] = lambda geometry: 0
-    latents: bool = False
-    op: bool = True
-    needs: Callable[[Case], dict[str, int]] = lambda case: {}
-    passes: tuple[str, ...] = ("forward", "step")
-    dtypes: tuple[str, ...] = DTYPES[:1]
+    peers: dict[str, Peer]  # by the names that results have
+    truth: Callable[[Case], Side]  # in float64, what the others are checked against; the case's peer does not matter
+    attentions: Callable[[Geometry], int] = lambda geometry: 0  # of the latents to the input in a forward
+    latents: bool = False  # whether its rows are latents, no tokens of the input
+    op: bool = True  # whether its results count among the bytes that have to pass
+    needs: Callable[[Case], dict[str, int]] = lambda case: {}  # memory of a case, in bytes by what takes it
+    passes: tuple[str, ...] = ("forward", "step")  # that are measured
+    dtypes: tuple[str, ...] = DTYPES[:1]  # likewise
 
 
 def compile_reasons() -> list[str]:

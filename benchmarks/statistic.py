@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
+from collections.abc import Callable
 
 CONFIDENCE, LEAST_ROUNDS = 0.95, 6  # of fewer rounds, nothing can be said with it
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def statistic(seconds: list[float]) -> dict[str, float]:

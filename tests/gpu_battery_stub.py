@@ -11,16 +11,15 @@ def serve(pipe, options):
     pipe.send(("done", options))
     while True:
         try:
-            name, exclude = pipe.recv()
+            case, exclude = pipe.recv()
         except EOFError:
             return
-        _, geometry, *_ = name.split("/")
         pipe.send(("side", "fast"))
-        if geometry == "readme" and "fast" not in exclude:  # our kernel takes the process down
+        if case.geometry == "readme" and "fast" not in exclude:  # our kernel takes the process down
             os._exit(7)
-        if geometry == "video":
+        if case.geometry == "video":
             time.sleep(60)
-        if geometry == "flow" and "fast" not in exclude:
+        if case.geometry == "flow" and "fast" not in exclude:
             pipe.send(("lost", "the device was lost: by the stub"))
             return
-        pipe.send(("done", {"case": name, "sides": {}, "notes": [], "excluded": exclude, "process": os.getpid()}))
+        pipe.send(("done", {"case": case.name, "sides": {}, "notes": [], "excluded": exclude, "process": os.getpid()}))

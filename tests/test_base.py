@@ -21,6 +21,7 @@ from benchmarks import statistic
 from benchmarks.base import __main__ as base
 from benchmarks.base import measure as base_measure
 from benchmarks.base import tree as base_tree
+from perceiver_fast.commands import CannotRun
 from perceiver_fast.insight.geometries import GEOMETRIES
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -195,7 +196,7 @@ def test_a_worker_that_died_says_how(tmp_path, monkeypatch):
 def test_no_kernels_unless_asked_for(monkeypatch):
     facts = {"base": {"isa": "avx2", "extension_error": None}, "new": {"isa": None, "extension_error": "not built"}}
     monkeypatch.setenv("PERCEIVER_FAST_SKIP_BUILD", "0")
-    with pytest.raises(base_tree.CannotMeasure, match="new: not built; build it, or set PERCEIVER_FAST_SKIP_BUILD=1"):
+    with pytest.raises(CannotRun, match="new: not built; build it, or set PERCEIVER_FAST_SKIP_BUILD=1"):
         base.warnings(facts, dirty=False)
     monkeypatch.setenv("PERCEIVER_FAST_SKIP_BUILD", "1")
     assert base.warnings(facts, dirty=False)[0] == "new runs without the C++ kernels"

@@ -210,9 +210,7 @@ def test_wrong_gradients_are_noticed():
     """Also of a batch's last element alone, in the smallest gradient alone."""
     problem = Problem(cases.parse_case("op/readme/8/fp32/step"), CPU, dry=True)
     truths = check.truth(problem)
-    results = list(
-        check.checked_results(problem, check.call(problem, sides._ours(problem), *check.checked_inputs(problem)))
-    )
+    results = list(check.checked_results(problem, sides._ours(problem)))
     assert check.judge(tuple(results), truths, "fp32")["agrees"]
     for index, where in ((0, -1), (1, -1), (len(results) - 1, ...)):
         wrong = [t.clone() for t in results]
@@ -262,9 +260,8 @@ def test_device_events_are_read_as_seconds_a_call(monkeypatch):
 
 def test_hopeless_cases_are_predicted():
     problem = Problem(cases.parse_case("op/readme/8/fp32/forward"), CPU, dry=True)
-    assert sides.reasons(problem, "smart", "none", 10**9) == ("", "")
-    assert sides.reasons(problem, "smart", "none", 10)[0] == "out of memory"
-    assert sides.reasons(problem, "fast", "none", 10) == ("", "")
+    assert sides.reasons(problem, "smart", "none", 10**9) == {} == sides.reasons(problem, "fast", "none", 10)
+    assert sides.reasons(problem, "smart", "none", 10)["outcome"] == "out of memory"
 
 
 def test_lost_process_costs_one_side_and_a_hang_one_case():

@@ -21,10 +21,11 @@ from rich.markup import escape
 
 from benchmarks import output
 from benchmarks.base.measure import Worker, WorkerError, measure
-from benchmarks.base.tree import CannotMeasure, build, commit_of, is_dirty, stale_source, worktree
+from benchmarks.base.tree import build, commit_of, is_dirty, stale_source, worktree
 from benchmarks.compare_view import coloured
 from benchmarks.environment import DEFAULT_THREADS, ROOT, conditions
 from benchmarks.statistic import LEAST_ROUNDS
+from perceiver_fast.commands import CannotRun
 from perceiver_fast.insight.console import Report, progress, wide_console
 from perceiver_fast.insight.geometries import GEOMETRIES
 from perceiver_fast.insight.options import at_least, positive
@@ -43,12 +44,12 @@ def warnings(facts: dict[str, dict], dirty: bool) -> list[str]:
     """What a reader has to know of the two sides.
 
     Raises:
-        CannotMeasure: one lacks the C++ kernels, and nobody asked for that.
+        CannotRun: one lacks the C++ kernels, and nobody asked for that.
     """
     for side, found in facts.items():
         if found["extension_error"] and os.environ.get("PERCEIVER_FAST_SKIP_BUILD", "") in ("", "0"):
             advice = "build it, or set PERCEIVER_FAST_SKIP_BUILD=1 to compare without"
-            raise CannotMeasure(f"{side}: {found['extension_error']}; {advice}")
+            raise CannotRun(f"{side}: {found['extension_error']}; {advice}")
     lines = [f"{side} runs without the C++ kernels" for side, found in facts.items() if found["isa"] is None]
     if dirty:
         lines.append("this checkout differs from its commit: its changes are part of the new side")
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace, say: Report) -> dict:
         try:
             facts = {side.name: side.ask("facts") for side in sides}
         except WorkerError as error:
-            raise CannotMeasure(f"{error}; `pip install -e .` makes this checkout importable") from error
+            raise CannotRun(f"{error}; `pip install -e .` makes this checkout importable") from error
         result |= {"warnings": warnings(facts, result["new"]["dirty"]), "rows": [], "missing": []}
         for side, found in facts.items():
             result[side] |= found
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
         with progress() as say:
             result = run(args, say)
-    except (CannotMeasure, OSError) as error:
+    except (CannotRun, OSError) as error:
         print(f"base: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -11,50 +11,43 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.process import run_command
+from perceiver_fast.commands import CannotRun
+
 SHOWN_LINES = 15  # of a build that failed
 
 
-class CannotMeasure(Exception):
-    """Nothing can be measured; the message says why and what to do."""
-
-
-def git(root: Path, *arguments: str) -> str:
-    """What git prints.
+def git(root: Path, *arguments: str, check: bool = True) -> str | None:
+    """What git prints; None when it refuses and ``check`` is False.
 
     Raises:
-        CannotMeasure: git is missing, or refuses.
+        CannotRun: git is missing, or refuses.
     """
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], check=False, capture_output=True, text=True)
     except FileNotFoundError:
-        raise CannotMeasure("git was not found: it holds the revision to compare with") from None
-    if done.returncode:
-        raise CannotMeasure(f"git {arguments[0]} failed: {done.stderr.strip()}")
-    return done.stdout.strip()
+        raise CannotRun("git was not found: it holds the revision to compare with") from None
+    if done.returncode and check:
+        raise CannotRun(f"git {arguments[0]} failed: {done.stderr.strip()}")
+    return None if done.returncode else done.stdout.strip()
 
 
 def commit_of(root: Path, revision: str) -> str:
     """The full name of the commit that ``revision`` names in the checkout ``root``.
 
     Raises:
-        CannotMeasure: ``root`` is no checkout, knows no such revision, or the revision holds no package.
+        CannotRun: ``root`` is no checkout, knows no such revision, or the revision holds no package.
     """
-    try:
-        top = git(root, "rev-parse", "--show-toplevel")
-    except CannotMeasure as error:
-        if "was not found" in str(error):
-            raise
-        top = ""
+    top = git(root, "rev-parse", "--show-toplevel", check=False)
     if not top or Path(top).resolve() != root.resolve():
-        raise CannotMeasure(f"expected a git checkout in {root}, got none: clone the repository and run this there")
-    try:
-        commit = git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-        git(root, "cat-file", "-e", f"{commit}:perceiver_fast/__init__.py")
-    except CannotMeasure:
-        raise CannotMeasure(
+        raise CannotRun(f"expected a git checkout in {root}, got none: clone the repository and run this there")
+    name = f"{revision}^{{commit}}"
+    commit = git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", name, check=False)
+    if not commit or git(root, "cat-file", "-e", f"{commit}:perceiver_fast/__init__.py", check=False) is None:
+        raise CannotRun(
             f"expected a revision of this checkout that has the package, got {revision!r}: `git log` lists them, "
             "`git fetch` gets those of the remote"
-        ) from None
+        )
     return commit
 
 
@@ -72,9 +65,7 @@ def worktree(root: Path, commit: str) -> Iterator[Path]:
             git(root, "-c", "core.hooksPath=/dev/null", "worktree", "add", "--detach", str(tree), commit)
             yield tree.parent
         finally:
-            subprocess.run(
-                ["git", "-C", str(root), "worktree", "remove", "--force", str(tree)], check=False, capture_output=True
-            )
+            git(root, "worktree", "remove", "--force", str(tree), check=False)
             git(root, "worktree", "prune")
 
 
@@ -85,25 +76,21 @@ def build(tree: Path, folder: Path, report: Callable[[str], object]) -> None:
         report: called with lines of progress.
 
     Raises:
-        CannotMeasure: the build failed; the message holds the end of what it printed.
+        CannotRun: the build failed; the message holds the end of what it printed.
     """
     environment = {**os.environ, "PERCEIVER_FAST_SKIP_CUDA_BUILD": "1"}  # the CPU is what is measured
     if environment.get("PERCEIVER_FAST_SKIP_BUILD", "") in ("", "0"):
         environment["PERCEIVER_FAST_FORCE_BUILD"] = "1"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", str(folder)]
     last: deque[str] = deque(maxlen=SHOWN_LINES)
-    with subprocess.Popen(
-        command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            for line in process.stdout:
-                last.append(line.rstrip())
-                report(last[-1])
-        except BaseException:
-            process.terminate()  # or it would be waited for
-            raise
-    if process.returncode:
-        raise CannotMeasure("\n".join([f"the build of the base failed, exit code {process.returncode}:", *last]))
+
+    def printed(line: str) -> None:
+        last.append(line.rstrip())
+        report(last[-1])
+
+    code, _ = run_command(command, tree, printed, environment)
+    if code:
+        raise CannotRun("\n".join([f"the build of the base failed, exit code {code}:", *last]))
 
 
 def stale_source(tree: Path) -> Path | None:

@@ -6,6 +6,8 @@ perceiver_fast/insight/geometries.py.
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -34,50 +36,58 @@ class Case:
         return f"{self.level}/{self.geometry}/{self.batch}/{self.dtype}/{self.pass_name}"
 
     @property
+    def step(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.pass_name == "step"
+
+    @property
     def headline(self) -> bool:
         """Whether the compiled peers, which take seconds to compile, are measured here too."""
-        return self.level == "op" and self.geometry in HEAD and (self.pass_name == "forward" or self.batch == 8)
+        return self.level == "op" and self.geometry in HEAD and (not self.step or self.batch == 8)
+
+
+def batch_size(text: str) -> int:
+    """An argument's type."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise ArgumentTypeError(f"expected a batch size, at least 1, got {text!r}")
+    return int(text)
 
 
 def parse_case(text: str) -> Case:
-    """The case that :attr:`Case.name` names.
+    """The case that :attr:`Case.name` names: an argument's type.
 
     Raises:
-        ValueError: it names none; the message says which part and what it may be.
+        ArgumentTypeError: it names none; the message says which part and what it may be.
     """
     parts = text.split("/")
-    choices = (LEVELS, NAMES, None, DTYPES, PASSES)
-    if len(parts) != len(choices):
-        raise ValueError(f"expected LEVEL/GEOMETRY/BATCH/DTYPE/PASS, as op/readme/8/bf16/forward, got {text!r}")
-    for part, known in zip(parts, choices):
-        if known is None and not (part.isdecimal() and int(part) > 0):
-            raise ValueError(f"expected a batch size, at least 1, got {part!r} in {text!r}")
-        if known is not None and part not in known:
-            raise ValueError(f"expected one of {', '.join(known)}, got {part!r} in {text!r}")
+    if len(parts) != 5:
+        raise ArgumentTypeError(f"expected LEVEL/GEOMETRY/BATCH/DTYPE/PASS, as op/readme/8/bf16/forward, got {text!r}")
     level, geometry, batch, dtype, pass_name = parts
-    return Case(level, geometry, int(batch), dtype, pass_name)
+    for part, known in ((level, LEVELS), (geometry, NAMES), (dtype, DTYPES), (pass_name, PASSES)):
+        if part not in known:
+            raise ArgumentTypeError(f"expected one of {', '.join(known)}, got {part!r} in {text!r}")
+    return Case(level, geometry, batch_size(batch), dtype, pass_name)
 
 
 def _urgency(case: Case) -> tuple:
     """Sort key: a run that is cut short shall have lost the least."""
-    head = case.geometry in HEAD
-    stages = {("op", "forward"): 0 if head else 2, ("op", "step"): 1 if head else 4, ("model", "forward"): 3}
-    stage = stages.get((case.level, case.pass_name), 5)
+    stages = {"op": (0, 1) if case.geometry in HEAD else (2, 4), "model": (3, 5)}  # forward, step
+    stage = stages[case.level][case.step]
     batch = BATCHES.index(case.batch) if case.batch in BATCHES else len(BATCHES)
     return stage, batch, DTYPES.index(case.dtype), NAMES.index(case.geometry)
 
 
 def select(
-    geometries: tuple[str, ...] = (),
-    batches: tuple[int, ...] = (),
-    dtypes: tuple[str, ...] = (),
-    levels: tuple[str, ...] = (),
-    passes: tuple[str, ...] = (),
+    levels: Sequence[str] = LEVELS,
+    geometries: Sequence[str] = NAMES,
+    batches: Sequence[int] = BATCHES,
+    dtypes: Sequence[str] = DTYPES,
+    passes: Sequence[str] = PASSES,
 ) -> tuple[list[Case], list[dict]]:
-    """The cases asked for (nothing asked for: all), the most telling first; and those left out, with the reason."""
-    wanted = product(levels or LEVELS, geometries or NAMES, batches or BATCHES, dtypes or DTYPES, passes or PASSES)
+    """The cases asked for, the most telling first; and those left out, with the reason."""
     cases, skipped = [], []
-    for case in sorted({Case(*parts) for parts in wanted}, key=_urgency):
+    wanted = {Case(*parts) for parts in product(levels, geometries, batches, dtypes, passes)}
+    for case in sorted(wanted, key=_urgency):
         if case.level == "op" and case.geometry in SAME_OP:
             skipped.append({"case": case.name, "reason": f"the same op as {SAME_OP[case.geometry]}"})
         else:

@@ -23,25 +23,23 @@ ROWS = 128  # queries whose float64 logits exist at one time
 
 def call(problem: Problem, side: Side, inputs: tuple[Tensor, ...], cotangent: Tensor) -> Results:
     """What is timed: the output, and in a step the gradients of latents (op level) and parameters, by name."""
-    return run(side, problem.case.pass_name == "step", problem.autocast(), inputs, (cotangent,))
+    return run(side, problem.case.step, problem.autocast(), inputs, (cotangent,))
 
 
-def checked_inputs(problem: Problem) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The first inputs, and a cotangent of the checked batch elements alone: the others add nothing to a gradient."""
+def _per_element(problem: Problem) -> int:
+    """How many of the results are of every batch element: the output, and at op level the latents' gradient."""
+    return 2 if problem.case.level == "op" and problem.case.step else 1
+
+
+def checked_results(problem: Problem, side: Side) -> Results:
+    """What :func:`truth` has, of a call of ``side`` on the first inputs.
+
+    Its cotangent is of the checked batch elements alone: the others add nothing to a gradient.
+    """
     inputs, cotangent = problem.copies[0]
     kept = torch.zeros_like(cotangent)
     kept[problem.checked] = cotangent[problem.checked]
-    return inputs, kept
-
-
-def per_element(problem: Problem) -> int:
-    """How many of the results are of every batch element: the output, and at op level the latents' gradient."""
-    return 2 if problem.case.level == "op" and problem.case.pass_name == "step" else 1
-
-
-def checked_results(problem: Problem, results: Results) -> Results:
-    """Of :func:`call`'s results, those that :func:`truth` has."""
-    rows = per_element(problem)
+    results, rows = call(problem, side, inputs, kept), _per_element(problem)
     return (*(t[problem.checked].detach() for t in results[:rows]), *results[rows:])
 
 
@@ -55,18 +53,13 @@ def truth(problem: Problem) -> Results:
     """Output and gradients of the checked batch elements in float64, one element at a time."""
     inputs, cotangent = problem.copies[0]
     apply, module = (_op_truth if problem.case.level == "op" else _model_truth)(problem)
-    side, step, rows = (
-        Side(apply, parameters=parameters(module)),
-        problem.case.pass_name == "step",
-        per_element(problem),
-    )
+    side, rows = Side(apply, parameters=parameters(module)), _per_element(problem)
     found = []
     for b in problem.checked:
         part = tuple(t[b : b + 1].detach().double().requires_grad_(t.requires_grad) for t in inputs)
-        results = run(side, step, nullcontext(), part, (cotangent[b : b + 1].double(),))
+        results = run(side, problem.case.step, nullcontext(), part, (cotangent[b : b + 1].double(),))
         found.append([t.detach() for t in results])
-    whole = [torch.cat(parts) for parts in zip(*(results[:rows] for results in found))]
-    return *whole, *(sum(parts) for parts in zip(*(results[rows:] for results in found)))
+    return tuple(torch.cat(parts) if i < rows else sum(parts) for i, parts in enumerate(zip(*found)))
 
 
 def _op_truth(problem: Problem):
@@ -113,7 +106,6 @@ def judge(results: Results, truths: Results | None, dtype: str) -> dict:
 
 def ratio(measured: dict[str, dict], peer: str) -> float | None:
     """Time of ``peer`` over ours; None unless both were timed and both compute the right thing."""
-    pair = measured.get(peer, {}), measured.get(OURS, {})
-    if not all(side.get("agrees") is True and side.get("median") for side in pair):
-        return None
-    return pair[0]["median"] / pair[1]["median"]
+    theirs, ours = (measured.get(name, {}) for name in (peer, OURS))
+    known = all(side.get("agrees") and side.get("median") for side in (theirs, ours))
+    return theirs["median"] / ours["median"] if known else None

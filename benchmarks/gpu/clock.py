@@ -75,17 +75,15 @@ def interleave(
             except Exception as error:
                 failed(name, error)
                 del calls[name]
-    return {name: _summary(rounds[name], counts[name], device) for name in calls}
-
-
-def _summary(rounds: list[tuple[float, float]], calls: int, device: torch.device) -> dict:
-    seconds = [done for done, _ in rounds]
-    done = statistic(seconds)
-    enqueue = statistics.median(enqueued for _, enqueued in rounds)
-    return {
-        "median": done["median"],
-        "quartiles": [done["q1"], done["q3"]],
-        "rounds": seconds,
-        "calls_per_round": calls,
-        "launch_bound": enqueue > 0.9 * done["median"] if device.type == "cuda" else None,
-    }
+    found = {}
+    for name in calls:
+        seconds, enqueued = map(list, zip(*rounds[name]))
+        done = statistic(seconds)
+        found[name] = {
+            "median": done["median"],
+            "quartiles": [done["q1"], done["q3"]],
+            "rounds": seconds,
+            "calls_per_round": counts[name],
+            "launch_bound": statistics.median(enqueued) > 0.9 * done["median"] if device.type == "cuda" else None,
+        }
+    return found

@@ -14,8 +14,6 @@ from benchmarks.gpu.problem import Problem
 from benchmarks.gpu.sides import PEERS, reasons
 from benchmarks.sides import OURS
 
-Say = Callable[[str], None]  # told which side comes next, for whoever has to know what a process died of
-
 
 class DeviceLost(RuntimeError):
     """The device answers no more: this process is of no further use."""
@@ -29,14 +27,13 @@ def use_exact_float32() -> None:
 def explain(problem: Problem) -> dict:
     """Which way and backend our side takes, and which ops describe its tokens."""
     image = problem.copies[0][0][-1]
-    with problem.autocast(), torch.set_grad_enabled(problem.case.pass_name == "step"):
+    with problem.autocast(), torch.set_grad_enabled(problem.case.step):
         crosses = [layer for layer in pf.explain(problem.model, image).layers if layer.path]
-    ways = {(layer.path, str(layer.choice), tuple(map(str, layer.plan.uses))): layer for layer in crosses}
     return {
-        "path": ", ".join(sorted({layer.path for layer in ways.values()})),
-        "backend": ", ".join(sorted({f"{layer.choice.op} on {layer.choice.backend}" for layer in ways.values()})),
-        "uses": sorted({f"{use.op} on {use.backend}" for layer in ways.values() for use in layer.plan.uses}),
-        "rejected": {name: why for layer in ways.values() for name, why in layer.choice.rejected.items()},
+        "path": ", ".join(sorted({layer.path for layer in crosses})),
+        "backend": ", ".join(sorted({f"{layer.choice.op} on {layer.choice.backend}" for layer in crosses})),
+        "uses": sorted({f"{use.op} on {use.backend}" for layer in crosses for use in layer.plan.uses}),
+        "rejected": {name: why for layer in crosses for name, why in layer.choice.rejected.items()},
     }
 
 
@@ -72,9 +69,14 @@ def measure_case(
     dry: bool = False,
     compile_mode: str = "headline",
     exclude: dict[str, str] | None = None,
-    say: Say = lambda side: None,
+    say: Callable[[str], object] = lambda side: None,
 ) -> dict:
-    """Measure ``case`` on all sides but the ``exclude`` d (name and why): one entry of the result's "cases"."""
+    """Measure ``case``: one entry of the result's "cases".
+
+    Args:
+        exclude: sides that are left out, and why.
+        say: told which side comes next, for whoever has to know what a process died of.
+    """
     torch.compiler.reset()
     free()
     cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
@@ -96,24 +98,23 @@ def measure_case(
     sides: dict[str, dict] = {}
     calls: dict[str, clock.Call] = {}
     for name in (name for name, peer in PEERS.items() if peer.fits(case)):
-        why = ("failed", exclude[name]) if name in (exclude or {}) else ("", "")
-        why = why if any(why) else reasons(problem, name, compile_mode, cuda.total_memory if cuda else None)
-        if any(why):
-            sides[name] = {"outcome": why[0], "reason": why[1]}
-            continue
-        say(name)
-        try:
-            calls[name], sides[name] = _checked(problem, name, truths)
-        except Exception as error:
-            calls.pop(name, None)
-            sides[name] = outcome(error)
+        if name in (exclude or {}):
+            sides[name] = {"outcome": "failed", "reason": exclude[name]}
+        elif why := reasons(problem, name, compile_mode, cuda.total_memory if cuda else None):
+            sides[name] = why
+        else:
+            say(name)
+            try:
+                calls[name], sides[name] = _checked(problem, name, truths)
+            except Exception as error:
+                sides[name] = outcome(error)
     del truths
     say("timing")
     rough = {name: sides[name].pop("seconds") for name in calls}
     timed = clock.interleave(calls, rough, device, lambda name, error: sides[name].update(outcome(error)))
     for name, times in timed.items():
         sides[name].update(times, outcome="timed")
-        if case.level == "op" and case.pass_name == "forward":
+        if case.level == "op" and not case.step:
             sides[name]["pairs_per_second"] = result["pairs"] / times["median"]
     for name, side in sides.items():
         side["over_ours"] = check.ratio(sides, name) if name != OURS else None
@@ -142,9 +143,7 @@ def rotating(problem: Problem, side) -> clock.Call:
 def _checked(problem: Problem, name: str, truths) -> tuple[clock.Call, dict]:
     """A side that ran twice: once to be checked, once warm for its memory and a rough time."""
     side = PEERS[name].build(problem)
-    results = check.checked_results(problem, check.call(problem, side, *check.checked_inputs(problem)))
-    found = check.judge(results, truths, problem.case.dtype)
-    del results
+    found = check.judge(check.checked_results(problem, side), truths, problem.case.dtype)
     call = rotating(problem, side)
     call(0)  # not the first: its cotangent was another
     return call, {"outcome": "checked", **found, **clock.probe(call, problem.device)}
@@ -153,9 +152,8 @@ def _checked(problem: Problem, name: str, truths) -> tuple[clock.Call, dict]:
 def profile(case: Case, name: str, device: torch.device, dry: bool, iterations: int) -> None:
     """Run one side in a loop, warm, between the marks that profilers start and stop at."""
     problem = Problem(case, device, dry)
-    outcome_, why = reasons(problem, name, "all", None)
-    if outcome_:
-        raise SystemExit(f"{case.name}: {name} is {outcome_}: {why}")
+    if why := reasons(problem, name, "all", None):
+        raise SystemExit(f"{case.name}: {name} is {why['outcome']}: {why['reason']}")
     print(f"{case.name}, {name}; ours: {explain(problem)['backend']}", flush=True)
     call = rotating(problem, PEERS[name].build(problem))
     for i in range(3):

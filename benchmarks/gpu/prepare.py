@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.process import run_command
+
 ROOT = Path(__file__).resolve().parents[2]
-GRACE_SECONDS = 15  # for pytest to write its report when it is told to stop
 TEST_FOLDERS = ("ops", "layers", "models")
 NO_TESTS = 5  # pytest's exit code when it collected none
 
@@ -25,33 +24,14 @@ def run_logged(
     Returns:
         Its exit code, None when it was stopped after ``seconds``; and how long it took.
     """
-    start = time.monotonic()
     print("$", " ".join(command), flush=True)
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        os.set_blocking(process.stdout.fileno(), False)
-        stopped = False
-        try:
-            while True:
-                ended = process.poll() is not None  # before the last read, or what came between is lost
-                for stream in (file, sys.stdout.buffer) if (data := process.stdout.read()) else ():
-                    stream.write(data)
-                    stream.flush()
-                if ended:
-                    break
-                if not stopped and time.monotonic() - start > seconds:
-                    stopped = True
-                    os.killpg(process.pid, signal.SIGINT)
-                if stopped and time.monotonic() - start > seconds + GRACE_SECONDS:
-                    os.killpg(process.pid, signal.SIGKILL)
-                time.sleep(0.05)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return None if stopped else process.returncode, time.monotonic() - start
+    with log.open("w", encoding="utf-8") as file:
+
+        def report(line: str) -> None:
+            for stream in (file, sys.stdout):
+                print(line, end="", file=stream, flush=True)
+
+        return run_command(command, ROOT, report, environment, seconds)
 
 
 def build(out: Path, seconds: float, capability: str | None) -> dict:
@@ -59,9 +39,8 @@ def build(out: Path, seconds: float, capability: str | None) -> dict:
     environment = dict(os.environ)
     if capability:
         environment.setdefault("PERCEIVER_FAST_CUDA_ARCHS", capability)
-    code, took = run_logged(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], out / "build.log", seconds, environment
-    )  # fmt: skip
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    code, took = run_logged(command, out / "build.log", seconds, environment)
     found = {"exit_code": code, "seconds": round(took, 1), "log": "build.log", "kernels": link_kernels()}
     if code is None:
         return found | {"outcome": f"stopped after {seconds:.0f} s"}
@@ -116,14 +95,14 @@ def test(out: Path, seconds: float) -> dict:
 
 def read_report(report: Path) -> dict:
     """Counts and the failures' names of a JUnit report; zeros when there is none."""
-    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     try:
         root = ElementTree.parse(report).getroot()
     except (OSError, ElementTree.ParseError):
-        return counts | {"failed": []}
-    for suite in root.iter("testsuite"):
-        for key in counts:
-            counts[key] += int(suite.get(key, 0))
+        root = ElementTree.Element("testsuites")
+    counts = {
+        key: sum(int(suite.get(key, 0)) for suite in root.iter("testsuite"))
+        for key in ("tests", "failures", "errors", "skipped")
+    }
     failed = [
         f"{case.get('classname')}.{case.get('name')}"
         for case in root.iter("testcase")

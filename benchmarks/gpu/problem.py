@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 
@@ -50,7 +51,7 @@ class Problem:
             if self.case.level == "model":
                 return (image,), draw(batch, geometry.model["num_classes"])
             latents = batch, geometry.queries, geometry.model["latent_dim"]
-            return (draw(*latents).requires_grad_(self.case.pass_name == "step"), image), draw(*latents)
+            return (draw(*latents).requires_grad_(self.case.step), image), draw(*latents)
 
         first = one()
         held = sum(t.nbytes for t in (*first[0], first[1]))
@@ -78,8 +79,16 @@ class Problem:
         """``[B, M, C]``, raw channels and codes joined: what dense attention needs of every image."""
         return torch.cat([image, self.codes.expand(image.shape[0], *self.codes.shape[1:])], -1).flatten(1, -2)
 
+    def project_tokens(self, image: Tensor) -> Tensor:
+        """Keys and values ``[B, M, 2 d]`` from built tokens."""
+        return self.layer.fn.to_kv(self.layer.norm_context(self.build_tokens(image)))
+
+    def project_tables(self, image: Tensor) -> Tensor:
+        """The same from the axis tables, by this package."""
+        return self.model.describe(image).keys_values(self.layer.fn.to_kv, self.layer.norm_context)
+
     @cached_property
-    def write_keys_values(self):
+    def write_keys_values(self) -> Callable[[Tensor], Tensor]:
         """Keys and values ``[B, M, 2 d']`` straight from the axis tables, compiled into few kernels.
 
         d' is d rounded up to a multiple of 8, which fast attention kernels ask for; the added channels are zero.

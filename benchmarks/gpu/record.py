@@ -9,6 +9,7 @@ from rich.table import Table
 from benchmarks.output import digits, table, times_ours
 
 OURS = "fast"
+NOT_RUN = {"outcome": "not run"}
 SHORT = {"out of memory": "memory", "not run": "-"}
 CAPTION = (
     "Median of a call; below it how many times as long as fast it takes (red: fast is the slower one). wrong: further "
@@ -22,10 +23,8 @@ def duration(seconds: float) -> str:
     return f"{digits(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{digits(seconds * 1e6)} us"
 
 
-def cell(side: dict | None) -> str:
+def cell(side: dict) -> str:
     """Time above ratio, or what there is in place of it."""
-    if side is None:
-        return "-"
     if side["outcome"] != "timed":
         return SHORT.get(side["outcome"], side["outcome"])
     text = duration(side["median"]) + ("*" if side.get("launch_bound") else "")
@@ -47,8 +46,9 @@ def tables(result: dict) -> list[Table]:
         cases = [case for case in result["cases"] if case.get("level") == level]
         if cases:
             dry = "DRY RUN, tiny sizes: " if result["dry_run"] else ""
-            # A side that runs models does not appear as a column of dashes where it cannot.
-            peers = [peer for peer in peers_of(*cases) if any(shown(case, peer) for case in cases)]
+            sides = [item for case in cases for item in case["sides"].items()]
+            seen = {name for name, side in sides if side["outcome"] != "not run"}  # others are no columns of dashes
+            peers = [peer for peer in peers_of(*cases) if peer in seen]
             headers = "geometry\nbatch dtype pass", "fast", "pairs/s", "error", *(p.replace("-", "\n") for p in peers)
             title = f"{dry}{level} level, {result['conditions'].get('device')}"
             lines = [_line(case, peers) for case in cases]
@@ -57,14 +57,14 @@ def tables(result: dict) -> list[Table]:
 
 
 def _line(case: dict, peers: list[str]) -> list[str]:
-    ours = case["sides"].get(OURS)
-    pairs = (ours or {}).get("pairs_per_second")
+    ours = case["sides"].get(OURS, NOT_RUN)
+    pairs = ours.get("pairs_per_second")
     return [
         f"{case['geometry']}\n{case['batch']} {case['dtype']} {case['pass']}",
         cell(ours),
         f"{pairs / 1e9:.3g} G" if pairs else "-",
-        errors(ours or {}),
-        *(cell(case["sides"].get(peer)) for peer in peers),
+        errors(ours),
+        *(cell(case["sides"].get(peer, NOT_RUN)) for peer in peers),
     ]
 
 
@@ -72,7 +72,7 @@ def summary(case: dict) -> str:
     """One line: our time, and the peers' as multiples of it."""
     said = []
     for name in (OURS, *peers_of(case)):
-        side = case["sides"].get(name, {"outcome": "not run"})
+        side = case["sides"].get(name, NOT_RUN)
         if side["outcome"] == "timed":
             ratio = side.get("over_ours")
             said.append(f"{name} {cell(side).splitlines()[0] if ratio is None else f'{ratio:.2f}x'}")
@@ -85,11 +85,6 @@ def summary(case: dict) -> str:
 def peers_of(*cases: dict) -> list[str]:
     """All sides but ours, in the order in which they are measured."""
     return [side for side in dict.fromkeys(side for case in cases for side in case["sides"]) if side != OURS]
-
-
-def shown(case: dict, peer: str) -> bool:
-    """Whether ``peer`` was to be measured on ``case``, also where it is absent."""
-    return case["sides"].get(peer, {}).get("outcome", "not run") != "not run"
 
 
 def skipped_line(result: dict) -> str:

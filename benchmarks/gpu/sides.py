@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,19 +59,6 @@ def _ours_graphed(problem: Problem) -> Side:
     return Side(apply, parameters=parameters(model))
 
 
-def _whole_models(problem: Problem) -> list[str]:
-    return [] if problem.case.level == "model" else ["it is of whole models"]
-
-
-def _on_cuda(problem: Problem) -> list[str]:
-    return [] if problem.device.type == "cuda" else ["it runs on CUDA tensors"]
-
-
-def _graph_reasons(problem: Problem) -> list[str]:
-    inference = [] if problem.case.pass_name == "forward" else ["it records inference"]
-    return _on_cuda(problem) + inference + _whole_models(problem)
-
-
 def _theirs(problem: Problem, sdpa: bool = False) -> Side:
     with torch.device(problem.device):
         model = peer_model(problem.geometry, problem.model.state_dict())
@@ -100,10 +88,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) ->
     return out.squeeze(1)[..., :width]
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
-
-
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
@@ -131,25 +115,21 @@ def _flash_perceiver(problem: Problem) -> Side:
     return Side(apply, parameters=theirs | own)
 
 
-def _tokens_projected(problem: Problem) -> Callable[[Tensor], Tensor]:
-    layer = problem.layer
-    return lambda image: layer.fn.to_kv(layer.norm_context(problem.build_tokens(image)))
+def _needs(*what: str) -> Callable[[Problem], list[str]]:
+    """The reasons of a peer that runs only where all of ``what`` is so."""
 
+    def reasons(problem: Problem) -> list[str]:
+        case, head = problem.case, problem.geometry.dim_head
+        facts = {
+            "flash": (head <= FLASH_HEAD_DIM, f"it takes head dimensions to {FLASH_HEAD_DIM}, not {head}"),
+            "cuda": (problem.device.type == "cuda", "it runs on CUDA tensors"),
+            "half": (case.dtype == "bf16", "it takes bf16 and fp16, not fp32"),
+            "inference": (not case.step, "it records inference"),
+            "model": (case.level == "model", "it is of whole models"),
+        }
+        return [why for fits, why in map(facts.get, what) if not fits]
 
-def _tables_projected(problem: Problem) -> Callable[[Tensor], Tensor]:
-    layer, model = problem.layer, problem.model
-    return lambda image: model.describe(image).keys_values(layer.fn.to_kv, layer.norm_context)
-
-
-def _needs_half(problem: Problem) -> list[str]:
-    half = [] if problem.case.dtype == "bf16" else ["it takes bf16 and fp16, not fp32"]
-    return _on_cuda(problem) + half
-
-
-def _flash_reasons(problem: Problem) -> list[str]:
-    head = problem.geometry.dim_head
-    wide = [] if head <= FLASH_HEAD_DIM else [f"it takes head dimensions to {FLASH_HEAD_DIM}, not {head}"]
-    return wide + _needs_half(problem)
+    return reasons
 
 
 def _of_ops(build: Callable[[Problem], Side], **options: object) -> Peer:
@@ -157,20 +137,22 @@ def _of_ops(build: Callable[[Problem], Side], **options: object) -> Peer:
     return Peer(build, fits=lambda case: case.level == "op", **options)
 
 
+CUDNN = partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION)
+FLASH = _needs("flash", "cuda", "half")
 PEERS = {
     OURS: Peer(_ours),
-    "fast-graph": Peer(_ours_graphed, _graph_reasons),
-    "fast-compile": compiled(_ours, reasons=_whole_models),
+    "fast-graph": Peer(_ours_graphed, _needs("cuda", "inference", "model")),
+    "fast-compile": compiled(_ours, reasons=_needs("model")),
     "eager": Peer(_theirs, packages=PYTORCH),
     "sdpa": Peer(lambda p: _theirs(p, sdpa=True), packages=PYTORCH),
-    "compile": compiled(lambda p: _theirs(p, sdpa=True), reasons=lambda p: [], packages=PYTORCH),
-    "flash-attn": _of_ops(
-        lambda p: _dense(p, _tokens_projected(p), _flash), reasons=_flash_reasons, packages=("flash_attn",)
-    ),
-    "flash-perceiver": _of_ops(_flash_perceiver, reasons=_flash_reasons, packages=("flash_perceiver",)),
-    "smart": _of_ops(lambda p: _dense(p, _tables_projected(p), _sdpa)),
+    "compile": compiled(lambda p: _theirs(p, sdpa=True), reasons=_needs(), packages=PYTORCH),
+    "flash-attn": _of_ops(lambda p: _dense(p, p.project_tokens, _flash), reasons=FLASH, packages=("flash_attn",)),
+    "flash-perceiver": _of_ops(_flash_perceiver, reasons=FLASH, packages=("flash_perceiver",)),
+    "smart": _of_ops(lambda p: _dense(p, p.project_tables, _sdpa)),
     "smart-compile": _of_ops(lambda p: _dense(p, p.write_keys_values, _sdpa), compiled=True),
-    "smart-cudnn": _of_ops(lambda p: _dense(p, p.write_keys_values, _cudnn), reasons=_needs_half, compiled=True),
+    "smart-cudnn": _of_ops(
+        lambda p: _dense(p, p.write_keys_values, CUDNN), reasons=_needs("cuda", "half"), compiled=True
+    ),
 }
 
 
@@ -185,27 +167,27 @@ def least_bytes(problem: Problem, name: str) -> int:
         return keys_values
     built = 2 * tokens * geometry.token_channels * 4  # and normalised; autocast does both in float32
     logits = 2 * tokens * geometry.queries * size if name == "eager" else 0  # and their softmax
-    layers = geometry.model["depth"] if case.pass_name == "step" else 1  # the backward needs those of every layer
+    layers = geometry.model["depth"] if case.step else 1  # the backward needs those of every layer
     return built + layers * (keys_values + logits)
 
 
-def reasons(problem: Problem, name: str, compile_mode: str, memory: int | None) -> tuple[str, str]:
-    """Why side ``name`` is not measured, as an outcome and its reason; two empty strings where it is.
+def reasons(problem: Problem, name: str, compile_mode: str, memory: int | None) -> dict[str, str]:
+    """Why side ``name`` is not measured: the ``outcome`` and its ``reason``; empty where it is.
 
     Args:
         compile_mode: "all", "headline" or "none": where compiled peers are measured.
         memory: of the device, in bytes, or None where it does not count.
     """
-    peer, case = PEERS[name], problem.case
-    if why := peer.absent():
-        return "absent", why[0]
-    if peer.compiled and (compile_mode == "none" or (compile_mode == "headline" and not case.headline)):
-        return "not run", f"--compile {compile_mode} leaves it out here"
-    if name in ("compile", "fast-compile") and compile_mode == "headline" and case.batch != 8:
-        return "not run", "--compile headline has it at batch 8 alone"
-    if why := peer.reasons(problem):
-        return "not run", why[0]
-    needed = least_bytes(problem, name)
-    if memory is not None and needed > memory:
-        return "out of memory", f"needs at least {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
-    return "", ""
+    peer, case, needed = PEERS[name], problem.case, least_bytes(problem, name)
+    headline, outcome, why = compile_mode == "headline", "not run", None
+    if absent := peer.absent():
+        outcome, why = "absent", absent[0]
+    elif peer.compiled and (compile_mode == "none" or (headline and not case.headline)):
+        why = f"--compile {compile_mode} leaves it out here"
+    elif name in ("compile", "fast-compile") and headline and case.batch != 8:
+        why = "--compile headline has it at batch 8 alone"
+    elif cannot := peer.reasons(problem):
+        why = cannot[0]
+    elif memory is not None and needed > memory:
+        outcome, why = "out of memory", f"needs at least {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}"
+    return {"outcome": outcome, "reason": why} if why else {}

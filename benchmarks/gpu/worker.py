@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from benchmarks.gpu.cases import Case, parse_case
+from benchmarks.gpu.cases import Case
 from benchmarks.process import Ended, Process
 
 START_SECONDS = 180  # importing torch and starting CUDA on a machine that does so for the first time
@@ -34,23 +34,22 @@ def _serve(pipe: Connection, options: dict) -> None:
     measure_case.use_exact_float32()
     if device.type == "cpu":
         torch.set_num_threads(1)  # a dry run's tensors are small, and a busy machine makes parallel regions wait
+
     gc.freeze()  # what was imported stays: collections between sides look at the rest alone
     pipe.send(("done", machine.conditions(device) | {"truth": check.truth_name(), "tolerances": check.TOLERANCES}))
     while True:
         try:
-            name, exclude = pipe.recv()
+            case, exclude = pipe.recv()
         except EOFError:  # the parent is gone
             return
+        options |= {"exclude": exclude, "say": lambda side: pipe.send(("side", side))}
         try:
-            found = measure_case.measure_case(
-                parse_case(name), device, exclude=exclude, say=lambda side: pipe.send(("side", side)), **options
-            )
-            pipe.send(("done", found))
+            pipe.send(("done", measure_case.measure_case(case, device, **options)))
         except measure_case.DeviceLost as error:
             pipe.send(("lost", f"the device was lost: {error}"))
             return
         except Exception as error:  # of a case, not of a side: the next case has another chance
-            pipe.send(("done", {"case": name, "sides": {}, "notes": [f"{type(error).__name__}: {error}"[:400]]}))
+            pipe.send(("done", {"case": case.name, "sides": {}, "notes": [f"{type(error).__name__}: {error}"[:400]]}))
 
 
 class Worker:
@@ -65,7 +64,7 @@ class Worker:
     def start(self) -> dict:
         """Start the process if there is none; returns the machine's conditions."""
         if self.process is None:
-            self.process = Process(self.serve, dict(self.options), method="spawn")
+            self.process = Process(self.serve, self.options)
             self.conditions = self._receive(START_SECONDS)
         return self.conditions
 
@@ -79,10 +78,10 @@ class Worker:
         while True:
             try:
                 self.start()
-                self.process.pipe.send((case.name, exclude))
+                self.process.pipe.send((case, exclude))
                 return self._receive(deadline - time.monotonic())
             except (WorkerLost, BrokenPipeError) as error:
-                self.stop(patience=0)
+                self.stop(at_once=True)
                 side = getattr(error, "side", "")
                 self.report(f"{case.name}: {error} ({side or 'no side'})")
                 if not side or side in exclude or time.monotonic() >= deadline:
@@ -95,17 +94,17 @@ class Worker:
             try:
                 kind, message = self.process.receive(end - time.monotonic())
             except TimeoutError:
-                raise WorkerLost(f"stopped after {seconds:.0f} s", side) from None
+                kind, message = "lost", f"stopped after {seconds:.0f} s"
             except Ended as error:
-                raise WorkerLost(f"the measuring process ended with code {error.code}", side) from None
+                kind, message = "lost", f"the measuring process ended with code {error.code}"
             if kind == "lost":
                 raise WorkerLost(message, side)
             if kind == "done":
                 return message
             side = message
 
-    def stop(self, patience: float = STOP_SECONDS) -> None:
-        """End the process: an idle one by itself within ``patience`` seconds, one that hangs by force."""
+    def stop(self, at_once: bool = False) -> None:
+        """End the process: an idle one ends by itself, unless ``at_once``; one that hangs by force."""
         if self.process is not None:
-            self.process.stop(patience)
+            self.process.stop(0 if at_once else STOP_SECONDS)
         self.process = None

@@ -157,12 +157,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def stem_of(args: argparse.Namespace) -> Path:
-    """The path of what is written, without an ending: what is not the usual run says so in its name."""
+def csv_of(args: argparse.Namespace) -> Path:
+    """The file that is written, or drawn again; what is not the usual run says so in its name."""
+    if args.redraw:
+        return args.redraw
     parts = ["scaling", slug(cpu_name()), datetime.date.today().isoformat()]
     parts += [args.pass_name] * (args.pass_name != "forward") + [args.dtype] * (args.dtype != "float32")
     parts += [args.axis] * (args.axis != "both") + ["quick"] * args.quick
-    return args.out / "-".join(parts)
+    return args.out / f"{'-'.join(parts)}.csv"
 
 
 def reasons(args: argparse.Namespace) -> list[str]:
@@ -196,28 +198,25 @@ def measured(args: argparse.Namespace, facts: dict, points: list[Point], stored:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 1 when a peer failed or results differ, or 2 when it could not run to its end."""
     args = parser().parse_args(argv)
-    points, complete = [], True
+    stored, points, complete = csv_of(args), [], True
     try:
         if why := reasons(args):
             raise ValueError("; ".join(why))
         if args.redraw:
-            stem = args.redraw.with_suffix("")
-            facts, points = read(args.redraw)
+            facts, points = read(stored)
             if not points:
-                raise ValueError(f"{args.redraw}: expected points, got none")
+                raise ValueError(f"{stored}: expected points, got none")
         else:
             args.out.mkdir(parents=True, exist_ok=True)
-            stem = stem_of(args)
             facts = conditions(args.threads) | {"peak_memory_method": memory_method()}
     except (OSError, ValueError) as error:
         print(f"scaling: {error}", file=sys.stderr)
         return 2
-    stored = stem.with_name(stem.name + ".csv")
     if not args.redraw:
         complete = measured(args, facts, points, stored)
     if not points:
         return 2
-    files = [str(path) for path in (stored, *draw(facts, points, stem))]
+    files = [str(path) for path in (stored, *draw(facts, points, stored.with_suffix("")))]
     result = {"conditions": facts, "exponents": exponents(points), "points": list(map(asdict, points)), "files": files}
 
     def printed() -> None:

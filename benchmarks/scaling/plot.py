@@ -15,7 +15,11 @@ LOOKS = {
     "fast": ("perceiver-fast", "#D55E00", "o"),
 }
 GREY = "#777777"
-SCALES = {"median": 1e3, "peak_memory_bytes": 2**-20}  # milliseconds and MiB
+PASSES = {"forward": "forward pass", "step": "forward and backward pass"}
+PANELS = {  # the scale, the unit and the title of a value
+    "median": (1e3, "milliseconds", "Time of a {}"),
+    "peak_memory_bytes": (2**-20, "MiB", "Peak memory that a {} adds"),
+}
 LINE = 0.055  # of a name's text, as a share of the panel's height
 MARGIN = 1.3  # around sizes, as a factor
 
@@ -40,7 +44,7 @@ def draw(conditions: dict, points: list[Point], stem: Path) -> list[Path]:
         panels = figure.subplots(len(axes), 2, squeeze=False)
         for axis, row in zip(axes, panels, strict=True):
             here = [point for point in points if point.axis == axis]
-            for value, panel in zip(SCALES, row, strict=True):
+            for value, panel in zip(PANELS, row, strict=True):
                 _panel(panel, here, axis, value)
         known = [f"{key} {conditions[key]}" for key in ("cpu", "threads", "torch", "date") if conditions.get(key)]
         figure.supxlabel(", ".join([*known, "x: where a peer stopped"]), fontsize=8, color=GREY)
@@ -52,15 +56,10 @@ def draw(conditions: dict, points: list[Point], stem: Path) -> list[Path]:
 
 def _panel(panel, points: list[Point], axis: str, value: str) -> None:
     """One panel: a curve for each peer, where it stopped, the guide."""
-    scale, first = SCALES[value], points[0]
-    passes = {"forward": "forward pass", "step": "forward and backward pass"}[first.pass_name]
-    title = {"median": f"Time of a {passes}", "peak_memory_bytes": f"Peak memory that a {passes} adds"}[value]
-    symbols = {
-        "tokens": f"M, tokens (N = {first.latents:,} latents)",
-        "latents": f"N, latents (M = {first.tokens:,} tokens)",
-    }
-    panel.set(xscale="log", yscale="log", title=f"{title}, {first.dtype}", xlabel=symbols[axis])
-    panel.set_ylabel({"median": "milliseconds", "peak_memory_bytes": "MiB"}[value])
+    (scale, unit, title), first = PANELS[value], points[0]
+    title = f"{title.format(PASSES[first.pass_name])}, {first.dtype}"
+    tokens, latents = f"M, tokens (N = {first.latents:,} latents)", f"N, latents (M = {first.tokens:,} tokens)"
+    panel.set(xscale="log", yscale="log", title=title, xlabel=tokens if axis == "tokens" else latents, ylabel=unit)
     panel.grid(which="major", color="#dddddd", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     names, values = [], []
@@ -107,7 +106,7 @@ def _guide(panel, points: list[Point], axis: str, value: str) -> None:
     peers = [peer for peer in ("fast", *LOOKS) if curve(points, axis, peer, value)]
     line = curve(points, axis, peers[0], value)
     (start, _), (end, last) = line[0], line[-1]
-    last *= SCALES[value] / 2
+    last *= PANELS[value][0] / 2
     panel.plot([start, end], [last * start / end, last], color="#aaaaaa", linestyle="--", linewidth=1, scaley=False)
     middle = math.sqrt(start * end)
     panel.annotate(

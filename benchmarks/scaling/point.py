@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 
 from benchmarks.process import Ended, Process
 from benchmarks.sides import Call, Case, Results, relative_error
-from benchmarks.statistic import statistic
+from benchmarks.statistic import seconds_of, statistic
 from benchmarks.suite.measure import AVAILABLE_SHARE, MOST_ROUNDS, build_call
 from benchmarks.suite.memory import WARM_CALLS, peak_memory
 from perceiver_fast.insight.geometries import GEOMETRIES
@@ -38,17 +36,11 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a peer may take.
+    """What a peer may take."""
 
-    Args:
-        threads: that compute.
-        bytes: that a process may add to what it starts with.
-        seconds: that a call may take.
-    """
-
-    threads: int
-    bytes: int
-    seconds: float
+    threads: int  # that compute
+    bytes: int  # that a process may add to what it starts with
+    seconds: float  # that a call may take
 
 
 def case_of(peer: str, side: int, latents: int, pass_name: str, dtype: str) -> Case:
@@ -139,19 +131,13 @@ def _send_times(sender: Connection, case: Case, limits: Limits) -> None:
         sender.send(("value", fingerprint(call())))  # which compiles, fills caches, starts threads
         for _ in range(WARM_CALLS - 1):
             call()
-        first = _timed(call)
+        first = seconds_of(call)
         sender.send(("value", first))
         for _ in range(max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / first))) - 1):
-            sender.send(("value", _timed(call)))
+            sender.send(("value", seconds_of(call)))
         sender.send(("value", None))
     except Exception as error:  # noqa: BLE001
         # Whatever a peer raises is where it stops.
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         memory = isinstance(error, MemoryError) or "can't allocate memory" in text or "bad_alloc" in text
         sender.send(("out of memory" if memory else "failed", text))
-
-
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

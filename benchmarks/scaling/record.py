@@ -19,43 +19,28 @@ DECADES = 2.0  # at the large end, which a fit is made over
 class Point:
     """One peer at one size; what was not measured is None.
 
-    Args:
-        axis: what grows along the curve: tokens or latents.
-        peer: whose model.
-        tokens: M.
-        latents: N.
-        pass_name: forward or step.
-        dtype: float32 or bfloat16.
-        threads: that computed.
-        status: measured, or why the peer stops here: out of memory, would not fit (so much
-            more than is allowed that it was not tried), too slow, failed.
-        median: seconds of a call; q1, q3 and min likewise, of ``rounds`` calls.
-        peak_memory_bytes: by which the resident set grew at its peak in a call. The input was there before, and is not in
-            it.
-        input_bytes: size of the input.
-        needed_bytes: about what the peer would have needed, where it stopped for that.
-        difference: of the output, and of gradients' norms, from the first peer's; relative; None of the first itself.
-        detail: how the peer stopped.
+    ``status`` is measured, or why the peer stops here: out of memory, would not fit (so much more than is allowed that it
+    was not tried), too slow, failed.
     """
 
-    axis: str
+    axis: str  # what grows along the curve: tokens or latents
     peer: str
-    tokens: int
-    latents: int
-    pass_name: str
-    dtype: str
-    threads: int
+    tokens: int  # M
+    latents: int  # N
+    pass_name: str  # forward or step
+    dtype: str  # float32 or bfloat16
+    threads: int  # that computed
     status: str
-    median: float | None = None
+    median: float | None = None  # seconds of a call; q1, q3 and min likewise
     q1: float | None = None
     q3: float | None = None
     min: float | None = None
-    rounds: int | None = None
-    peak_memory_bytes: int | None = None
+    rounds: int | None = None  # calls that these are of
+    peak_memory_bytes: int | None = None  # by which the resident set grew at its peak in a call; without the input
     input_bytes: int | None = None
-    needed_bytes: int | None = None
-    difference: float | None = None
-    detail: str = ""
+    needed_bytes: int | None = None  # about what the peer would have needed, where it stopped for that
+    difference: float | None = None  # from the first peer's output, and gradients' norms; relative
+    detail: str = ""  # how the peer stopped
 
     @property
     def size(self) -> int:

@@ -11,15 +11,15 @@ gradients of the tokens too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import perceiver_fast as pf
-from benchmarks.sides import OURS, Case, Level, Peer, Results, Side, ours
+from benchmarks.sides import OURS, Case, Level, Peer, Results, Side, leaves, ours
 from benchmarks.suite.layers import one_layer
 from benchmarks.suite.plans import logits_bytes
 from perceiver_fast.insight.geometries import Geometry
@@ -28,8 +28,7 @@ LAYER_NORM_EPS = 1e-5  # torch's default
 REFERENCE_MATRICES = {"forward": 5, "step": 10, "step+tokens": 10}  # N x M matrices the reference holds at its peak
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Inputs of both sides for one head of dimension d."""
 
     sizes: tuple[int, ...]
@@ -73,11 +72,6 @@ def problem(geometry: Geometry, batch: int = 1) -> Problem:
     )
 
 
-def _leaves(inputs: tuple[Tensor, ...], wanted: int) -> tuple[Tensor, ...]:
-    """The inputs of a side, the first ``wanted`` of which get gradients."""
-    return tuple(t.detach().contiguous().requires_grad_(i < wanted) for i, t in enumerate(inputs))
-
-
 def dense_side(p: Problem, pass_name: str) -> Side:
     """torch's scaled_dot_product_attention on keys and values built beforehand, at no cost to it."""
 
@@ -95,7 +89,7 @@ def dense_side(p: Problem, pass_name: str) -> Side:
         return out, dq, p.scale.unsqueeze(-1) * per_feature, dscale
 
     wanted = {"forward": 0, "step": 1, "step+tokens": 3}[pass_name]
-    inputs = _leaves(tuple(t.unsqueeze(1) for t in (p.queries, p.keys, p.values)), wanted)
+    inputs = leaves([t.unsqueeze(1) for t in (p.queries, p.keys, p.values)], wanted)
     return Side(attend, inputs, cotangents=(p.cotangent.unsqueeze(1),), common=common)
 
 
@@ -118,15 +112,15 @@ def grid_side(p: Problem, pass_name: str, backend: str) -> Side:
         return out, dq, *results[2 + 2 * axes :]
 
     wanted = {"forward": 0, "step": 1 + axes, "step+tokens": 3 + axes}[pass_name]
-    inputs = _leaves((*(p.queries @ p.key_table).split(parts, -1), p.feat, p.scale), wanted)
+    inputs = leaves((*(p.queries @ p.key_table).split(parts, -1), p.feat, p.scale), wanted)
     return Side(attend, inputs, cotangents=(p.cotangent @ p.value_table).split(parts, -1), common=common)
 
 
 def truth(case: Case) -> Side:
     """torch's own attention in float64, which shares no code with the op."""
     p = problem(case.geometry, case.batch)
-    tensors = {f.name: getattr(p, f.name) for f in fields(p) if isinstance(getattr(p, f.name), Tensor)}
-    return dense_side(replace(p, **{name: t.double() for name, t in tensors.items()}), case.pass_name)
+    sizes, *tensors = p
+    return dense_side(Problem(sizes, *(t.double() for t in tensors)), case.pass_name)
 
 
 def needs(case: Case) -> dict[str, int]:

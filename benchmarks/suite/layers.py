@@ -35,12 +35,6 @@ PERMUTED = ("norm_context", "fn.to_kv")  # whose last axis is the channels of to
 Names = dict[str, tuple[str, ...]]  # a parameter of perceiver-pytorch's: the peer's, one after the other
 
 
-def latents(geometry: Geometry, batch: int) -> Tensor:
-    """Random latents ``[batch, N, D]``, the same at every call."""
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(batch, geometry.queries, geometry.model["latent_dim"], generator=generator)
-
-
 class Original(nn.Module):
     """perceiver-pytorch's layer."""
 
@@ -124,18 +118,13 @@ class Foreign(nn.Module):
         It orders codes by positions, sines and cosines, then by axes; perceiver-pytorch by axes, then sines, cosines, position.
         """
         geometry, axes = self.geometry, self.axes
+        channels = torch.arange(geometry.token_channels)
         if not geometry.encoded:
-            return torch.arange(geometry.token_channels)
-        raw, bands = 0 if geometry.family == "points" else geometry.channels, geometry.model["num_freq_bands"]
-        order = list(range(raw))
-        for axis in range(axes):
-            sines = raw + axes + axis * bands
-            order += [
-                *range(sines, sines + bands),
-                *range(sines + axes * bands, sines + (axes + 1) * bands),
-                raw + axis,
-            ]
-        return torch.tensor(order)
+            return channels
+        waves = 2 * axes * geometry.model["num_freq_bands"]
+        raw, positions, waves = channels.split([len(channels) - axes - waves, axes, waves])
+        sines, cosines = waves.view(2, axes, -1)
+        return torch.cat([raw, torch.cat([sines, cosines, positions.unsqueeze(1)], 1).flatten()])
 
     def parts(self, name: str) -> tuple[list[str], bool]:
         """The parameters that make up perceiver-pytorch's ``name``, and whether their last axis is channels of tokens."""
@@ -243,7 +232,9 @@ def weights(geometry: Geometry) -> dict[str, Tensor]:
 def side(module: nn.Module, case: Case) -> Side:
     """``module`` with the weights that all peers share, on the case's latents and input."""
     shared = weights(case.geometry)
-    inputs = latents(case.geometry, case.batch).requires_grad_(case.step), case.geometry.input(case.batch)
+    latents = case.batch, case.geometry.queries, case.geometry.model["latent_dim"]
+    x = torch.randn(latents, generator=torch.Generator().manual_seed(3)).requires_grad_(case.step)
+    inputs = x, case.geometry.input(case.batch)
     if isinstance(module, Foreign):
         module.load(shared)
         return Side(module, inputs, parameters(module), common=partial(module.common, list(shared)))

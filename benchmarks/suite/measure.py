@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from functools import lru_cache
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.sides import OURS, Call, Case, Results, errors, excess
+from benchmarks.statistic import seconds_of
 from benchmarks.suite.levels import LEVELS
 from benchmarks.suite.memory import memory_method, peak_memory
 from benchmarks.suite.plans import PLANS
@@ -28,13 +28,9 @@ def build_call(case: Case) -> Call:
     return case.call(LEVELS[case.level].peers[case.peer].build(case))
 
 
-def truths(case: Case) -> Results:
-    """What every peer should return, in float64."""
-    return _truths(replace(case, peer=OURS, dtype="float32"))
-
-
 @lru_cache(maxsize=1)
-def _truths(case: Case) -> Results:
+def truths(case: Case) -> Results:
+    """What every peer should return, in float64; of the ``case`` of any peer in float32, they are the same."""
     side = LEVELS[case.level].truth(case)
     return side.common(case.call(side)())
 
@@ -45,17 +41,10 @@ def checked(results: Results, case: Case) -> dict[str, float | None]:
     Raises:
         AssertionError: one is too large or not a number; no wrong result is timed.
     """
-    found = errors(results, truths(case), case.dtype)
+    found = errors(results, truths(replace(case, peer=OURS, dtype="float32")), case.dtype)
     wrong = excess(found, TOLERANCES[case.dtype])
     assert not wrong, "; ".join(wrong)
     return found
-
-
-def need_memory(what: str, needed: int) -> None:
-    """Skip the running benchmark, with the reason, when ``what`` needs more memory than there is."""
-    available = psutil.virtual_memory().available
-    if needed > AVAILABLE_SHARE * available:
-        pytest.skip(f"{what} needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are available")
 
 
 def measure(benchmark, case: Case) -> None:
@@ -64,8 +53,10 @@ def measure(benchmark, case: Case) -> None:
     peer = level.peers[case.peer]
     if reasons := peer.absent() + peer.reasons(case):
         pytest.skip("; ".join(reasons))
+    available = psutil.virtual_memory().available
     for what, needed in level.needs(case).items():
-        need_memory(what, needed)
+        if needed > AVAILABLE_SHARE * available:
+            pytest.skip(f"{what} needs about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are available")
     work = work_of(case)
     side = peer.build(case)
     call, threads = case.call(side), torch.get_num_threads()
@@ -73,9 +64,7 @@ def measure(benchmark, case: Case) -> None:
     memory = peak_memory(build_call, case)
     info |= {"peak_memory_bytes": memory and memory.peak, "kept_memory_bytes": memory and memory.kept}
     benchmark.extra_info.update(info | {"peak_memory_method": memory_method()})
-    start = time.perf_counter()
-    call()
-    rounds = min(MOST_ROUNDS, int(SECONDS_PER_SIDE / (time.perf_counter() - start)))
+    rounds = min(MOST_ROUNDS, int(SECONDS_PER_SIDE / seconds_of(call)))
     # The calls before were the warm-up.
     benchmark.pedantic(call, rounds=max(rounds, PLANS[case.geometry.name].rounds), warmup_rounds=0, iterations=1)
     if benchmark.stats is not None:  # none under --benchmark-disable

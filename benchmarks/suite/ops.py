@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from perceiver_pytorch.perceiver_pytorch import fourier_encode
 from torch import Tensor
 
-from benchmarks.sides import OURS, Case, Level, Peer, Side, compiled, ours
+from benchmarks.sides import OURS, Case, Level, Peer, Side, compiled, leaves, ours
 from benchmarks.suite.layers import one_layer
 from perceiver_fast import ops
 from perceiver_fast.cache import ParameterCache
@@ -30,19 +30,12 @@ PROJECTED = 128  # channels that encoded positions are projected to
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of an op.
+    """One call of an op."""
 
-    Args:
-        inputs: tensors that every side takes.
-        sides: peer to function of the inputs; the first is plain PyTorch and what the others are checked against.
-        wanted: of how many of the inputs, the first ones, a step returns the gradients.
-        outputs: of a side. Default: 1. The first is compared; the others are seen through the gradients.
-    """
-
-    inputs: tuple[Tensor, ...]
-    sides: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]
-    wanted: int
-    outputs: int = 1
+    inputs: tuple[Tensor, ...]  # that every side takes
+    sides: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]  # by peer; the first is plain PyTorch, and the truth
+    wanted: int  # of how many of the inputs, the first ones, a step returns the gradients
+    outputs: int = 1  # of a side; the first is compared, the others are seen through the gradients
 
 
 def random(*size: int, seed: int = 4) -> Tensor:
@@ -174,9 +167,8 @@ def op_level(make: Callable[[Geometry, int], Problem], others: tuple[str, ...], 
         def build(case: Case) -> Side:
             problem = make(case.geometry, case.batch)
             wanted, skipped = problem.wanted if case.step else 0, problem.outputs
-            inputs = (t.to(dtype) if t.is_floating_point() else t for t in problem.inputs)
-            inputs = tuple(t.detach().requires_grad_(i < wanted) for i, t in enumerate(inputs))
-            return Side(problem.sides[peer], inputs, common=lambda found: (found[0], *found[skipped:]))
+            inputs = [t.to(dtype) if t.is_floating_point() else t for t in problem.inputs]
+            return Side(problem.sides[peer], leaves(inputs, wanted), common=lambda found: (found[0], *found[skipped:]))
 
         return build
 

@@ -18,17 +18,11 @@ LATENTS = ("layer_norm", "geglu", "feed_forward", "linear")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a geometry is measured.
+    """How a geometry is measured."""
 
-    Args:
-        levels: whole models, one cross-attention layer, or an op by its name.
-        rounds: timed calls at least; fewer where one takes many seconds. Default: 5.
-        default: whether it is measured when none is asked for by name. Default: True.
-    """
-
-    levels: tuple[str, ...]
-    rounds: int = 5
-    default: bool = True
+    levels: tuple[str, ...]  # whole models, one cross-attention layer, or an op by its name
+    rounds: int = 5  # timed calls at least; fewer where one takes many seconds
+    default: bool = True  # whether it is measured when none is asked for by name
 
 
 PLANS = {
@@ -57,20 +51,15 @@ assert list(PLANS) == [name for name in PLANS if name in GEOMETRIES]
 LEVEL_NAMES = tuple(dict.fromkeys(level for plan in PLANS.values() for level in plan.levels))
 
 
-def select(names: list[str], everything: bool, level: str) -> list[str]:
-    """Names of the geometries to measure at a level: ``names``, or all, or the default ones."""
+def select(names: list[str], everything: bool, levels: list[str]) -> list[str]:
+    """Those of ``names``, or of all or the default geometries, that have one of the ``levels``; no levels: any."""
     names = names or [name for name, plan in PLANS.items() if everything or plan.default]
-    return [name for name in names if level in PLANS[name].levels]
+    return [name for name in names if not levels or set(levels) & set(PLANS[name].levels)]
 
 
 def logits_bytes(geometry: Geometry, batch: int) -> int:
     """Size of one float32 N x M matrix: what perceiver-pytorch builds several of in every cross-attention."""
     return FLOAT32_BYTES * batch * geometry.heads * geometry.queries * geometry.tokens
-
-
-def truth_bytes(geometry: Geometry, batch: int) -> int:
-    """About what perceiver-pytorch's step in float64 holds at once, its attention through torch's."""
-    return 2 * (geometry.cross_attentions + 3) * FLOAT32_BYTES * batch * geometry.tokens * geometry.token_channels
 
 
 def eager_bytes(geometry: Geometry, batch: int, layers: int | None = None) -> int:
@@ -86,8 +75,9 @@ def eager_bytes(geometry: Geometry, batch: int, layers: int | None = None) -> in
 
 def needs(case: Case) -> dict[str, int]:
     """Memory that the check of a model or a layer takes, and the peers that form N x M matrices, in bytes."""
-    found = {"the check against float64": truth_bytes(case.geometry, case.batch)}
+    geometry = case.geometry
+    built = FLOAT32_BYTES * case.batch * geometry.tokens * geometry.token_channels
+    found = {"the check against float64": 2 * (geometry.cross_attentions + 3) * built}  # of tokens: it builds no logits
     if case.peer not in LEAN:
-        layers = None if case.level == "model" else 1
-        found["perceiver-pytorch"] = eager_bytes(case.geometry, case.batch, layers)
+        found["perceiver-pytorch"] = eager_bytes(geometry, case.batch, None if case.level == "model" else 1)
     return found

@@ -20,44 +20,30 @@ CAPTION = (
 )
 LAST = ("over\nbest", "error:\npeers\nfast", "fast:\nM tokens\na second", "fast:\nof roof")
 SHOWN_KEPT = 2**27  # bytes; less is what starting threads and libraries leaves, of any peer
-ROW_KEYS = ("level", "geometry", "pass", "batch", "dtype", "peer", "threads")
 STATS = ("median", "min", "q1", "q3", "iqr", "rounds")
-MEASURED_KEYS = (
-    "relative_error", "gradient_error", "peak_memory_bytes", "kept_memory_bytes", "peak_memory_method", "tokens",
-    "inputs_per_second", "tokens_per_second", "pairs_per_second", "multiply_adds", "exponentials", "bytes_at_least",
-    "percent_of_exp_roof", "percent_of_copy_roof", "percent_of_fma_roof", "percent_of_roof",
-)  # fmt: skip
 
 
 def rows(record: dict) -> list[dict]:
     """One flat row per measurement of pytest-benchmark's ``record``; times in seconds."""
     return [
-        {key: benchmark["extra_info"][key] for key in ROW_KEYS}
-        | {key: benchmark["stats"][key] for key in STATS}
-        | {key: benchmark["extra_info"][key] for key in MEASURED_KEYS}
-        for benchmark in record["benchmarks"]
+        benchmark["extra_info"] | {key: benchmark["stats"][key] for key in STATS} for benchmark in record["benchmarks"]
     ]
 
 
 def tables(rows: list[dict], missing: list[dict]) -> list[Table]:
     """One table per level: a row for every geometry and pass, a column for every peer, and the ratios."""
-    return [_table(level, rows, missing) for level in dict.fromkeys(row["level"] for row in rows)]
-
-
-def _table(level: str, rows: list[dict], missing: list[dict]) -> Table:
-    rows, missing = ([row for row in some if row["level"] == level] for some in (rows, missing))
-    peers = [*(peer for peer in PEERS if any(row["peer"] == peer for row in (*rows, *missing))), OURS]
-    lines = {}
-    for row in (*rows, *missing):
-        name = f"{row['geometry']}\n{pass_of(row)}"
-        lines.setdefault(name, {})[row["peer"]] = row
-    return table(
-        TITLES.get(level, f"{level}: plain PyTorch and perceiver-fast"),
-        ("geometry\npass", *(peer.replace("-", "\n") for peer in peers), *LAST),
-        [_line(name, found, peers) for name, found in lines.items()],
-        caption=CAPTION,
-        show_lines=True,
-    )
+    made = []
+    for level in dict.fromkeys(row["level"] for row in rows):
+        lines = {}
+        for row in (*rows, *missing):
+            if row["level"] == level:
+                lines.setdefault(f"{row['geometry']}\n{pass_of(row)}", {})[row["peer"]] = row
+        peers = [*(peer for peer in PEERS if any(peer in found for found in lines.values())), OURS]
+        title = TITLES.get(level, f"{level}: plain PyTorch and perceiver-fast")
+        headers = ("geometry\npass", *(peer.replace("-", "\n") for peer in peers), *LAST)
+        lines = [_line(name, found, peers) for name, found in lines.items()]
+        made.append(table(title, headers, lines, caption=CAPTION, show_lines=True))
+    return made
 
 
 def _line(name: str, found: dict[str, dict], peers: list[str]) -> list[str]:

@@ -1,4 +1,7 @@
-"""The benchmarks: ``test_<level>`` measures every peer of that level on every geometry that has it."""
+"""The benchmarks: ``test_<level>`` measures every peer of that level on every geometry that has it.
+
+benchmarks/conftest.py parametrises them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from perceiver_fast.insight.geometries import GEOMETRIES
 
 
 def _benchmark_of(level: str) -> Callable:
-    # benchmarks/conftest.py parametrises it; a level of float32 alone has no dtype in its benchmarks' names.
     def test(benchmark, geometry: str, batch: int, pass_name: str, dtype: str, peer: str) -> None:
         measure(benchmark, Case(level, GEOMETRIES[geometry], pass_name, peer, batch, dtype))
 

@@ -6,7 +6,7 @@ second. Exponentials and multiply-adds are vector instructions that take turns, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,21 +21,13 @@ BACKWARD = 2  # a step's products, over those of its forward alone: each has one
 
 @dataclass(frozen=True)
 class Work:
-    """Of one call.
+    """Of one call."""
 
-    Args:
-        inputs: images, clips or clouds: the batch.
-        tokens: that are attended to, of all inputs; of an op on latents, these.
-        pairs: of queries (times heads and cross-attentions) and tokens, forward only: softmax weights.
-        bytes: that have to pass at least: inputs and parameters, and an op's results.
-        multiply_adds, exponentials: of this implementation.
-    """
-
-    inputs: int
-    tokens: int
-    pairs: int
-    bytes: int
-    multiply_adds: float
+    inputs: int  # images, clips or clouds: the batch
+    tokens: int  # that are attended to, of all inputs; of an op on latents, these
+    pairs: int  # of queries (times heads and cross-attentions) and tokens, forward only: softmax weights
+    bytes: int  # that have to pass at least: inputs and parameters, and an op's results
+    multiply_adds: float  # of this implementation, like exponentials
     exponentials: float
 
 
@@ -83,5 +75,5 @@ def work_of(case: Case) -> Work:
 
 def step_of(work: Work) -> Work:
     """A step's work by its forward's: the backward has every product twice, every exponential once more."""
-    products, exponentials = (1 + BACKWARD) * work.multiply_adds, 2 * work.exponentials
-    return Work(work.inputs, work.tokens, work.pairs, 2 * work.bytes, products, exponentials)
+    products = (1 + BACKWARD) * work.multiply_adds
+    return replace(work, bytes=2 * work.bytes, multiply_adds=products, exponentials=2 * work.exponentials)

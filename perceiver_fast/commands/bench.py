@@ -13,10 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 import perceiver_fast
+from perceiver_fast.commands import CannotRun
 
 EXTRA = "pip install -e '.[bench]'"
-MODES = {"base": "benchmarks.base.__main__", "compare": "benchmarks.compare", "scaling": "benchmarks.scaling.__main__"}
 SUITE = "benchmarks.__main__"
+MODES = {"base": "benchmarks.base.__main__", "compare": "benchmarks.compare", "scaling": "benchmarks.scaling.__main__"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +39,12 @@ def own_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     which = top.add_mutually_exclusive_group()
-    which.add_argument("--base", metavar="REV", help="this checkout beside another of its commits, in turns")
-    which.add_argument(
-        "--compare", nargs=2, metavar=("OLD", "NEW"), help="two stored results: what changed, what is noise"
-    )
-    which.add_argument(
-        "--scaling", action="store_true", help="time and memory as tokens or latents grow, with pictures"
-    )
+    # Each is a list: what its command takes first.
+    which.add_argument("--base", nargs=1, metavar="REV", help="this checkout beside another of its commits, in turns")
+    compare = "two stored results: what changed, what is noise"
+    which.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help=compare)
+    scaling = "time and memory as tokens or latents grow, with pictures"
+    which.add_argument("--scaling", action="store_const", const=[], help=scaling)
     top.add_argument("-h", "--help", action="store_true", help="this, and the options of what is run")
     return top
 
@@ -55,10 +55,6 @@ def find_root() -> Path | None:
         if (root / "benchmarks/__main__.py").exists() and (root / "perceiver_fast/__init__.py").exists():
             return root
     return None
-
-
-class CannotRun(Exception):
-    """The benchmarks, or what they need, are not here; the message says what to do."""
 
 
 def load(module: str) -> ModuleType:
@@ -84,23 +80,25 @@ def load(module: str) -> ModuleType:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit code of what was run, or 2 where the benchmarks or their needs are missing."""
+    """Run the command; returns the exit code of what was run.
+
+    Raises:
+        CannotRun: the benchmarks, or what they need, are not here.
+    """
     own = own_parser()
     chosen, rest = own.parse_known_args(args.arguments)
-    mode = next((name for name in MODES if getattr(chosen, name) not in (None, False)), None)
+    given = {module: values for mode, module in MODES.items() if (values := getattr(chosen, mode)) is not None}
+    ((module, values),) = (given or {SUITE: []}).items()
     if chosen.help:
         rest.append("--help")
-        if mode is None:
+        if module == SUITE:
             own.print_help()
             print()
     try:
-        command = load(MODES.get(mode, SUITE))
+        command = load(module)
     except CannotRun as error:
+        if not chosen.help:
+            raise
         print(f"bench: {error}", file=sys.stderr)
-        return 0 if chosen.help else 2  # help was given, as far as it can be
-    return command.main([*_values(chosen, mode), *rest])
-
-
-def _values(chosen: argparse.Namespace, mode: str | None) -> list[str]:
-    """The chosen mode's own values, which its command takes first."""
-    return {"base": [chosen.base], "compare": chosen.compare}.get(mode, [])
+        return 0  # help was given, as far as it can be
+    return command.main([*values, *rest])

@@ -19,8 +19,7 @@ from pathlib import Path
 from benchmarks.compare_view import markdown, show
 from benchmarks.output import BUSY, as_json
 from benchmarks.statistic import judge
-from perceiver_fast.commands import CannotRun
-from perceiver_fast.insight.console import wide_console
+from perceiver_fast.insight.console import CannotRun, wide_console
 
 KEY = ("level", "geometry", "pass", "batch", "dtype", "peer")
 OURS = "fast"

@@ -7,7 +7,8 @@ import os
 import sys
 
 import perceiver_fast
-from perceiver_fast.commands import CannotRun, bench, demo, explain, info, profile
+from perceiver_fast.commands import bench, demo, explain, info, profile
+from perceiver_fast.insight.console import CannotRun
 
 # In the order in which a newcomer needs them.
 COMMANDS = {

@@ -21,7 +21,7 @@ from benchmarks import statistic
 from benchmarks.base import __main__ as base
 from benchmarks.base import measure as base_measure
 from benchmarks.base import tree as base_tree
-from perceiver_fast.commands import CannotRun
+from perceiver_fast.insight.console import CannotRun
 from perceiver_fast.insight.geometries import GEOMETRIES
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

@@ -17,10 +17,11 @@ from support import needs_extension
 from torch.autograd import DeviceType
 
 from perceiver_fast import __main__ as command_line
-from perceiver_fast.commands import CannotRun, profile_tools, profile_workload
+from perceiver_fast.commands import profile_tools, profile_workload
 from perceiver_fast.commands.profile_tools import TOOLS
 from perceiver_fast.commands.profile_torch import range_times
 from perceiver_fast.commands.profile_workload import Prepared, Workload
+from perceiver_fast.insight.console import CannotRun
 from perceiver_fast.insight.ncu import kernel_filter, names
 from perceiver_fast.ops.declaration import OPS
 from perceiver_fast.ranges import ranges_kind

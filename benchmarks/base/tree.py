@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.process import run_command
-from perceiver_fast.commands import CannotRun
+from perceiver_fast.insight.console import CannotRun
 
 SHOWN_LINES = 15  # of a build that failed
 

@@ -5,9 +5,7 @@ Exit codes: 0, all is well; 1, it ran and what it found is not; 2, it could not 
 
 from pathlib import Path
 
-
-class CannotRun(Exception):
-    """What a command needs is not there. Its message says what, and what to do; the exit code is 2."""
+from perceiver_fast.insight.console import CannotRun
 
 
 def make_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import perceiver_fast
-from perceiver_fast.commands import CannotRun
+from perceiver_fast.insight.console import CannotRun
 
 EXTRA = "pip install -e '.[bench]'"
 SUITE = "benchmarks.__main__"

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import perceiver_fast as pf
 from perceiver_fast import extension
-from perceiver_fast.commands import CannotRun, demo_process, make_folder
+from perceiver_fast.commands import demo_process, make_folder
 from perceiver_fast.commands.demo_process import FAST, ORIGINAL, SEED
 from perceiver_fast.insight import geometries
-from perceiver_fast.insight.console import Report, plain_table, progress, wide_console
+from perceiver_fast.insight.console import CannotRun, Report, plain_table, progress, wide_console
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.insight.machine import cpu_name, package_version
 from perceiver_fast.insight.options import positive

@@ -9,10 +9,10 @@ import argparse
 import json
 from dataclasses import asdict
 
-from perceiver_fast.commands import CannotRun
 from perceiver_fast.commands.info_kernels import show_kernels
 from perceiver_fast.commands.info_show import show
 from perceiver_fast.insight import roofs
+from perceiver_fast.insight.console import CannotRun
 from perceiver_fast.insight.environment import collect
 
 

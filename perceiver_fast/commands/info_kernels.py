@@ -6,9 +6,8 @@ import json
 
 from rich.markup import escape
 
-from perceiver_fast.commands import CannotRun
 from perceiver_fast.gpu import triton_error
-from perceiver_fast.insight.console import plain_table, progress, wide_console
+from perceiver_fast.insight.console import CannotRun, plain_table, progress, wide_console
 
 COUNTED = "of the loop over tokens; a loop over channels within it counts once"
 NUMBERS = ("tile", "warps", "registers", "shared", "instructions")

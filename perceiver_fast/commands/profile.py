@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 import perceiver_fast
-from perceiver_fast.commands import CannotRun, make_folder, profile_tools, profile_torch
+from perceiver_fast.commands import make_folder, profile_tools, profile_torch
 from perceiver_fast.commands.profile_tools import TOOLS, Tool
 from perceiver_fast.commands.profile_workload import Prepared, Workload, workload_from
 from perceiver_fast.commands.profile_workload import add_arguments as add_workload_arguments
-from perceiver_fast.insight.console import progress
+from perceiver_fast.insight.console import CannotRun, progress
 from perceiver_fast.insight.machine import cpu_name
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from perceiver_fast.commands import CannotRun
+from perceiver_fast.insight.console import CannotRun
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 from perceiver_fast.insight.options import positive
 from perceiver_fast.insight.peer import peer_model

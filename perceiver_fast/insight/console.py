@@ -16,6 +16,10 @@ Report = Callable[..., object]
 """Called with what is being done, and optionally how far it is."""
 
 
+class CannotRun(Exception):
+    """What a command needs is not there. Its message says what, and what to do; the exit code is 2."""
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would exit with 1, which says something else here

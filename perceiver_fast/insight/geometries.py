@@ -31,20 +31,8 @@ def _io(*, input_axis: int, input_channels: int, **arguments: Any) -> PerceiverI
     return PerceiverIO(dim=input_channels, **arguments)
 
 
-def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator)
-
-
-def _positions(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(size, generator=generator) * 2 - 1
-
-
-# What a geometry is a model of: how it is built, and how its input is drawn.
-FAMILIES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
-    "perceiver": (Perceiver, _random),
-    "io": (_io, _random),
-    "points": (Points, _positions),
-}
+# What a geometry is a model of.
+FAMILIES: dict[str, Callable[..., nn.Module]] = {"perceiver": Perceiver, "io": _io, "points": Points}
 
 
 @dataclass(frozen=True)
@@ -124,12 +112,14 @@ class Geometry:
 
     def build(self) -> nn.Module:
         """perceiver-fast's model, with random weights."""
-        return FAMILIES[self.family][0](**self.arguments)
+        return FAMILIES[self.family](**self.arguments)
 
     def input(self, batch: int = 1) -> Tensor:
-        """A random input ``[batch, *sizes, channels]``, the same at every call."""
-        generator = torch.Generator().manual_seed(1)
-        return FAMILIES[self.family][1]((batch, *self.sizes, self.channels), generator)
+        """A random input ``[batch, *sizes, channels]``, the same at every call; of points, positions in [-1, 1]."""
+        size, generator = (batch, *self.sizes, self.channels), torch.Generator().manual_seed(1)
+        if self.family == "points":
+            return torch.rand(size, generator=generator) * 2 - 1
+        return torch.randn(size, generator=generator)
 
     def tiny(self) -> Geometry:
         """The same structure with few of everything."""
@@ -140,44 +130,20 @@ class Geometry:
         return replace(self, sizes=sizes, channels=min(self.channels, 9), model={**self.model, **small})
 
 
-_CROSS_ONLY = {
-    "num_freq_bands": 64,
-    "max_freq": 224.0,
-    "depth": 1,
-    "num_latents": 512,
-    "latent_dim": 64,
-    "self_per_cross_attn": 0,
-    "num_classes": 10,
-}
-_SMALL = {
-    "num_freq_bands": 6,
-    "max_freq": 8.0,
-    "depth": 2,
-    "num_latents": 16,
-    "latent_dim": 32,
-    "latent_heads": 2,
-    "latent_dim_head": 16,
-    "num_classes": 10,
-}
-_README = {
-    "num_freq_bands": 6,
-    "max_freq": 10.0,
-    "depth": 6,
-    "num_latents": 256,
-    "latent_dim": 512,
-    "self_per_cross_attn": 2,
-    "num_classes": 1000,
-}
-_PAPER = {
-    "num_freq_bands": 64,
-    "max_freq": 224.0,
-    "depth": 8,
-    "num_latents": 512,
-    "latent_dim": 1024,
-    "weight_tie_layers": True,
-    "self_per_cross_attn": 6,
-    "num_classes": 1000,
-}
+_CROSS_ONLY = dict(
+    num_freq_bands=64, max_freq=224.0, depth=1, num_latents=512, latent_dim=64, self_per_cross_attn=0, num_classes=10,
+)  # fmt: skip
+_SMALL = dict(
+    num_freq_bands=6, max_freq=8.0, depth=2, num_latents=16, latent_dim=32, latent_heads=2, latent_dim_head=16,
+    num_classes=10,
+)  # fmt: skip
+_README = dict(
+    num_freq_bands=6, max_freq=10.0, depth=6, num_latents=256, latent_dim=512, self_per_cross_attn=2, num_classes=1000,
+)  # fmt: skip
+_PAPER = dict(
+    num_freq_bands=64, max_freq=224.0, depth=8, num_latents=512, latent_dim=1024, weight_tie_layers=True,
+    self_per_cross_attn=6, num_classes=1000,
+)  # fmt: skip
 _ONCE = {**_PAPER, "depth": 1, "weight_tie_layers": False}
 _DENSE = {"fourier_encode_data": False}
 _IO = {"depth": 0, "queries_dim": 64, "num_latents": 512, "latent_dim": 64}  # a cross-attention and its feed-forward

@@ -98,6 +98,12 @@ class Line(Layers):
         """How many layers, if there are several."""
         return f"{len(self.rows)} x" if len(self.rows) > 1 else ""
 
+    @property
+    def runs_on(self) -> str:
+        """The way, if there is a choice, the op and the backend."""
+        plan = self.rows[0].plan
+        return (f"{plan.path}: " if plan.path else "") + f"{plan.taken.op} on {plan.taken.backend}"
+
     def notes(self) -> list[str]:
         """Why not other ways and backends; and the ops used beside, with their reasons where plain PyTorch runs them."""
         plan = self.rows[0].plan
@@ -189,11 +195,15 @@ class Explanation(Layers):
             lines.append(f"{line.name:<{width}}  {times}{plan.taken.op} on {plan.taken.backend} ({way}{line.counts})")
             lines += [f"{'':<{width}}    {note}" for note in line.notes()]
         for choice in self.latents:
-            lines.append(f"{choice.op} of the latents on {choice.backend}")
-            lines += [f"  {note}" for note in rejections(choice)]
+            lines += [on_latents(choice), *(f"  {note}" for note in rejections(choice))]
         return "\n".join([*lines, f"in all: {self.counts}", f"perceiver-pytorch: {self.original}"])
 
 
 def rejections(choice: Choice) -> list[str]:
     """Why not the others, one line each."""
     return [f"not {name}: {'; '.join(why)}" for name, why in choice.rejected.items()]
+
+
+def on_latents(choice: Choice) -> str:
+    """What runs an op of the latents."""
+    return f"{choice.op} of the latents on {choice.backend}"

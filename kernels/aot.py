@@ -58,6 +58,8 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
         triton.compiler.errors.CompilationError and others of Triton's: it does not compile.
     """
     names = instance.kernel.arg_names
+    if missing := [name for name in names if name not in instance.types and name not in instance.constants]:
+        raise ValueError(f"{instance.name}: no type or constant for {', '.join(missing)}")
     # What is not divisible has an empty entry, as in a call: which then finds in Triton's cache what was compiled here.
     attrs = {
         (index,): [["tt.divisibility", 16]] if kind.startswith("*") or parameter.name in instance.divisible else []
@@ -66,9 +68,6 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
     }
     signature = {name: instance.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in instance.constants.items()}
-    missing = [name for name in names if name not in instance.types and name not in instance.constants]
-    if missing:
-        raise ValueError(f"{instance.name}: no type or constant for {', '.join(missing)}")
     compiled = triton.compile(
         ASTSource(instance.kernel, signature, constants, attrs),
         target=GPUTarget("cuda", architecture, 32),
@@ -81,15 +80,8 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     ops = Counter(_opcode(text) for _, text in code)
-    return Compiled(
-        registers,
-        compiled.metadata.shared,
-        stack,
-        ops["LDL"] + ops["STL"],
-        ops["BPT"],
-        _innermost_loop(code),
-        compiled.asm["ptx"],
-    )
+    spills, traps, shared = ops["LDL"] + ops["STL"], ops["BPT"], compiled.metadata.shared
+    return Compiled(registers, shared, stack, spills, traps, _innermost_loop(code), compiled.asm["ptx"])
 
 
 def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[str]:
@@ -101,9 +93,8 @@ def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[st
         found.append(f"{compiled.traps} traps")
     if compiled.registers > instance.registers:
         found.append(f"{compiled.registers} registers, not at most {instance.registers}")
-    most = SHARED[architecture]
-    if compiled.shared > most:
-        found.append(f"{compiled.shared} bytes of shared memory, not at most {most}")
+    if compiled.shared > SHARED[architecture]:
+        found.append(f"{compiled.shared} bytes of shared memory, not at most {SHARED[architecture]}")
     if instance.weights and compiled.exponentials != instance.exponentials:
         found.append(f"{compiled.exponentials} exponentials a turn, not {instance.exponentials}")
     if instance.weights and "ex2.approx.ftz.f32" not in compiled.ptx:
@@ -127,12 +118,7 @@ def _opcode(text: str) -> str:
 
 def _innermost_loop(code: list[tuple[int, str]]) -> Counter:
     """Opcodes of the shortest loop that holds an exponential: from the target of a backward branch to the branch."""
-    shortest: list[str] = []
-    for at, text in code:
-        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-        if not jump or int(jump[1], 16) >= at:
-            continue
-        body = [_opcode(t) for address, t in code if int(jump[1], 16) <= address <= at]
-        if "MUFU.EX2" in body and (not shortest or len(body) < len(shortest)):
-            shortest = body
-    return Counter(shortest)
+    branches = ((re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text), at) for at, text in code)
+    loops = ((int(jump[1], 16), at) for jump, at in branches if jump)
+    bodies = ([_opcode(text) for at, text in code if start <= at <= end] for start, end in loops if start < end)
+    return Counter(min((body for body in bodies if "MUFU.EX2" in body), key=len, default=[]))

@@ -120,16 +120,12 @@ class WorkCounter(TorchDispatchMode):
             self.operators = previous
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self._count(func, args, kwargs or {}, out)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name, writes = func._schema.name, any(isinstance(leaf, Tensor) for leaf in tree_leaves(out))
+        if writes and name not in FREE and not _is_view(func):
+            self.add(name, (*args, *kwargs.values()), out)
         return out
-
-    def _count(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        name = func._schema.name
-        if not written or name in FREE or _is_view(func):
-            return
-        self.add(name, (*args, *kwargs.values()), out)
 
     def add(self, name: str, args: tuple, out: Any) -> None:
         """Count one call of operator ``name``."""

@@ -86,22 +86,19 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
 
 def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[str]:
     """What is wrong with a compiled kernel: spills, traps, a budget passed, work done twice, no tensor cores."""
-    found = []
-    if compiled.stack or compiled.spills:
-        found.append(f"{compiled.spills} local loads and stores, a stack of {compiled.stack} bytes")
-    if compiled.traps:
-        found.append(f"{compiled.traps} traps")
-    if compiled.registers > instance.registers:
-        found.append(f"{compiled.registers} registers, not at most {instance.registers}")
-    if compiled.shared > SHARED[architecture]:
-        found.append(f"{compiled.shared} bytes of shared memory, not at most {SHARED[architecture]}")
-    if instance.weights and compiled.exponentials != instance.exponentials:
-        found.append(f"{compiled.exponentials} exponentials a turn, not {instance.exponentials}")
-    if instance.weights and "ex2.approx.ftz.f32" not in compiled.ptx:
-        found.append("no ex2.approx.ftz in its PTX")
-    if instance.tensor_cores and not compiled.matrix_instructions:
-        found.append("no tensor-core instruction in its loop")
-    return found
+    found, most = compiled, SHARED[architecture]
+    checks = {
+        f"{found.spills} local loads and stores, a stack of {found.stack} bytes": found.stack or found.spills,
+        f"{found.traps} traps": found.traps,
+        f"{found.registers} registers, not at most {instance.registers}": found.registers > instance.registers,
+        f"{found.shared} bytes of shared memory, not at most {most}": found.shared > most,
+        f"{found.exponentials} exponentials a turn, not {instance.exponentials}": (
+            instance.weights and found.exponentials != instance.exponentials
+        ),
+        "no ex2.approx.ftz in its PTX": instance.weights and "ex2.approx.ftz.f32" not in found.ptx,
+        "no tensor-core instruction in its loop": instance.tensor_cores and not found.matrix_instructions,
+    }
+    return [fault for fault, is_so in checks.items() if is_so]
 
 
 def _cuobjdump(option: str, file: str) -> str:

@@ -45,10 +45,10 @@ from perceiver_fast.kernels.tune_candidates import (
     OutOfTime,
     calls_of,
     candidates,
+    choose,
     compile_candidate,
     distinct,
 )
-from perceiver_fast.kernels.tune_times import choose
 
 
 def parser() -> argparse.ArgumentParser:

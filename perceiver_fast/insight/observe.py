@@ -78,6 +78,11 @@ class Attended:
         return cls(layer, [z], groups, masks, inverted, False)
 
     @property
+    def attention(self) -> Attention:
+        """The layer without its norms."""
+        return self.layer.fn if isinstance(self.layer, PreNorm) else self.layer
+
+    @property
     def count(self) -> int:
         """How many attend, N."""
         return sum(part.shape[1] for part in self.parts)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import TypeVar
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.insight.fold import fold
 from perceiver_fast.insight.roofs import Roofs
 from perceiver_fast.insight.work import Counted, total
 from perceiver_fast.layers.plan import Plan
 from perceiver_fast.ops.work import Work
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -207,3 +211,46 @@ def rejections(choice: Choice) -> list[str]:
 def on_latents(choice: Choice) -> str:
     """What runs an op of the latents."""
     return f"{choice.op} of the latents on {choice.backend}"
+
+
+def fold(items: Sequence[T], name: Callable[[T], str], key: Callable[[T], Hashable]) -> list[tuple[str, list[T]]]:
+    """Fold items whose dotted names differ in an index alone: ``layers.{0..7}.self_attns.{0..5}.0``.
+
+    Neighbours in an enumeration are folded when they consist of the same: the same names further down, and equal keys.
+
+    Args:
+        items: in the order in which they are shown.
+        name: of an item.
+        key: what has to be equal.
+
+    Returns:
+        Names that stand for several items, with these items, in the same order.
+
+    Example:
+        >>> from perceiver_fast.insight.explanation import fold
+        >>> [name for name, _ in fold(["a.0.x", "a.0.y", "a.1.x", "a.1.y", "b"], name=str, key=lambda item: 1)]
+        ['a.{0..1}.x', 'a.{0..1}.y', 'b']
+    """
+    return _fold([(name(item), [item]) for item in items], key)
+
+
+def _fold(lines: list[tuple[str, list[T]]], key: Callable[[T], Hashable]) -> list[tuple[str, list[T]]]:
+    children: dict[str, list[tuple[str, list[T]]]] = {}
+    for name, items in lines:
+        head, _, rest = name.partition(".")
+        children.setdefault(head, []).append((rest, items))
+    inner = {head: _fold(below, key) if any(rest for rest, _ in below) else below for head, below in children.items()}
+
+    def signature(head: str) -> tuple:
+        return tuple((rest, len(items), key(items[0])) for rest, items in inner[head])
+
+    folded = []
+    # An index is compared with its place, so that only what is enumerated without a gap comes together.
+    places = [(head, int(head) - place if head.isdecimal() else head) for place, head in enumerate(inner)]
+    for _, run in groupby(places, lambda found: (found[1], signature(found[0]))):
+        heads = [head for head, _ in run]
+        label = heads[0] if len(heads) == 1 else f"{{{heads[0]}..{heads[-1]}}}"
+        for same in zip(*(inner[head] for head in heads)):
+            rest, _ = same[0]
+            folded.append((f"{label}.{rest}" if rest else label, [item for _, items in same for item in items]))
+    return folded

@@ -73,10 +73,12 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
         target=GPUTarget("cuda", architecture, 32),
         options=instance.config.options | dict(enable_fp_fusion=True),
     )
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+        commands = ([str(tool), option, file.name] for option in ("-res-usage", "-sass"))
+        usage, sass = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     ops = Counter(_opcode(text) for _, text in code)
@@ -99,11 +101,6 @@ def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[st
         "no tensor-core instruction in its loop": instance.tensor_cores and not found.matrix_instructions,
     }
     return [fault for fault, is_so in checks.items() if is_so]
-
-
-def _cuobjdump(option: str, file: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([str(tool), option, file], capture_output=True, text=True, check=True).stdout
 
 
 def _opcode(text: str) -> str:

@@ -67,8 +67,8 @@ CALLS += [
 ]
 
 
-def prepare(call: Call, kernel: str, arch: int, device: torch.device) -> Callable[[], tuple]:
-    """What makes, with the configurations then in force, the results and (last) the launches of ``kernel``'s pass.
+def prepare(call: Call, name: str, arch: int, device: torch.device) -> Callable[[], tuple]:
+    """What makes, with the configurations then in force, the results and (last) the launches of an entry's pass.
 
     On the meta device nothing runs; elsewhere the forward does, once, for what the backward needs.
     """
@@ -86,7 +86,7 @@ def prepare(call: Call, kernel: str, arch: int, device: torch.device) -> Callabl
         )
         arguments = (q, k, v, None, call.channels**-0.5, 0.0, None)
         forward, backward = cross_attention.forward_launches, cross_attention_backward.backward_launches
-    if "forward" in kernel:
+    if "forward" in name:
         return lambda: forward(*arguments, arch)
     *results, launches = forward(*arguments, arch)
     for launch in launches if device != META else ():
@@ -114,9 +114,8 @@ def own(launches: Sequence[Launch], config: Config) -> list[Launch]:
 
 def calls_of(name: str, arch: int) -> list[Call]:
     """The representative calls that launch an entry's kernel with its configuration."""
-    kernel, shipped = name.partition("[")[0], config(name, arch)
-    calls = [call for call in CALLS if kernel.startswith(call.op)]
-    return [call for call in calls if own(prepare(call, kernel, arch, META)()[-1], shipped)]
+    calls, shipped = [call for call in CALLS if name.startswith(call.op)], config(name, arch)
+    return [call for call in calls if own(prepare(call, name, arch, META)()[-1], shipped)]
 
 
 def candidates(name: str, shipped: Config) -> list[Config]:
@@ -130,7 +129,7 @@ def candidates(name: str, shipped: Config) -> list[Config]:
 
     queries = near(shipped.queries, LARGEST)
     tokens = near(shipped.tokens, BLOCK if name.startswith("grid") else LARGEST)  # a grid's columns are padded to BLOCK
-    every = (Config(*c) for c in itertools.product(queries, tokens, WARPS, STAGES, REGISTERS))
+    every = itertools.starmap(Config, itertools.product(queries, tokens, WARPS, STAGES, REGISTERS))
     return [shipped, *sorted((c for c in every if 0 < changes(c) <= CHANGES), key=changes)]
 
 
@@ -158,7 +157,7 @@ def compile_candidate(name: str, calls: Sequence[Call], arch: int, deadline: flo
             raise OutOfTime
         try:
             with overridden({name: candidate}):
-                launches = prepare(call, name.partition("[")[0], arch, META)()[-1]
+                launches = prepare(call, name, arch, META)()[-1]
             for launch in {id(launch): launch for launch in own(launches, candidate) if launch.weights}.values():
                 instance = launch.instance(str(call))
                 compiled = aot.compile_instance(instance, arch)
@@ -220,7 +219,7 @@ def measure(
         OutOfTime: before it was done.
         Exception: of the first configuration, which has to be right.
     """
-    make, right = prepare(call, name.partition("[")[0], arch, device), None
+    make, right = prepare(call, name, arch, device), None
     found: list[list[float] | str] = [[] for _ in configs]
     for index in [*range(len(configs))] * rounds:
         if time.time() > deadline:

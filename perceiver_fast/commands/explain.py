@@ -18,6 +18,7 @@ from rich.table import Table
 
 import perceiver_fast as pf
 from perceiver_fast import extension
+from perceiver_fast.commands import CannotRun
 from perceiver_fast.insight import roofs
 from perceiver_fast.insight.console import plain_table, wide_console
 from perceiver_fast.insight.explanation import Explanation, Layers, amount, on_latents, rejections
@@ -47,16 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit code."""
-    if args.list and args.json:
-        print(json.dumps([_describe(geometry) for geometry in GEOMETRIES.values()], indent=2))
-        return 0
+    """Run the command; returns the exit code.
+
+    Raises:
+        CannotRun: no geometry is named, or a forced backend cannot run it.
+    """
     if args.list:
-        _show_geometries()
+        _list_geometries(args.json)
         return 0
     if args.geometry is None:
-        print("explain: expected --geometry NAME; --list shows the names", file=sys.stderr)
-        return 2
+        raise CannotRun("expected --geometry NAME; --list shows the names")
     if extension.error:
         print(f"explain: the C++ kernels do not run, what follows is plain PyTorch: {extension.error}", file=sys.stderr)
     threads = torch.get_num_threads()
@@ -64,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         _explain(args, GEOMETRIES[args.geometry])
     except pf.BackendError as error:
-        print(f"explain: {error}", file=sys.stderr)
-        return 2
+        raise CannotRun(str(error)) from None
     finally:
         torch.set_num_threads(threads)
     return 0
@@ -165,8 +165,11 @@ def _reasons(found: Explanation) -> Iterable[str]:
         yield from (f"  {note}" for note in notes)
 
 
-def _show_geometries() -> None:
+def _list_geometries(as_json: bool) -> None:
     """Print the geometries: sizes, where they come from, what was cut."""
+    if as_json:
+        print(json.dumps([_describe(geometry) for geometry in GEOMETRIES.values()], indent=2))
+        return
     table = plain_table("name")
     for header in ("tokens", "raw\nchannels", "latents", "cross-\nattentions"):
         table.add_column(header, justify="right", no_wrap=True)

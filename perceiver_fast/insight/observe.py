@@ -92,10 +92,6 @@ class Attended:
         """What attends, in one tensor."""
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 1)
 
-    def same_tokens(self, other: Attended) -> bool:
-        """Whether ``other`` is attention to the very same descriptions."""
-        return [*map(id, self.groups)] == [*map(id, other.groups)]
-
 
 class LayerObserver(Observer):
     """An observer that knows layers by name.

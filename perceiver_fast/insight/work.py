@@ -57,9 +57,8 @@ FORMULAS: dict[str, Callable[[tuple, Any], Work]] = {
 }
 for _name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
     FORMULAS[f"aten::_scaled_dot_product_{_name}"] = _attention
-for _name in ("exp", "log", "sin", "cos", "sigmoid", "tanh", "erf", "gelu", "silu"):
-    FORMULAS[f"aten::{_name}"] = _elementwise
-for _name in ("_softmax", "_safe_softmax", "_log_softmax"):
+_EXPONENTIALS = ("exp", "log", "sin", "cos", "sigmoid", "tanh", "erf", "gelu", "silu")
+for _name in (*_EXPONENTIALS, "_softmax", "_safe_softmax", "_log_softmax"):
     FORMULAS[f"aten::{_name}"] = _elementwise
 
 

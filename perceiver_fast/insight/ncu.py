@@ -76,7 +76,7 @@ def kernel_filter(wish: str | None) -> str:
 
     Example:
         >>> kernel_filter("cross_attention")
-        'cross_attention_.*_kernel'
+        'cross_attention_(.*_)?kernel'
     """
     if wish is None:
         return "|".join(f"({op.kernels})" for op in OPS.values())

@@ -58,6 +58,8 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
         triton.compiler.errors.CompilationError and others of Triton's: it does not compile.
     """
     names = instance.kernel.arg_names
+    if missing := [name for name in names if name not in instance.types and name not in instance.constants]:
+        raise ValueError(f"{instance.name}: no type or constant for {', '.join(missing)}")
     # What is not divisible has an empty entry, as in a call: which then finds in Triton's cache what was compiled here.
     attrs = {
         (index,): [["tt.divisibility", 16]] if kind.startswith("*") or parameter.name in instance.divisible else []
@@ -66,56 +68,39 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
     }
     signature = {name: instance.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in instance.constants.items()}
-    missing = [name for name in names if name not in instance.types and name not in instance.constants]
-    if missing:
-        raise ValueError(f"{instance.name}: no type or constant for {', '.join(missing)}")
     compiled = triton.compile(
         ASTSource(instance.kernel, signature, constants, attrs),
         target=GPUTarget("cuda", architecture, 32),
         options=instance.config.options | dict(enable_fp_fusion=True),
     )
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+        commands = ([str(tool), option, file.name] for option in ("-res-usage", "-sass"))
+        usage, sass = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     ops = Counter(_opcode(text) for _, text in code)
-    return Compiled(
-        registers,
-        compiled.metadata.shared,
-        stack,
-        ops["LDL"] + ops["STL"],
-        ops["BPT"],
-        _innermost_loop(code),
-        compiled.asm["ptx"],
-    )
+    spills, traps, shared = ops["LDL"] + ops["STL"], ops["BPT"], compiled.metadata.shared
+    return Compiled(registers, shared, stack, spills, traps, _innermost_loop(code), compiled.asm["ptx"])
 
 
 def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[str]:
     """What is wrong with a compiled kernel: spills, traps, a budget passed, work done twice, no tensor cores."""
-    found = []
-    if compiled.stack or compiled.spills:
-        found.append(f"{compiled.spills} local loads and stores, a stack of {compiled.stack} bytes")
-    if compiled.traps:
-        found.append(f"{compiled.traps} traps")
-    if compiled.registers > instance.registers:
-        found.append(f"{compiled.registers} registers, not at most {instance.registers}")
-    most = SHARED[architecture]
-    if compiled.shared > most:
-        found.append(f"{compiled.shared} bytes of shared memory, not at most {most}")
-    if instance.weights and compiled.exponentials != instance.exponentials:
-        found.append(f"{compiled.exponentials} exponentials a turn, not {instance.exponentials}")
-    if instance.weights and "ex2.approx.ftz.f32" not in compiled.ptx:
-        found.append("no ex2.approx.ftz in its PTX")
-    if instance.tensor_cores and not compiled.matrix_instructions:
-        found.append("no tensor-core instruction in its loop")
-    return found
-
-
-def _cuobjdump(option: str, file: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([str(tool), option, file], capture_output=True, text=True, check=True).stdout
+    found, most = compiled, SHARED[architecture]
+    checks = {
+        f"{found.spills} local loads and stores, a stack of {found.stack} bytes": found.stack or found.spills,
+        f"{found.traps} traps": found.traps,
+        f"{found.registers} registers, not at most {instance.registers}": found.registers > instance.registers,
+        f"{found.shared} bytes of shared memory, not at most {most}": found.shared > most,
+        f"{found.exponentials} exponentials a turn, not {instance.exponentials}": (
+            instance.weights and found.exponentials != instance.exponentials
+        ),
+        "no ex2.approx.ftz in its PTX": instance.weights and "ex2.approx.ftz.f32" not in found.ptx,
+        "no tensor-core instruction in its loop": instance.tensor_cores and not found.matrix_instructions,
+    }
+    return [fault for fault, is_so in checks.items() if is_so]
 
 
 def _opcode(text: str) -> str:
@@ -127,12 +112,7 @@ def _opcode(text: str) -> str:
 
 def _innermost_loop(code: list[tuple[int, str]]) -> Counter:
     """Opcodes of the shortest loop that holds an exponential: from the target of a backward branch to the branch."""
-    shortest: list[str] = []
-    for at, text in code:
-        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-        if not jump or int(jump[1], 16) >= at:
-            continue
-        body = [_opcode(t) for address, t in code if int(jump[1], 16) <= address <= at]
-        if "MUFU.EX2" in body and (not shortest or len(body) < len(shortest)):
-            shortest = body
-    return Counter(shortest)
+    branches = ((re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text), at) for at, text in code)
+    loops = ((int(jump[1], 16), at) for jump, at in branches if jump)
+    bodies = ([_opcode(text) for at, text in code if start <= at <= end] for start, end in loops if start < end)
+    return Counter(min((body for body in bodies if "MUFU.EX2" in body), key=len, default=[]))

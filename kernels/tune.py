@@ -45,10 +45,10 @@ from perceiver_fast.kernels.tune_candidates import (
     OutOfTime,
     calls_of,
     candidates,
+    choose,
     compile_candidate,
     distinct,
 )
-from perceiver_fast.kernels.tune_times import choose
 
 
 def parser() -> argparse.ArgumentParser:
@@ -191,9 +191,8 @@ class Run:
         if kept != shipped:
             put(self.table[name], name, self.arch, kept)
         compiled = [{key: value for key, value in asdict(need).items() if key != "code"} for need in needs]
-        self.record(
-            name, {"shipped": asdict(shipped), "kept": asdict(kept), "gain": gain, **times, "compiled": compiled}
-        )
+        found = {"shipped": asdict(shipped), "kept": asdict(kept), "gain": gain, **times, "compiled": compiled}
+        self.record(name, found)
         change = f"stays at {words(kept)}" if kept == shipped else f"{words(shipped)} -> {words(kept)}"
         self.console.print(f"{name}: {change} (best gain {gain:.1%})", markup=False)
 

@@ -1,17 +1,21 @@
-"""What the tuner tries, without a GPU: representative calls of the entries of configs.json, and candidates.
+"""What the tuner tries: representative calls of the entries of configs.json, and candidates for their configurations.
 
-A candidate is compiled ahead of time for all calls of its entry; one that spills, traps or passes a budget has faults.
+A candidate is compiled ahead of time, without a GPU, for all calls of its entry; one that spills, traps or passes a budget
+has faults. The others are checked against the shipped configuration on a GPU, and timed.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import triton
+from torch import Tensor
 
 from perceiver_fast.kernels import (
     aot,
@@ -29,6 +33,10 @@ WARPS, STAGES, REGISTERS = (2, 4, 8), (1, 2), (None, 128, 168, 255)
 SMALLEST, LARGEST = 16, 128  # sides of a tile: a product's least, and more than registers hold
 CHANGES = 2  # in which a candidate differs from the shipped configuration, at most
 META = torch.device("meta")
+
+FINALISTS, ROUNDS = 3, 5  # the fastest are timed again, in turns with the shipped one, since clock rates drift
+LEAST_GAIN = 0.02  # below it the shipped configuration stays
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # of a result's norm: sums change order
 
 
 class OutOfTime(Exception):
@@ -59,8 +67,8 @@ CALLS += [
 ]
 
 
-def prepare(call: Call, kernel: str, arch: int, device: torch.device) -> Callable[[], tuple]:
-    """What makes, with the configurations then in force, the results and (last) the launches of ``kernel``'s pass.
+def prepare(call: Call, name: str, arch: int, device: torch.device) -> Callable[[], tuple]:
+    """What makes, with the configurations then in force, the results and (last) the launches of an entry's pass.
 
     On the meta device nothing runs; elsewhere the forward does, once, for what the backward needs.
     """
@@ -78,7 +86,7 @@ def prepare(call: Call, kernel: str, arch: int, device: torch.device) -> Callabl
         )
         arguments = (q, k, v, None, call.channels**-0.5, 0.0, None)
         forward, backward = cross_attention.forward_launches, cross_attention_backward.backward_launches
-    if "forward" in kernel:
+    if "forward" in name:
         return lambda: forward(*arguments, arch)
     *results, launches = forward(*arguments, arch)
     for launch in launches if device != META else ():
@@ -106,9 +114,8 @@ def own(launches: Sequence[Launch], config: Config) -> list[Launch]:
 
 def calls_of(name: str, arch: int) -> list[Call]:
     """The representative calls that launch an entry's kernel with its configuration."""
-    kernel, shipped = name.partition("[")[0], config(name, arch)
-    calls = [call for call in CALLS if kernel.startswith(call.op)]
-    return [call for call in calls if own(prepare(call, kernel, arch, META)()[-1], shipped)]
+    calls, shipped = [call for call in CALLS if name.startswith(call.op)], config(name, arch)
+    return [call for call in calls if own(prepare(call, name, arch, META)()[-1], shipped)]
 
 
 def candidates(name: str, shipped: Config) -> list[Config]:
@@ -122,7 +129,7 @@ def candidates(name: str, shipped: Config) -> list[Config]:
 
     queries = near(shipped.queries, LARGEST)
     tokens = near(shipped.tokens, BLOCK if name.startswith("grid") else LARGEST)  # a grid's columns are padded to BLOCK
-    every = (Config(*c) for c in itertools.product(queries, tokens, WARPS, STAGES, REGISTERS))
+    every = itertools.starmap(Config, itertools.product(queries, tokens, WARPS, STAGES, REGISTERS))
     return [shipped, *sorted((c for c in every if 0 < changes(c) <= CHANGES), key=changes)]
 
 
@@ -150,7 +157,7 @@ def compile_candidate(name: str, calls: Sequence[Call], arch: int, deadline: flo
             raise OutOfTime
         try:
             with overridden({name: candidate}):
-                launches = prepare(call, name.partition("[")[0], arch, META)()[-1]
+                launches = prepare(call, name, arch, META)()[-1]
             for launch in {id(launch): launch for launch in own(launches, candidate) if launch.weights}.values():
                 instance = launch.instance(str(call))
                 compiled = aot.compile_instance(instance, arch)
@@ -179,3 +186,85 @@ def distinct(needs: Sequence[Need]) -> list[Need]:
         if not need.faults or need is needs[0]:
             first.setdefault((c.queries, c.tokens, c.warps, need.code), need)
     return list(first.values())
+
+
+def clock(launches: Sequence[Launch]) -> float:
+    """Microseconds of launches by device events: the median of many runs, the level-2 cache emptied before each."""
+    flags = next((f for x in launches if (f := x.arguments.get("flags")) is not None), None)
+
+    def run() -> None:
+        if flags is not None:
+            flags.fill_(1)  # all that launches both read and write: without it every run but the first has less to do
+        for launch in launches:
+            launch.run()
+
+    return 1e3 * triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median")
+
+
+def wrong(results: Sequence[Tensor], right: Sequence[Tensor], tolerance: float) -> str | None:
+    """By how much results differ, if by more than they may."""
+    for mine, theirs in zip(results, right):
+        error = float((mine - theirs).norm(dtype=torch.float64) / theirs.norm(dtype=torch.float64))
+        if not error <= tolerance:  # not a number included
+            return f"wrong: {error:.1e} of the norm, not at most {tolerance:.0e}"
+    return None
+
+
+def measure(
+    name: str, call: Call, configs: Sequence[Config], arch: int, device: torch.device, deadline: float, rounds: int = 1
+) -> list[float | str]:
+    """Microseconds of every configuration, the median of the rounds, or why there are none; the first is the truth.
+
+    Raises:
+        OutOfTime: before it was done.
+        Exception: of the first configuration, which has to be right.
+    """
+    make, right = prepare(call, name, arch, device), None
+    found: list[list[float] | str] = [[] for _ in configs]
+    for index in [*range(len(configs))] * rounds:
+        if time.time() > deadline:
+            raise OutOfTime
+        if isinstance(found[index], str):
+            continue
+        try:
+            with overridden({name: configs[index]}):
+                *results, launches = make()
+            results = [result.fill_(math.nan) for result in results if result.numel()]  # no leftovers of the one before
+            for launch in launches:
+                launch.run()
+            right = right or [result.clone() for result in results]
+            found[index] = wrong(results, right, TOLERANCE[call.dtype]) or found[index]
+            if not isinstance(found[index], str):
+                found[index].append(clock(own(launches, configs[index])))
+        except Exception as error:
+            if right is None:
+                raise
+            found[index] = f"{type(error).__name__}: {str(error)[:200]}"
+    if isinstance(found[0], str):
+        raise RuntimeError(f"the shipped configuration: {found[0]}")
+    return [times if isinstance(times, str) else statistics.median(times) for times in found]
+
+
+def gains(times: Sequence[Sequence[float | str]]) -> dict[int, float]:
+    """How much faster every configuration is than the first, over all calls (the rows): 0.1 is 10 %."""
+    whole = {i: column for i, column in enumerate(zip(*times)) if not any(isinstance(t, str) for t in column)}
+    return {i: statistics.geometric_mean(a / b for a, b in zip(whole[0], column)) - 1 for i, column in whole.items()}
+
+
+def choose(
+    name: str, calls: Sequence[Call], configs: Sequence[Config], arch: int, device: torch.device, deadline: float
+) -> tuple[Config, float, dict]:
+    """The fastest configuration, or the first if none gains enough; the best gain; and all times for the log."""
+    first = [measure(name, call, configs, arch, device, deadline) for call in calls]
+    order = sorted((found := gains(first)), key=found.get, reverse=True)
+    finalists = [configs[0], *(configs[i] for i in order if i)][: 1 + FINALISTS]
+    final = [measure(name, call, finalists, arch, device, deadline, ROUNDS) for call in calls]
+    best, gain = max(gains(final).items(), key=lambda item: item[1])
+    log = {
+        title: [
+            {"config": asdict(c), "microseconds": dict(zip(map(str, calls), column))}
+            for c, column in zip(those, zip(*times))
+        ]
+        for title, those, times in (("all", configs, first), ("finalists", finalists, final))
+    }
+    return finalists[best if gain >= LEAST_GAIN else 0], gain, log

@@ -1,5 +1,7 @@
 """attention_map against explicit attention in float64: every model, kind of tokens and layer."""
 
+import sys
+
 import perceiver_pytorch
 import plain_multimodal
 import pytest
@@ -13,12 +15,12 @@ from support import relative_error
 
 import perceiver_fast as pf
 from perceiver_fast import reference
-from perceiver_fast.insight import attention_weights
 from perceiver_fast.layers import Attention
 from perceiver_fast.layers.pre_norm import is_cross_attention
 from perceiver_fast.models import perceiver_io
 from perceiver_fast.tokens import DenseTokens, PointTokens, TokenGroups
 
+MAP = sys.modules["perceiver_fast.insight.attention_map"]  # the package has a function of this name
 LM = {k: v for k, v in IO.items() if k not in ("queries_dim", "logits_dim")} | dict(num_tokens=20, max_seq_len=30)
 SOUND, IDS = (23, 9), torch.randint(0, 20, (3, 23))
 BLOCK = dict(dim=16, context_dim=9, cross_heads=2, cross_dim_head=5, latent_heads=2, latent_dim_head=4)
@@ -146,10 +148,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("piece", [attention_weights.PIECE, 4])
+@pytest.mark.parametrize("piece", [MAP.PIECE, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_every_layer_of_every_model(name, piece, monkeypatch):
-    monkeypatch.setattr(attention_weights, "PIECE", piece)  # tokens at once
+    monkeypatch.setattr(MAP, "PIECE", piece)  # tokens at once
     theirs, ours, data, call = CASES[name]()
     expected = their_weights(theirs, data, **call)
     modules = dict(ours.named_modules(remove_duplicate=False))

@@ -13,7 +13,7 @@ from support import needs_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_fast as pf
-from perceiver_fast.insight.fold import fold
+from perceiver_fast.insight.explanation import fold
 from perceiver_fast.insight.geometries import GEOMETRIES
 from perceiver_fast.insight.roofs import Roofs
 from perceiver_fast.insight.shapes import on_shapes, shapes_mode
@@ -381,10 +381,10 @@ def test_repeated_blocks_are_one_line():
     }
     items = ["a.0", "a.1", "a.2", "a.4", "b.0.x", "b.1.x", "b.1.y", "c"]
     folded = fold(items, name=str, key=lambda item: item != "a.1")
-    assert [line.name for line in folded] == ["a.0", "a.1", "a.2", "a.4", "b.0.x", "b.1.x", "b.1.y", "c"]
+    assert [name for name, _ in folded] == ["a.0", "a.1", "a.2", "a.4", "b.0.x", "b.1.x", "b.1.y", "c"]
     folded = fold(items, name=str, key=lambda item: 0)
-    assert [line.name for line in folded] == ["a.{0..2}", "a.4", "b.0.x", "b.1.x", "b.1.y", "c"]
-    assert [item for line in folded for item in line.items] == items
+    assert [name for name, _ in folded] == ["a.{0..2}", "a.4", "b.0.x", "b.1.x", "b.1.y", "c"]
+    assert [item for _, inner in folded for item in inner] == items
 
 
 def test_numbers_for_people():

@@ -9,7 +9,7 @@ from support import needs_extension
 import perceiver_fast as pf
 from perceiver_fast.__main__ import main
 from perceiver_fast.commands import explain as command
-from perceiver_fast.commands.explain_table import duration
+from perceiver_fast.commands.explain import duration
 from perceiver_fast.insight import roofs
 from perceiver_fast.insight.geometries import GEOMETRIES
 from perceiver_fast.insight.roofs import Roofs

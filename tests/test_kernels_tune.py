@@ -150,7 +150,7 @@ def test_what_is_compiled_ahead_is_what_a_call_finds_in_tritons_cache(monkeypatc
     for name in ("grid_attention_forward[fma]", "grid_attention_backward[bf16, wide]", "cross_attention_dq[fp32]"):
         shipped = config(name, 90)
         call = tune_candidates.calls_of(name, 90)[0]
-        make = tune_candidates.prepare(call, name.partition("[")[0], 90, tune_candidates.META)
+        make = tune_candidates.prepare(call, name, 90, tune_candidates.META)
         launch = next(x for x in tune_candidates.own(make()[-1], shipped) if x.weights)
         with pytest.raises(Ahead) as compiled:
             aot.compile_instance(launch.instance(name), 90)

@@ -17,8 +17,8 @@ from support import needs_extension
 from torch.autograd import DeviceType
 
 from perceiver_fast import __main__ as command_line
-from perceiver_fast.commands import profile_tools, profile_workload
-from perceiver_fast.commands.profile_tools import TOOLS
+from perceiver_fast.commands import profile_workload
+from perceiver_fast.commands.profile import TOOLS, command_lines
 from perceiver_fast.commands.profile_torch import range_times
 from perceiver_fast.commands.profile_workload import Prepared, Workload
 from perceiver_fast.insight.console import CannotRun
@@ -178,7 +178,7 @@ def test_ncu_runs_what_is_printed_and_keeps_the_table(tmp_path, monkeypatch, cap
 
 def test_ncu_filters_ours_unless_it_looks_at_the_peer():
     def record(**workload):
-        return shlex.split(profile_tools.command_lines(TOOLS["ncu"], Workload(**workload), Path("a folder"))[0])
+        return shlex.split(command_lines(TOOLS["ncu"], Workload(**workload), Path("a folder"))[0])
 
     assert f"regex:{kernel_filter(None)}" in record()
     theirs = record(peer="perceiver-pytorch")

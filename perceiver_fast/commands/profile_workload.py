@@ -95,9 +95,8 @@ class Prepared:
 
     def __init__(self, workload: Workload):
         if workload.device == "cuda" and not torch.cuda.is_available():
-            raise CannotRun(
-                f"expected a CUDA GPU for --device cuda, got none (torch {torch.__version__}); use --device cpu"
-            )
+            got = f"none (torch {torch.__version__})"
+            raise CannotRun(f"expected a CUDA GPU for --device cuda, got {got}; use --device cpu")
         if workload.threads is not None:
             torch.set_num_threads(workload.threads)
         torch.manual_seed(0)
@@ -105,10 +104,9 @@ class Prepared:
         geometry = geometry.tiny() if workload.tiny else geometry
         self.workload, self.dtype = workload, getattr(torch, workload.dtype)
         self.autocast = self.dtype in (torch.bfloat16, torch.float16)
-        self.model = geometry.build() if workload.peer == "fast" else _named_peer(geometry)
-        self.data = geometry.input(workload.batch)
-        stored = torch.float32 if self.autocast else self.dtype
-        self.model, self.data = (value.to(workload.device, stored) for value in (self.model, self.data))
+        where = {"device": workload.device, "dtype": torch.float32 if self.autocast else self.dtype}
+        model = geometry.build() if workload.peer == "fast" else _named_peer(geometry)
+        self.model, self.data = model.to(**where), geometry.input(workload.batch).to(**where)
         self.model.train(workload.pass_name == "step")
 
     def call(self) -> None:
@@ -159,13 +157,10 @@ def _named_peer(geometry: Geometry) -> nn.Module:
 @contextmanager
 def _region(cuda: bool, perf_control: str | None) -> Iterator[None]:
     """Tell the profilers that the region of interest begins and ends."""
-    if cuda:
-        torch.cuda.profiler.start()
-    _tell_perf(perf_control, "enable")
-    yield
-    _tell_perf(perf_control, "disable")
-    if cuda:
-        torch.cuda.profiler.stop()
+    with torch.cuda.profiler.profile() if cuda else nullcontext():
+        _tell_perf(perf_control, "enable")
+        yield
+        _tell_perf(perf_control, "disable")
 
 
 def _tell_perf(control: str | None, command: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import TypeVar
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.insight.fold import fold
 from perceiver_fast.insight.roofs import Roofs
 from perceiver_fast.insight.work import Counted, total
 from perceiver_fast.layers.plan import Plan
 from perceiver_fast.ops.work import Work
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,12 @@ class Line(Layers):
     def times(self) -> str:
         """How many layers, if there are several."""
         return f"{len(self.rows)} x" if len(self.rows) > 1 else ""
+
+    @property
+    def runs_on(self) -> str:
+        """The way, if there is a choice, the op and the backend."""
+        plan = self.rows[0].plan
+        return (f"{plan.path}: " if plan.path else "") + f"{plan.taken.op} on {plan.taken.backend}"
 
     def notes(self) -> list[str]:
         """Why not other ways and backends; and the ops used beside, with their reasons where plain PyTorch runs them."""
@@ -189,11 +199,58 @@ class Explanation(Layers):
             lines.append(f"{line.name:<{width}}  {times}{plan.taken.op} on {plan.taken.backend} ({way}{line.counts})")
             lines += [f"{'':<{width}}    {note}" for note in line.notes()]
         for choice in self.latents:
-            lines.append(f"{choice.op} of the latents on {choice.backend}")
-            lines += [f"  {note}" for note in rejections(choice)]
+            lines += [on_latents(choice), *(f"  {note}" for note in rejections(choice))]
         return "\n".join([*lines, f"in all: {self.counts}", f"perceiver-pytorch: {self.original}"])
 
 
 def rejections(choice: Choice) -> list[str]:
     """Why not the others, one line each."""
     return [f"not {name}: {'; '.join(why)}" for name, why in choice.rejected.items()]
+
+
+def on_latents(choice: Choice) -> str:
+    """What runs an op of the latents."""
+    return f"{choice.op} of the latents on {choice.backend}"
+
+
+def fold(items: Sequence[T], name: Callable[[T], str], key: Callable[[T], Hashable]) -> list[tuple[str, list[T]]]:
+    """Fold items whose dotted names differ in an index alone: ``layers.{0..7}.self_attns.{0..5}.0``.
+
+    Neighbours in an enumeration are folded when they consist of the same: the same names further down, and equal keys.
+
+    Args:
+        items: in the order in which they are shown.
+        name: of an item.
+        key: what has to be equal.
+
+    Returns:
+        Names that stand for several items, with these items, in the same order.
+
+    Example:
+        >>> from perceiver_fast.insight.explanation import fold
+        >>> [name for name, _ in fold(["a.0.x", "a.0.y", "a.1.x", "a.1.y", "b"], name=str, key=lambda item: 1)]
+        ['a.{0..1}.x', 'a.{0..1}.y', 'b']
+    """
+    return _fold([(name(item), [item]) for item in items], key)
+
+
+def _fold(lines: list[tuple[str, list[T]]], key: Callable[[T], Hashable]) -> list[tuple[str, list[T]]]:
+    children: dict[str, list[tuple[str, list[T]]]] = {}
+    for name, items in lines:
+        head, _, rest = name.partition(".")
+        children.setdefault(head, []).append((rest, items))
+    inner = {head: _fold(below, key) if any(rest for rest, _ in below) else below for head, below in children.items()}
+
+    def signature(head: str) -> tuple:
+        return tuple((rest, len(items), key(items[0])) for rest, items in inner[head])
+
+    folded = []
+    # An index is compared with its place, so that only what is enumerated without a gap comes together.
+    places = [(head, int(head) - place if head.isdecimal() else head) for place, head in enumerate(inner)]
+    for _, run in groupby(places, lambda found: (found[1], signature(found[0]))):
+        heads = [head for head, _ in run]
+        label = heads[0] if len(heads) == 1 else f"{{{heads[0]}..{heads[-1]}}}"
+        for same in zip(*(inner[head] for head in heads)):
+            rest, _ = same[0]
+            folded.append((f"{label}.{rest}" if rest else label, [item for _, items in same for item in items]))
+    return folded

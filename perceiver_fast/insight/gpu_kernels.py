@@ -29,15 +29,11 @@ def instances(architecture: int) -> Iterator[Instance]:
                     op.run_sample("meta", **options)
             for launch in launches:
                 instance = launch.instance(name)
-                constants = instance.constants if instance.weights else _tile_shape(instance)
-                variant = (instance.kernel, instance.types, constants)
+                sizes = [value for value in instance.constants.values() if type(value) is int]  # of its tile
+                variant = (instance.kernel, instance.types, instance.constants if instance.weights else sizes)
                 if variant not in seen:
                     seen.append(variant)
                     yield instance
-
-
-def _tile_shape(instance: Instance) -> tuple[int, ...]:
-    return tuple(value for value in instance.constants.values() if type(value) is int)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,11 @@ class Attended:
         return cls(layer, [z], groups, masks, inverted, False)
 
     @property
+    def attention(self) -> Attention:
+        """The layer without its norms."""
+        return self.layer.fn if isinstance(self.layer, PreNorm) else self.layer
+
+    @property
     def count(self) -> int:
         """How many attend, N."""
         return sum(part.shape[1] for part in self.parts)
@@ -86,10 +91,6 @@ class Attended:
     def z(self) -> Tensor:
         """What attends, in one tensor."""
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 1)
-
-    def same_tokens(self, other: Attended) -> bool:
-        """Whether ``other`` is attention to the very same descriptions."""
-        return [*map(id, self.groups)] == [*map(id, other.groups)]
 
 
 class LayerObserver(Observer):

@@ -103,14 +103,11 @@ def count_layer(row: Row, like: Tensor) -> Work:
             for shape, residual in row.calls:
                 x = like.new_empty(shape)
                 out = attention(layer, x) if isinstance(layer, Attention) else feed_forward(layer, x)
-                _join(x, out, residual)
+                if residual:
+                    x + out  # for it to be counted
         else:
             return total(row.operators)  # the same as ours
     return total(counter.operators)
-
-
-def _join(x: Tensor, out: Tensor, residual: bool) -> Tensor:
-    return x + out if residual else out
 
 
 def _cross_attention(row: Row, like: Tensor) -> None:
@@ -123,7 +120,8 @@ def _cross_attention(row: Row, like: Tensor) -> None:
                 context = like.new_empty(tokens.batch, tokens.count, tokens.channels)
                 mask = None if given is None else x.new_empty(context.shape[:2], dtype=torch.bool)
                 out = attention(row.inner, x, context, mask, seen.inverted, ends=row.last)
-                _join(x, out, row.calls[0].residual and row.last)
+                if row.calls[0].residual and row.last:
+                    x + out  # for it to be counted
 
 
 def count_tokens(described: list[tuple[Tokens, bool]], own: Work) -> Work:

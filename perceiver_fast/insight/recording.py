@@ -125,11 +125,12 @@ class Recorder(LayerObserver):
         if tokens is None or not self.knows(layer):
             return
         row, attended = self._now[0], Attended.of(layer, z, tokens, mask, inverted)
-        known = next((known for known in row.attended if known.same_tokens(attended)), None)
-        if known is None:
-            row.attended.append(attended)
+        for known in row.attended:
+            if [*map(id, known.groups)] == [*map(id, attended.groups)]:  # the very same descriptions
+                known.parts.append(z)
+                break
         else:
-            known.parts.append(z)
+            row.attended.append(attended)
         if not fused:
             why = why_modules(layer) or "what it is called with is more than a plain tensor"
             row.plan = row.plan or Plan("modules", Choice("cross_attention", "torch", {"fused": [why]}))

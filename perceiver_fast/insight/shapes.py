@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,15 +41,11 @@ def on_shapes(
     with torch.device("meta"):
         model, data = build().to(dtype), torch.empty(*size, dtype=dtype)
     mode, device = FakeTensorMode(allow_non_fake_inputs=True), torch.device(device)
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # a shared one stays one; the first lives on, so that its id is its own
 
+    @functools.cache  # a shared one stays one
     def without_content(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            fake = FakeTensor(mode, tensor.detach(), device)
-            if isinstance(tensor, nn.Parameter):
-                fake = nn.Parameter(fake, tensor.requires_grad)
-            made[id(tensor)] = tensor, fake
-        return made[id(tensor)][1]
+        fake = FakeTensor(mode, tensor.detach(), device)
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
     for module in model.modules():
         for tensors in (module.named_parameters, module.named_buffers):

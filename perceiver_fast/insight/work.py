@@ -57,9 +57,8 @@ FORMULAS: dict[str, Callable[[tuple, Any], Work]] = {
 }
 for _name in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
     FORMULAS[f"aten::_scaled_dot_product_{_name}"] = _attention
-for _name in ("exp", "log", "sin", "cos", "sigmoid", "tanh", "erf", "gelu", "silu"):
-    FORMULAS[f"aten::{_name}"] = _elementwise
-for _name in ("_softmax", "_safe_softmax", "_log_softmax"):
+_EXPONENTIALS = ("exp", "log", "sin", "cos", "sigmoid", "tanh", "erf", "gelu", "silu")
+for _name in (*_EXPONENTIALS, "_softmax", "_safe_softmax", "_log_softmax"):
     FORMULAS[f"aten::{_name}"] = _elementwise
 
 
@@ -120,16 +119,12 @@ class WorkCounter(TorchDispatchMode):
             self.operators = previous
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self._count(func, args, kwargs or {}, out)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name, writes = func._schema.name, any(isinstance(leaf, Tensor) for leaf in tree_leaves(out))
+        if writes and name not in FREE and not _is_view(func):
+            self.add(name, (*args, *kwargs.values()), out)
         return out
-
-    def _count(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        name = func._schema.name
-        if not written or name in FREE or _is_view(func):
-            return
-        self.add(name, (*args, *kwargs.values()), out)
 
     def add(self, name: str, args: tuple, out: Any) -> None:
         """Count one call of operator ``name``."""

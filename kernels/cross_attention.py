@@ -341,7 +341,7 @@ def forward(
     seed: Tensor | None,
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of the op ``cross_attention_forward``.
+    """Kernel of the operator ``cross_attention_forward``.
 
     Args:
         q: ``[B, H, N, D]`` float32, bfloat16 or float16, of any strides, as k and v.

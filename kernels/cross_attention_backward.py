@@ -222,7 +222,7 @@ def backward(
     lse: Tensor,
     token_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of the op ``cross_attention_backward``: gradients of q, k and v.
+    """Kernel of the operator ``cross_attention_backward``: gradients of q, k and v.
 
     Args:
         d_o: ``[B, H, N, V]``, the dtype of q, of any strides.

@@ -171,7 +171,7 @@ def backward_launches(d_u: Tensor, h: Tensor, bias: Tensor | None) -> tuple[Tens
 
 
 def forward(h: Tensor, bias: Tensor | None) -> Tensor:
-    """Kernel of the op ``geglu_forward``: u ``[.., F]`` of h ``[.., 2 F]``, the same dtype, and bias ``[2 F]``."""
+    """Kernel of the operator ``geglu_forward``: u ``[.., F]`` of h ``[.., 2 F]``, the same dtype, and bias ``[2 F]``."""
     u, launches = forward_launches(h, bias)
     for launch in launches:
         launch.run()
@@ -179,7 +179,7 @@ def forward(h: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def backward(d_u: Tensor, h: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of the op ``geglu_backward``: from d_u ``[.., F]`` and the forward's arguments.
+    """Kernel of the operator ``geglu_backward``: from d_u ``[.., F]`` and the forward's arguments.
 
     Returns:
         u ``[.., F]`` again, d_h ``[.., 2 F]``, d_bias ``[2 F]`` in the dtype of bias (empty without one).

@@ -312,7 +312,7 @@ def forward(
     seed: Tensor | None,
     inverted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kernel of the op ``grid_attention_forward``.
+    """Kernel of the operator ``grid_attention_forward``.
 
     Args:
         q: ``[B, N, L]`` float32; may be expanded over B.

@@ -276,7 +276,7 @@ def backward(
     token_lse: Tensor,
     token_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of the op ``grid_attention_backward``: gradients of q, and of feat and scale if asked for.
+    """Kernel of the operator ``grid_attention_backward``: gradients of q, and of feat and scale if asked for.
 
     Args:
         d_o: ``[B, N, L]`` float32.

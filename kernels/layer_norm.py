@@ -320,7 +320,7 @@ def forward(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Kernel of the op ``layer_norm_forward``.
+    """Kernel of the operator ``layer_norm_forward``.
 
     Args:
         x: ``[.., D]`` float32, bfloat16 or float16, the stream.
@@ -348,7 +348,7 @@ def backward(
     weight: Tensor,
     branch_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Kernel of the op ``layer_norm_backward``.
+    """Kernel of the operator ``layer_norm_backward``.
 
     Args:
         d_y: ``[.., D]``, the gradient of y in its dtype, or None.

@@ -1,6 +1,7 @@
 """docs/adding-an-op.md, followed to the letter: its files are written into a copy of the checkout, built and tested."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -40,10 +41,11 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 def checkout(tmp_path_factory):
     """A copy of the checkout with the page's files in it."""
     root = tmp_path_factory.mktemp("checkout")
-    for folder in ("perceiver_fast", "kernels", "csrc", "tests"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("kernels", "__pycache__") if folder == "perceiver_fast" else None)
+    for folder in ("perceiver_fast", "kernels", "csrc", "tests", "docs"):
+        link = ("kernels",) if folder == "perceiver_fast" else ()  # where it is installed in place
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", *link))
     (root / "perceiver_fast/kernels").symlink_to(root / "kernels")
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "mkdocs.yml", "Makefile"):
         shutil.copy(ROOT / name, root)
     for title, text in FILES:
         path, _, more = title.partition(", ")
@@ -51,15 +53,15 @@ def checkout(tmp_path_factory):
         (root / path).parent.mkdir(exist_ok=True)
         if more:
             old = (root / path).read_text()
-            text = re.sub(r"^(__all__ = \[)", rf'{text}\n\1\n    "{OP}",', old, count=1, flags=re.MULTILINE)
-            assert text != old
+            names = rf'{text}\n\1\n    "{OP}",'  # what is imported is public
+            new = re.sub(r"^(__all__ = \[)", names, old, count=1, flags=re.MULTILINE)
+            text = new if path.endswith(".py") else f"{old}\n{text}"
+            assert text != old, title
         (root / path).write_text(text)
     return root
 
 
 def run(checkout, *arguments, timeout=600, **environment):
-    import os
-
     command = [sys.executable, "-c", RUN, *arguments]
     # What is installed in place would be found first: the copy's own folder goes before it.
     environment = os.environ | {"PYTHONPATH": f"{checkout}:{checkout / 'tests'}"} | environment
@@ -70,14 +72,15 @@ def run(checkout, *arguments, timeout=600, **environment):
 
 def test_the_page_has_every_room():
     paths = [title.partition(",")[0] for title, _ in FILES]
-    assert len(paths) == len(set(paths)) == 10
+    assert len(paths) == len(set(paths)) == 12
     for room in ("perceiver_fast/reference", "perceiver_fast/ops", "csrc/core", "csrc/cpu", "kernels", "tests/ops"):
         assert any(path.startswith(f"{room}/") and OP in path for path in paths), room
 
 
 @pytest.mark.skipif(**needs_extension)
 def test_what_it_builds_passes_the_tests_of_every_op(checkout):
-    out = run(checkout, f"tests/ops/test_{OP}.py", "tests/ops/test_declarations.py", "perceiver_fast/ops/squared_relu.py", "-k", OP)
+    files = f"tests/ops/test_{OP}.py", "tests/ops/test_declarations.py", f"perceiver_fast/ops/{OP}.py"
+    out = run(checkout, *files, "-k", OP)
     assert int(re.search(r"(\d+) passed", out)[1]) > 30 and "failed" not in out and "skipped" not in out, out[-2000:]
 
 

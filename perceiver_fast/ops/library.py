@@ -24,21 +24,21 @@ class Definitions:
             self._library = namespace["defined_by"] = torch.library.Library("perceiver_fast", "DEF")
 
     def define(self, schema: str) -> None:
-        """Define an op by its schema, without the namespace."""
+        """Define an operator by its schema, without the namespace."""
         if self._library is not None:
             self._library.define(schema)
 
-    def impl(self, op: str, kernel: Callable, key: str, allow_override: bool = False) -> None:
-        """Let ``kernel`` run an op on tensors of a dispatch key."""
+    def impl(self, operator: str, kernel: Callable, key: str, allow_override: bool = False) -> None:
+        """Let ``kernel`` run an operator on tensors of a dispatch key."""
         if self._library is not None:
-            self._library.impl(op, kernel, key, allow_override=allow_override)
+            self._library.impl(operator, kernel, key, allow_override=allow_override)
 
-    def fake(self, op: str) -> Callable[[Callable], Callable]:
-        """Decorate what gives an op's outputs without content."""
+    def fake(self, operator: str) -> Callable[[Callable], Callable]:
+        """Decorate what gives an operator's outputs without content."""
 
         def register(kernel: Callable) -> Callable:
             if self._library is not None:
-                torch.library.register_fake(f"perceiver_fast::{op}", kernel, lib=self._library)
+                torch.library.register_fake(f"perceiver_fast::{operator}", kernel, lib=self._library)
             return kernel
 
         return register

@@ -1,4 +1,4 @@
-"""What ops have in common that pass over activations once: geglu and layer_norm."""
+"""What ops have in common that pass over activations once, as geglu and layer_norm do."""
 
 from __future__ import annotations
 

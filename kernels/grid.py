@@ -60,7 +60,7 @@ class Grid:
 
     @property
     def is_folded(self) -> bool:
-        """Queries are rows and columns as they come."""
+        """Whether the grid has rows and columns alone, so that no leading axis has to be folded into them."""
         return len(self.sizes) == 2
 
     def config(self, kernel: str, architecture: int, dropout: float) -> Config:

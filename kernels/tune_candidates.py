@@ -30,8 +30,8 @@ from perceiver_fast.kernels.launch import Launch
 
 BATCH, LATENTS, IMAGE = 8, 512, (224, 224)
 WARPS, STAGES, REGISTERS = (2, 4, 8), (1, 2), (None, 128, 168, 255)
-SMALLEST, LARGEST = 16, 128  # sides of a tile: a product's least, and more than registers hold
-CHANGES = 2  # in which a candidate differs from the shipped configuration, at most
+SMALLEST, LARGEST = 16, 128  # sides of a tile: a product takes no less, and beyond the other registers spill
+CHANGES = 2  # the most entries in which a candidate differs from the shipped configuration
 META = torch.device("meta")
 
 FINALISTS, ROUNDS = 3, 5  # the fastest are timed again, in turns with the shipped one, since clock rates drift

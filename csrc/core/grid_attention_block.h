@@ -39,7 +39,8 @@ struct TokenBox {
   uint32_t threshold;
 };
 
-// With p = 2^(S + shift) and p' = p without the weights that dropout drops:
+// S are logits in base two, as q comes times log2(e); p = 2^(S + shift), and p' is p without the weights that dropout
+// drops:
 //
 // Forward:  out[:L] += sum_m p' r [x, onehot], out[L] += sum_m p, and with dropout out[L + 1] += sum_m p'.
 // Backward: out[:L] += sum_m dS r [x, onehot], out[L] += sum_m dS, with dS = p (u - delta) and
@@ -58,14 +59,15 @@ struct QueryBlock {
 
 // Gradients of the tokens of a box, from all queries of one batch element:
 //   dfeat[m] = r sum_n (dS q_feat[n] + P grad_feat[n]),   dscale[m] = sum_n (dS S + P r grad.[x, onehot]) / r
+// with S in base e.
 template <class T>
 struct TokenGradient {
   int64_t queries;    // N
   int64_t length;     // L
   const T* q;         // [N][L], times log2(e)
   const T* grad;      // [N][L], times the weight that makes P of p
-  const T* shift;     // [N], integral: p = 2^(S log2(e) + shift)
-  const T* delta;     // [N], times the same weight: dS = p (r u - delta)
+  const T* shift;     // [N], integral: p = 2^(S + shift), S in base two
+  const T* delta;     // [N], times the same weight: dS = p (u - delta), u as above
   const T* bonus;     // [N], with dropout only, times the same weight
   const uint32_t* hashes;  // [N], of dropout
   const T* feat;      // [M][F]

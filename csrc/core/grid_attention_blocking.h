@@ -14,8 +14,8 @@
 
 namespace perceiver_fast {
 
-// Exponents up to here need no shift: sums of 2^24 powers of two times |r x| up to 2^40 do not overflow float, and
-// terms that matter beside a sum of at least 2^-kSafe do not underflow. LayerNorm keeps |r x| below sqrt(C).
+// Exponents up to here need no shift: a sum of 2^24 terms 2^s |r x|, s up to kSafe and |r x| up to 2^40, does not overflow
+// float, and terms that matter beside a sum of at least 2^-kSafe do not underflow. LayerNorm keeps |r x| below sqrt(C).
 template <class T>
 constexpr double kSafe = sizeof(T) == 8 ? 400 : 60;
 

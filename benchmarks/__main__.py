@@ -19,7 +19,7 @@ from benchmarks.environment import conditions, slug
 from benchmarks.output import BUSY, listed, plain, save
 from benchmarks.suite import report
 from benchmarks.suite.plans import QUICK, select
-from perceiver_fast.insight.machine import cpu_name
+from perceiver_fast.insight.environment import cpu_name
 
 HERE = Path(__file__).resolve().parent
 TABLE_WIDTH = 145  # the least that the tables need

@@ -17,8 +17,8 @@ from benchmarks.sides import DTYPES, Case  # noqa: E402
 from benchmarks.suite import measure  # noqa: E402
 from benchmarks.suite.levels import LEVELS  # noqa: E402
 from benchmarks.suite.plans import LEVEL_NAMES, PLANS, QUICK, select  # noqa: E402
+from perceiver_fast.insight.console import positive  # noqa: E402
 from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
-from perceiver_fast.insight.options import positive  # noqa: E402
 from perceiver_fast.insight.roofs import measure_roofs  # noqa: E402
 
 HERE = Path(__file__).resolve().parent

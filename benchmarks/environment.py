@@ -13,7 +13,7 @@ import torch
 
 import perceiver_fast
 from perceiver_fast import backends, extension
-from perceiver_fast.insight.machine import cpu_name, package_version
+from perceiver_fast.insight.environment import cpu_name, package_version
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_THREADS = min(2, os.cpu_count() or 1)

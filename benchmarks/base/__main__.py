@@ -25,9 +25,8 @@ from benchmarks.base.tree import build, commit_of, is_dirty, stale_source, workt
 from benchmarks.compare_view import coloured
 from benchmarks.environment import DEFAULT_THREADS, ROOT, conditions
 from benchmarks.statistic import LEAST_ROUNDS
-from perceiver_fast.insight.console import CannotRun, Report, progress, wide_console
+from perceiver_fast.insight.console import CannotRun, Report, at_least, positive, progress, wide_console
 from perceiver_fast.insight.geometries import GEOMETRIES
-from perceiver_fast.insight.options import at_least, positive
 
 GEOMETRY_NAMES, QUICK = ("cross-only", "readme"), ("cross-only",)
 PASSES, DTYPES = ("forward", "step"), ("float32", "bfloat16")

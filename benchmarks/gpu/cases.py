@@ -1,7 +1,7 @@
 """What the battery measures: cases of published geometries, in the order of what they tell.
 
 Nothing here imports torch: ``--help`` and ``--list`` answer at once. The geometries' sizes are those of
-perceiver_fast/insight/geometries.py.
+perceiver_fast/insight/geometries.json.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ def conditions(device) -> dict:
     """Of the process that measures, on its ``device``."""
     import torch
 
-    from perceiver_fast.insight.environment import collect
-    from perceiver_fast.insight.machine import cpu_name, package_version
+    from perceiver_fast.insight.environment import collect, cpu_name, package_version
 
     found = {"device": cpu_name(), "kind": device.type, "python": platform.python_version()}
     if device.type == "cuda":

@@ -26,9 +26,8 @@ from benchmarks.scaling.record import MEASURED, Point, curve, exponent, read, wr
 from benchmarks.sides import DTYPES, OURS, Case
 from benchmarks.suite.memory import memory_method
 from benchmarks.suite.models import PEERS as MODELS
-from perceiver_fast.insight.console import Report, progress, wide_console
-from perceiver_fast.insight.machine import cpu_name
-from perceiver_fast.insight.options import positive
+from perceiver_fast.insight.console import Report, positive, progress, wide_console
+from perceiver_fast.insight.environment import cpu_name
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PASSES = ("forward", "step")

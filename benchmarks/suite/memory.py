@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.process import Process
+from perceiver_fast.insight.environment import forget_peak, resident_bytes
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 MAPPED_FROM_BYTES = 64 * 2**10
@@ -19,7 +20,6 @@ WARM_CALLS = 2  # torch.compile compiles again in a second call; in inference ou
 METHOD = "rise of VmHWM over VmRSS in a third call, in a process of its own"
 
 _clear_refs = Path("/proc/self/clear_refs")
-_status = Path("/proc/self/status")
 
 
 def memory_method() -> str:
@@ -27,7 +27,7 @@ def memory_method() -> str:
     if not _clear_refs.exists():
         return "not measured: this system has no /proc/self/clear_refs"
     try:
-        _clear_refs.write_text("5")  # makes VmHWM, the peak, what VmRSS is now
+        forget_peak()
     except OSError as error:
         return f"not measured: /proc/self/clear_refs cannot be written ({error.strerror})"
     return METHOD
@@ -67,17 +67,12 @@ def _send_peak(sender: Connection, threads: int, make: Callable, args: tuple) ->
     torch.set_num_threads(threads)
     call = make(*args)
     gc.collect()
-    cold = _status_bytes("VmRSS")
+    cold = resident_bytes("VmRSS")
     for _ in range(WARM_CALLS):
         call()
     gc.collect()
     memory_method()
-    before = _status_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     result = call()
-    sender.send(Memory(_status_bytes("VmHWM") - before, before - cold))
+    sender.send(Memory(resident_bytes("VmHWM") - before, before - cold))
     del result
-
-
-def _status_bytes(key: str) -> int:
-    line = next(line for line in _status.read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024

@@ -22,10 +22,9 @@ from perceiver_fast import extension
 from perceiver_fast.commands import demo_process, make_folder
 from perceiver_fast.commands.demo_process import FAST, ORIGINAL, SEED
 from perceiver_fast.insight import geometries
-from perceiver_fast.insight.console import CannotRun, Report, plain_table, progress, wide_console
+from perceiver_fast.insight.console import CannotRun, Report, plain_table, positive, progress, wide_console
+from perceiver_fast.insight.environment import cpu_name, package_version
 from perceiver_fast.insight.geometries import Geometry
-from perceiver_fast.insight.machine import cpu_name, package_version
-from perceiver_fast.insight.options import positive
 
 TOLERANCE = 1e-3  # of the largest output: rounding in float32 stays far below
 INSTALL = "pip install -e '.[demo]'"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import perceiver_fast as pf
 from perceiver_fast.insight.console import Report
+from perceiver_fast.insight.environment import forget_peak, resident_bytes
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.insight.peer import peer_model
 
@@ -34,15 +35,16 @@ class MeasureError(RuntimeError):
 def original_bytes(geometry: Geometry) -> int:
     """Memory that one inference forward of perceiver-pytorch 0.11.0 adds, batch 1, float32: what it holds at once.
 
-    The peak is in a cross-attention, while these tensors of M rows are alive:
-    positions (A columns), their encoding, the tokens, the normalised tokens, keys and values, and the logits of all
-    heads twice: as multiplied and as scaled, then as scaled and as probabilities. What the latents need is left out.
+        The peak is in a cross-attention, while these tensors of M rows are alive:
+        positions (A columns), their encoding, the tokens, the normalised tokens, keys and values, and the logits of all
+        heads twice: as multiplied and as scaled, then as scaled and as probabilities. What the latents need is left out.
 
-    Example:
-        >>> from dataclasses import replace
-        >>> from perceiver_fast.insight.geometries import GEOMETRIES
-        >>> original_bytes(replace(GEOMETRIES["readme"], sizes=(427, 640)))
-        793605120
+        Example:
+            >>> from dataclasses import replace
+            >>> from perceiver_fast.insight.environment import forget_peak, resident_bytes
+    from perceiver_fast.insight.geometries import GEOMETRIES
+            >>> original_bytes(replace(GEOMETRIES["readme"], sizes=(427, 640)))
+            793605120
     """
     encoding = geometry.token_channels - geometry.channels
     keys_values_and_logits = 2 * geometry.heads * (geometry.dim_head + geometry.queries)
@@ -105,21 +107,13 @@ def measure(model: str, geometry: Geometry, data: Tensor, repeats: int, threads:
         return torch.load(Path(folder) / "result.pt", weights_only=True)
 
 
-def _resident(field: str) -> int:
-    """VmRSS or VmHWM, the resident memory of this process and its peak, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 def _start_of_peak() -> int | None:
     """Forget the peak so far and return the resident memory now; None where the system cannot do that."""
     try:
         # Free memory that malloc keeps would be used again without being counted.
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        return _resident("VmRSS")
+        forget_peak()
+        return resident_bytes()
     except OSError:
         return None
 
@@ -137,7 +131,7 @@ def main(folder: Path) -> None:
             start = time.perf_counter()
             output = model(data)
             seconds.append(time.perf_counter() - start)
-    peak = None if before is None else _resident("VmHWM") - before
+    peak = None if before is None else resident_bytes("VmHWM") - before
     result = {"output": output.clone(), "seconds": seconds[1:], "peak_bytes_added": peak}
     if name == FAST:
         layers = pf.explain(model, data).layers

@@ -19,10 +19,9 @@ from rich.table import Table
 import perceiver_fast as pf
 from perceiver_fast import extension
 from perceiver_fast.insight import roofs
-from perceiver_fast.insight.console import CannotRun, plain_table, wide_console
+from perceiver_fast.insight.console import CannotRun, plain_table, positive, wide_console
 from perceiver_fast.insight.explanation import Explanation, Layers, amount, on_latents, rejections
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
-from perceiver_fast.insight.options import positive
 from perceiver_fast.insight.roofs import Roofs
 from perceiver_fast.insight.shapes import on_shapes
 from perceiver_fast.ops.linear_libraries import wide_bfloat16

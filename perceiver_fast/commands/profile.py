@@ -18,7 +18,7 @@ from perceiver_fast.commands import make_folder, profile_torch
 from perceiver_fast.commands.profile_workload import Prepared, Workload, workload_from
 from perceiver_fast.commands.profile_workload import add_arguments as add_workload_arguments
 from perceiver_fast.insight.console import CannotRun, progress
-from perceiver_fast.insight.machine import cpu_name
+from perceiver_fast.insight.environment import cpu_name
 from perceiver_fast.insight.ncu import SECTIONS, kernel_filter, names
 
 

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from perceiver_fast.insight.console import CannotRun
+from perceiver_fast.insight.console import CannotRun, positive
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
-from perceiver_fast.insight.options import positive
 from perceiver_fast.insight.peer import peer_model
 from perceiver_fast.ranges import layer_range, open_range, ranges
 

@@ -1,7 +1,8 @@
-"""What commands show to people: tables on standard output, progress on standard error."""
+"""What commands take from people and show them: options, tables on standard output, progress on standard error."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,6 +19,20 @@ Report = Callable[..., object]
 
 class CannotRun(Exception):
     """What a command needs is not there. Its message says what, and what to do; the exit code is 2."""
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument's type: whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return int(text)
+
+    return number
+
+
+positive = at_least(1)
 
 
 class _Console(Console):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from perceiver_fast import backends, extension
-from perceiver_fast.insight.machine import cpu_name, package_version
 from perceiver_fast.ops.declaration import OPS, Op
 from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
 from perceiver_fast.ops.linear_libraries import reasons as library_reasons
@@ -42,6 +42,29 @@ def _linear() -> dict:
         "chosen": {f"{name} {kind}": library_of(kind, dtype) for name, dtype in dtypes.items() for kind in KINDS},
         "bfloat16_in_float32": wide_bfloat16(),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package; None where it is absent.
+
+    Example:
+        >>> package_version("no-such-package") is None
+        True
+    """
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def environment() -> dict[str, str]:
@@ -94,3 +117,24 @@ def collect() -> dict:
         "linear": _linear(),
         "backends": {name: {device: _reasons(op, device) for device in ("cpu", "cuda")} for name, op in OPS.items()},
     }
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """The resident memory of this process, or with ``"VmHWM"`` its peak.
+
+    Raises:
+        OSError: the system has no /proc/self/status with that field.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def forget_peak() -> None:
+    """Make the peak of the resident memory what is resident now.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
+    Path("/proc/self/clear_refs").write_text("5")

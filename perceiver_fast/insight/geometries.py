@@ -1,10 +1,15 @@
-"""The models and inputs that are explained, profiled and measured, named after the published ones they come from."""
+"""The models and inputs that are explained, profiled and measured, named after the published ones they come from.
+
+geometries.json is the table: of each its sizes, and the arguments of its model.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,74 +135,9 @@ class Geometry:
         return replace(self, sizes=sizes, channels=min(self.channels, 9), model={**self.model, **small})
 
 
-_CROSS_ONLY = dict(
-    num_freq_bands=64, max_freq=224.0, depth=1, num_latents=512, latent_dim=64, self_per_cross_attn=0, num_classes=10,
-)  # fmt: skip
-_SMALL = dict(
-    num_freq_bands=6, max_freq=8.0, depth=2, num_latents=16, latent_dim=32, latent_heads=2, latent_dim_head=16,
-    num_classes=10,
-)  # fmt: skip
-_README = dict(
-    num_freq_bands=6, max_freq=10.0, depth=6, num_latents=256, latent_dim=512, self_per_cross_attn=2, num_classes=1000,
-)  # fmt: skip
-_PAPER = dict(
-    num_freq_bands=64, max_freq=224.0, depth=8, num_latents=512, latent_dim=1024, weight_tie_layers=True,
-    self_per_cross_attn=6, num_classes=1000,
-)  # fmt: skip
-_ONCE = dict(_PAPER, depth=1, weight_tie_layers=False)
-_DENSE = dict(_ONCE, fourier_encode_data=False)
-_IO = dict(depth=0, queries_dim=64, num_latents=512, latent_dim=64)  # a cross-attention and its feed-forward
-_IMAGE, _AUDIO = (224, 224), (61_440,)
-_PERCEIVER = "Jaegle et al., Perceiver, ICML 2021"
-_HALF_WIDE = "latent heads of 64 channels"
-_SIX = f"6 of 48 (8 x 6 shared) latent layers; {_HALF_WIDE}"
+TABLE = Path(__file__).with_name("geometries.json")
 
 GEOMETRIES = {
-    geometry.name: geometry
-    for geometry in (
-        Geometry("cross-only", _IMAGE, _CROSS_ONLY),
-        Geometry("readme", _IMAGE, _README, source="perceiver-pytorch's README"),
-        Geometry("imagenet-lucid", _IMAGE, _PAPER, source=f"{_PERCEIVER}, sec. 4.1, in perceiver-pytorch's layout"),
-        Geometry("imagenet-lucid-1", _IMAGE, dict(_PAPER, depth=1), source="the same", cut="one of 8 blocks"),
-        Geometry(
-            "imagenet-paper", _IMAGE, dict(_PAPER, cross_dim_head=261), source=f"{_PERCEIVER}, sec. 4.1", cut=_HALF_WIDE
-        ),
-        Geometry(
-            "hf-fourier", _IMAGE, dict(_ONCE, cross_dim_head=261), source="deepmind/vision-perceiver-fourier", cut=_SIX
-        ),
-        Geometry(
-            "hf-conv", (55, 55), dict(_ONCE, max_freq=55.0, cross_dim_head=322), channels=64,
-            source="deepmind/vision-perceiver-conv", cut=_SIX,
-        ),
-        Geometry(
-            "hf-learned", _IMAGE, dict(_DENSE, cross_dim_head=512), channels=512,
-            source="deepmind/vision-perceiver-learned", cut=_SIX,
-        ),
-        Geometry(
-            "flow", (368, 496), channels=64,
-            model=dict(_ONCE, max_freq=496.0, num_latents=2048, latent_dim=512, cross_dim_head=322, self_per_cross_attn=24),
-            source="deepmind/optical-flow-perceiver", cut=f"no decoder; {_HALF_WIDE}; one highest frequency for both axes",
-        ),
-        Geometry(
-            "kinetics", (52_097,), channels=704,
-            model=dict(_DENSE, num_latents=784, latent_dim=512, cross_dim_head=704, self_per_cross_attn=8),
-            source="deepmind/multimodal-perceiver", cut=f"tokens as the preprocessor leaves them; no decoder; {_HALF_WIDE}",
-        ),
-        Geometry(
-            "language", (2048,), dict(_DENSE, num_latents=256, latent_dim=1280, cross_heads=8, cross_dim_head=160),
-            channels=768, source="deepmind/language-perceiver",
-            cut=f"6 of 26 latent layers; 160 channels of queries and keys for 32; {_HALF_WIDE}",
-        ),
-        Geometry("video", (16, 224, 224), dict(_ONCE, self_per_cross_attn=1), source="a long input"),
-        Geometry("audio", _AUDIO, dict(_ONCE, self_per_cross_attn=1), channels=1, source="raw audio"),
-        Geometry(
-            "modelnet", (2048,), dict(_PAPER, max_freq=1120.0, depth=2), family="points", source=f"{_PERCEIVER}, sec. 4.3"
-        ),
-        Geometry("audio-cross", _AUDIO, _CROSS_ONLY, channels=1),
-        Geometry("points", (50_000,), dict(_CROSS_ONLY, max_freq=1120.0), family="points"),
-        Geometry("io-512", (50_176,), _IO, channels=512, family="io"),
-        Geometry("io-32", (50_176,), _IO, channels=32, family="io"),
-        Geometry("small", (8, 8), _SMALL, source="digits: calls cost more than what they compute"),
-        Geometry("inverted", _IMAGE, dict(_CROSS_ONLY, inverted_cross_attn=True)),
-    )
-}  # fmt: skip
+    name: Geometry(name, tuple(facts.pop("sizes")), **facts) for name, facts in json.loads(TABLE.read_text()).items()
+}
+"""All by name, as geometries.json has them."""

@@ -11,6 +11,8 @@ from support import check_float32, compare_models, relative_error
 import perceiver_fast as pf
 from perceiver_fast import Modality, MultimodalPerceiver
 from perceiver_fast.layers.cross_attention import FusedCrossAttention
+from perceiver_fast.layers.plan import Plan
+from perceiver_fast.ops.cross_attention import CROSS_ATTENTION, CrossAttentionCall
 from perceiver_fast.tokens import GridTokens, PointTokens
 
 VIDEO = Modality("video", input_channels=3, input_axis=3, num_freq_bands=2, max_freq=6.0)
@@ -122,7 +124,7 @@ def way(request, monkeypatch):
     if request.param == "projected":
 
         def plan(self, tokens, queries, inverted=False, lse=False, masked=False):
-            return type("Plan", (), dict(path="projected"))
+            return Plan("projected", CROSS_ATTENTION.choose(CrossAttentionCall(tokens.compute, tokens.device, lse=lse)))
 
         monkeypatch.setattr(FusedCrossAttention, "plan", plan)
     if request.param == "long axis":

@@ -81,7 +81,6 @@ def test_torchs_counter_counts_the_declared_work(name, options):
         OPS[name].run_sample("cpu", **options)
     assert counter.get_total_flops() == 2 * declared.multiply_adds
     assert all(operator.packet in flop_registry for operator in OPS[name].operators)
-    assert declared.exponentials >= 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: NOT tested here")

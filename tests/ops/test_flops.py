@@ -9,7 +9,9 @@ from support import grid_inputs, needs_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_fast.ops import cross_attention, feed_forward
+from perceiver_fast.ops.declaration import OPS
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
+from perceiver_fast.ops.work import Work
 
 
 def counted(run):
@@ -29,6 +31,24 @@ def test_attention_counts_as_torchs():
     q.requires_grad_()
     both = 2 * 2 * 4 * 30 * (3 + 2 + 3 + 2 * (3 + 2) + 3)
     assert counted(lambda: grid_attention_unchecked(q, feat, scale)[0].sum().backward()) == both
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_declared_work_is_what_shapes_say():
+    """Of the samples: 2 x 7 tokens of 3 raw and 14 position channels to 8; 6 rows of 17 gates; by hand."""
+    forward, backward = (op.count(args) for op, args in OPS["fourier_projection"].recorded_calls("cpu"))
+    assert forward == Work(2 * 7 * (3 + 2 * 7) * 8, 2 * (2 * 7) * 2 * 3) and backward.multiply_adds == 2 * forward.multiply_adds
+    forward, _ = (op.count(args) for op, args in OPS["geglu"].recorded_calls("cpu"))
+    assert forward == Work(0, 6 * 17)
+    forward, _ = (op.count(args) for op, args in OPS["grid_attention"].recorded_calls("cpu", inverted=True))
+    assert forward == Work(2 * 4 * 30 * (2 * (3 + 2) + 3), 2 * 2 * 4 * 30)
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_keywords_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.perceiver_fast.geglu_forward(h=torch.randn(2, 4), bias=None)
+    assert counter.get_total_flops() == 0
 
 
 @pytest.mark.skipif(**needs_extension)

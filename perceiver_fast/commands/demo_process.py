@@ -35,16 +35,15 @@ class MeasureError(RuntimeError):
 def original_bytes(geometry: Geometry) -> int:
     """Memory that one inference forward of perceiver-pytorch 0.11.0 adds, batch 1, float32: what it holds at once.
 
-        The peak is in a cross-attention, while these tensors of M rows are alive:
-        positions (A columns), their encoding, the tokens, the normalised tokens, keys and values, and the logits of all
-        heads twice: as multiplied and as scaled, then as scaled and as probabilities. What the latents need is left out.
+    The peak is in a cross-attention, while these tensors of M rows are alive:
+    positions (A columns), their encoding, the tokens, the normalised tokens, keys and values, and the logits of all
+    heads twice: as multiplied and as scaled, then as scaled and as probabilities. What the latents need is left out.
 
-        Example:
-            >>> from dataclasses import replace
-            >>> from perceiver_fast.insight.environment import forget_peak, resident_bytes
-    from perceiver_fast.insight.geometries import GEOMETRIES
-            >>> original_bytes(replace(GEOMETRIES["readme"], sizes=(427, 640)))
-            793605120
+    Example:
+        >>> from dataclasses import replace
+        >>> from perceiver_fast.insight.geometries import GEOMETRIES
+        >>> original_bytes(replace(GEOMETRIES["readme"], sizes=(427, 640)))
+        793605120
     """
     encoding = geometry.token_channels - geometry.channels
     keys_values_and_logits = 2 * geometry.heads * (geometry.dim_head + geometry.queries)

@@ -1,8 +1,8 @@
 """``python -m benchmarks.floor``: a model's forward beside a bare loop over its matrix products.
 
 What is left of a Perceiver when attention to the input is nearly free are the products of its latents. Their shapes are
-read off the model itself, and a loop that does nothing but these products, with weights packed in advance by oneDNN, is
-the floor that the model is measured against, in turns in one run.
+read off the model itself, and a loop that does nothing but these products is the floor that the model is measured
+against, in turns in one run.
 """
 
 from __future__ import annotations
@@ -51,18 +51,16 @@ def latent_products(model: torch.nn.Module, data: torch.Tensor) -> list[tuple[in
 
 
 def loop(shapes: list[tuple[int, int, int]], library: str) -> Callable[[], None]:
-    """A call that computes products of these shapes, each with weights of its own, packed beforehand."""
-    products = []
+    """A call that computes products of these shapes, each with weights of its own."""
+    forward, products = LIBRARIES[library].forward, []
     for rows, channels, out_channels in shapes:
         weight = torch.randn(out_channels, channels)
-        pack = LIBRARIES[library].pack
-        product = pack(weight, rows) if pack else (lambda x, weight=weight: LIBRARIES["torch"].forward(x, weight))
-        products.append((torch.randn(rows, channels), product))
+        products.append((torch.randn(rows, channels), weight))
 
     def call() -> None:
         with torch.no_grad():
-            for x, product in products:
-                product(x)
+            for x, weight in products:
+                forward(x, weight)
 
     return call
 

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "core/content_hash.h"
 #include "core/isa.h"
 #include "core/roofs.h"
 
@@ -18,9 +17,6 @@ PYBIND11_MODULE(_C, m) {
     for (auto isa : perceiver_fast::available_isas()) names.push_back(perceiver_fast::isa_name(isa));
     return names;
   }, "Instruction sets compiled in and supported by this CPU, slowest first.");
-  m.def("content_hash", [](uintptr_t address, int64_t bytes) {
-    return perceiver_fast::content_hash(reinterpret_cast<const unsigned char*>(address), bytes);
-  }, "Hash of samples of memory: all of it up to 8 KiB, some 1,024 words spread over more.");
   m.def("roofs", [](int threads) {
     const perceiver_fast::Isa isa = perceiver_fast::active_isa();
     py::gil_scoped_release release;

@@ -6,7 +6,6 @@
 
 from perceiver_fast import backends, experimental, gated, mixed_latents, ops, reference
 from perceiver_fast.backends import BackendError, use_backend
-from perceiver_fast.cache import clear_caches
 from perceiver_fast.graph import graph
 from perceiver_fast.insight.attention_map import attention_map, contrasting_latents
 from perceiver_fast.insight.explain import explain
@@ -27,7 +26,6 @@ __all__ = [
     "PerceiverLM",
     "attention_map",
     "backends",
-    "clear_caches",
     "contrasting_latents",
     "experimental",
     "explain",

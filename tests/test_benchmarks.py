@@ -277,7 +277,7 @@ def test_the_floor_counts_the_latents_products():
     for product in [*block, (rows, width, heads), (rows, width, 2 * heads), (rows, heads, width)]:
         assert product in shapes
     assert len(shapes) == 3 * (4 + 1 * 5)
-    for library in ("torch", "mkl", "onednn"):
+    for library in ("torch", "onednn"):
         if not floor.reasons(library):
             floor.loop(shapes, library)()
 

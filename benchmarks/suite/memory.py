@@ -16,7 +16,7 @@ from perceiver_fast.insight.environment import forget_peak, resident_bytes
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 MAPPED_FROM_BYTES = 64 * 2**10
-WARM_CALLS = 2  # torch.compile compiles again in a second call; in inference our weights are packed in it
+WARM_CALLS = 2  # torch.compile compiles again in a second call
 METHOD = "rise of VmHWM over VmRSS in a third call, in a process of its own"
 
 _clear_refs = Path("/proc/self/clear_refs")
@@ -36,7 +36,7 @@ def memory_method() -> str:
 class Memory(NamedTuple):
     """Bytes: by which the resident set rises at its peak in a warm call, and what the calls before it left there.
 
-    What is kept are packed weights and tables, and of a compiled model the compiler.
+    What is kept are tables of codes, threads, and of a compiled model the compiler.
     """
 
     peak: int

@@ -17,10 +17,8 @@ from torch import Tensor
 from benchmarks.sides import OURS, Case, Level, Peer, Side, compiled, leaves, ours
 from benchmarks.suite.layers import one_layer
 from perceiver_fast import ops
-from perceiver_fast.cache import ParameterCache
 from perceiver_fast.insight.geometries import Geometry
 from perceiver_fast.ops.layer_norm import add_layer_norm
-from perceiver_fast.ops.linear import linear as packed_linear
 
 EPS = 1e-5
 WIDENING = 4  # of a feed-forward, perceiver-pytorch's
@@ -152,12 +150,7 @@ def linear(geometry: Geometry, batch: int) -> Problem:
     """The widest product of the latents, a feed-forward's first, on the library that was measured fastest."""
     width = geometry.model["latent_dim"]
     x, weight = random(batch, geometry.queries, width), random(2 * WIDENING * width, width, seed=5) * width**-0.5
-    cache = ParameterCache()  # in inference a layer keeps its packed weights
-
-    def fast(x: Tensor, weight: Tensor) -> Tensor:
-        return packed_linear(x, weight, cache=cache)
-
-    return Problem((x, weight), {"eager": F.linear, OURS: fast}, wanted=2)
+    return Problem((x, weight), {"eager": F.linear, OURS: ops.linear}, wanted=2)
 
 
 def op_level(make: Callable[[Geometry, int], Problem], others: tuple[str, ...], **options: object) -> Level:

@@ -14,8 +14,8 @@ TITLES = {
     "grid_attention": "grid_attention: in plain PyTorch, dense SDPA given its keys and values, and perceiver-fast",
 }
 CAPTION = (
-    "Median time of a call; below it the rise of resident memory at its peak (and what fast keeps between calls, packed "
-    "weights), and the peer's time over fast's (under 1, in red, fast is the slower one). error: the largest relative to "
+    "Median time of a call; below it the rise of resident memory at its peak (and "
+    "what stays between calls, where that is much), and the peer's time over fast's (under 1, in red, fast is the slower one). error: the largest relative to "
     "float64, of the output, then of a step's gradients. of roof: what fast counts, done at the measured roofs, over its time."
 )
 LAST = ("over\nbest", "error:\npeers\nfast", "fast:\nM tokens\na second", "fast:\nof roof")

@@ -24,7 +24,7 @@ from perceiver_fast.insight.peer import peer_model
 from perceiver_fast.ranges import layer_range, open_range, ranges
 
 PROFILED, FORWARD, BACKWARD = "profiled", "forward", "backward"  # the ranges that are no layer's and no op's
-WARM_UP = 3  # calls: Triton compiles, libraries are measured, weights are packed at the second
+WARM_UP = 3  # calls: Triton compiles, libraries are measured
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PEERS = ("fast", "perceiver-pytorch")
 MODULE = __spec__.name  # __name__, too, but where it runs by itself

@@ -31,8 +31,7 @@ def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
     """Name the path each layer of ``model`` takes on an input, in its current mode and backend setting, and its work.
 
     The model's forward is run on tensors that have shapes and no content, so nothing is computed. Work is counted by
-    the operators that are called (:mod:`perceiver_fast.insight.work` has the rules), of a forward that finds nothing kept from
-    an earlier one. Beside it stands perceiver-pytorch's, counted in the same way. Other threads may call the model, or
+    the operators that are called (:mod:`perceiver_fast.insight.work` has the rules). Beside it stands perceiver-pytorch's, counted in the same way. Other threads may call the model, or
     explain it, meanwhile.
 
     Args:

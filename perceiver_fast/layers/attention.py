@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.cache import Cached
 from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, is_watched, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.ops.cross_attention import cross_attention
@@ -16,7 +15,7 @@ from perceiver_fast.ranges import layer_range
 
 
 @fusable
-class Attention(Cached):
+class Attention(nn.Module):
     """Attention of ``x [B, N, D]`` to a context ``[B, M, C]``, or to ``x`` itself where there is none.
 
     Args:
@@ -95,14 +94,14 @@ class Attention(Cached):
         if not is_plain(layer, nn.Linear):
             return layer(x)
         parameters = layer._parameters
-        return linear(x.to(product_dtype(x)), parameters["weight"], parameters["bias"], self.cache, name)
+        return linear(x.to(product_dtype(x)), parameters["weight"], parameters["bias"])
 
     def project_out(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``to_out`` of ``x [.., H d]`` without its bias, and the bias; if it is not plain, its result and None."""
         layer = self._modules["to_out"]
         if not is_plain(layer, nn.Linear):
             return layer(x), None
-        return linear(x, layer._parameters["weight"], None, self.cache, "to_out"), layer._parameters["bias"]
+        return linear(x, layer._parameters["weight"]), layer._parameters["bias"]
 
     def why_modules(self) -> str | None:
         """Why the layers inside have to be called, in words; None if :meth:`branch` may stand in for a call of this one."""

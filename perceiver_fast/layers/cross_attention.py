@@ -142,14 +142,10 @@ class FusedCrossAttention(CrossAttentionParameters):
         return self.fn.project_out(out.flatten(2).to(product_dtype(z)))
 
     def _normalized(self, stream: ResidualStream) -> Tensor:
-        """LayerNorm of the stream ``[B, N, D]``; that of learned latents is cached in inference, as their queries are."""
+        """LayerNorm of the stream ``[B, N, D]``, or of one row ``[1, N, D]`` as long as the whole batch shares it."""
         if not is_plain(self.fn._modules["to_q"], nn.Linear):  # it is called, so it gets the whole batch
             return self.norm(stream.value())
-        learned, norm = stream.learned, self.norm
-        if learned is None or not is_plain(norm, nn.LayerNorm):
-            return stream.normalized(norm)
-        sources, cache_key = (learned, norm.weight, norm.bias), (norm.eps, product_dtype(learned))
-        return self.fn.cache.get("latents", sources, lambda: stream.normalized(norm), cache_key)
+        return stream.normalized(self.norm)
 
     def _attend(
         self, z: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool = False, with_lse: bool = False

@@ -80,11 +80,9 @@ def attend_absorbed(
     heads, dropout = layer.fn.heads, layer.fn.active_dropout
     half = half_dtype(z.device, tokens.feat.dtype)
     dtype = tokens.compute
-
-    def project():
-        return absorb_norm(layer.fn.to_kv, layer.norm_context, dtype)
-
-    keys, key_bias, values, value_bias = layer.keys_values("absorbed", project, (), dtype)
+    with unless_autocast(z.device):
+        table = layer.by_head(*absorb_norm(layer.fn.to_kv, layer.norm_context, dtype))
+        keys, key_bias, values, value_bias = table
     q, logit_bias = layer.queries(z, keys, key_bias)
     with unless_autocast(z.device):
         context = tokens.normalized(layer.norm_context.eps).to(dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.cache import Cached
 from perceiver_fast.layers.fusing import fusable, is_watched, why_not
 from perceiver_fast.ops.feed_forward import feed_forward
 from perceiver_fast.ops.geglu import geglu
@@ -30,7 +29,7 @@ class GEGLU(nn.Module):
 
 
 @fusable
-class FeedForward(Cached):
+class FeedForward(nn.Module):
     """``dim -> GEGLU(2 * mult * dim) -> dim``, then dropout.
 
     Args:
@@ -98,7 +97,7 @@ class FeedForward(Cached):
         wide, _, narrow, *dropout = self._modules["net"]._modules.values()
         x = x.to(product_dtype(x))
         wide, narrow = wide._parameters, narrow._parameters
-        out, bias = feed_forward(x, wide["weight"], wide["bias"], narrow["weight"], self.cache), narrow["bias"]
+        out, bias = feed_forward(x, wide["weight"], wide["bias"], narrow["weight"]), narrow["bias"]
         if dropout and dropout[0].training and dropout[0].p > 0:
             return F.dropout(out + bias.to(out.dtype), dropout[0].p), None
         return out, bias

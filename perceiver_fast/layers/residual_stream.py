@@ -71,16 +71,6 @@ class ResidualStream:
         self._bias: Tensor | None = None
 
     @property
-    def learned(self) -> Tensor | None:
-        """In inference, the parameter whose values the stream has before the first branch: the same at every call."""
-        if self._branch is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        base = self._x._base if self._x._is_view() else self._x
-        if type(base) is not nn.Parameter or self._x.shape != (1, *base.shape):
-            return None
-        return base if base.is_contiguous() and self._x.is_contiguous() else None  # not a transposed view, say
-
-    @property
     def shape(self) -> torch.Size:
         """The shape of the latents, ``[1, N, D]`` as long as the whole batch shares them."""
         return self._x.shape if self._branch is None else self._branch.shape

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast import reference
-from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.geglu import GEGLU, geglu
 from perceiver_fast.ops.library import compute_dtype, learns, unless_autocast
@@ -63,9 +62,7 @@ def _gradients(d_out, z, h, weight1, bias1, weight2, needed):
 
 
 @op_range("feed_forward")
-def feed_forward(
-    z: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, cache: ParameterCache | None = None
-) -> Tensor:
+def feed_forward(z: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
     """``geglu(z weight1^T + bias1) weight2^T``.
 
     Args:
@@ -73,7 +70,6 @@ def feed_forward(
         weight1: ``[2 F, D]``, values then gates.
         bias1: ``[2 F]``.
         weight2: ``[D', F]``.
-        cache: where packed weights are cached in inference. Default: they are not.
 
     Returns:
         ``[.., D']``, the dtype of z. Differentiable any number of times.
@@ -95,12 +91,8 @@ def feed_forward(
         )
     bias1 = bias1 if bias1.dtype in (z.dtype, compute_dtype(z.dtype)) else bias1.to(z.dtype)
     if learns(z, weight1, bias1, weight2) and runs_kernel(GEGLU, z.dtype, z.device):
-        if cache is not None:
-            cache.clear_in_training()
         with unless_autocast(z.device):
             flat = z.reshape(-1, z.shape[-1])
             out = FeedForwardFunction.apply(flat, weight1.to(z.dtype), bias1, weight2.to(z.dtype))
             return out.view(*z.shape[:-1], weight2.shape[0])
-    h = linear(z, weight1, cache=cache, name="weight1")
-    u = geglu(h, bias1)
-    return linear(u, weight2, cache=cache, name="weight2")
+    return linear(geglu(linear(z, weight1), bias1), weight2)

@@ -1,22 +1,19 @@
 """Linear layers of the latents: the same product as torch's, on the library that is fastest here.
 
-On the CPU large products go where linear_libraries.py measured the most speed, in inference with weights packed in
-advance and cached until the parameter changes. On a GPU, in small products and under torch.compile it is torch's own.
+On the CPU large products go where linear_libraries.py measured the most speed. On a GPU, in small products and under
+torch.compile it is torch's own.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast.backends import Choice, forced_backend
-from perceiver_fast.cache import ParameterCache
 from perceiver_fast.ops.derivatives import differentiated_again, transformed
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
-from perceiver_fast.ops.linear_libraries import LIBRARIES, library_of, linear_settings, measure, wide_bfloat16
+from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tracing import intercepted
 
@@ -54,7 +51,7 @@ def linear_library(rows: int, channels: int, out_channels: int, dtype: torch.dty
     if dtype not in (torch.float32, torch.bfloat16):
         return Choice(OP, "torch")
     operands = torch.float32 if dtype == torch.bfloat16 and wide_bfloat16() else dtype
-    chosen, speeds = library_of("packed", operands), measure(operands)["packed"]
+    chosen, speeds = library_of("forward", operands), measure(operands)["forward"]
     why = {name: [f"{speed:.0f} GFLOP/s"] for name, speed in speeds.items() if name != chosen}
     return Choice(OP, f"{chosen} ({speeds[chosen]:.0f} GFLOP/s)", why)
 
@@ -106,77 +103,14 @@ class LinearFunction(torch.autograd.Function):
         return d_x, grad_weight_product(d_out, x) if ctx.needs_input_grad[1] else None
 
 
-class _Packed:
-    """A weight packed for products with one number of rows: from the second product in a row with that number on.
-
-    ``product`` multiplies by it, once there is one; ``seen`` says that the first product has come.
-    """
-
-    product: Callable[[Tensor], Tensor] | None = None
-    seen = False
-
-
-def _packed_key(rows: int, dtype: torch.dtype) -> tuple:
-    return rows, dtype, torch.get_num_threads(), linear_settings(), forced_backend()
-
-
-def _quick_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) -> Tensor | None:
-    """``x [.., k] @ weight^T`` where nothing has changed since it was last computed with packed weights, else None.
-
-    A few comparisons: what it takes to find that out anew costs as much as the smaller products.
-    """
-    found = cache.peek(name, weight)
-    if found is None or type(x) is not Tensor or not x.is_contiguous():
-        return None
-    (key, dtype, library), packed = found
-    if packed.product is None or dtype != x.dtype or library == "torch":
-        return None
-    shape = x.shape
-    if shape[-1] != weight.shape[1] or key != _packed_key(x.numel() // shape[-1], dtype):
-        return None
-    return packed.product(x)
-
-
-def packed_product(cache: ParameterCache, name: str, x: Tensor, weight: Tensor) -> Tensor | None:
-    """``x [n, k] @ weight^T`` by packed weights in ``cache``, or None where that has no use yet.
-
-    Packing costs a few parts in a hundred of the product, and some libraries pack for one number of rows: it is done
-    when a number of rows comes the second time in turn, with the same weight.
-    """
-    wide = x.dtype == torch.bfloat16 and wide_bfloat16()
-    dtype = torch.float32 if wide else x.dtype
-    library = library_of("packed", dtype)
-    if library == "torch" and dtype == weight.dtype:
-        return None
-    key = _packed_key(x.shape[0], x.dtype), dtype, library  # the dtype of x is what weights are rounded to
-    packed = cache.get(name, (weight,), _Packed, key)  # a new one where nothing can be cached
-    if packed.product is None:
-        if not packed.seen:
-            packed.seen = True
-            return None
-        packed.product = _pack(library, weight, x, dtype)
-    return packed.product(x) if x.dtype == dtype else packed.product(x.to(dtype)).to(x.dtype)
-
-
-def _pack(library: str, weight: Tensor, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    with torch.inference_mode(False), torch.no_grad():
-        operand = weight.detach().to(x.dtype).to(dtype)
-        if LIBRARIES[library].pack:
-            return LIBRARIES[library].pack(operand, x.shape[0])
-        return lambda x: LIBRARIES["torch"].forward(x, operand)
-
-
 @op_range(OP)
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, cache: ParameterCache | None = None, name: str = "weight"
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight^T + bias``, as :func:`torch.nn.functional.linear` but for where it is computed.
 
     Args:
         x: ``[.., k]``, floating point.
         weight: ``[m, k]``; it is computed with in the dtype of x.
         bias: ``[m]`` or None.
-        cache: where packed weights are cached in inference, under ``name``. Default: they are not.
 
     Returns:
         ``[.., m]``, the dtype of x. Differentiable any number of times.
@@ -195,28 +129,20 @@ def linear(
             f"linear: expected x [.., {weight.shape[-1]}] for weight {tuple(weight.shape)}, got {tuple(x.shape)}; "
             "the last dimension of x is multiplied with the last of weight"
         )
-    if cache is not None and not torch.compiler.is_compiling() and not transformed():
-        out = _quick_product(cache, name, x, weight)
-        if out is not None:
-            return out if bias is None else out + bias.to(x.dtype)
     with unless_autocast(x.device):  # the dtype is that of x
-        return _linear(x, weight, bias, cache, name)
+        return _linear(x, weight, bias)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, cache: ParameterCache | None, name: str) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
+    cast = weight.to(x.dtype)
     if not is_large(rows, *weight.shape, x.device):
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    flat, out = x.reshape(rows, x.shape[-1]).contiguous(), None
-    if cache is not None:
-        cache.clear_in_training()
-        out = None if torch.is_grad_enabled() else packed_product(cache, name, flat, weight)
-    if out is None:
-        cast = weight.to(x.dtype)
-        torchs = all(library_of(kind, x.dtype) == "torch" for kind in ("forward", "grad_input", "grad_weight"))
-        if torchs and not (x.dtype == torch.bfloat16 and wide_bfloat16()):
-            out = F.linear(flat, cast)
-        else:
-            out = LinearFunction.apply(flat, cast)
+        return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
+    flat = x.reshape(rows, x.shape[-1]).contiguous()
+    torchs = all(library_of(kind, x.dtype) == "torch" for kind in KINDS)
+    if torchs and not (x.dtype == torch.bfloat16 and wide_bfloat16()):
+        out = F.linear(flat, cast)
+    else:
+        out = LinearFunction.apply(flat, cast)
     out = out.view(*x.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias.to(x.dtype)

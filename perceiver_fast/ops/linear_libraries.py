@@ -1,8 +1,8 @@
 """The libraries that a large matrix product on the CPU can run on, and which of them is the fastest here.
 
 Nobody's product is the fastest everywhere: the BLAS that torch was built with takes a slow path on other vendors'
-processors, where oneDNN is several times as fast; on its own vendor's it is the faster one; and with bfloat16 weights
-packed in advance, or in float32, ranks change again. So the first large product of a process times them all on one
+processors, where oneDNN is several times as fast; on its own vendor's it is the faster one; and in bfloat16 ranks
+change again. So the first large product of a process times them all on one
 small problem (about a fifth of a second, once) and each kind of product goes to the fastest, to torch's own in case
 of doubt. Every library computes what it is asked for: float32 products are float32 products, in the precision that
 torch.set_float32_matmul_precision (by default the highest) allows.
@@ -23,29 +23,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from perceiver_fast.settings import Setting, Use
 
-NAMES = ("auto", "torch", "mkl", "onednn")
+NAMES = ("auto", "torch", "onednn")
 ROWS, INNER, OUTER = 256, 512, 2048  # the problem that is timed: a feed-forward of perceiver-pytorch's README
 ROUNDS = 5
 SECONDS = 0.5  # rounds of one kind of product end after this, on slow machines
 GAIN = 1.15  # by how much another library has to be faster
-PACKED_GAIN = 1.05  # the same for packed weights, which cost nothing more once they are there
-KINDS = ("forward", "packed", "grad_input", "grad_weight")
+KINDS = ("forward", "grad_input", "grad_weight")
 
 
 def onednn_product(a: Tensor, b: Tensor) -> Tensor:
     """``a [n, k] @ b [m, k]^T`` by oneDNN, any strides."""
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], None)
-
-
-def _pack_onednn(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-    return lambda x: onednn_product(x, packed)
-
-
-def _pack_mkl(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    weight = weight.detach()
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows)
 
 
 def _onednn_takes_bfloat16() -> bool:
@@ -58,13 +46,12 @@ def _onednn_takes_bfloat16() -> bool:
 class Library:
     """One library's products of contiguous ``x [n, k]``, ``weight [m, k]`` and ``d_out [n, m]``.
 
-    ``pack(weight, rows)`` gives a function of x that uses weights laid out in advance; ``takes`` are its dtypes.
+    ``takes`` are its dtypes.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor] | None = None
     grad_input: Callable[[Tensor, Tensor], Tensor] | None = None
     grad_weight: Callable[[Tensor, Tensor], Tensor] | None = None
-    pack: Callable[[Tensor, int], Callable[[Tensor], Tensor]] | None = None
     takes: tuple[torch.dtype, ...] = (torch.float32,)
 
     def products(self) -> dict[str, Callable[[Tensor, Tensor], Tensor] | None]:
@@ -79,12 +66,10 @@ LIBRARIES = {
         grad_weight=lambda d_out, x: d_out.T @ x,
         takes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     ),
-    "mkl": Library(pack=_pack_mkl),
     "onednn": Library(
         forward=onednn_product,
         grad_input=lambda d_out, weight: onednn_product(d_out, weight.T),
         grad_weight=lambda d_out, x: onednn_product(d_out.T, x.T),
-        pack=_pack_onednn,
         takes=(torch.float32, torch.bfloat16) if _onednn_takes_bfloat16() else (torch.float32,),
     ),
 }
@@ -97,11 +82,6 @@ def reasons(name: str) -> list[str]:
             return ["torch was built without oneDNN"]
         if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             return ["this torch does not offer oneDNN's linear"]
-    if name == "mkl":
-        if not torch.backends.mkl.is_available():
-            return ["torch was built without MKL"]
-        if not hasattr(torch.ops.mkl, "_mkl_linear"):
-            return ["this torch does not offer MKL's packed products"]
     return []
 
 
@@ -118,8 +98,6 @@ def _calls(dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Tensor]]]:
             calls["forward"][name] = functools.partial(library.forward, x, weight)
             calls["grad_input"][name] = functools.partial(library.grad_input, d_out, weight)
             calls["grad_weight"][name] = functools.partial(library.grad_weight, d_out, x)
-        packed = calls["forward"][name] if library.pack is None else functools.partial(library.pack(weight, ROWS), x)
-        calls["packed"][name] = packed
     return calls
 
 
@@ -167,7 +145,7 @@ def measure(dtype: torch.dtype) -> dict[str, dict[str, float]]:
 def fastest(kind: str, dtype: torch.dtype) -> str:
     """The library that was measured to be the fastest, or one that is as good and comes before it."""
     speeds = {name: speed for name, speed in measure(dtype)[kind].items() if name in LIBRARIES}
-    return _fastest(speeds, PACKED_GAIN if kind == "packed" else GAIN)
+    return _fastest(speeds, GAIN)
 
 
 @functools.cache
@@ -183,8 +161,7 @@ class use_linear(Use):
 
     Args:
         name: "auto" (measured once a process; the default), "torch" (always torch's own: results are then the same to
-            the last bit from run to run on one machine), "onednn", or "mkl" (packed weights in inference, torch's own
-            in training). The environment variable PERCEIVER_FAST_LINEAR sets the process's own value.
+            the last bit from run to run on one machine), "onednn". The environment variable PERCEIVER_FAST_LINEAR sets the process's own value.
 
     Raises:
         ValueError: the name is unknown, or this torch lacks the library.
@@ -216,7 +193,7 @@ def library_of(kind: str, dtype: torch.dtype = torch.float32) -> str:
     if forced == "auto":
         return fastest(kind, dtype)
     library = LIBRARIES[forced]
-    has = library.pack if kind == "packed" else library.products()[kind]
+    has = library.products()[kind]
     return forced if has is not None and dtype in library.takes else "torch"
 
 

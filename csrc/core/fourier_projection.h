@@ -21,12 +21,13 @@ struct FourierProjectionInput {
 };
 
 // out [B, M, D] = scale (z weight) + bias; bias [D] may be null. scale [B, M] is LayerNorm's 1 / sqrt(var(z) + eps) of
-// every token, or null: then it is 1 and eps is not read.
+// every token, or null: then it is 1 and eps is not read. With a scale the weight's columns have to sum to zero.
 template <class T>
 void fourier_projection_forward(const FourierProjectionInput<T>& in, const T* bias, double eps, T* out, T* scale,
                                 const Parallel& parallel);
 
-// dweight [C, D]; dfeat [B, M, F] (null when F is 0) and dcoords [Bc, M, A] are computed unless dcoords is null. scale
+// dweight [C, D], with a scale up to a row that is the same for every channel, as centring the weight takes that away;
+// dfeat [B, M, F] (null when F is 0) and dcoords [Bc, M, A] are computed unless dcoords is null. scale
 // is the forward's, or null.
 template <class T>
 void fourier_projection_backward(const FourierProjectionInput<T>& in, const T* scale, const T* d_out, T* dweight,

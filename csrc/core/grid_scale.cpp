@@ -21,9 +21,8 @@ void row_variance(const T* feat, int64_t columns, int64_t features, T* means, co
   const int64_t F = FS > 0 ? FS : features;
   for (int64_t j = 0; j < columns; ++j, feat += F) {
     means[axes - 1] = inner_mean[j];
-    T sum = outer_sum + widths[axes - 1] * inner_mean[j];
-    for (int64_t f = 0; f < F; ++f) sum += feat[f];
-    const T mu = sum * per_channel;
+    T mu = (outer_sum + widths[axes - 1] * inner_mean[j]) * per_channel;
+    for (int64_t f = 0; f < F; ++f) mu += feat[f] * per_channel;  // a sum of large features could overflow
     T square = outer_square + inner_square[j];
     for (int64_t a = 0; a < axes; ++a) square += widths[a] * ((means[a] - mu) * (means[a] - mu));
     for (int64_t f = 0; f < F; ++f) square += (feat[f] - mu) * (feat[f] - mu);

@@ -297,8 +297,8 @@ def _keys(layer: nn.Module, tokens: Tokens, piece: slice, plain: bool) -> Tensor
 def _grid_logits(layer: nn.Module, z: Tensor, tokens: GridTokens, pieces: Sequence[slice]) -> Iterator[Tensor]:
     """Logits over pieces of a grid, whose keys are not formed."""
     q, constant, *_ = FusedCrossAttention(layer).grid_tables(z, tokens)
-    q_feat, *q_axes = q.split([tokens.features, *tokens.sizes], -1)
-    feat = tokens.feat.flatten(1, -2).unsqueeze(1)
+    q_feat, *q_axes = q.split([tokens.elements, *tokens.sizes], -1)
+    feat = tokens.shifted().flatten(1, -2).unsqueeze(1)
     scale = tokens.scale(layer.norm_context.eps).flatten(1)[:, None, None]
     for piece in pieces:
         indices = torch.arange(*piece.indices(tokens.count), device=z.device)

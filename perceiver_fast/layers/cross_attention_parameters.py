@@ -72,7 +72,7 @@ class CrossAttentionParameters:
         """What grid attention needs of normalised latents ``z [B, N, D]``, in the dtype that it computes in.
 
         Returns:
-            Queries ``[B, H, N, L]``, L = F + sum(sizes); what the keys' bias adds to the logits ``[B, H, N]``; values
+            Queries ``[B, H, N, L]``, L = elements + sum(sizes); what the keys' bias adds to the logits ``[B, H, N]``; values
             ``[H, L, d]`` and their bias ``[H, d]``. B is 1 where the whole batch shares the latents.
         """
         with unless_autocast(z.device):

@@ -46,7 +46,7 @@ def attend_grid(
     backend: str,
 ) -> Result:
     """Attend to raw channels and one table entry an axis and index; no token, key or value is built."""
-    feat, heads, features = tokens.feat, layer.fn.heads, tokens.features
+    feat, heads, features = tokens.shifted(), layer.fn.heads, tokens.elements
     half = half_dtype(z.device, tokens.dtype)
     q, logit_bias, values, value_bias = layer.grid_tables(z, tokens)
     with unless_autocast(z.device):

@@ -89,7 +89,7 @@ def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
 
 def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
     sizes = tuple(map(known, tokens.sizes))
-    features = tokens.features + layer.inverted  # one more channel, with the keys' bias
+    features = tokens.elements + layer.inverted  # one more channel, with the keys' bias
     length = features + sum(sizes)
     attention = grid_attention_work((batch, rows, length), (batch, *sizes, features), layer.inverted)
     # The tables of queries and of results are products, written and read; and the tokens are read.
@@ -166,7 +166,7 @@ def _grid_choice(tokens: Tokens, layer: Layer) -> Choice:
     if not isinstance(tokens, GridTokens):
         return Choice("grid_attention", None, {"any": [f"{tokens.kind} are no grid"]})
     choice = GRID_ATTENTION.choose(
-        GridAttentionCall(tokens.compute, tokens.device, tokens.sizes, tokens.features, layer.inverted)
+        GridAttentionCall(tokens.compute, tokens.device, tokens.sizes, tokens.elements, layer.inverted)
     )
     if forced_backend() != "auto" or choice.backend is None:
         return choice

@@ -7,7 +7,8 @@ A token's code is its raw channels and, for every axis, sines, cosines and the p
 
 C = F + A (2 K + 1) channels. Kernels compute the codes of a few tokens at a time, in cache, right before the product,
 and again in the backward; what is saved is what came in, and r. With LayerNorm r_m = 1 / sqrt(var(z_m) + eps), else 1;
-its mean never appears, since subtracting it is linear: W is centred over its rows instead.
+its mean is taken out of W, over its rows, as subtracting it is linear. The CPU kernels take a mean out of the features,
+too: their products would lose their digits far from zero.
 
 On a grid of several axes a position's part of the product is a sum of per-axis tables ``T_a = e_a W_a``, n_1 + .. + n_A
 rows in all.
@@ -131,8 +132,12 @@ class FourierProjectionFunction(torch.autograd.Function):
         return dfeat, dcoords, None, dweight if to_weight else None, d_out.sum((0, 1)) if to_bias else None, None
 
 
-def _centred(weight: Tensor) -> Tensor:
-    return weight - weight.mean(0, keepdim=True)
+def centred(weight: Tensor, channels: int) -> Tensor:
+    """``weight`` less its mean over dimension ``channels``: centring a projection is the same as centring what it projects.
+
+    The mean is taken in float64. A token far from zero multiplies what a mean in float32 leaves of the sum.
+    """
+    return weight - weight.mean(channels, keepdim=True, dtype=torch.float64).to(weight.dtype)
 
 
 @op_range(OP)
@@ -167,7 +172,7 @@ def fourier_projection_unchecked(
         elif backend == "reference":
             out = reference.fourier_projection(feat, coords, frequencies, weight, bias, eps)
         else:
-            weight = weight if eps is None else _centred(weight)
+            weight = weight if eps is None else centred(weight, 0)
             out = FourierProjectionFunction.apply(feat, coords, frequencies, weight, bias, eps)
     return out.to(result)
 
@@ -183,7 +188,7 @@ def _on_grid(
     """The projection on a grid of these positions, from the tables of its axes; all in the dtype of weight."""
     sizes, axis_channels = [len(p) for p in positions], 2 * frequencies.shape[1] + 1
     if eps is not None:
-        weight = _centred(weight)
+        weight = centred(weight, 0)
     feat_weight, *axis_weights = weight.split([0 if feat is None else feat.shape[-1]] + [axis_channels] * len(sizes))
     total = bias if eps is None and bias is not None else weight.new_zeros(weight.shape[1])
     for axis, (position, w) in enumerate(zip(positions, axis_weights)):

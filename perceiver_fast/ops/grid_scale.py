@@ -23,7 +23,7 @@ from perceiver_fast.ops.library import compute_dtype, kernel_reasons
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.ops.work import no_work
 from perceiver_fast.ranges import op_range
-from perceiver_fast.reference.grid_scale import along_axes, grid_mean
+from perceiver_fast.reference.grid_scale import grid_deviations
 
 OP = "grid_scale"
 CPU_DTYPES = (torch.float32, torch.float64)
@@ -80,15 +80,15 @@ class GridScaleFunction(torch.autograd.Function):
         if d_scale is None:
             return (None,) * 5
         widths = ctx.axis_channels
-        mu = grid_mean(feat, axis_mean, widths)
+        of_feat, of_axes = grid_deviations(feat, axis_mean, widths)
         factor = -d_scale * scale.pow(3) / (feat.shape[-1] + sum(widths))  # d loss / d (C var / 2)
-        d_feat = factor.unsqueeze(-1) * (feat - mu.unsqueeze(-1)) if ctx.needs_input_grad[0] else None
+        d_feat = factor.unsqueeze(-1) * of_feat if ctx.needs_input_grad[0] else None
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             return d_feat, None, None, None, None
         d_mean, d_square = [], []
-        for axis, (width, mean) in enumerate(zip(widths, along_axes(axis_mean, feat))):
+        for axis, (width, deviation) in enumerate(zip(widths, of_axes)):
             others = [d for d in range(factor.dim()) if d != axis + 1]
-            d_mean.append((factor * width * (mean - mu)).sum(others))
+            d_mean.append((factor * width * deviation).sum(others))
             d_square.append(factor.sum(others) / 2)
         return d_feat, torch.cat(d_mean), torch.cat(d_square), None, None
 

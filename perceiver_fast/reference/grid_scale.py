@@ -26,17 +26,28 @@ def grid_scale(
         ``[B, *sizes]``, the dtype of feat.
     """
     channels = feat.shape[-1] + sum(axis_channels)
-    mu = grid_mean(feat, axis_mean, axis_channels)
-    total = (feat - mu.unsqueeze(-1)).square().sum(-1)
-    for width, mean, square in zip(axis_channels, along_axes(axis_mean, feat), along_axes(axis_square, feat)):
-        total = total + square + width * (mean - mu).square()
+    of_feat, of_axes = grid_deviations(feat, axis_mean, axis_channels)
+    total = of_feat.square().sum(-1)
+    for width, deviation, square in zip(axis_channels, of_axes, along_axes(axis_square, feat)):
+        total = total + square + width * deviation.square()
     return (total / channels + eps).rsqrt()
 
 
-def grid_mean(feat: Tensor, axis_mean: Tensor, axis_channels: Sequence[int]) -> Tensor:
-    """Mean over the channels of every token, ``[B, *sizes]``."""
-    axes = sum(width * mean for width, mean in zip(axis_channels, along_axes(axis_mean, feat)))
-    return (feat.sum(-1) + axes) / (feat.shape[-1] + sum(axis_channels))
+def grid_deviations(
+    feat: Tensor, axis_mean: Tensor, axis_channels: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """What the mean mu over a token's channels leaves of them, where that is little, too.
+
+    Returns:
+        ``feat - mu [B, *sizes, F]``, and for every axis ``mean_a - mu [B, *sizes]``.
+    """
+    features, axes = feat.shape[-1], along_axes(axis_mean, feat)
+    # Two steps: less the mean of the raw channels, then less what the mean of all is from there.
+    shift = (feat.detach() * (1 / max(features, 1))).sum(-1)
+    feat, axes = feat - shift.unsqueeze(-1), [mean - shift for mean in axes]
+    total = feat.sum(-1) + sum(width * mean for width, mean in zip(axis_channels, axes))
+    mu = total / (features + sum(axis_channels))
+    return feat - mu.unsqueeze(-1), [mean - mu for mean in axes]
 
 
 def along_axes(joined: Tensor, feat: Tensor) -> list[Tensor]:

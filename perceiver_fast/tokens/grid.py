@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
+from perceiver_fast.ops.fourier_projection import centred
 from perceiver_fast.ops.grid_scale import GRID_SCALE, grid_scale_unchecked
 from perceiver_fast.ops.library import compute_dtype, projected_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
@@ -28,6 +29,7 @@ class GridTokens(Tokens):
         self.feat = feat.to(compute_dtype(feat.dtype))
         self.codes = codes
         self._scale: dict[float, Tensor] = {}
+        self._shifted: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -40,6 +42,32 @@ class GridTokens(Tokens):
         return self.feat.shape[-1]
 
     @property
+    def _is_shifted(self) -> bool:
+        """Whether raw channels are so many that a token far from zero has a small variance beside its mean."""
+        return self.features > self.channels - self.features
+
+    @property
+    def elements(self) -> int:
+        """Channels of :meth:`shifted`: F, or F + 1."""
+        return self.features + self._is_shifted
+
+    def shifted(self) -> Tensor:
+        """The raw channels as products see them, ``[B, *sizes, F]``, or less their mean and the mean ``[B, *sizes, F + 1]``.
+
+        Far from zero, products of the channels themselves lose the digits that LayerNorm is there to keep. The shift
+        changes nothing else, so it has no gradient.
+        """
+        if not self._is_shifted:
+            return self.feat
+        shifted = self._shifted
+        if shifted is None or (torch.is_grad_enabled() and self.learns()):
+            mean = (self.feat.detach() * (1 / self.features)).sum(-1, keepdim=True)  # a sum alone could overflow
+            shifted = torch.cat([self.feat - mean, mean], -1)
+            if not shifted.requires_grad:
+                self._shifted = shifted
+        return shifted
+
+    @property
     def channels(self) -> int:
         return self.features + sum(code.code.shape[-1] for code in self.codes)
 
@@ -48,7 +76,7 @@ class GridTokens(Tokens):
 
     def projection_operations(self, width: int) -> float:
         tables = sum(known(code.code.shape[0]) * code.code.shape[1] for code in self.codes)
-        return width * (tables + known(self.count) * (self.features + len(self.codes) + 1))
+        return width * (tables + known(self.count) * (self.elements + len(self.codes) + 1))
 
     def scale(self, eps: float) -> Tensor:
         """LayerNorm's ``1 / sqrt(var + eps)`` of every token, ``[B, *sizes]``.
@@ -69,23 +97,25 @@ class GridTokens(Tokens):
     def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """The projection ``to_kv(norm(token))`` as a table: what every raw channel and every axis index adds to it.
 
-        A token is a sum over the basis ``[x, onehot(i_1), .., onehot(i_A)]``. LayerNorm's centring and affine part are
-        in the table; its scale is not, as every token has its own (:meth:`scale`).
+        A token is a sum over the basis ``[x, onehot(i_1), .., onehot(i_A)]``, x as :meth:`shifted` has it. LayerNorm's
+        centring and affine part are in the table; its scale is not, as every token has its own (:meth:`scale`).
 
         Returns:
-            weight ``[D, L]``, L = F + sum(sizes): a column for every raw channel, then one for every index of every axis;
-            and bias ``[D]``. The projection of token m is ``scale_m (weight basis_m) + bias``.
+            weight ``[D, L]``, L = elements + sum(sizes): a column for every channel of :meth:`shifted`, then one for every
+            index of every axis; and bias ``[D]``. The projection of token m is ``scale_m (weight basis_m) + bias``.
         """
         weight, bias = absorb_norm(to_kv, norm, self.feat.dtype)
-        weight = weight - weight.mean(1, keepdim=True)  # centring W's rows is the same as centring the token
+        weight = centred(weight, 1)
         feat, *axes = weight.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
+        if self._is_shifted:  # the codes lack the shift; their columns' sum is minus that of the raw channels
+            feat = torch.cat([feat, -weight[:, self.features :].sum(1, keepdim=True)], dim=1)
         return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1), bias
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         with unless_autocast(self.device):
             weight, bias = self.project(to_kv, norm)
-            feat, *axes = weight.T.split([self.features, *self.sizes])  # [F, D], [n_a, D]
-            kv = self.feat @ feat
+            feat, *axes = weight.T.split([self.elements, *self.sizes])  # [E, D], [n_a, D]
+            kv = self.shifted() @ feat
             for axis, part in enumerate(axes):
                 kv = kv + part.view(*(-1 if a == axis else 1 for a in range(len(axes))), kv.shape[-1])
             kv = kv * self.scale(norm.eps).unsqueeze(-1) + bias

@@ -197,12 +197,19 @@ void cross() {
       for (int64_t channels : {1, 5, 16}) cross_of<T>(N, M, channels, channels % 7 + 1);
 }
 
+// `far` is added to every feature.
 template <class T>
-void fourier_of(int64_t B, int64_t Bc, int64_t M, int64_t F, int64_t A, int64_t K, int64_t D) {
+void fourier_of(int64_t B, int64_t Bc, int64_t M, int64_t F, int64_t A, int64_t K, int64_t D, double far = 0) {
   const int64_t C = F + A * (2 * K + 1);
   const Input<T> feat(B * M * F, 1), weight(C * D, 2), bias(D, 3);
   const Input<double> coords(Bc * M * A, 4), frequencies(A * K, 5, 20);
-  for (bool normed : {false, true})
+  for (int64_t i = 0; i < B * M * F; ++i) feat.array[i] += T(far);
+  for (bool normed : {false, true}) {
+    for (int64_t x = 0; normed && x < D; ++x) {  // LayerNorm's mean is taken out of the weight
+      double mean = 0;
+      for (int64_t c = 0; c < C; ++c) mean += weight[c * D + x] / double(C);
+      for (int64_t c = 0; c < C; ++c) weight.array[c * D + x] -= T(mean);
+    }
     for (int count : {1, 3}) {
       const Guarded<T> out(B * M * D), scale(normed ? B * M : 0);
       fourier_projection_forward<T>(
@@ -225,13 +232,14 @@ void fourier_of(int64_t B, int64_t Bc, int64_t M, int64_t F, int64_t A, int64_t 
         exact_scale.push_back(r);
         for (int64_t x = 0; x < D; ++x) {
           double sum = 0;
-          for (int64_t c = 0; c < C; ++c) sum += z[c] * weight[c * D + x];
+          for (int64_t c = 0; c < C; ++c) sum += (z[c] - (normed ? mean : 0)) * weight[c * D + x];
           exact_out.push_back(r * sum + bias[x]);
         }
       }
-      compare(out, exact_out, 4 * kRounding<T> * std::sqrt(C), "out");
+      compare(out, exact_out, 4 * kRounding<T> * std::sqrt(C) * (normed ? 1 : 1 + far), "out");
       compare(scale, exact_scale, 4 * kRounding<T>, "scale");
     }
+  }
 }
 
 template <class T>
@@ -242,6 +250,8 @@ void fourier() {
       fourier_of<T>(2, 2, M, 3, 2, 5, D);
       fourier_of<T>(3, 1, M, 0, 3, 2, D);
       fourier_of<T>(1, 1, M, 4, 1, 0, D);
+      fourier_of<T>(2, 1, M, 40, 1, 2, D, 1000);
+      fourier_of<T>(2, 2, M, 65, 0, 0, D, 10000);
     }
 }
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.library import autocast_dtype
 
 
@@ -74,6 +75,7 @@ def check_data(
         TypeError, ValueError: the message says expected, got and what to do.
     """
     check_tensor(who, what, data)
+    check_memory(f"{who}: {what}", data)
     layout = f"[batch, {', '.join(f'n_{a + 1}' for a in range(axes))}, {channels}]"
     if data.dim() != axes + 2:
         setting = f" ({axes_argument}={axes})" if axes_argument else ""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers.fusing import is_plain
+from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.layer_norm import add_layer_norm_unchecked
 from perceiver_fast.ops.linear import product_dtype
@@ -110,6 +111,7 @@ class ResidualStream:
     def _added(self) -> Tensor:
         """The latents, one row where they are shared, after the branch that waits was added."""
         if self._branch is not None:
+            check_memory("residual", self._bias)
             branch = self._branch if self._bias is None else self._branch + self._bias
             self._x = (self._x + branch).to(self._x.dtype)
             self._branch = self._bias = None

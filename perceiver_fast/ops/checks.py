@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from perceiver_fast.ops.derivatives import transformed
+from perceiver_fast.tracing import PLAIN
+
 
 def check_floating(op: str, **tensors: Tensor) -> None:
     """Raise TypeError unless all are tensors of floating point."""
@@ -47,6 +50,21 @@ def check_shape(op: str, name: str, t: Tensor, shape: Sequence[int], why: str) -
     """Raise ValueError unless ``t`` has this shape; ``why`` says what it comes from, or what to do."""
     if tuple(t.shape) != tuple(shape):
         raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, got {tuple(t.shape)}; {why}")
+
+
+def check_memory(op: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if the memory of a tensor on the CPU was freed, where torch's elementwise kernels would crash.
+
+    A parameter is left without memory by ``parameter.untyped_storage().resize_(0)``, as sharding and offloading do.
+    """
+    if torch.compiler.is_compiling() or transformed():
+        return
+    for t in tensors:
+        if type(t) in PLAIN and t.data_ptr() == 0 and t.numel() > 0 and t.device.type == "cpu":
+            raise RuntimeError(
+                f"{op}: expected a tensor with memory, got one of shape {tuple(t.shape)} whose storage was freed; gather or "
+                "load its values before the call"
+            )
 
 
 def check_mask(op: str, mask: Tensor | None, shape: Sequence[int], like: Tensor, like_name: str) -> None:

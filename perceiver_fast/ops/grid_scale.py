@@ -81,15 +81,18 @@ class GridScaleFunction(torch.autograd.Function):
             return (None,) * 5
         widths = ctx.axis_channels
         of_feat, of_axes = grid_deviations(feat, axis_mean, widths)
-        factor = -d_scale * scale.pow(3) / (feat.shape[-1] + sum(widths))  # d loss / d (C var / 2)
-        d_feat = factor.unsqueeze(-1) * of_feat if ctx.needs_input_grad[0] else None
+        # d loss / d (C var / 2) is factor scale^2, which is out of range long before normalised deviations are.
+        factor = -(d_scale * scale) / (feat.shape[-1] + sum(widths))
+        d_feat = None
+        if ctx.needs_input_grad[0]:
+            d_feat = (factor * scale).unsqueeze(-1) * (scale.unsqueeze(-1) * of_feat)
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             return d_feat, None, None, None, None
         d_mean, d_square = [], []
         for axis, (width, deviation) in enumerate(zip(widths, of_axes)):
             others = [d for d in range(factor.dim()) if d != axis + 1]
-            d_mean.append((factor * width * deviation).sum(others))
-            d_square.append(factor.sum(others) / 2)
+            d_mean.append((factor * scale * (scale * deviation)).sum(others) * width)
+            d_square.append((factor * scale * scale).sum(others) / 2)
         return d_feat, torch.cat(d_mean), torch.cat(d_square), None, None
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_fast.backends import Choice, forced_backend
+from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.derivatives import differentiated_again, transformed
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
@@ -129,6 +130,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"linear: expected x [.., {weight.shape[-1]}] for weight {tuple(weight.shape)}, got {tuple(x.shape)}; "
             "the last dimension of x is multiplied with the last of weight"
         )
+    check_memory(OP, weight, bias)
     with unless_autocast(x.device):  # the dtype is that of x
         return _linear(x, weight, bias)
 

@@ -30,7 +30,7 @@ def grid_scale(
     total = of_feat.square().sum(-1)
     for width, deviation, square in zip(axis_channels, of_axes, along_axes(axis_square, feat)):
         total = total + square + width * deviation.square()
-    return (total / channels + eps).rsqrt()
+    return 1 / (total / channels + eps).sqrt()  # rsqrt's derivative has its cube, which underflows far from zero
 
 
 def grid_deviations(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
+from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tracing import known
 
@@ -115,5 +116,6 @@ def absorb_norm(to_kv: nn.Linear, norm: nn.LayerNorm, dtype: torch.dtype) -> tup
     Returns:
         Weight ``[D, C]`` and bias ``[D]``, with which ``to_kv(norm(x)) = weight z + bias`` for x normalised to z.
     """
+    check_memory("to_kv(norm(tokens))", to_kv.weight, norm.weight, norm.bias)
     weight = to_kv.weight.to(dtype)
     return weight * norm.weight.to(dtype), weight @ norm.bias.to(dtype)

@@ -41,7 +41,8 @@ QueryStatistics<T> query_statistics(const GridBlocking<T>& blocking, const Packe
       stats.shift[i] = in.inverted ? T(0) : shift_for<T>(lse2);
       stats.weight[i] = T(std::exp2(-lse2 - double(stats.shift[i])));
       double delta = 0;
-      if (!in.inverted || out.lse[i] > clamped) {  // a clamped normaliser is a constant
+      // A clamped normaliser is a constant, and so are uniform weights.
+      if (in.inverted ? out.lse[i] > clamped : !uniform) {
         for (int64_t l = 0; l < L; ++l) delta += double(grad.o[i * L + l]) * double(out.o[i * L + l]);
         if (grad.kept != nullptr) delta += double(grad.kept[i]) * double(out.kept[i]);
       }
@@ -66,10 +67,10 @@ void for_each_part(const GridBlocking<T>& blocking, const PackedTokens<T>& packe
   parallel.run(in.batch * N, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* row = blocking.q(i / N) + i % N * L;
-      const T weight = stats.grad_weight(i),
-              log2e = packed.all_masked[blocking.token_batch(i / N)] ? T(0) : T(kLog2OfE);
+      const T weight = stats.grad_weight(i);
+      const bool uniform = packed.all_masked[blocking.token_batch(i / N)];
       for (int64_t l = 0; l < L; ++l) {
-        q.get()[i * L + l] = row[l] * log2e;
+        q.get()[i * L + l] = uniform ? T(0) : row[l] * T(kLog2OfE);
         grad.get()[i * L + l] = d_o[i * L + l] * weight;
       }
       delta[i] = stats.delta[i] * stats.weight[i];
@@ -98,7 +99,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
                              const Parallel& parallel) {
   const GridBlocking<T> blocking(in);
   const PackedTokens<T> packed = pack_tokens(in, blocking.tokens, parallel);
-  TokenTerms<T> terms = grid_token_terms(blocking, packed, in.inverted ? out.token_lse : nullptr);
+  TokenTerms<T> terms = grid_token_terms(blocking, in.inverted ? out.token_lse : nullptr);
   const int64_t N = in.queries, L = blocking.length, M = blocking.tokens, F = in.features,
                 lanes = blocking.kernels.lanes;
   QueryStatistics<T> stats = query_statistics(blocking, packed, out, grad, parallel);
@@ -165,7 +166,8 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
       for (int64_t l = 0; l < L; ++l) {
         T& sum = sums[l * lanes + lane];
         const T o = out.o[row * L + l];
-        sum = packed.constant[tokens_of] && !in.dropout ? wanted * o : sum - error * o;
+        if (packed.all_masked[tokens_of]) sum = 0;
+        else sum = packed.constant[tokens_of] && !in.dropout ? wanted * o : sum - error * o;
       }
     }
     // Weights that do not depend on the queries: no gradient.

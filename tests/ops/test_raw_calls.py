@@ -15,10 +15,11 @@ import pytest
 import torch
 from support import needs_extension
 
-from perceiver_fast.gpu import triton_error
+from perceiver_fast.gpu import INTERPRETED, triton_error
 from perceiver_fast.ops.declaration import OPERATORS, OPS
 
 HUGE = 2**62
+HALF = torch.bfloat16, torch.float16
 PAIRS = 300  # of changed arguments, drawn at random, of every sample's calls
 
 
@@ -139,6 +140,8 @@ def try_operator(name):
     op = next(op for op in OPS.values() if any(o.name == name for o in op.operators))
     refused = computed = 0
     for variant in op.variants:
+        if INTERPRETED and (variant.get("dtype") == torch.float64 or variant.get("inverted")):
+            continue  # Triton's kernels have neither
         for operator, arguments in op.recorded_calls("cpu", **variant):
             if operator.name != name:
                 continue
@@ -165,8 +168,10 @@ def try_operator(name):
                 refused, computed = refused + (found is None), computed + (found is not None)
                 if found is None or any(t.device.type == "meta" for t in found):
                     continue
-                numbers = [v for v in given if isinstance(v, (float, torch.Tensor))]
-                finite = all(torch.isfinite(torch.as_tensor(v)).all() for v in numbers)
+                finite = all(v.isfinite().all() for v in given if isinstance(v, torch.Tensor) and v.numel() < HUGE)
+                finite = finite and all(abs(v) < 1e30 for v in given if isinstance(v, float))
+                if INTERPRETED:  # Triton's interpreter multiplies the bit patterns of half precision
+                    finite = finite and not any(t.dtype in HALF for t in (*given, *found) if isinstance(t, torch.Tensor))
                 assert not finite or not unwritten(found, expected), "an output was not written"
     print(f"refused {refused}, computed {computed}")
 

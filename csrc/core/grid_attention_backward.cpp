@@ -91,6 +91,23 @@ void for_each_part(const GridBlocking<T>& blocking, const PackedTokens<T>& packe
   });
 }
 
+// A masked token has no gradient, though what its weights of zero are multiplied by may not be finite.
+template <class T>
+void clear_masked(const GridBlocking<T>& blocking, const PackedTokens<T>& packed, T* dfeat, T* dscale,
+                  const Parallel& parallel) {
+  const GridAttentionInput<T>& in = blocking.in;
+  const int64_t M = blocking.tokens, F = in.features;
+  if (in.mask == nullptr) return;
+  parallel.run(in.batch, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * M; i < end * M; ++i) {
+      const int64_t b = blocking.token_batch(i / M);
+      if (in.mask[b * M + i % M] || packed.all_masked[b]) continue;
+      dscale[i] = 0;
+      std::fill_n(dfeat + i * F, F, T(0));
+    }
+  });
+}
+
 }  // namespace
 
 template <class T>
@@ -185,6 +202,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
                   queries.dscale = dscale + b * M;
                   blocking.kernels.token_gradient(box, queries);
                 });
+  clear_masked(blocking, packed, dfeat, dscale, parallel);
 }
 
 #define PF_INSTANTIATE(T)                                                                               \

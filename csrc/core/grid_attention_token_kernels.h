@@ -122,8 +122,6 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
       ds_t += ds * q_axes;
       p_u += kept * g_axes;
     }
-    // A masked token has no gradient, though what multiplies its weights of zero may not be finite.
-    const auto seen = bias == V{};
     // The sums had q log2(e) for q. Channels enter dscale as x, not as r x / r, since a scale may be zero.
     V dr = ds_t * ln2 + p_u;
     alignas(64) T column[S::lanes] = {};
@@ -131,10 +129,10 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
       const V dx = ds_q[f] * ln2 + p_g[f];
       for (int64_t i = 0; i < tokens.count; ++i) column[i] = g.feat[(tokens.m + i) * F + f];
       dr += S::load(column) * dx;
-      S::store(column, seen ? dx * r : V{});
+      S::store(column, dx * r);
       for (int64_t i = 0; i < tokens.count; ++i) g.dfeat[(tokens.m + i) * F + f] = column[i];
     }
-    tokens.store(g.dscale, seen ? dr : V{});
+    tokens.store(g.dscale, dr);
   });
 }
 

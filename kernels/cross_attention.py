@@ -17,6 +17,8 @@ of tokens that exceeds the error of plain fp32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -24,12 +26,14 @@ from torch import Tensor
 
 from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
+from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.configs import Config, config
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, place, product, scaled, store, zeros
 from perceiver_fast.kernels.dropout import dropout_keep, hash_rows, hash_tokens, threshold_bits
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 from perceiver_fast.reference.dropout import dropout_scale
 
+CHECK = Check("cross_attention")
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: below every logit, and finite, so that differences are no NaN
 NARROW = 128  # up to so many channels a program holds its tile of queries, and takes the configuration for narrow heads
 MERGED = 16  # splits that a program of the merges reads at a time
@@ -310,25 +314,24 @@ def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Te
     return o, lse, launches
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, scale: float, inverted: bool) -> None:
-    """Raises what these kernels cannot do: the public function never asks for it, who calls the registered op may.
+def check(q, k, v, mask, scale, dropout, seed, inverted) -> None:
+    """Raises what these kernels cannot take: the public function never asks for it, who calls the registered op may.
 
     Raises:
-        RuntimeError: inverted attention, a scale that is not positive, values without channels, or another dtype.
+        RuntimeError: another dtype, rank or size, inverted attention, a scale that is not positive, or no channels.
     """
-    if inverted:
-        raise RuntimeError("cross_attention: the Triton kernels expected a softmax over tokens, got inverted attention")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
-        raise RuntimeError(
-            "cross_attention: the Triton kernels expected q [B, H, N, d], k [B, H, M, d] and v [B, H, M, dv], got "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if not scale > 0:
-        raise RuntimeError(f"cross_attention: the Triton kernels expected a positive scale, got {scale}")
-    if v.shape[3] == 0:
-        raise RuntimeError("cross_attention: the Triton kernels expected values of at least one channel, got none")
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise RuntimeError(f"cross_attention: the Triton kernels expected float32, bfloat16 or float16, got {q.dtype}")
+    CHECK.no_inverted(inverted)
+    CHECK.dtype("q", q, *HALF_OR_FLOAT)
+    for name, t, form in (("q", q, "[B, H, N, d]"), ("k", k, "[B, H, M, d]"), ("v", v, "[B, H, M, dv]")):
+        CHECK.rank(name, t, 4, form)
+    (batch, heads, _, dim), tokens = q.shape, k.shape[2]
+    CHECK.tensor("k", k, q.dtype, (batch, heads, tokens, dim), "[B, H, M, d] with q's B, H and d")
+    CHECK.tensor("v", v, q.dtype, (batch, heads, tokens, v.shape[3]), "[B, H, M, dv] with q's B and H, k's M")
+    CHECK.expect(dim > 0 and v.shape[3] > 0, "at least one channel of q and of v", f"{dim} and {v.shape[3]}")
+    CHECK.expect(tokens > 0, "at least one token", "none")
+    CHECK.tensor("mask", mask, torch.bool, (batch, tokens), "[B, M]")
+    CHECK.expect(0 < scale < math.inf, "a positive scale", scale)
+    CHECK.dropout(dropout, seed)
 
 
 def forward(
@@ -359,7 +362,7 @@ def forward(
     Raises:
         RuntimeError: see :func:`check`.
     """
-    check(q, k, v, scale, inverted)
+    check(q, k, v, mask, scale, dropout, seed, inverted)
     o, lse, launches = forward_launches(q, k, v, mask, scale, dropout, seed, architecture(q.device))
     for launch in launches:
         launch.run()

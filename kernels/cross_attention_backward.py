@@ -22,7 +22,7 @@ from torch import Tensor
 
 from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LOG2_E
-from perceiver_fast.kernels.cross_attention import MERGED, check, common, summed, variant
+from perceiver_fast.kernels.cross_attention import CHECK, MERGED, check, common, summed, variant
 from perceiver_fast.kernels.cross_attention_gradients import cross_attention_dkv_kernel, cross_attention_dq_kernel
 from perceiver_fast.kernels.dense_tiles import Pieces, load
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
@@ -233,8 +233,13 @@ def backward(
     Raises:
         RuntimeError: see :func:`perceiver_fast.kernels.cross_attention.check`.
     """
-    check(q, k, v, scale, inverted)
-    arch = architecture(q.device)
+    check(q, k, v, mask, scale, dropout, seed, inverted)
+    rows = q.shape[:3]
+    for name, t in (("d_o", d_o), ("o", o)):
+        CHECK.tensor(name, t, q.dtype, (*rows, v.shape[3]), "[B, H, N, dv]")
+    for name, t in (("lse", lse), ("d_lse", d_lse)):
+        CHECK.tensor(name, t, torch.float64, rows, "[B, H, N]")
+    arch, lse = architecture(q.device), lse.contiguous()
     *grads, launches = backward_launches(d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch)
     for launch in launches:
         launch.run()

@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.kernels.row_tiles import column_sums, tiles
 
+CHECK = Check("geglu")
 FORWARD = Config(queries=2, tokens=1024, warps=4)
 BACKWARD = Config(queries=1, tokens=1024, warps=4, registers=96)
 
@@ -170,8 +172,17 @@ def backward_launches(d_u: Tensor, h: Tensor, bias: Tensor | None) -> tuple[Tens
     return u, d_h, d_bias, launches
 
 
+def check(h: Tensor, bias: Tensor | None) -> None:
+    """Raises RuntimeError for what these kernels cannot take: another dtype, rank or size."""
+    CHECK.dtype("h", h, *HALF_OR_FLOAT)
+    CHECK.expect(h.dim() > 0 and h.shape[-1] % 2 == 0, "h [.., 2 F]", f"shape {list(h.shape)}")
+    CHECK.dtype("bias", bias, h.dtype, torch.float32)
+    CHECK.shape("bias", bias, h.shape[-1:], "[2 F]")
+
+
 def forward(h: Tensor, bias: Tensor | None) -> Tensor:
     """Kernel of the operator ``geglu_forward``: u ``[.., F]`` of h ``[.., 2 F]``, the same dtype, and bias ``[2 F]``."""
+    check(h, bias)
     u, launches = forward_launches(h, bias)
     for launch in launches:
         launch.run()
@@ -184,6 +195,8 @@ def backward(d_u: Tensor, h: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
     Returns:
         u ``[.., F]`` again, d_h ``[.., 2 F]``, d_bias ``[2 F]`` in the dtype of bias (empty without one).
     """
+    check(h, bias)
+    CHECK.tensor("d_u", d_u, h.dtype, (*h.shape[:-1], h.shape[-1] // 2), "[.., F]")
     *results, launches = backward_launches(d_u, h, bias)
     for launch in launches:
         launch.run()

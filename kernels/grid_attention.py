@@ -28,6 +28,7 @@ from torch import Tensor
 
 from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LN_2
+from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.dropout import hash_rows, threshold_bits
 from perceiver_fast.kernels.grid import GROUP, Blocks, Grid, blocks, precision_of
@@ -43,7 +44,9 @@ from perceiver_fast.kernels.grid_sweep_fma import load_features, maximum_fma, sw
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, maximum_mma, sweep_mma
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.reference.dropout import dropout_scale
+from perceiver_fast.reference.softmax import EMPTY_LSE
 
+CHECK = Check("grid_attention")
 LEAST_TOTAL, MOST_TOTAL = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)  # beyond, a walk is taken again with a shift
 
 
@@ -291,16 +294,22 @@ def sweep_arguments(
     )  # fmt: skip
 
 
-def check(q: Tensor, inverted: bool) -> None:
-    """Raises what these kernels cannot do: the public function never asks for it, who calls the registered op may.
+def check(q, feat, scale, mask, dropout, seed, inverted) -> None:
+    """Raises what these kernels cannot take: the public function never asks for it, who calls the registered op may.
 
     Raises:
-        RuntimeError: inverted attention, or queries that are not float32.
+        RuntimeError: another dtype, rank or size, or inverted attention.
     """
-    if inverted:
-        raise RuntimeError("grid_attention: the Triton kernels expected a softmax over tokens, got inverted attention")
-    if q.dtype != torch.float32:
-        raise RuntimeError(f"grid_attention: the Triton kernels expected q in float32, got {q.dtype}")
+    CHECK.no_inverted(inverted)
+    CHECK.rank("q", q, 3, "[B, N, L]")
+    CHECK.expect(feat.dim() >= 3, "feat [B, *sizes, F] of at least one axis", f"shape {list(feat.shape)}")
+    batch, *sizes, features = feat.shape
+    CHECK.expect(features > 0 and all(sizes), "at least one channel, and no empty axis", f"feat {list(feat.shape)}")
+    CHECK.tensor("q", q, torch.float32, (batch, q.shape[1], features + sum(sizes)), "[B, N, F + sum(sizes)]")
+    CHECK.dtype("feat", feat, *HALF_OR_FLOAT)
+    CHECK.tensor("scale", scale, torch.float32, feat.shape[:-1], "[B, *sizes]")
+    CHECK.tensor("mask", mask, torch.bool, feat.shape[:-1], "[B, *sizes]")
+    CHECK.dropout(dropout, seed)
 
 
 def forward(
@@ -322,12 +331,12 @@ def forward(
         inverted: has to be False.
 
     Returns:
-        o ``[B, N, L]`` float32, lse ``[B, N]`` float64, kept ``[B, N]`` (empty without dropout), and an empty tensor.
+        o ``[B, N, L]`` float32, lse ``[B, N]`` float64 (-3.4e38 where all is masked), kept ``[B, N]`` (empty without dropout), and an empty tensor.
 
     Raises:
         RuntimeError: see :func:`check`.
     """
-    check(q, inverted)
+    check(q, feat, scale, mask, dropout, seed, inverted)
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
     nothing = q.new_empty(0, dtype=torch.float64)
     if q.shape[0] * q.shape[1] == 0:
@@ -341,5 +350,5 @@ def forward(
     for launch in launches:
         launch.run()
     if empty is not None:
-        lse = lse.masked_fill(empty[:, None], -torch.finfo(torch.float32).max)
+        lse = lse.masked_fill(empty[:, None], EMPTY_LSE)
     return grid.unfold(o), lse, kept, nothing

@@ -23,7 +23,7 @@ from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.dropout import hash_rows
 from perceiver_fast.kernels.grid import Grid, blocks, precision_of
-from perceiver_fast.kernels.grid_attention import check, holes, place, seen, sizes, sweep_arguments
+from perceiver_fast.kernels.grid_attention import CHECK, check, holes, place, seen, sizes, sweep_arguments
 from perceiver_fast.kernels.grid_attention_token_grads import token_grads_launch
 from perceiver_fast.kernels.grid_attention_tokens import describe_tokens
 from perceiver_fast.kernels.grid_sweep_fma import load_features, sweep_backward_fma
@@ -289,7 +289,15 @@ def backward(
     Raises:
         RuntimeError: see :func:`perceiver_fast.kernels.grid_attention.check`.
     """
-    check(q, inverted)
+    check(q, feat, scale, mask, dropout, seed, inverted)
+    rows = q.shape[:2]
+    for name, t in (("d_o", d_o), ("o", o)):
+        CHECK.tensor(name, t, torch.float32, q.shape, "[B, N, L]")
+    for name, t in (("lse", lse), ("d_lse", d_lse)):
+        CHECK.tensor(name, t, torch.float64, rows, "[B, N]")
+    CHECK.expect(d_kept is None or dropout > 0, "no d_kept without dropout", "one")
+    for name, t in (("kept", kept if dropout > 0 else None), ("d_kept", d_kept)):
+        CHECK.tensor(name, t, torch.float32, rows, "[B, N]")
     if q.shape[0] * q.shape[1] == 0:
         tokens = (torch.zeros_like(t) if token_grads else t.new_empty(0) for t in (feat, scale))
         return q.new_empty(q.shape), *tokens

@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.kernels.row_tiles import column_sums, tiles
 
+CHECK = Check("layer_norm")
 ONE_BLOCK = 4096
 # By the widest row that takes it. Narrow rows stay within a warp, whose sums need no barrier.
 FORWARD = {
@@ -311,6 +313,16 @@ def backward_launches(d_y, d_z, y, mean, rstd, weight, branch_bias: bool) -> tup
     return *results, launches
 
 
+def check(name: str, x: Tensor, out_dtype: torch.dtype, **vectors: Tensor | None) -> None:
+    """Raises RuntimeError unless the stream, the dtype of z, and vectors of a number a column are what kernels take."""
+    CHECK.dtype(name, x, *HALF_OR_FLOAT)
+    CHECK.expect(x.dim() > 0, f"{name} of at least one dimension", "a scalar")
+    allowed = HALF_OR_FLOAT if x.dtype == torch.float32 else (x.dtype,)
+    CHECK.expect(out_dtype in allowed, f"z in {x.dtype}, or half precision beside float32", out_dtype)
+    for vector, t in vectors.items():
+        CHECK.tensor(vector, t, x.dtype, x.shape[-1:], "[D]")
+
+
 def forward(
     x: Tensor,
     branch: Tensor | None,
@@ -333,6 +345,10 @@ def forward(
     Returns:
         y ``[.., D]`` in the dtype of x (empty without a branch), z ``[.., D]``, and mean and rstd ``[..]`` float32.
     """
+    check("x", x, out_dtype, branch_bias=branch_bias, weight=weight, bias=bias)
+    CHECK.eps(eps)
+    CHECK.expect(branch is not None or branch_bias is None, "branch_bias with a branch", "it alone")
+    CHECK.tensor("branch", branch, out_dtype, x.shape, "like x")
     *results, launches = forward_launches(x, branch, branch_bias, weight, bias, eps, out_dtype)
     for launch in launches:
         launch.run()
@@ -361,6 +377,11 @@ def backward(
     Returns:
         Gradients of x, branch (empty where it is that of x), weight, bias, and branch_bias (empty if not asked for).
     """
+    check("y", y, d_z.dtype, weight=weight)
+    CHECK.shape("d_z", d_z, y.shape, "like y")
+    CHECK.tensor("d_y", d_y, y.dtype, y.shape, "like y")
+    for name, t in (("mean", mean), ("rstd", rstd)):
+        CHECK.tensor(name, t, torch.float32, y.shape[:-1], "of y's rows")
     *results, launches = backward_launches(d_y, d_z, y, mean, rstd, weight, branch_bias)
     for launch in launches:
         launch.run()

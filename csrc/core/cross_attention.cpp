@@ -75,8 +75,8 @@ void add_state(const ForwardState<T>& at, T* state, T* other, int64_t count) {
 }
 
 template <class T>
-void finish_group(const CrossAttentionBlocking<T>& blocking, int64_t head, int64_t first, int64_t last, T* state, T* o,
-                  double* lse) {
+void finish_group(const CrossAttentionBlocking<T>& blocking, const TokenTerms<T>& terms, int64_t head, int64_t first,
+                  int64_t last, T* state, T* o, double* lse) {
   const ForwardState<T> at(blocking);
   const CrossAttentionInput<T>& in = blocking.in;
   std::vector<T> factor(blocking.width);
@@ -86,7 +86,9 @@ void finish_group(const CrossAttentionBlocking<T>& blocking, int64_t head, int64
       double total = at.total(state, i)[lane];
       if (in.inverted && total < kInvertedEps) total = kInvertedEps;
       factor[lane] = T(in.dropout.scale() / total);
-      lse[row + lane] = std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
+      lse[row + lane] = terms.uniform[head / in.heads]
+                            ? kEmptyLse
+                            : std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
     }
     lanes_to_rows(at.out(state, i), in.dim_v, blocking.width, factor.data(), count, o + row * in.dim_v, in.dim_v);
   }
@@ -155,7 +157,7 @@ void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse
       const Aligned<T> state(size);
       for (int64_t task = begin; task < end; ++task) {
         run_group(blocking, terms, task / groups, first(task), last(task), 0, blocking.tiles, state.get());
-        finish_group(blocking, task / groups, first(task), last(task), state.get(), o, lse);
+        finish_group(blocking, terms, task / groups, first(task), last(task), state.get(), o, lse);
       }
     });
     return;
@@ -173,7 +175,7 @@ void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse
       T* state = states.get() + task * parts * size;
       for (int64_t part = 1; part < parts; ++part)
         add_state(at, state, state + part * size, last(task) - first(task));
-      finish_group(blocking, task / groups, first(task), last(task), state, o, lse);
+      finish_group(blocking, terms, task / groups, first(task), last(task), state, o, lse);
     }
   });
 }

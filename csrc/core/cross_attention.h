@@ -25,13 +25,14 @@ template <class T>
 struct CrossAttentionInput {
   int64_t batch, heads, queries, tokens, dim, dim_v;
   HeadMatrix<T> q, k, v;
-  const uint8_t* mask;  // [B, M] or null; a row of zeros is not allowed unless inverted
+  const uint8_t* mask;  // [B, M] or null; without inverted, a row of zeros attends uniformly
   double scale;         // of the logits
   Dropout dropout;
   bool inverted;        // softmax over the queries, then normalised over the tokens
 };
 
 // Normal:   P = exp(S - lse[n]).                    token_lse is not touched.
+//           A batch element that is all masked attends uniformly, and its lse is kEmptyLse.
 // Inverted: P = exp(S - token_lse[m] - lse[n]) with lse the logarithm of the (clamped) normaliser over the tokens.
 // o [B, H, N, dv] dense, lse [B, H, N], token_lse [B, H, M].
 template <class T>

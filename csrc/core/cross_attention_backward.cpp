@@ -21,13 +21,14 @@ template <class T>
 struct QueryTerms {
   std::vector<T> shift, weight, delta;
 
-  QueryTerms(const CrossAttentionInput<T>& in, const T* o, const double* lse, const T* d_o, const double* d_lse,
+  QueryTerms(const CrossAttentionInput<T>& in, const TokenTerms<T>& terms, const T* o, const double* lse, const T* d_o, const double* d_lse,
              const Parallel& parallel)
       : shift(in.batch * in.heads * in.queries), weight(shift.size()), delta(shift.size()) {
     const double clamped = std::log(kInvertedEps);
     parallel.run(int64_t(shift.size()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const double lse2 = lse[i] * kLog2OfE;
+        const bool uniform = terms.uniform[i / (in.heads * in.queries)];
+        const double lse2 = uniform ? std::log2(double(in.tokens)) : lse[i] * kLog2OfE;
         shift[i] = in.inverted ? T(0) : T(-std::nearbyint(lse2));
         weight[i] = T(std::exp2(-lse2 - double(shift[i])));
         double sum = 0;
@@ -245,6 +246,7 @@ class Backward {
       const int64_t head = i / blocking_.blocks, block = i % blocking_.blocks, row = head * in_.queries + block * W;
       const T* sum = dq_ + head * copies * dq_size_ + block * dq_block() + packed_.d * W;
       for (int64_t lane = 0; lane < blocking_.count_of(block); ++lane) {
+        if (terms_.uniform[head / in_.heads]) continue;  // there is no dS
         const T error = sum[lane] - (d_lse == nullptr ? T(0) : T(d_lse[row + lane]));
         change_[row + lane] = error * queries_.weight[row + lane];
         if (std::abs(error) > tolerance * sum[W + lane]) flagged_[i] = any = true;
@@ -315,7 +317,7 @@ void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, cons
                               const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) {
   const CrossAttentionBlocking<T> blocking(in);
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
-  const QueryTerms<T> queries(in, o, lse, d_o, d_lse, parallel);
+  const QueryTerms<T> queries(in, terms, o, lse, d_o, d_lse, parallel);
   Backward<T> backward(blocking, terms, queries, d_o, parallel);
   for (int pass = 0; in.inverted && pass < 2; ++pass) backward.find_token_delta(pass);
   backward.run(d_lse, dq, dk, dv);

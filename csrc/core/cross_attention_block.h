@@ -26,6 +26,7 @@ struct TokenTile {
   const T *shift, *weight, *delta, *delta_low;
   const uint32_t* hashes;  // of dropout
   uint32_t threshold;    // of dropout; zero: none
+  bool uniform;          // every token is masked: all get one weight, whatever q and k are
 };
 
 // out += p v and total += p with p = 2^(S + shift). Where the shift turns out to be unfit for a tile's logits, it is

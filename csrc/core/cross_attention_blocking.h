@@ -61,7 +61,8 @@ TokenTile<T> tile_of(const CrossAttentionBlocking<T>& blocking, const TokenTerms
           biased ? terms.delta.data() + row : nullptr,
           biased ? terms.delta_low.data() + row : nullptr,
           terms.hashes.empty() ? nullptr : terms.hashes.data() + m,
-          in.dropout.threshold};
+          in.dropout.threshold,
+          terms.uniform[b] != 0};
 }
 
 // Queries of a block as the kernels take them: times scale log2(e).

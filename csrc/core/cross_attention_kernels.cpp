@@ -16,10 +16,22 @@ constexpr int64_t kQueries = kQueryVectors<T> * Simd<T>::lanes;
 template <class T>
 constexpr T kRange = sizeof(T) == 8 ? 200 : 20;
 
+// Zeros in the rows of masked tokens, or of all: a weight of zero does not hide what is not finite.
+template <class T>
+PF_INLINE void clear_masked(const TokenTile<T>& tile, T* rows) {
+  using S = Simd<T>;
+  if (tile.shift == nullptr && !tile.uniform) return;
+  for (int64_t m = 0; m < tile.count; ++m) {
+    if (!tile.uniform && tile.shift[m] != -__builtin_inff()) continue;
+    for (int64_t v = 0; v < kQueries<T>; v += S::lanes) S::store(rows + m * kQueries<T> + v, typename S::Vec{});
+  }
+}
+
 // A tile's logits (log2 units) of all queries of a block.
 template <class T>
 PF_INLINE void tile_logits(const TokenTile<T>& tile, const T* q, T* logits) {
   tile_gemm<T, false>(tile.count, kQueries<T>, tile.dim, tile.k, tile.k_row, 1, q, kQueries<T>, logits, kQueries<T>);
+  clear_masked(tile, logits);
 }
 
 // 2^(logit + shift + the token's shift), times the token's weight.
@@ -106,6 +118,7 @@ PF_INLINE void tile_products(const TokenTile<T>& tile, const BackwardBlock<T>& b
   tile_logits(tile, block.q, block.p);
   tile_gemm<T, false>(tile.count, kQueries<T>, tile.dim_v, tile.v, tile.v_row, 1, block.grad, kQueries<T>, block.ds,
                       kQueries<T>);
+  if (!tile.uniform) clear_masked(tile, block.ds);
 }
 
 template <class T, bool Biased, bool Dropped>
@@ -132,11 +145,15 @@ void backward(const TokenTile<T>& tile, const BackwardBlock<T>& block) {
       S::store(p_at, kept);
       S::store(u_at, ds);
     }
+    if (tile.uniform) continue;
     S::store(block.sum + v, S::load(block.sum + v) + sum);
     S::store(block.size + v, S::load(block.size + v) + size);
   }
-  tile_gemm<T, true>(tile.dim, Q, tile.count, tile.k, 1, tile.k_row, block.ds, Q, block.dq, Q);
-  tile_gemm<T, true>(tile.count, block.pad_d, Q, block.ds, Q, 1, block.q_rows, block.pad_d, block.dk, block.pad_d);
+  if (!tile.uniform) {  // else weights depend on neither q nor k
+    clear_masked(tile, block.ds);
+    tile_gemm<T, true>(tile.dim, Q, tile.count, tile.k, 1, tile.k_row, block.ds, Q, block.dq, Q);
+    tile_gemm<T, true>(tile.count, block.pad_d, Q, block.ds, Q, 1, block.q_rows, block.pad_d, block.dk, block.pad_d);
+  }
   tile_gemm<T, true>(tile.count, block.pad_v, Q, block.p, Q, 1, block.grad_rows, block.pad_v, block.dv, block.pad_v);
 }
 

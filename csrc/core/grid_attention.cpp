@@ -82,14 +82,14 @@ void grid_attention_forward(const GridAttentionInput<T>& in, const GridAttention
   const GridBlocking<T> blocking(in);
   const PackedTokens<T> packed = pack_tokens(in, blocking.tokens, parallel);
   if (in.inverted) token_statistics(blocking, packed, out.token_lse, parallel);
-  const TokenTerms<T> terms = grid_token_terms(blocking, packed, in.inverted ? out.token_lse : nullptr);
+  const TokenTerms<T> terms = grid_token_terms(blocking, in.inverted ? out.token_lse : nullptr);
   const int64_t L = blocking.length, lanes = blocking.kernels.lanes;
 
   const auto work = [&](int64_t task, int64_t part, int64_t parts, T* sums) {
     const QueryTable<T> table(blocking, packed, task);
     T* shift = sums + (L + 2) * lanes;
     std::fill(shift, shift + lanes, T(0));  // inverted: divided by the tokens' denominators, weights are at most one
-    if (!in.inverted) {
+    if (!in.inverted && !packed.all_masked[blocking.token_batch(table.b)]) {
       bound_logits(table.q.get(), in.sizes, in.features, int(lanes), packed.bounds[blocking.token_batch(table.b)],
                    shift);
       for (int64_t lane = 0; lane < lanes; ++lane) shift[lane] = shift_for<T>(shift[lane]);
@@ -108,13 +108,14 @@ void grid_attention_forward(const GridAttentionInput<T>& in, const GridAttention
       const int64_t row = b * in.queries + first + lane;
       const double sum = in.inverted ? std::max(double(total[lane]), kInvertedEps) : double(total[lane]);
       factor[lane] = T(in.dropout ? in.dropout.scale() / sum : 1 / sum);
-      out.lse[row] = packed.all_masked[blocking.token_batch(b)] ? -double(std::numeric_limits<T>::max())
+      out.lse[row] = packed.all_masked[blocking.token_batch(b)] ? kEmptyLse
                                                                 : std::log(sum) - double(shift[lane]) / kLog2OfE;
       if (out.kept != nullptr) out.kept[row] = factor[lane] * (in.dropout ? kept[lane] : total[lane]);
     }
     lanes_to_rows(sums, L, lanes, factor.data(), count, out.o + (b * in.queries + first) * L, L);
   };
   for_each_block(blocking, parallel, work, finish);
+  add_spoiled(in, packed, blocking.tokens, out.o);
 }
 
 template void grid_attention_forward<float>(const GridAttentionInput<float>&, const GridAttentionOutput<float>&,

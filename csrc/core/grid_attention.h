@@ -29,7 +29,8 @@ struct GridAttentionInput {
 template <class T>
 struct GridAttentionOutput {
   T* o;               // [B, N, L]
-  double* lse;        // [B, N]: natural logarithm; double because logits of 1e4 leave a float lse four digits
+  double* lse;        // [B, N]: natural logarithm; double because logits of 1e4 leave a float lse four digits.
+                      // kEmptyLse where all is masked, but for inverted attention
   T* kept;            // [B, N]: sum of the weights that dropout keeps, with dropout or inverted; else null
   double* token_lse;  // [B, M]: of inverted attention's softmax over the queries; else null
 };

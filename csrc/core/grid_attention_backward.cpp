@@ -41,7 +41,8 @@ QueryStatistics<T> query_statistics(const GridBlocking<T>& blocking, const Packe
       stats.shift[i] = in.inverted ? T(0) : shift_for<T>(lse2);
       stats.weight[i] = T(std::exp2(-lse2 - double(stats.shift[i])));
       double delta = 0;
-      if (!in.inverted || out.lse[i] > clamped) {  // a clamped normaliser is a constant
+      // A clamped normaliser is a constant, and so are uniform weights.
+      if (in.inverted ? out.lse[i] > clamped : !uniform) {
         for (int64_t l = 0; l < L; ++l) delta += double(grad.o[i * L + l]) * double(out.o[i * L + l]);
         if (grad.kept != nullptr) delta += double(grad.kept[i]) * double(out.kept[i]);
       }
@@ -66,10 +67,10 @@ void for_each_part(const GridBlocking<T>& blocking, const PackedTokens<T>& packe
   parallel.run(in.batch * N, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* row = blocking.q(i / N) + i % N * L;
-      const T weight = stats.grad_weight(i),
-              log2e = packed.all_masked[blocking.token_batch(i / N)] ? T(0) : T(kLog2OfE);
+      const T weight = stats.grad_weight(i);
+      const bool uniform = packed.all_masked[blocking.token_batch(i / N)];
       for (int64_t l = 0; l < L; ++l) {
-        q.get()[i * L + l] = row[l] * log2e;
+        q.get()[i * L + l] = uniform ? T(0) : row[l] * T(kLog2OfE);
         grad.get()[i * L + l] = d_o[i * L + l] * weight;
       }
       delta[i] = stats.delta[i] * stats.weight[i];
@@ -90,6 +91,23 @@ void for_each_part(const GridBlocking<T>& blocking, const PackedTokens<T>& packe
   });
 }
 
+// A masked token has no gradient, though what its weights of zero are multiplied by may not be finite.
+template <class T>
+void clear_masked(const GridBlocking<T>& blocking, const PackedTokens<T>& packed, T* dfeat, T* dscale,
+                  const Parallel& parallel) {
+  const GridAttentionInput<T>& in = blocking.in;
+  const int64_t M = blocking.tokens, F = in.features;
+  if (in.mask == nullptr) return;
+  parallel.run(in.batch, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * M; i < end * M; ++i) {
+      const int64_t b = blocking.token_batch(i / M);
+      if (in.mask[b * M + i % M] || packed.all_masked[b]) continue;
+      dscale[i] = 0;
+      std::fill_n(dfeat + i * F, F, T(0));
+    }
+  });
+}
+
 }  // namespace
 
 template <class T>
@@ -98,7 +116,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
                              const Parallel& parallel) {
   const GridBlocking<T> blocking(in);
   const PackedTokens<T> packed = pack_tokens(in, blocking.tokens, parallel);
-  TokenTerms<T> terms = grid_token_terms(blocking, packed, in.inverted ? out.token_lse : nullptr);
+  TokenTerms<T> terms = grid_token_terms(blocking, in.inverted ? out.token_lse : nullptr);
   const int64_t N = in.queries, L = blocking.length, M = blocking.tokens, F = in.features,
                 lanes = blocking.kernels.lanes;
   QueryStatistics<T> stats = query_statistics(blocking, packed, out, grad, parallel);
@@ -165,7 +183,8 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
       for (int64_t l = 0; l < L; ++l) {
         T& sum = sums[l * lanes + lane];
         const T o = out.o[row * L + l];
-        sum = packed.constant[tokens_of] && !in.dropout ? wanted * o : sum - error * o;
+        if (packed.all_masked[tokens_of]) sum = 0;
+        else sum = packed.constant[tokens_of] && !in.dropout ? wanted * o : sum - error * o;
       }
     }
     // Weights that do not depend on the queries: no gradient.
@@ -183,6 +202,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
                   queries.dscale = dscale + b * M;
                   blocking.kernels.token_gradient(box, queries);
                 });
+  clear_masked(blocking, packed, dfeat, dscale, parallel);
 }
 
 #define PF_INSTANTIATE(T)                                                                               \

@@ -61,16 +61,11 @@ struct GridBlocking {
 
 // Masked tokens have a bias of -inf in their packed records. Kernels that take terms by token need it there too.
 template <class T>
-TokenTerms<T> grid_token_terms(const GridBlocking<T>& blocking, const PackedTokens<T>& packed,
-                               const double* token_lse) {
+TokenTerms<T> grid_token_terms(const GridBlocking<T>& blocking, const double* token_lse) {
   const GridAttentionInput<T>& in = blocking.in;
   const bool needed = in.inverted || in.dropout;
-  TokenTerms<T> terms(in.batch / in.heads, in.heads, blocking.tokens, needed ? in.mask : nullptr, token_lse,
-                      in.dropout);
-  for (int64_t b = 0; needed && b < in.batch; ++b)
-    if (packed.all_masked[blocking.token_batch(b)])
-      std::fill_n(terms.shift.begin() + terms.row(b), blocking.tokens, T(0));
-  return terms;
+  const uint8_t* mask = needed ? in.mask : nullptr;
+  return TokenTerms<T>(in.batch / in.heads, in.heads, blocking.tokens, mask, token_lse, in.dropout);
 }
 
 // Number of parts, about `wanted` and at least one, that a box is cut into: by rows while there are enough of them.

@@ -29,20 +29,32 @@ void widen(TokenBounds<T>& bounds, const TokenBounds<T>& part) {
   bounds.square = std::max(bounds.square, part.square);
 }
 
-// A masked token is all zero with a bias of -inf; if it holds a NaN or an infinity its bias is NaN:
-// perceiver-pytorch multiplies it by a weight of zero, so there too it reaches every query.
+// A masked token is all zero with a bias of -inf. Returns whether it is finite.
 template <class T>
-void pack_masked(const T* x, T r, int64_t features, T* record) {
-  T check = r * 0;
-  for (int64_t f = 0; f < features; ++f) check += x[f] * 0;
+bool pack_masked(const T* x, T r, int64_t features, T* record) {
+  bool finite = std::isfinite(r);
+  for (int64_t f = 0; f < features; ++f) finite &= std::isfinite(r * x[f]);
   std::fill(record, record + 1 + features, T(0));
-  record[1 + features] = check - std::numeric_limits<T>::infinity();
+  record[1 + features] = -std::numeric_limits<T>::infinity();
+  return finite;
+}
+
+// Zeros in a record for what is not finite. Returns whether all is.
+template <class T>
+bool make_finite(int64_t features, T* record) {
+  bool finite = true;
+  for (int64_t f = 0; f <= features; ++f) {
+    if (std::isfinite(record[f])) continue;
+    finite = false;
+    record[f] = 0;
+  }
+  return finite;
 }
 
 // Records of `count` tokens. FS > 0 fixes the number of features, so that the bounds stay in registers.
 template <class T, int FS>
 void pack_records(const T* feat, const T* scale, const uint8_t* mask, int64_t count, int64_t features, T* records,
-                  TokenBounds<T>& bounds) {
+                  TokenBounds<T>& bounds, std::vector<int64_t>& spoiled) {
   const int64_t F = FS > 0 ? FS : features;
   T low_local[FS + 1], high_local[FS + 1];
   T* low = FS > 0 ? low_local : bounds.low.data();
@@ -54,7 +66,7 @@ void pack_records(const T* feat, const T* scale, const uint8_t* mask, int64_t co
   T largest = bounds.square;
   for (int64_t m = 0; m < count; ++m, feat += F, records += F + 2) {
     if (mask != nullptr && !mask[m]) {
-      pack_masked(feat, scale[m], F, records);
+      if (!pack_masked(feat, scale[m], F, records)) spoiled.push_back(m);
       continue;  // no bound: its weight is zero whatever the queries
     }
     T square = 0;
@@ -96,6 +108,7 @@ PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, con
 
   const int64_t chunks = (tokens + kTokenChunk - 1) / kTokenChunk;
   std::vector<TokenBounds<T>> partial(B * chunks, empty_bounds<T>(F));
+  std::vector<std::vector<int64_t>> spoiled(B * chunks);
   const auto pack = F == 1   ? pack_records<T, 1>
                     : F == 2 ? pack_records<T, 2>
                     : F == 3 ? pack_records<T, 3>
@@ -107,12 +120,47 @@ PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, con
       const int64_t count = std::min(kTokenChunk, (b + 1) * tokens - first);
       const bool use_mask = in.mask != nullptr && !packed.all_masked[b];
       pack(in.feat + first * F, in.scale + first, use_mask ? in.mask + first : nullptr, count, F,
-           packed.data.get() + first * (F + 2), partial[task]);
+           packed.data.get() + first * (F + 2), partial[task], spoiled[task]);
+      for (int64_t m = 0; packed.all_masked[b] && m < count; ++m)
+        if (!make_finite(F, packed.data.get() + (first + m) * (F + 2))) spoiled[task].push_back(m);
     }
   });
   packed.bounds.assign(B, empty_bounds<T>(F));
-  for (int64_t task = 0; task < B * chunks; ++task) widen(packed.bounds[task / chunks], partial[task]);
+  for (int64_t task = 0; task < B * chunks; ++task) {
+    const int64_t b = task / chunks;
+    widen(packed.bounds[b], partial[task]);
+    for (int64_t m : spoiled[task])
+      packed.spoiled.push_back({b, task % chunks * kTokenChunk + m, packed.all_masked[b] ? 1 / double(tokens) : 0});
+  }
   return packed;
+}
+
+template <class T>
+void add_spoiled(const GridAttentionInput<T>& in, const PackedTokens<T>& packed, int64_t tokens, T* o) {
+  const int64_t F = in.features, rows = in.heads * in.queries;  // of the queries that share tokens
+  int64_t L = F;
+  for (int64_t size : in.sizes) L += size;
+  std::vector<T> added(L, T(0));
+  for (size_t i = 0; i < packed.spoiled.size(); ++i) {
+    const SpoiledToken token = packed.spoiled[i];
+    const T* x = in.feat + (token.b * tokens + token.m) * F;
+    const T weight = T(token.weight), r = in.scale[token.b * tokens + token.m];
+    const auto add = [&](int64_t l, T value) {  // what is finite stands in the record, or has no weight
+      if (!std::isfinite(value)) added[l] += weight * value;
+    };
+    for (int64_t f = 0; f < F; ++f) add(f, r * x[f]);
+    int64_t end = L, rest = token.m;
+    for (int64_t a = int64_t(in.sizes.size()) - 1; a >= 0; --a) {
+      end -= in.sizes[a];
+      add(end + rest % in.sizes[a], r);
+      rest /= in.sizes[a];
+    }
+    if (i + 1 < packed.spoiled.size() && packed.spoiled[i + 1].b == token.b) continue;
+    for (int64_t l = 0; l < L; ++l) {
+      for (int64_t row = 0; added[l] != 0 && row < rows; ++row) o[(token.b * rows + row) * L + l] += added[l];
+      added[l] = 0;
+    }
+  }
 }
 
 template <class T>
@@ -142,6 +190,7 @@ void bound_logits(const T* table, const std::vector<int64_t>& sizes, int64_t fea
 
 #define PF_INSTANTIATE(T)                                                                                           \
   template PackedTokens<T> pack_tokens<T>(const GridAttentionInput<T>&, int64_t, const Parallel&);                  \
+  template void add_spoiled<T>(const GridAttentionInput<T>&, const PackedTokens<T>&, int64_t, T*);                  \
   template void bound_logits<T>(const T*, const std::vector<int64_t>&, int64_t, int, const TokenBounds<T>&, T*);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)

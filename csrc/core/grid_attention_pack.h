@@ -17,16 +17,28 @@ struct TokenBounds {
   T square;
 };
 
+// A token that is masked, or of an element that is all masked, and not finite: its record has zeros for what is not, so
+// that no logit meets it. Results meet it all the same: perceiver-pytorch multiplies it by a weight, if only by zero.
+struct SpoiledToken {
+  int64_t b, m;
+  double weight;  // of all queries
+};
+
 template <class T>
 struct PackedTokens {
   Aligned<T> data;                     // [B][M][F + 2], see grid_attention_block.h
   std::vector<TokenBounds<T>> bounds;  // [B]
   std::vector<char> all_masked;        // [B]: attends uniformly, whatever its queries
   std::vector<char> constant;          // [B]: that, or one visible token: the outputs do not depend on the queries
+  std::vector<SpoiledToken> spoiled;   // in order
 };
 
 template <class T>
 PackedTokens<T> pack_tokens(const GridAttentionInput<T>& in, int64_t tokens, const Parallel& parallel);
+
+// Adds to o [B, N, L] what spoiled tokens bring to it.
+template <class T>
+void add_spoiled(const GridAttentionInput<T>& in, const PackedTokens<T>& packed, int64_t tokens, T* o);
 
 // bound[lane] >= S of every token, from the extremes of the tables and of the tokens alone.
 template <class T>

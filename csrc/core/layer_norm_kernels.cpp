@@ -6,6 +6,21 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
+// Mean and variance of a row whose sum overflowed, or whose squares did: divided first, and then summed.
+template <class T, class X>
+void large_statistics(const X* row, int64_t n, T* mean, T* variance) {
+  Sum<T> middle, square;
+  for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
+    middle.chain[chain] += at.load(row + i) / T(n);
+  });
+  *mean = middle.total();
+  for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
+    const auto off = at.inside(at.load(row + i) - *mean);
+    square.chain[chain] += off * off;
+  });
+  *variance = square.total() / T(n);
+}
+
 // Mean and variance of the n values of a row, given their sum.
 //
 // sum / n is rounded, and where the mean is large beside the deviations from it, that error matters: so the mean of the
@@ -20,8 +35,9 @@ PF_INLINE void statistics(const X* row, int64_t n, T sum, T* mean, T* variance) 
     square.chain[chain] += off * off;
   });
   const T left = rest.total() / T(n), spread = square.total() / T(n) - left * left;
+  if (!(spread - spread == 0)) return large_statistics(row, n, mean, variance);
   *mean = shift + left;
-  *variance = spread < 0 ? T(0) : spread;  // NaN stays
+  *variance = spread < 0 ? T(0) : spread;
 }
 
 template <class D>

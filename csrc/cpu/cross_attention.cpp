@@ -5,10 +5,12 @@
 
 #include <tuple>
 
-#include "torch_stable.h"
+#include "checks.h"
 
 namespace perceiver_fast {
 namespace {
+
+constexpr Check check{"cross_attention"};
 
 struct Inputs {
   Tensor q, k, v;
@@ -19,29 +21,31 @@ struct Inputs {
 
   Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& mask_, double scale_,
          double probability, const std::optional<Tensor>& seed, bool inverted_)
-      : q(dense_rows(q_)), k(dense_rows(k_)), v(dense_rows(v_)), scale(scale_), dropout(dropout_of(probability, seed)),
-        inverted(inverted_) {
-    const auto dtype = q.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                    "cross_attention: expected float32 or float64");
-    STD_TORCH_CHECK(k.scalar_type() == dtype && v.scalar_type() == dtype,
-                    "cross_attention: expected q, k and v of one dtype");
-    STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == q.size(1) &&
-                        v.size(1) == q.size(1),
-                    "cross_attention: expected q, k and v of one batch size and number of heads");
-    STD_TORCH_CHECK(k.size(3) == q.size(3) && v.size(2) == k.size(2),
-                    "cross_attention: expected k of q's channels and v of k's tokens");
-    STD_TORCH_CHECK(k.size(2) > 0, "cross_attention: expected at least one token");
-    if (mask_) {
-      STD_TORCH_CHECK(mask_->scalar_type() == ScalarType::Bool && mask_->dim() == 2 && mask_->size(0) == q.size(0) &&
-                          mask_->size(1) == k.size(2),
-                      "cross_attention: expected a bool mask [B, M]");
-      mask = torch::stable::contiguous(*mask_);
-    }
+      : scale(scale_), dropout(check.dropout(probability, seed)), inverted(inverted_) {
+    const ScalarType dtype = check.floating("q", q_);
+    check.dtype("k", k_, dtype);
+    check.dtype("v", v_, dtype);
+    check.dtype("mask", mask_, ScalarType::Bool);
+    check.rank("q", q_, 4, "[B, H, N, d]");
+    check.rank("k", k_, 4, "[B, H, M, d]");
+    check.rank("v", v_, 4, "[B, H, M, dv]");
+    const int64_t B = q_.size(0), H = q_.size(1), M = k_.size(2), d = q_.size(3);
+    STD_TORCH_CHECK(d > 0, "cross_attention: expected q of at least one channel, got none");
+    STD_TORCH_CHECK(M > 0, "cross_attention: expected at least one token, got k of shape ", text_of(sizes_of(k_)));
+    check.shape("k", k_, {B, H, M, d}, "[B, H, M, d] with q's B, H and d");
+    check.shape("v", v_, {B, H, M, v_.size(3)}, "[B, H, M, dv] with q's B and H, k's M");
+    check.shape("mask", mask_, {B, M}, "[B, M]");
+    STD_TORCH_CHECK(std::isfinite(scale), "cross_attention: expected a finite scale, got ", scale);
+    for (const Tensor* rows : {&q_, &k_, &v_}) check.product("rows", {B, H, rows->size(2)});
+    q = dense_rows(q_);
+    k = dense_rows(k_);
+    v = dense_rows(v_);
+    if (mask_) mask = torch::stable::contiguous(*mask_);
   }
 
+  bool empty() const { return q.size(0) == 0 || q.size(1) == 0; }
+
   static Tensor dense_rows(const Tensor& t) {
-    STD_TORCH_CHECK(t.dim() == 4, "cross_attention: expected [B, H, rows, channels], got ", t.dim(), " dimensions");
     return t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
   }
 
@@ -66,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   Tensor o = torch::stable::new_empty(q, {B, H, N, v.size(3)});
   Tensor lse = torch::stable::new_empty(q, {B, H, N}, ScalarType::Double);
   Tensor token_lse = torch::stable::new_empty(
-      q, inverted ? std::vector<int64_t>{B, H, M} : std::vector<int64_t>{0}, ScalarType::Double);
+      q, inverted ? Shape{B, H, M} : Shape{0}, ScalarType::Double);
+  if (inputs.empty()) return {o, lse, token_lse};
   with_type(q, [&](auto zero) {
     using T = decltype(zero);
     cross_attention_forward<T>(inputs.view<T>(), data<T>(o), data<double>(lse), data<double>(token_lse),
@@ -81,26 +86,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
                                             bool inverted, const Tensor& o, const Tensor& lse,
                                             const Tensor& token_lse) {
   const Inputs inputs(q, k, v, mask, scale, dropout, seed, inverted);
-  STD_TORCH_CHECK(!d_lse || !inverted, "cross_attention: inverted attention's lse has no gradient");
-  for (const Tensor* t : {&d_o, &o})
-    STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == q.size(0) && t->size(1) == q.size(1) && t->size(2) == q.size(2) &&
-                        t->size(3) == v.size(3) && t->scalar_type() == q.scalar_type(),
-                    "cross_attention: expected o and its gradient [B, H, N, dv] of q's dtype");
-  const auto statistics = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.dim() == 3 && t.scalar_type() == ScalarType::Double && t.size(0) == q.size(0) &&
-                        t.size(1) == q.size(1) && t.size(2) == q.size(2),
-                    "cross_attention: expected ", name, " [B, H, N] float64");
-    return torch::stable::contiguous(t);
-  };
-  const Tensor grad = torch::stable::contiguous(d_o), out = torch::stable::contiguous(o);
-  const Tensor stats = statistics(lse, "lse"), token_stats = torch::stable::contiguous(token_lse);
-  STD_TORCH_CHECK(!inverted || (token_lse.scalar_type() == ScalarType::Double &&
-                                token_lse.numel() == k.size(0) * k.size(1) * k.size(2)),
-                  "cross_attention: expected token_lse [B, H, M] float64");
-  std::optional<Tensor> grad_lse;
-  if (d_lse) grad_lse = statistics(*d_lse, "d_lse");
+  STD_TORCH_CHECK(!d_lse || !inverted, "cross_attention: expected no d_lse with inverted attention, got one");
+  const ScalarType dtype = q.scalar_type();
+  const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2);
+  const Shape rows{B, H, N}, outputs{B, H, N, v.size(3)}, columns{B, H, M};
+  const Tensor grad = check.dense("d_o", d_o, dtype, outputs, "[B, H, N, dv]");
+  const Tensor out = check.dense("o", o, dtype, outputs, "[B, H, N, dv]");
+  const Tensor stats = check.dense("lse", lse, ScalarType::Double, rows, "[B, H, N]");
+  const auto grad_lse = check.dense("d_lse", d_lse, ScalarType::Double, rows, "[B, H, N]");
+  check.tensor("token_lse", token_lse);
+  const Tensor token_stats =
+      inverted ? check.dense("token_lse", token_lse, ScalarType::Double, columns, "[B, H, M]") : token_lse;
   Tensor dq = torch::stable::new_empty(q, sizes_of(q)), dk = torch::stable::new_empty(k, sizes_of(k));
   Tensor dv = torch::stable::new_empty(v, sizes_of(v));
+  if (inputs.empty()) return {dq, dk, dv};
   with_type(q, [&](auto zero) {
     using T = decltype(zero);
     cross_attention_backward<T>(inputs.view<T>(), data<const T>(out), data<const double>(stats),

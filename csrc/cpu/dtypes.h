@@ -3,7 +3,7 @@
 
 #include "../core/dtypes.h"
 
-#include "torch_stable.h"
+#include "checks.h"
 
 namespace perceiver_fast {
 
@@ -19,34 +19,20 @@ void with_dtypes(const char* op, ScalarType wide, ScalarType narrow, F f) {
                   torch::headeronly::toString(narrow), " beside ", torch::headeronly::toString(wide));
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": expected ", name, " in ", torch::headeronly::toString(dtype),
-                  ", got ", torch::headeronly::toString(t.scalar_type()));
-}
-
-// A tensor of `count` elements of a dtype, dense.
-inline Tensor dense(const char* op, const char* name, const Tensor& t, int64_t count, ScalarType dtype) {
-  check_dtype(op, name, t, dtype);
-  STD_TORCH_CHECK(t.numel() == count, op, ": expected ", name, " of ", count, " elements, got ", t.numel());
-  return torch::stable::contiguous(t);
-}
-inline std::optional<Tensor> dense(const char* op, const char* name, const std::optional<Tensor>& t, int64_t count,
-                                   ScalarType dtype) {
-  if (!t) return std::nullopt;
-  return dense(op, name, *t, count, dtype);
-}
-
 inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Elements of the last dimension, and how often they come.
 struct Rows {
-  int64_t count = 1, columns;
-  Rows(const char* op, const Tensor& t) {
-    STD_TORCH_CHECK(t.dim() >= 1, op, ": expected at least one dimension, got a scalar");
-    for (int64_t d = 0; d + 1 < t.dim(); ++d) count *= t.size(d);
-    columns = t.size(t.dim() - 1);
+  int64_t count, columns;
+  Shape shape, outer;  // of all dimensions, and of all but the last
+
+  Rows(const Check& check, const char* name, const Tensor& t) : shape(sizes_of(t)) {
+    STD_TORCH_CHECK(!shape.empty(), check.op, ": expected ", name, " of at least one dimension, got a scalar");
+    columns = shape.back();
+    outer.assign(shape.begin(), shape.end() - 1);
+    count = check.product("rows", outer);
   }
 };
 

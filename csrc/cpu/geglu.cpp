@@ -10,31 +10,34 @@
 namespace perceiver_fast {
 namespace {
 
-constexpr const char* kOp = "geglu";
+constexpr Check check{"geglu"};
 
 struct Inputs {
-  Rows rows;
   ScalarType dtype, bias_dtype;
+  Rows rows;
+  Shape u_shape;
   Tensor h;
   std::optional<Tensor> bias;
-  std::vector<int64_t> u_shape;
 
   Inputs(const Tensor& h_, const std::optional<Tensor>& bias_)
-      : rows(kOp, h_),
-        dtype(h_.scalar_type()),
-        bias_dtype(bias_ ? bias_->scalar_type() : dtype),
-        h(torch::stable::contiguous(h_)),
-        bias(dense(kOp, "bias", bias_, rows.columns, bias_dtype)),
-        u_shape(sizes_of(h_)) {
-    STD_TORCH_CHECK(rows.columns % 2 == 0, "geglu: expected h [.., 2 F], got ", rows.columns, " columns");
-    u_shape.back() /= 2;
+      : dtype(dtype_of("h", h_)), bias_dtype(bias_ ? dtype_of("bias", *bias_) : dtype), rows(check, "h", h_) {
+    STD_TORCH_CHECK(rows.columns % 2 == 0, "geglu: expected h [.., 2 F], got shape ", text_of(rows.shape));
+    with_dtypes(check.op, bias_dtype, dtype, [](auto) {});
+    u_shape = with_last(rows.shape, rows.columns / 2);
+    bias = check.dense("bias", bias_, bias_dtype, {rows.columns}, "[2 F]");
+    h = torch::stable::contiguous(h_);
+  }
+
+  static ScalarType dtype_of(const char* name, const Tensor& t) {
+    check.tensor(name, t);
+    return t.scalar_type();
   }
 };
 
 Tensor forward(const Tensor& h, const std::optional<Tensor>& bias) {
   const Inputs in(h, bias);
   Tensor u = torch::stable::new_empty(h, in.u_shape);
-  with_dtypes(kOp, in.bias_dtype, in.dtype, [&](auto dtypes) {
+  with_dtypes(check.op, in.bias_dtype, in.dtype, [&](auto dtypes) {
     using D = decltype(dtypes);
     using B = typename D::Wide;
     using P = typename D::Narrow;
@@ -46,11 +49,11 @@ Tensor forward(const Tensor& h, const std::optional<Tensor>& bias) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_u, const Tensor& h, const std::optional<Tensor>& bias) {
   const Inputs in(h, bias);
-  const Tensor grad = dense(kOp, "d_u", d_u, in.rows.count * in.u_shape.back(), in.dtype);
-  Tensor u = torch::stable::new_empty(h, in.u_shape), d_h = torch::stable::new_empty(h, sizes_of(h));
+  const Tensor grad = check.dense("d_u", d_u, in.dtype, in.u_shape, "[.., F]");
+  Tensor u = torch::stable::new_empty(h, in.u_shape), d_h = torch::stable::new_empty(h, in.rows.shape);
   const std::vector<int64_t> width{bias ? in.rows.columns : 0};
   Tensor d_bias = torch::stable::new_empty(bias ? *bias : h, width);
-  with_dtypes(kOp, in.bias_dtype, in.dtype, [&](auto dtypes) {
+  with_dtypes(check.op, in.bias_dtype, in.dtype, [&](auto dtypes) {
     using D = decltype(dtypes);
     using B = typename D::Wide;
     using P = typename D::Narrow;

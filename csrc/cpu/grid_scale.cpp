@@ -3,31 +3,34 @@
 // computes. Shapes and dtypes are checked here. Threads are torch's. Operands that are not dense are copied.
 #include "../core/grid_scale.h"
 
-#include "torch_stable.h"
+#include "checks.h"
 
 namespace perceiver_fast {
 namespace {
 
+constexpr Check check{"grid_scale"};
+
 Tensor forward(const Tensor& feat, const Tensor& axis_mean, const Tensor& axis_square,
                std::vector<int64_t> axis_channels, double eps) {
-  STD_TORCH_CHECK(feat.dim() >= 3, "grid_scale: expected feat [B, *sizes, F], got ", feat.dim(), " dimensions");
-  const Tensor x = torch::stable::contiguous(feat), mean = torch::stable::contiguous(axis_mean);
-  const Tensor square = torch::stable::contiguous(axis_square);
-  std::vector<int64_t> shape = sizes_of(feat);
+  const ScalarType dtype = check.floating("feat", feat);
+  STD_TORCH_CHECK(feat.dim() >= 3, "grid_scale: expected feat [B, *sizes, F], got shape ", text_of(sizes_of(feat)));
+  check.eps(eps);
+  Shape shape = sizes_of(feat);
   const int64_t features = shape.back();
   shape.pop_back();
-  const std::vector<int64_t> sizes(shape.begin() + 1, shape.end());
+  const Shape sizes(shape.begin() + 1, shape.end());
   STD_TORCH_CHECK(axis_channels.size() == sizes.size(), "grid_scale: expected axis_channels of ", sizes.size(),
                   " axes, got ", axis_channels.size());
-  int64_t positions = 0;
-  for (int64_t size : sizes) positions += size;
-  STD_TORCH_CHECK(mean.numel() == positions && square.numel() == positions,
-                  "grid_scale: expected axis_mean and axis_square of sum(sizes) = ", positions, " values");
-  STD_TORCH_CHECK(mean.scalar_type() == feat.scalar_type() && square.scalar_type() == feat.scalar_type(),
-                  "grid_scale: expected feat, axis_mean and axis_square of one dtype");
-  STD_TORCH_CHECK(feat.scalar_type() == ScalarType::Float || feat.scalar_type() == ScalarType::Double,
-                  "grid_scale: expected float32 or float64");
+  for (int64_t channels : axis_channels)
+    STD_TORCH_CHECK(channels >= 0 && channels < int64_t(1) << 31,
+                    "grid_scale: expected axis_channels from 0 to 2^31 - 1, got ", channels);
+  const Shape positions{check.sum("positions", sizes)};
+  check.product("tokens", shape);
+  const Tensor mean = check.dense("axis_mean", axis_mean, dtype, positions, "[sum(sizes)]");
+  const Tensor square = check.dense("axis_square", axis_square, dtype, positions, "[sum(sizes)]");
+  const Tensor x = torch::stable::contiguous(feat);
   Tensor scale = torch::stable::new_empty(feat, shape);
+  if (scale.numel() == 0) return scale;
   with_type(feat, [&](auto zero) {
     using T = decltype(zero);
     grid_scale_forward<T>(data<const T>(x), shape[0], sizes, features, data<const T>(mean), data<const T>(square),

@@ -10,24 +10,28 @@
 namespace perceiver_fast {
 namespace {
 
-constexpr const char* kOp = "layer_norm";
+constexpr Check check{"layer_norm"};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& branch,
                                                    const std::optional<Tensor>& branch_bias, const Tensor& weight,
                                                    const Tensor& bias, double eps, ScalarType out_dtype) {
-  const Rows rows(kOp, x);
+  check.tensor("x", x);
+  check.eps(eps);
+  const Rows rows(check, "x", x);
   const ScalarType dtype = x.scalar_type(), statistics = compute_dtype(dtype);
+  with_dtypes(check.op, dtype, out_dtype, [](auto) {});
   const int64_t D = rows.columns;
+  const Shape &shape = rows.shape, &outer = rows.outer, vector{D};
   STD_TORCH_CHECK(branch || !branch_bias, "layer_norm: expected branch_bias with a branch, got it alone");
+  const auto joining = check.dense("branch", branch, out_dtype, shape, "like x");
+  const auto joining_bias = check.dense("branch_bias", branch_bias, dtype, vector, "[D]");
+  const Tensor scale = check.dense("weight", weight, dtype, vector, "[D]");
+  const Tensor shift = check.dense("bias", bias, dtype, vector, "[D]");
   const Tensor stream = torch::stable::contiguous(x);
-  const auto joining = dense(kOp, "branch", branch, x.numel(), out_dtype);
-  const auto joining_bias = dense(kOp, "branch_bias", branch_bias, D, dtype);
-  const Tensor scale = dense(kOp, "weight", weight, D, dtype), shift = dense(kOp, "bias", bias, D, dtype);
-  const std::vector<int64_t> shape = sizes_of(x), outer(shape.begin(), shape.end() - 1);
-  Tensor y = torch::stable::new_empty(x, branch ? shape : std::vector<int64_t>{0});
+  Tensor y = torch::stable::new_empty(x, branch ? shape : Shape{0});
   Tensor z = torch::stable::new_empty(x, shape, out_dtype);
   Tensor mean = torch::stable::new_empty(x, outer, statistics), rstd = torch::stable::new_empty(x, outer, statistics);
-  with_dtypes(kOp, dtype, out_dtype, [&](auto dtypes) {
+  with_dtypes(check.op, dtype, out_dtype, [&](auto dtypes) {
     using D_ = decltype(dtypes);
     using S = typename D_::Wide;
     using P = typename D_::Narrow;
@@ -42,21 +46,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::o
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& d_y, const Tensor& d_z,
                                                             const Tensor& y, const Tensor& mean, const Tensor& rstd,
                                                             const Tensor& weight, bool branch_bias) {
-  const Rows rows(kOp, y);
+  check.tensor("y", y);
+  check.tensor("d_z", d_z);
+  const Rows rows(check, "y", y);
   const ScalarType dtype = y.scalar_type(), out_dtype = d_z.scalar_type(), statistics = compute_dtype(dtype);
+  with_dtypes(check.op, dtype, out_dtype, [](auto) {});
   const int64_t D = rows.columns;
-  const Tensor stream = torch::stable::contiguous(y), grad = dense(kOp, "d_z", d_z, y.numel(), out_dtype);
-  const auto grad_stream = dense(kOp, "d_y", d_y, y.numel(), dtype);
-  const Tensor middle = dense(kOp, "mean", mean, rows.count, statistics);
-  const Tensor spread = dense(kOp, "rstd", rstd, rows.count, statistics);
-  const Tensor scale = dense(kOp, "weight", weight, D, dtype);
-  const auto shape = sizes_of(y);
-  const std::vector<int64_t> vector{D}, none{0};
+  const Shape &shape = rows.shape, vector{D}, none{0};
+  const Tensor grad = check.dense("d_z", d_z, out_dtype, shape, "like y");
+  const auto grad_stream = check.dense("d_y", d_y, dtype, shape, "like y");
+  const Tensor middle = check.dense("mean", mean, statistics, rows.outer, "of y's rows");
+  const Tensor spread = check.dense("rstd", rstd, statistics, rows.outer, "of y's rows");
+  const Tensor scale = check.dense("weight", weight, dtype, vector, "[D]");
+  const Tensor stream = torch::stable::contiguous(y);
   Tensor d_x = torch::stable::new_empty(y, shape);
   Tensor d_branch = torch::stable::new_empty(d_z, out_dtype == dtype ? none : shape);
   Tensor d_weight = torch::stable::new_empty(weight, vector), d_bias = torch::stable::new_empty(weight, vector);
   Tensor d_branch_bias = torch::stable::new_empty(weight, branch_bias ? vector : none);
-  with_dtypes(kOp, dtype, out_dtype, [&](auto dtypes) {
+  with_dtypes(check.op, dtype, out_dtype, [&](auto dtypes) {
     using D_ = decltype(dtypes);
     using S = typename D_::Wide;
     using P = typename D_::Narrow;

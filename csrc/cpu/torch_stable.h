@@ -21,15 +21,6 @@ inline Parallel torch_parallel() {
           [](int64_t n, const auto& body) { torch::stable::parallel_for(0, n, 1, body); }};
 }
 
-// A dropout probability with the seed that decides what is dropped.
-inline Dropout dropout_of(double probability, const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(probability >= 0 && probability < 1, "expected a dropout probability in [0, 1), got ", probability);
-  if (probability == 0) return Dropout(0, 0);
-  STD_TORCH_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "expected a seed of one int64 with dropout");
-  return Dropout(probability, uint64_t(*static_cast<const int64_t*>(seed->data_ptr())));
-}
-
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return {sizes.begin(), sizes.end()};

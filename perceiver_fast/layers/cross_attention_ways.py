@@ -34,6 +34,7 @@ from perceiver_fast.ops.library import half_dtype, unless_autocast
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens, absorb_norm
 
 Result = tuple[Tensor, Tensor | None]
+LEAST_SCALE = 2.0**-60
 
 
 def attend_grid(
@@ -52,7 +53,7 @@ def attend_grid(
     with unless_autocast(z.device):
         scale = tokens.scale(layer.norm_context.eps)
         if inverted:  # the keys' bias: a channel that is one after scaling, and the bias as its query
-            feat = torch.cat([feat, 1 / scale.unsqueeze(-1)], -1)
+            feat, scale = with_ones(feat, scale)
             q = torch.cat([q[..., :features], logit_bias.unsqueeze(-1), q[..., features:]], -1)
         q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
         mask = None if mask is None else mask.reshape(feat.shape[:-1])
@@ -65,6 +66,21 @@ def attend_grid(
         if not with_lse:
             return out, None
         return out, lse.unflatten(1, (heads, -1)).transpose(1, 2) + logit_bias.transpose(1, 2)
+
+
+def with_ones(feat: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw channels with one more, which times the scale is one, and the scale.
+
+    A token whose variance overflowed has a scale of zero, no multiple of which is one. LayerNorm makes zeros of it: so
+    do channels of zero, and a scale beside which the codes of its position vanish.
+
+    Args:
+        feat: ``[B, *sizes, F]``.
+        scale: ``[B, *sizes]``.
+    """
+    lost = scale == 0
+    feat, scale = feat.masked_fill(lost.unsqueeze(-1), 0.0), scale.masked_fill(lost, LEAST_SCALE)
+    return torch.cat([feat, 1 / scale.unsqueeze(-1)], -1), scale
 
 
 def attend_absorbed(

@@ -17,7 +17,7 @@ from perceiver_fast import reference
 from perceiver_fast.ops.derivatives import recomputed
 from perceiver_fast.reference.dropout import apply_dropout
 from perceiver_fast.reference.grid_attention import grid_logits, grid_values
-from perceiver_fast.reference.softmax import EPS, block_weights
+from perceiver_fast.reference.softmax import EMPTY_LSE, EPS, block_weights
 
 ELEMENTS = 2**20  # of the largest tensor of a block
 LEAST = 256  # tokens of a block: shorter ones would leave more partial results than logits
@@ -55,12 +55,12 @@ def _shares(
     stacked = torch.stack(statistics)
     lse = stacked.logsumexp(0)
     if empty is not None:
-        lse = lse.masked_fill(empty, -torch.finfo(lse.dtype).max)
+        lse = lse.masked_fill(empty, EMPTY_LSE)
     return list(stacked.softmax(0).unbind(0)), lse
 
 
 def _weighted(parts: list[Tensor], shares: list[Tensor]) -> Tensor:
-    terms = [part * share.unsqueeze(-1) for part, share in zip(parts, shares)]
+    terms = [part * share.unsqueeze(-1).to(part.dtype) for part, share in zip(parts, shares)]
     return sum(terms[1:], terms[0])
 
 

@@ -34,6 +34,7 @@ from perceiver_fast.ops.library import (
 from perceiver_fast.ops.sdpa import sdpa
 from perceiver_fast.ops.work import Shape, Work, attention_work
 from perceiver_fast.ranges import op_range
+from perceiver_fast.reference.softmax import EMPTY_LSE
 
 OP = "cross_attention"
 
@@ -242,8 +243,8 @@ def cross_attention(
         return_lse: also return the natural log-sum-exp of the logits. Default: False.
 
     Returns:
-        ``[B, H, N, dv]``, the dtype of q; with return_lse also lse ``[B, H, N]`` float64, -finfo.max for a batch element
-        that is all masked. float64 is computed in float64, all others in float32 (on GPUs the weights of half
+        ``[B, H, N, dv]``, the dtype of q; with return_lse also lse ``[B, H, N]`` float64, -3.4e38 (float32's
+        least number, in every dtype and on every backend) for a batch element that is all masked. float64 is computed in float64, all others in float32 (on GPUs the weights of half
         precision are rounded to it, as everywhere). Differentiable any number of times.
 
     Raises:
@@ -293,7 +294,9 @@ def cross_attention_unchecked(
         return (o, lse) if return_lse else o
     empty = None
     if not inverted:
-        q, mask, empty = _without_constants(q, k, mask, keep_lse=return_lse)
+        q = _without_constants(q, k, mask, keep_lse=return_lse)
+        if backend != "cpu":
+            q, mask, empty = _without_empty_rows(q, mask)
     elif q.shape[2] == 1:  # a softmax over one query is constant: no gradient, exactly
         q = q * 0
     if backend == "sdpa":
@@ -311,14 +314,14 @@ def cross_attention_unchecked(
     o = o.to(q.dtype)
     if not return_lse:
         return o
-    return o, lse if empty is None else lse.masked_fill(empty[:, None, None], -torch.finfo(compute_dtype(q.dtype)).max)
+    return o, lse if empty is None else lse.masked_fill(empty[:, None, None], EMPTY_LSE)
 
 
 def _transformed(q, k, v, mask, scale, dropout, inverted, return_lse) -> Tensor | tuple[Tensor, Tensor]:
     """The differentiable form, which torch.func's transforms see through."""
     compute = compute_dtype(q.dtype)
     if not inverted:
-        by, *_ = _without_constants(q, k, mask, keep_lse=return_lse)
+        by, *_ = _without_empty_rows(_without_constants(q, k, mask, keep_lse=return_lse), mask)
     else:
         by = q * 0 if q.shape[2] == 1 else q
     with unless_autocast(q.device):
@@ -329,23 +332,28 @@ def _transformed(q, k, v, mask, scale, dropout, inverted, return_lse) -> Tensor 
     return (o.to(q.dtype), lse) if return_lse else o.to(q.dtype)
 
 
-def _without_constants(
-    q: Tensor, k: Tensor, mask: Tensor | None, keep_lse: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _without_constants(q: Tensor, k: Tensor, mask: Tensor | None, keep_lse: bool) -> Tensor:
     """Zero queries where the weights do not depend on them, so that their gradients are exactly zero.
 
-    A batch element that is all masked attends uniformly, which is what zero queries and no mask do; one that sees a
-    single token has a weight of one there, but its log-sum-exp is that token's logit.
+    A batch element that sees a single token has a weight of one there, but its log-sum-exp is that token's logit.
+    """
+    if keep_lse:
+        return q
+    if mask is None:
+        return q * 0 if k.shape[2] == 1 else q
+    return q * (mask.sum(-1) > 1)[:, None, None, None]  # NaN stays NaN
+
+
+def _without_empty_rows(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """For backends that have no uniform weights: zero queries and no mask, which make them.
 
     Returns:
-        q, the mask without its empty rows (or None), and which batch elements were empty (or None).
+        q, with zeros in the batch elements that are all masked, the mask without these (or None), and which they are,
+        bool ``[B]`` (or None).
     """
     if mask is None:
-        return (q * 0 if k.shape[2] == 1 and not keep_lse else q), None, None
-    visible = mask.sum(-1)
-    empty = visible == 0
-    if not keep_lse:
-        q = q * (visible > 1)[:, None, None, None]  # NaN stays NaN
+        return q, None, None
+    empty = ~mask.any(-1)
     return q.masked_fill(empty[:, None, None, None], 0.0), mask | empty[:, None], empty
 
 

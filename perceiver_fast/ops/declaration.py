@@ -14,6 +14,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,6 +54,38 @@ class Operator:
     def packet(self) -> torch._ops.OpOverloadPacket:
         """What is called: ``torch.ops.perceiver_fast.<name>``."""
         return getattr(torch.ops.perceiver_fast, self.name)
+
+    @cached_property
+    def _arguments(self) -> list[tuple[str, bool]]:
+        """Its arguments' names, and whether they have to be tensors."""
+        arguments = self.packet.default._schema.arguments
+        return [(argument.name, argument.type.kind() == "TensorType") for argument in arguments]
+
+    def check_tensors(self, arguments: Sequence[object]) -> None:
+        """Raise TypeError or ValueError unless tensors are there, and all on one device.
+
+        torch lets None through for a tensor, and chooses a kernel by the tensors' devices together: a single one on
+        "meta" has it take outputs without content for results, and one on a GPU brings those of the CPU to its kernels.
+        """
+        devices = set()
+        for (name, tensor), value in zip(self._arguments, arguments):
+            if isinstance(value, Tensor):
+                devices.add(value.device)
+            elif tensor:
+                raise TypeError(
+                    f"{self.name}: expected a tensor for {name}, got {value}; only optional ones may be left out"
+                )
+        if len(devices) > 1:
+            pairs = zip(self._arguments, arguments)
+            got = (f"{name} on {value.device}" for (name, _), value in pairs if isinstance(value, Tensor))
+            raise ValueError(
+                f"{self.name}: expected all tensors on one device, got {', '.join(got)}; move them with .to(..)"
+            )
+
+    def fake(self, *arguments: object) -> object:
+        """Its outputs without content, as torch asks for them of tensors that have none."""
+        self.check_tensors(arguments)
+        return self.outputs(*arguments)
 
     def count(self, arguments: Sequence[object]) -> Work:
         """The work of one call."""
@@ -168,7 +201,7 @@ def declare(name: str, **facts: object) -> Op:
     for operator in op.operators:
         OPERATORS[operator.name] = operator
         library.define(operator.schema)
-        library.fake(operator.name)(operator.outputs)
+        library.fake(operator.name)(operator.fake)
         if operator.triton is not None:
             _register_triton(operator)
     return op
@@ -177,7 +210,10 @@ def declare(name: str, **facts: object) -> Op:
 def _register_triton(operator: Operator) -> None:
     def run(*arguments):
         kernel = operator.triton_kernel()
-        device = next(value.device for value in arguments if value is not None)  # a missing gradient comes first
+        operator.check_tensors(arguments)
+        device = next(
+            value.device for value in arguments if isinstance(value, Tensor)
+        )  # a missing gradient comes first
         if device.type != "cuda":
             return kernel(*arguments)
         with torch.cuda.device(device):  # Triton launches on the current device, and on its current stream

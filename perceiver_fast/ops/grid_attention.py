@@ -283,7 +283,8 @@ def grid_attention(
         feat: ``[B, M, F]``, the raw channels of the tokens.
         scale: ``[B, M]``, the scale of every token (LayerNorm's 1/std).
         mask: bool ``[B, M]``, True where a token may be attended to. Default: all of them. A row that is all False
-            attends uniformly to all tokens, as perceiver-pytorch does, and has lse = -finfo.max.
+            attends uniformly to all tokens, as perceiver-pytorch does, and has an lse of -3.4e38, float32's least
+            number, in every dtype and on every backend.
         dropout: probability of dropping a weight. Which ones is a function of a seed that is drawn from torch's
             generator, and of indices: the number of threads does not matter. Default: 0.
         inverted: softmax over the N queries, then normalised over the tokens; lse is then the logarithm of the

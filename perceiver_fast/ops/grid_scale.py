@@ -35,7 +35,7 @@ def _outputs(feat, axis_mean, axis_square, axis_channels, eps):
 
 def _sample(make, dtype=torch.float32, sizes=(5, 6), features=3):
     statistics = make(sum(sizes), dtype=dtype), make.positive(sum(sizes), dtype=dtype)
-    return GridScaleFunction.apply(make(2, *sizes, features, dtype=dtype), *statistics, [7] * len(sizes), 1e-5)
+    return GridScaleFunction.apply(make(2, *sizes, features, dtype=dtype), *statistics, [7] * len(sizes), 1e-5, "cpu")
 
 
 GRID_SCALE = declare(
@@ -59,15 +59,17 @@ GRID_SCALE = declare(
 
 
 class GridScaleFunction(torch.autograd.Function):
-    """The kernel forward, with its gradients in plain PyTorch, which has all further ones: inputs and codes seldom need
-    them.
+    """The kernel or plain PyTorch forward, with gradients in plain PyTorch, which has all further ones: inputs and codes
+    seldom need them.
 
-    Deviations from the mean sum to zero, so the mean counts as a constant: ``d var / d x_f = 2 (x_f - mu) / C``.
+    Deviations from the mean sum to zero, so the mean counts as a constant: ``d var / d x_f = 2 (x_f - mu) / C``, and
+    ``d r / d x_f = -r^3 (x_f - mu) / C``.
     """
 
     @staticmethod
-    def forward(ctx, feat, axis_mean, axis_square, axis_channels, eps):
-        scale = torch.ops.perceiver_fast.grid_scale_forward(feat, axis_mean, axis_square, axis_channels, eps)
+    def forward(ctx, feat, axis_mean, axis_square, axis_channels, eps, backend):
+        run = torch.ops.perceiver_fast.grid_scale_forward if backend == "cpu" else reference.grid_scale
+        scale = run(feat, axis_mean, axis_square, axis_channels, eps)
         ctx.save_for_backward(feat, axis_mean, scale)
         ctx.set_materialize_grads(False)
         ctx.axis_channels = axis_channels
@@ -78,22 +80,25 @@ class GridScaleFunction(torch.autograd.Function):
     def backward(ctx, d_scale):
         feat, axis_mean, scale = ctx.saved_tensors
         if d_scale is None:
-            return (None,) * 5
+            return (None,) * 6
         widths = ctx.axis_channels
+        # Multiplied in an order in which no token's magnitude matters: its scale is one over it, d_scale as large as it.
+        # A variance that overflowed has a scale of zero, and no gradient.
         of_feat, of_axes = grid_deviations(feat, axis_mean, widths)
-        # d loss / d (C var / 2) is factor scale^2, which is out of range long before normalised deviations are.
-        factor = -(d_scale * scale) / (feat.shape[-1] + sum(widths))
+        lost = scale == 0
+        factor = -(d_scale.masked_fill(lost, 0.0) * scale) * scale / (feat.shape[-1] + sum(widths))
         d_feat = None
         if ctx.needs_input_grad[0]:
-            d_feat = (factor * scale).unsqueeze(-1) * (scale.unsqueeze(-1) * of_feat)
+            normalized = (of_feat * scale.unsqueeze(-1)).masked_fill(lost.unsqueeze(-1), 0.0)
+            d_feat = factor.unsqueeze(-1) * normalized
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            return d_feat, None, None, None, None
+            return d_feat, None, None, None, None, None
         d_mean, d_square = [], []
         for axis, (width, deviation) in enumerate(zip(widths, of_axes)):
             others = [d for d in range(factor.dim()) if d != axis + 1]
-            d_mean.append((factor * scale * (scale * deviation)).sum(others) * width)
-            d_square.append((factor * scale * scale).sum(others) / 2)
-        return d_feat, torch.cat(d_mean), torch.cat(d_square), None, None
+            d_mean.append((factor * (deviation * scale).masked_fill(lost, 0.0)).sum(others) * width)
+            d_square.append((factor * scale).sum(others) / 2)
+        return d_feat, torch.cat(d_mean), torch.cat(d_square), None, None, None
 
 
 def grid_scale(
@@ -109,7 +114,8 @@ def grid_scale(
         eps: LayerNorm's epsilon, at least 0. Default: 1e-5, torch's.
 
     Returns:
-        ``[B, n_1, .., n_A]``, the dtype of feat. Differentiable any number of times in feat, axis_mean and axis_square.
+        ``[B, n_1, .., n_A]``, the dtype of feat; zero, and without a gradient, for a token whose variance overflows.
+        Differentiable any number of times in feat, axis_mean and axis_square.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, rank, size or device; the message says expected, got and what to do.
@@ -134,9 +140,10 @@ def grid_scale_unchecked(
     feat: Tensor, axis_mean: Tensor, axis_square: Tensor, axis_channels: Sequence[int], eps: float = 1e-5
 ) -> Tensor:
     """:func:`grid_scale` for callers whose tensors fit each other; they are not checked."""
-    if not transformed() and GRID_SCALE.require(PointwiseCall(feat.dtype, feat.device)) == "cpu":
-        return GridScaleFunction.apply(feat, axis_mean, axis_square, axis_channels, eps)
-    return reference.grid_scale(feat, axis_mean, axis_square, axis_channels, eps)
+    if transformed():
+        return reference.grid_scale(feat, axis_mean, axis_square, axis_channels, eps)
+    backend = GRID_SCALE.require(PointwiseCall(feat.dtype, feat.device))
+    return GridScaleFunction.apply(feat, axis_mean, axis_square, axis_channels, eps, backend)
 
 
 def _check(feat, axis_mean, axis_square, widths, eps) -> None:

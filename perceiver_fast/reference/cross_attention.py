@@ -33,7 +33,8 @@ def cross_attention(
             ``inverted_cross_attn``).
 
     Returns:
-        o ``[B, H, N, dv]`` and lse ``[B, H, N]`` float64 (inverted: the logarithm of the normaliser over the tokens).
+        o ``[B, H, N, dv]`` and lse ``[B, H, N]`` float64, -3.4e38 for a row that is all masked (inverted: the logarithm
+        of the normaliser over the tokens, at least that of 1e-8).
     """
     logits = torch.einsum("bhnd,bhmd->bhnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     weight, lse = attention_weights(logits, None if mask is None else mask[:, None, None, :], inverted)

@@ -22,12 +22,13 @@ def grid_logits(q: Tensor, feat: Tensor, scale: Tensor) -> Tensor:
     """
     sizes, features = feat.shape[1:-1], feat.shape[-1]
     q_feat, *q_axes = q.split([features, *sizes], dim=-1)
-    logits = torch.einsum("bnf,b...f->bn...", q_feat, feat)
+    axes = 0.0
     for axis, q_axis in enumerate(q_axes):
         shape = [1] * len(sizes)
         shape[axis] = sizes[axis]
-        logits = logits + q_axis.reshape(*q.shape[:2], *shape)  # [B, N, 1, n_a, 1]
-    return logits * scale.unsqueeze(1)
+        axes = axes + q_axis.reshape(*q.shape[:2], *shape)  # [B, N, 1, n_a, 1]
+    # Scaled first: the products of a token of 1e38 overflow, and its scale is zero.
+    return torch.einsum("bnf,b...f->bn...", q_feat, feat * scale.unsqueeze(-1)) + axes * scale.unsqueeze(1)
 
 
 def grid_attention(
@@ -50,8 +51,8 @@ def grid_attention(
 
     Returns:
         o ``[B, N, L]`` in the dtype of the inputs, lse ``[B, N]`` float64, the log-sum-exp of the logits
-        (-finfo.max of the dtype for a row that is all masked; inverted: the logarithm of the normaliser), and the sums
-        of the weights P ``[B, N]``.
+        (-3.4e38 for a row that is all masked; inverted: the logarithm of the normaliser, at least that of 1e-8), and the
+        sums of the weights P ``[B, N]``.
     """
     heads = q.shape[0] // max(1, feat.shape[0])
     if heads > 1:
@@ -75,8 +76,9 @@ def grid_values(weight: Tensor, feat: Tensor, scale: Tensor) -> list[Tensor]:
         ``[B, N, F]``, then ``[B, N, n_a]`` of every axis.
     """
     axes = range(scale.dim() - 1)
-    weight = weight.unflatten(2, scale.shape[1:]) * scale.unsqueeze(1)  # P scale
-    parts = [torch.einsum("bn...,b...f->bnf", weight, feat)]
+    weight = weight.unflatten(2, scale.shape[1:])
+    parts = [torch.einsum("bn...,b...f->bnf", weight, feat * scale.unsqueeze(-1))]
+    weight = weight * scale.unsqueeze(1)
     for axis in axes:
         others = [2 + a for a in axes if a != axis]
         parts.append(weight.sum(others) if others else weight)

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The log-sum-exp of a row that is all masked, in every dtype and on every backend: float32's least number. It is finite,
+# so that nothing that is computed from it and then left out is NaN.
+EMPTY_LSE = -3.4028234663852886e38
 EPS = 1e-8  # the least normaliser of inverted attention, as in perceiver-pytorch
 
 
@@ -19,17 +22,17 @@ def block_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tuple[
         inverted: softmax over the queries.
 
     Returns:
-        Weights ``[.., N, M]`` and ``[.., N]``: the softmax over the tokens and its log-sum-exp, or (inverted) the softmax
-        over the queries and its sum over the tokens.
+        Weights ``[.., N, M]`` and ``[.., N]``, which is float32 at least: the softmax over the tokens and its
+        log-sum-exp, or (inverted) the softmax over the queries and its sum over the tokens.
     """
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.finfo(logits.dtype).max)
     if not inverted:
-        return logits.softmax(-1), logits.logsumexp(-1)
+        return logits.softmax(-1), at_least_float32(logits).logsumexp(-1)
     weight = logits.softmax(-2)
     if mask is not None:
         weight = weight.masked_fill(~mask, 0.0)
-    return weight, weight.sum(-1)
+    return weight, at_least_float32(weight).sum(-1)
 
 
 def attention_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tuple[Tensor, Tensor]:
@@ -39,9 +42,17 @@ def attention_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tu
         logits, mask, inverted: see :func:`block_weights`.
 
     Returns:
-        Weights ``[.., N, M]``, and the log-sum-exp of the logits ``[.., N]``; inverted, the logarithm of the normaliser.
+        Weights ``[.., N, M]``, and ``[.., N]`` the log-sum-exp of the logits, ``EMPTY_LSE`` for a row that is all False;
+        inverted, the logarithm of the normaliser.
     """
     weight, statistic = block_weights(logits, mask, inverted)
     if not inverted:
-        return weight, statistic
-    return F.normalize(weight, p=1, dim=-1, eps=EPS), statistic.clamp_min(EPS).log()
+        return weight, statistic if mask is None else statistic.masked_fill(~mask.any(-1), EMPTY_LSE)
+    # float16 has no number as small as the least normaliser.
+    weight = F.normalize(at_least_float32(weight), p=1, dim=-1, eps=EPS).to(weight.dtype)
+    return weight, statistic.clamp_min(EPS).log()
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """``t``, in float32 where it is in half precision."""
+    return t if t.dtype == torch.float64 else t.float()

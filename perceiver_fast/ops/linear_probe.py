@@ -64,9 +64,10 @@ class Operands:
         return (x if self._kind == "forward" else d_out), weight
 
 
-def _timed(call: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Run:
+def timed(call: Callable[..., object], *arguments: object) -> Run:
+    """One call: how long it took, and whether this process kept its processors meanwhile."""
     before, start = interruptions(), time.perf_counter()
-    call(a, b)
+    call(*arguments)
     seconds = time.perf_counter() - start
     return Run(seconds, interruptions() == before)
 
@@ -99,7 +100,7 @@ def probe(
                         return
                 if not all(clean[-RECENT:]):
                     time.sleep(REST)
-                run = _timed(call, a, b)
+                run = timed(call, a, b)
                 runs[name][problem].append(run)
                 clean.append(run.clean)
                 if time.perf_counter() > end:

@@ -24,6 +24,11 @@ class Problem(NamedTuple):
     inner: int
     outer: int
 
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.rows * self.inner * self.outer
+
 
 class Run(NamedTuple):
     """How long a product took, and whether this process kept its processors meanwhile."""
@@ -107,13 +112,13 @@ def decide(runs: Runs, prior: Prior) -> Verdict:
     gain = least[prior.favourite] / least[best]
     sure = max(gain, 1 / gain) > needed
     how = "sure" if sure else f"{'close' if whole else 'disturbed by other work'}, {prior.why} decided"
-    operations = sum(2e-9 * problem.rows * problem.inner * problem.outer for problem in times[best])
+    operations = sum(problem.operations for problem in times[best])
     return Verdict(
         chosen=best if gain > needed else prior.favourite,
         how=how,
         sure=sure,
         settled=(whole and (sure or spread <= SETTLED)) or gain * ALL_DISTURBED < 1,
-        gflops={name: operations / seconds for name, seconds in least.items()},
+        gflops={name: 1e-9 * operations / seconds for name, seconds in least.items()},
         spread=spread,
     )
 

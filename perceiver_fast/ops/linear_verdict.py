@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 SETTLED = 0.05  # of a smaller spread more runs would not change what matters
 LEAST = 3  # runs of each that a comparison needs
-# How much faster than the favourite another has to be where not all problems ran undisturbed.
+# How much faster than the favourite another has to be where not all problems ran undisturbed, the spread on top.
 SOME_UNDISTURBED = 1.5
 ALL_DISTURBED = 4.0  # a processor shared with others makes libraries that wait for all threads often this much slower
 
@@ -107,17 +107,21 @@ def decide(runs: Runs, prior: Prior) -> Verdict:
     second = {name: sum(seconds[1] for seconds in by_problem.values()) for name, by_problem in times.items()}
     spread = max(second[name] / least[name] for name in least) - 1
     whole = len(undisturbed.get(prior.favourite, ())) == len(problems)
-    needed = 1 + max(prior.margin, spread) if whole else SOME_UNDISTURBED if undisturbed else ALL_DISTURBED
+    disturbed = SOME_UNDISTURBED if undisturbed else ALL_DISTURBED
+    needed = 1 + max(prior.margin, spread) if whole else disturbed * (1 + spread)
     best = min((name for name in least if name != prior.favourite), key=least.__getitem__)
     gain = least[prior.favourite] / least[best]
     sure = max(gain, 1 / gain) > needed
-    how = "sure" if sure else f"{'close' if whole else 'disturbed by other work'}, {prior.why} decided"
+    if sure:
+        how = "sure" if whole else "sure, though disturbed by other work"
+    else:
+        how = f"{'close' if whole else 'disturbed by other work'}, {prior.why} decided"
     operations = sum(problem.operations for problem in times[best])
     return Verdict(
         chosen=best if gain > needed else prior.favourite,
         how=how,
         sure=sure,
-        settled=(whole and (sure or spread <= SETTLED)) or gain * ALL_DISTURBED < 1,
+        settled=(whole and (sure or spread <= SETTLED)) or gain * ALL_DISTURBED * (1 + spread) < 1,
         gflops={name: 1e-9 * operations / seconds for name, seconds in least.items()},
         spread=spread,
     )

@@ -92,10 +92,15 @@ def test_a_slow_path_is_seen_on_a_busy_machine():
     slow, fast = [[2.0, 2.1, 2.2]], [[1.0, 1.1, 1.2]]
     assert decide(runs_of(slow, fast), INTEL).chosen == "onednn"  # rested, and the small problem alone
     assert decide(runs_of(slow, fast, clean=False), INTEL).chosen == "torch"
-    slow = [[2.2 * ALL_DISTURBED] * 3]
+    slow = [[1.2 * ALL_DISTURBED] * 3]
     assert decide(runs_of(slow, fast, clean=False), INTEL).chosen == "onednn"
     assert not decide(runs_of(slow, fast, clean=False), INTEL).settled  # against the favourite it is looked at again
-    assert decide(runs_of(slow, fast, clean=False), AMD).settled
+    found = decide(runs_of(slow, fast, clean=False), AMD)
+    assert found.settled and found.how == "sure, though disturbed by other work"
+    slow, fast = [[1.3 * ALL_DISTURBED] * 3], [[1.0, 1.5, 9.0]]  # so far apart, such runs say nothing
+    for prior in (AMD, INTEL):
+        found = decide(runs_of(slow, fast, clean=False), prior)
+        assert found.chosen == prior.favourite and not found.sure and not found.settled
 
 
 @pytest.mark.parametrize("prior", [AMD, INTEL], ids=lambda prior: prior.favourite)

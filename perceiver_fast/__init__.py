@@ -12,7 +12,7 @@ from perceiver_fast.insight.explain import explain
 from perceiver_fast.insight.plot import plot_attention_map
 from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
-from perceiver_fast.ops.linear_libraries import use_linear
+from perceiver_fast.ops.linear_choice import use_linear
 from perceiver_fast.ranges import ranges
 from perceiver_fast.version import __version__ as __version__
 

@@ -3,6 +3,7 @@
 import doctest
 import functools
 import io
+import json
 import operator
 import subprocess
 import sys
@@ -134,11 +135,17 @@ def test_a_measurement_is_checked_and_kept(monkeypatch):
         return lambda case: Side(lambda: torch.full((4,), value))
 
     work = Work(2, 20, 30, 100, multiply_adds=250, exponentials=5)
-    peers = {"fast": Peer(constant(1.0)), "wrong": Peer(constant(2.0)), "absent": Peer(constant(1.0), packages=("no_such",))}
+    peers = {
+        "fast": Peer(constant(1.0)),
+        "wrong": Peer(constant(2.0)),
+        "absent": Peer(constant(1.0), packages=("no_such",)),
+    }
     monkeypatch.setitem(LEVELS, "model", Level(peers, constant(1.0)))
     monkeypatch.setattr(measure, "work_of", lambda case: work)
     monkeypatch.setattr(measure, "peak_memory", lambda build, case: Memory(5, 7))
-    monkeypatch.setattr("benchmarks.suite.throughput.measure_roofs", lambda threads: roofs.Roofs(1000, 100, 500, threads))
+    monkeypatch.setattr(
+        "benchmarks.suite.throughput.measure_roofs", lambda threads: roofs.Roofs(1000, 100, 500, threads)
+    )
     measure.truths.cache_clear()
     stopwatch, case = Stopwatch(0.5), Case("model", GEOMETRIES["readme"], "forward", "fast", batch=2)
     measure.measure(stopwatch, case)
@@ -171,7 +178,9 @@ def test_counts_are_those_of_the_sides():
     layer = 64 * (2 * queries * width + 2 * tokens * channels + 2 * queries * tokens)
     work = work_of(Case("layer", geometry, "forward", "eager"))
     assert work.multiply_adds == layer and work.pairs == queries * tokens and work.exponentials >= work.pairs
-    whole, fast, compiled = (work_of(Case("model", geometry, "forward", peer, 2)) for peer in ("eager", "fast", "compile"))
+    whole, fast, compiled = (
+        work_of(Case("model", geometry, "forward", peer, 2)) for peer in ("eager", "fast", "compile")
+    )
     assert whole.multiply_adds == 2 * (layer + queries * width * 4 * 3 * width + width * 5) == compiled.multiply_adds
     assert fast.multiply_adds < whole.multiply_adds and fast.pairs == whole.pairs and fast.bytes == whole.bytes
     readme = GEOMETRIES["readme"].tiny()
@@ -289,3 +298,43 @@ def test_floor_command(monkeypatch, capsys, tmp_path):
     assert floor.main(["--geometry", "readme", "--rounds", "1", "--json", str(tmp_path / "floor.json")]) == 0
     assert "products of the latents" in capsys.readouterr().out
     assert '"loop: torch"' in (tmp_path / "floor.json").read_text()
+
+
+def test_a_choice_is_judged_by_what_it_loses():
+    from benchmarks import choice
+
+    kinds = choice.KINDS
+    least = {kind: {"torch": 1.2e-2, "onednn": 1e-2} for kind in kinds}
+
+    def chose(name, sure):
+        return {kind: dict(chosen=name, sure=sure, text=f"{name}, sure", seconds=0.2) for kind in kinds}
+
+    found = choice.judged([chose("onednn", True)] * 3, least)
+    assert all(row["worst_loss"] == 0 and row["sure"] == 3 and row["chosen"] == {"onednn": 3} for row in found.values())
+    found = choice.judged([chose("onednn", True), chose("torch", False)], least)
+    assert all(row["worst_loss"] == pytest.approx(0.2) and row["sure"] == 1 for row in found.values())
+    runs = [choice.Run(1.0, False), choice.Run(3.0), choice.Run(2.0)]
+    assert choice.least_of(runs) == 2.0 and choice.least_of(runs[:1]) == 1.0
+
+
+def test_choice_command(monkeypatch, capsys, tmp_path):
+    from benchmarks import choice
+
+    monkeypatch.setitem(GEOMETRIES, "readme", GEOMETRIES["readme"].tiny())
+    command = ["--times", "1", "--busy", "1", "--seconds", "0.1", "--json", str(tmp_path / "choice.json")]
+    monkeypatch.setattr(choice, "why_torch", lambda: ["no MKL"])
+    assert choice.main(command) == 2 and "nothing is chosen here: no MKL" in capsys.readouterr().err
+    monkeypatch.undo()
+    if choice.why_torch():
+        pytest.skip(f"nothing is chosen here: {choice.why_torch()}; it did NOT run further")
+    monkeypatch.setitem(GEOMETRIES, "readme", GEOMETRIES["readme"].tiny())
+    code, found = choice.main(command), json.loads((tmp_path / "choice.json").read_text())
+    shown = capsys.readouterr().out
+    for kind in choice.KINDS:
+        row = found["choices"]["1"][kind]
+        assert sum(row["chosen"].values()) == 1 and row["worst_loss"] >= 0
+    assert len(found["measured"]) == 2 * len(choice.KINDS) * len(choice.PROBLEMS)
+    assert set(found["forward"]["seconds"]) == {"torch", "onednn", "auto"} and "readme forward, auto" in shown
+    busy = any(row["clean"] < choice.LEAST for row in found["measured"])
+    lost = any(row["worst_loss"] > choice.ALLOWED for row in found["choices"]["1"].values())
+    assert code == (2 if busy else 1 if lost else 0) and ("too busy" in shown) == busy

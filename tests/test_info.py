@@ -16,6 +16,7 @@ from perceiver_fast import extension
 from perceiver_fast.__main__ import main
 from perceiver_fast.insight import environment, roofs
 from perceiver_fast.insight.roofs import Roofs
+from perceiver_fast.ops import linear_choice
 from perceiver_fast.ops.declaration import OPS
 
 PACKAGE = Path(pf.__file__).parent
@@ -34,7 +35,9 @@ def test_as_json(capsys):
     assert found["cuda_kernels"]["loaded"] == (extension.cuda_error is None)
     assert found["cuda_kernels"].get("reason") == extension.cuda_error
     assert found["packages"]["perceiver-pytorch"] and "rich" in found["packages"]
-    assert found["linear"]["chosen"].keys() == found["linear"]["gflops"].keys()
+    assert found["linear"]["forced"] == "auto"
+    for name, compared in found["linear"]["compared"].items():
+        assert compared["chosen"] == linear_choice.verdict(name).chosen and compared["how"] in compared["text"]
     assert "roofs" not in found
     if torch.version.cuda is None:
         assert "is not a CUDA build" in extension.cuda_error or "not built" in extension.cuda_error
@@ -55,6 +58,8 @@ def test_as_tables(capsys, monkeypatch):
     for op in OPS:
         assert f"{op} on cpu: cpu" in shown and f"{op} on cuda: " in shown
     assert "not cpu: it runs on cpu tensors, not cuda" in shown
+    for name in linear_choice.COMPARISONS:
+        assert f"{name.replace('_', ' ')} " in shown and str(linear_choice.verdict(name)) in shown
     assert max(map(len, shown.splitlines())) > 100  # reasons are not broken into pieces
 
 

@@ -8,14 +8,14 @@ import torch
 
 import perceiver_fast as pf
 from perceiver_fast.backends import forced_backend
-from perceiver_fast.ops.linear_libraries import linear_settings
+from perceiver_fast.ops.linear_choice import forced_library
 
 SMALL = dict(num_freq_bands=2, depth=2, max_freq=4.0, num_latents=4, latent_dim=8, latent_heads=2, latent_dim_head=4)
 
 
 @pytest.mark.parametrize(
     "force, value",
-    [(pf.use_backend, forced_backend), (lambda _: pf.use_linear("torch"), lambda: linear_settings()[0])],
+    [(pf.use_backend, forced_backend), (lambda _: pf.use_linear("torch"), forced_library)],
     ids=["backend", "linear"],
 )
 def test_another_thread_is_left_alone(force, value):

@@ -24,7 +24,7 @@ from perceiver_fast.insight.explanation import Explanation, Layers, amount, on_l
 from perceiver_fast.insight.geometries import GEOMETRIES, Geometry
 from perceiver_fast.insight.roofs import Roofs
 from perceiver_fast.insight.shapes import on_shapes
-from perceiver_fast.ops.linear_libraries import wide_bfloat16
+from perceiver_fast.ops.linear_choice import wide_bfloat16
 from perceiver_fast.ops.work import binary, decimal
 
 PEER = "perceiver-pytorch"

@@ -131,17 +131,9 @@ def _show_ops(console: Console, ops: dict[str, dict[str, dict[str, list[str]]]])
 
 
 def _show_products(console: Console, linear: dict) -> None:
-    libraries = list(dict.fromkeys(name for speeds in linear["gflops"].values() for name in speeds))
-    console.print()
-    table = plain_table("", *libraries, "runs", title="Large matrix products on the CPU, GFLOP/s measured just now")
-    for kind, speeds in linear["gflops"].items():
-        cells = (f"{speeds[name]:.0f}" if name in speeds else "" for name in libraries)
-        table.add_row(kind.replace("_", " "), *cells, linear["chosen"][kind])
-    console.print(table)
-    for name, why in linear["unavailable"].items():
-        console.print(f"not {name}: {'; '.join(why)}", markup=False, highlight=False)
-    how = "in float32, faster here" if linear["bfloat16_in_float32"] else "as they are"
-    console.print(f"bfloat16 operands are multiplied {how}\n", highlight=False)
+    """A line a comparison of libraries: what is taken, how sure that is, and what was measured."""
+    pairs = {name.replace("_", " "): found["text"] for name, found in linear["compared"].items()}
+    _pairs(console, "What runs large matrix products on the CPU", {"forced": linear["forced"]} | pairs)
 
 
 def _show_roofs(console: Console, roofs: dict | None) -> None:

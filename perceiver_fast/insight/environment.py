@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -12,8 +13,7 @@ import torch
 
 from perceiver_fast import backends, extension
 from perceiver_fast.ops.declaration import OPS, Op
-from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
-from perceiver_fast.ops.linear_libraries import reasons as library_reasons
+from perceiver_fast.ops.linear_choice import COMPARISONS, forced_library, verdict, why_torch
 from perceiver_fast.version import __version__
 
 PACKAGES = ("triton", "rich", "perceiver-pytorch", "transformers", "perceiver-io")
@@ -30,17 +30,12 @@ def _reasons(op: Op, device: str) -> dict[str, list[str]]:
 
 
 def _linear() -> dict:
-    """The CPU's libraries for matrix products: why one cannot be used, what was measured, and what was chosen."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    """The CPU's libraries for matrix products: what is forced, and what every comparison came to."""
+    found = {name: verdict(name) for name in COMPARISONS}
     return {
-        "unavailable": {name: why for name in LIBRARIES if (why := library_reasons(name))},
-        "gflops": {
-            f"{name} {kind}": {library: round(speed, 1) for library, speed in speeds.items()}
-            for name, dtype in dtypes.items()
-            for kind, speeds in measure(dtype).items()
-        },
-        "chosen": {f"{name} {kind}": library_of(kind, dtype) for name, dtype in dtypes.items() for kind in KINDS},
-        "bfloat16_in_float32": wide_bfloat16(),
+        "forced": forced_library(),
+        "uncompared": why_torch(),
+        "compared": {name: asdict(verdict) | {"text": str(verdict)} for name, verdict in found.items()},
     }
 
 

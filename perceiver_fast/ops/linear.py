@@ -1,6 +1,6 @@
 """Linear layers of the latents: the same product as torch's, on the library that is fastest here.
 
-On the CPU large products go where linear_libraries.py measured the most speed. On a GPU, in small products and under
+On the CPU large products go where linear_choice.py found the most speed. On a GPU, in small products and under
 torch.compile it is torch's own.
 """
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from perceiver_fast.backends import Choice, forced_backend
 from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.derivatives import differentiated_again, transformed
-from perceiver_fast.ops.library import autocast_dtype, unless_autocast
-from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, library_of, measure, wide_bfloat16
+from perceiver_fast.ops.library import autocast_dtype, learns, unless_autocast
+from perceiver_fast.ops.linear_choice import BFLOAT16, forced_library, library_of, verdict, wide_bfloat16
+from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tracing import intercepted
 
@@ -46,15 +47,18 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def linear_library(rows: int, channels: int, out_channels: int, dtype: torch.dtype, device: torch.device) -> Choice:
-    """The library that runs a forward product in inference, and what the others were measured at."""
-    if not is_large(rows, channels, out_channels, device):
-        return Choice(OP, "torch")
-    if dtype not in (torch.float32, torch.bfloat16):
+    """The library that runs a forward product, how sure that choice is, and what the others were measured at."""
+    if dtype not in (torch.float32, torch.bfloat16) or not is_large(rows, channels, out_channels, device):
         return Choice(OP, "torch")
     operands = torch.float32 if dtype == torch.bfloat16 and wide_bfloat16() else dtype
-    chosen, speeds = library_of("forward", operands), measure(operands)["forward"]
-    why = {name: [f"{speed:.0f} GFLOP/s"] for name, speed in speeds.items() if name != chosen}
-    return Choice(OP, f"{chosen} ({speeds[chosen]:.0f} GFLOP/s)", why)
+    chosen = library_of("forward", operands)
+    if forced_library() != "auto":
+        return Choice(OP, f"{chosen} ({forced_library()} is forced)")
+    found = verdict("forward" if operands == torch.float32 else BFLOAT16)
+    speeds = dict(found.gflops)
+    measured = speeds.pop(found.chosen, None)
+    how = found.how if measured is None else f"{measured:.0f} GFLOP/s, {found.how}"
+    return Choice(OP, f"{chosen} ({how})", {name: [f"{speed:.0f} GFLOP/s"] for name, speed in speeds.items()})
 
 
 def _product(kind: str, a: Tensor, b: Tensor) -> Tensor:
@@ -141,7 +145,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not is_large(rows, *weight.shape, x.device):
         return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
     flat = x.reshape(rows, x.shape[-1]).contiguous()
-    torchs = all(library_of(kind, x.dtype) == "torch" for kind in KINDS)
+    kinds = KINDS if learns(x, weight) else KINDS[:1]  # what only infers compares no libraries for training
+    torchs = all(library_of(kind, x.dtype) == "torch" for kind in kinds)
     if torchs and not (x.dtype == torch.bfloat16 and wide_bfloat16()):
         out = F.linear(flat, cast)
     else:

@@ -8,7 +8,7 @@ import torch
 from support import relative_error
 
 import perceiver_fast as pf
-from perceiver_fast.ops import linear_libraries
+from perceiver_fast.ops import linear_choice, linear_libraries
 
 CONFIG = dict(
     num_freq_bands=6,
@@ -78,7 +78,7 @@ def error_in(how, model, x, want):
 @pytest.mark.parametrize("wide", [False, True], ids=["bfloat16 products", "float32 products"])
 @pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_bfloat16_is_no_worse_than_theirs(how, wide, monkeypatch):
-    monkeypatch.setattr(linear_libraries, "_float32_is_faster", lambda: wide)
+    monkeypatch.setattr(linear_choice, "float32_is_faster", lambda: wide)
     theirs, ours = (model.eval() for model in models())
     x = image()
     with torch.no_grad():

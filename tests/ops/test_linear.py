@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support import relative_error
 
 import perceiver_fast as pf
-from perceiver_fast.ops import linear, linear_libraries
+from perceiver_fast.ops import linear, linear_choice, linear_libraries
 from perceiver_fast.ops.linear import LARGE, is_large, linear_library, product_dtype
 
 MODULE = importlib.import_module("perceiver_fast.ops.linear")
@@ -81,50 +81,24 @@ def test_float32_is_float32():
         assert relative_error(linear(x, weight), want) < 1e-6
 
 
-def test_the_probe_and_the_choice():
-    for kind in linear_libraries.KINDS:
-        for dtype in (torch.float32, torch.bfloat16):
-            measured = linear_libraries.measure(dtype)
-            assert set(measured) == set(linear_libraries.KINDS) and linear_libraries.measure(dtype) is measured
-            chosen = linear_libraries.library_of(kind, dtype)
-            assert chosen == linear_libraries.fastest(kind, dtype)
-            assert ("float32" in measured[kind]) == (dtype == torch.bfloat16)
-            assert measured[kind][chosen] > 0 and measured[kind][chosen] >= measured[kind]["torch"]
-        assert linear_libraries.library_of(kind, torch.float64) == "torch"
+def test_what_explain_says():
+    cpu = torch.device("cpu")
+    found = linear_library(256, 512, 4096, torch.float32, cpu)
+    verdict = linear_choice.verdict("forward")
+    assert found.op == "linear" and found.backend.startswith(f"{verdict.chosen} (") and verdict.how in found.backend
+    assert set(found.rejected) == set(verdict.gflops) - {verdict.chosen}
+    assert linear_library(2, 3, 4, torch.float32, cpu).backend == "torch"
+    assert linear_library(256, 512, 4096, torch.float16, cpu).backend == "torch"
     with pf.use_linear("torch"):
-        assert linear_libraries.library_of("forward") == "torch" and not linear_libraries.wide_bfloat16()
-    before = torch.backends.mkldnn.set_flags(_enabled=False)
-    try:
-        assert linear_libraries.library_of("forward") == "torch"
-    finally:
-        torch.backends.mkldnn.set_flags(_enabled=before[0])
-    assert linear_libraries._fastest({"torch": 100.0, "other": 114.0, "onednn": 120.0}, 1.15) == "onednn"
-    assert linear_libraries._fastest({"torch": 100.0, "onednn": 114.0}, 1.15) == "torch"
-    chosen = linear_library(256, 512, 4096, torch.float32, torch.device("cpu"))
-    assert chosen.op == "linear" and "GFLOP/s" in chosen.backend
-    assert linear_library(2, 3, 4, torch.float32, torch.device("cpu")).backend == "torch"
-
-
-def test_the_probe_runs_on_the_cpu_whatever_the_default_device():
-    with torch.device("meta"):
-        measured = linear_libraries.measure.__wrapped__(torch.float32)
-    assert set(measured) == set(linear_libraries.KINDS)
-
-
-def test_small_products_start_no_probe():
-    code = (
-        "import torch, perceiver_fast as pf; from perceiver_fast.ops import linear, linear_libraries as l;"
-        "linear(torch.randn(2, 8), torch.randn(3, 8)); assert l.measure.cache_info().currsize == 0;"
-        "linear(torch.randn(256, 512), torch.randn(512, 512)); assert l.measure.cache_info().currsize == 1"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+        assert linear_library(256, 512, 4096, torch.float32, cpu).backend == "torch (torch is forced)"
+        assert linear_library(256, 512, 4096, torch.bfloat16, cpu).backend == "torch (torch is forced)"
 
 
 def test_products_under_autocast():
     x = torch.randn(256, 512)
     assert product_dtype(x) == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        wide = linear_libraries.wide_bfloat16()
+        wide = linear_choice.wide_bfloat16()
         assert product_dtype(x) == (torch.float32 if wide else torch.bfloat16)
         assert product_dtype(x[:1]) == torch.bfloat16 and product_dtype(x.double()) == torch.float64
         with pf.use_linear("torch"):

@@ -13,7 +13,7 @@ FLOORS = (
     ("perceiver_fast.gpu", "perceiver_fast.settings", "perceiver_fast.tracing", "perceiver_fast.ranges", "perceiver_fast.version"),
     ("perceiver_fast.reference",),
     ("perceiver_fast.kernels",),
-    ("perceiver_fast.extension", "perceiver_fast.backends", "perceiver_fast.cache"),
+    ("perceiver_fast.extension", "perceiver_fast.backends"),
     ("perceiver_fast.ops",),
     ("perceiver_fast.tokens",),
     ("perceiver_fast.layers",),

@@ -194,7 +194,7 @@ def test_what_the_kernels_cannot_take_is_said():
     x, vector, mean = torch.randn(4, 6), torch.randn(6), torch.randn(4)
     with pytest.raises(RuntimeError, match="expected float64, float32 or bfloat16.*got Double beside Float"):
         forward(x, None, None, vector, vector, 1e-5, torch.float64)
-    with pytest.raises(RuntimeError, match="expected weight of 6 elements, got 5"):
+    with pytest.raises(RuntimeError, match=r"expected weight \[D\] = \[6\], got \[5\]"):
         forward(x, None, None, vector[:5], vector, 1e-5, torch.float32)
     with pytest.raises(RuntimeError, match="expected branch in BFloat16, got Float"):
         forward(x, x, None, vector, vector, 1e-5, torch.bfloat16)

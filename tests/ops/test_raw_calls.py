@@ -20,7 +20,7 @@ from perceiver_fast.ops.declaration import OPERATORS, OPS
 
 HUGE = 2**62
 HALF = torch.bfloat16, torch.float16
-PAIRS = 300  # of changed arguments, drawn at random, of every sample's calls
+PAIRS = 0 if INTERPRETED else 300  # of changed arguments, drawn at random, of every sample's calls
 
 
 def changed_tensors(t):
@@ -171,7 +171,9 @@ def try_operator(name):
                 finite = all(v.isfinite().all() for v in given if isinstance(v, torch.Tensor) and v.numel() < HUGE)
                 finite = finite and all(abs(v) < 1e30 for v in given if isinstance(v, float))
                 if INTERPRETED:  # Triton's interpreter multiplies the bit patterns of half precision
-                    finite = finite and not any(t.dtype in HALF for t in (*given, *found) if isinstance(t, torch.Tensor))
+                    finite = finite and not any(
+                        t.dtype in HALF for t in (*given, *found) if isinstance(t, torch.Tensor)
+                    )
                 assert not finite or not unwritten(found, expected), "an output was not written"
     print(f"refused {refused}, computed {computed}")
 

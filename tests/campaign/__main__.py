@@ -16,7 +16,7 @@ from pathlib import Path
 from . import OUT
 from .child import Child
 from .outcome import is_failure
-from .plan import PARTS, Share, shares
+from .plan import BUILDING, PARTS, ordinary, sanitized
 from .report import as_table, beyond_chance, failed, failures, numeric, record, table, write, write_docs
 from .sweep import Run, Sweep
 
@@ -30,9 +30,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--cases", type=int, help="at most so many of each run (default: what the time allows)")
     options.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: %(default)s)")
     options.add_argument("--isa", help="run on this instruction set alone (default: every one of this machine)")
-    options.add_argument("--case", type=int, metavar="SEED", help="run one case of one --part by its seed, and print it")
+    options.add_argument(
+        "--case", type=int, metavar="SEED", help="run one case of one --part by its seed, and print it"
+    )
     options.add_argument("--file", type=Path, help="run the case of a failure saved in out/campaign")
-    options.add_argument("--write-docs", action="store_true", help="put the tables into docs/ (default: leave docs alone)")
+    options.add_argument(
+        "--write-docs", action="store_true", help="put the tables into docs/ (default: leave docs alone)"
+    )
     options.add_argument("--list", action="store_true", help="name the parts and what they do")
     return options
 
@@ -66,19 +70,32 @@ class Progress:
         found = sum(is_failure(failure["kind"]) for failure in sweep.failures)
         left = max(0, round(self.end - now))
         text = f"{sweep.run.name}: {sweep.cases:,} cases, {found} found; {left // 60}:{left % 60:02d} left"
-        print(f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n", file=sys.stderr, flush=True
+        )
 
 
-def campaign(planned: list[Share], args: argparse.Namespace, seed: int, end: float) -> list[Sweep]:
-    """Run all, each for its share of what time is left when its turn comes."""
-    progress, sweeps = Progress(end), []
+def campaign(parts: list[str], args: argparse.Namespace, seed: int, end: float) -> tuple[list, dict[str, str]]:
+    """Run the parts, each for its share of what time is left when its turn comes.
+
+    Returns:
+        What ran, and what could not be built, with the reason.
+    """
+    progress, planned, left_out = Progress(end), [], {}
+    if "sanitizers" in parts:
+        print("building with sanitizers, minutes the first time ..", file=sys.stderr, flush=True)
+        seconds = BUILDING * (end - time.monotonic())
+        planned, left_out = sanitized(seconds, seed, args.jobs, args.cases, progress)
+    for part in parts:
+        if part != "sanitizers":
+            planned += ordinary(part, seed, args.jobs, args.cases, args.isa, progress)
+    swept = []
     for index, share in enumerate(planned):
         weight = share.weight / sum(other.weight for other in planned[index:])
-        seconds = max(0.0, end - time.monotonic()) * weight
-        sweeps.append(Sweep(share.run, seed, progress).for_seconds(seconds, args.jobs, args.cases))
+        swept.append(share.start(max(0.0, end - time.monotonic()) * weight))
     if progress.terminal:
         print(file=sys.stderr)
-    return sweeps
+    return swept, left_out
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,17 +112,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.case is not None:
         if args.part is None or len(args.part) != 1 or args.part == ["sanitizers"]:
             options.error("--case: expected one --part that the seed is of, e.g. --part numeric --case 7")
-        return one_case(Run(args.part[0], env=env), importlib.import_module(f"{__package__}.{args.part[0]}").draw(args.case))
+        return one_case(
+            Run(args.part[0], env=env), importlib.import_module(f"{__package__}.{args.part[0]}").draw(args.case)
+        )
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
-    begin = time.monotonic()
-    end = begin + 60 * args.minutes
+    end = time.monotonic() + 60 * args.minutes
     print(f"seed {seed}, {args.minutes:g} minutes, {args.jobs} processes", file=sys.stderr)
-    parts = args.part or list(PARTS)
-    planned = [share for part in parts if part != "sanitizers" for share in shares(part)]
-    if args.isa is not None:
-        planned = [share for share in planned if share.run.variant in ("", args.isa)]
-    sweeps, left_out = campaign(planned, args, seed, end), {}
-    found = record(sweeps, left_out, seed, args.minutes)
+    swept, left_out = campaign(args.part or list(PARTS), args, seed, end)
+    found = record(swept, left_out, seed, args.minutes)
     write(found)
     print(f"{table(found)}\n\n{numeric(found)}\n\n{failures(found)}")
     for row in found["rows"]:

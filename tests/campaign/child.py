@@ -84,8 +84,10 @@ class Child:
         how = "still running" if code is None else f"exit status {code}" if code >= 0 else signal.Signals(-code).name
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").strip().splitlines()
-        telling = [line for line in lines if "ERROR: " in line or "runtime error" in line or "Fatal Python" in line]
-        return "\n".join([how, *telling[:3], *lines[-12:]])
+        telling = [
+            line for line in lines if "Sanitizer: " in line or "runtime error" in line or " in perceiver_fast" in line
+        ]
+        return "\n".join([how, *telling[:8], *lines[-30:]])
 
     def close(self) -> None:
         """End the process."""

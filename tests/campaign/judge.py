@@ -81,7 +81,11 @@ class Judge:
             if not ours[name].isfinite().all():
                 self.outcome.find(NON_FINITE, f"{name}: not finite in float64, where the truth is")
                 continue
-            error, size, rest = self._error(name, ours), self._size(name), 1e-12 * self.whole / self.scales.get(name, 1.0)
+            error, size, rest = (
+                self._error(name, ours),
+                self._size(name),
+                1e-12 * self.whole / self.scales.get(name, 1.0),
+            )
             if error > FLOAT64_BOUND + rest / size and error > 5 * self._swing(name, torch.float64):
                 self.outcome.find(FLOAT64, f"{name}: error {error:.1e} in float64")
 

@@ -23,7 +23,18 @@ from perceiver_fast import reference
 
 from .values import MASKS, draw_mask, draw_values, fill
 
-FAMILIES = ("perceiver", "perceiver", "perceiver", "io", "io", "lm", "gated", "experimental", "mixed_latents", "multimodal")
+FAMILIES = (
+    "perceiver",
+    "perceiver",
+    "perceiver",
+    "io",
+    "io",
+    "lm",
+    "gated",
+    "experimental",
+    "mixed_latents",
+    "multimodal",
+)
 THEIRS = {
     "perceiver": perceiver_pytorch.Perceiver,
     "io": perceiver_pytorch.PerceiverIO,
@@ -68,7 +79,8 @@ def draw_model(r: random.Random) -> dict:
         latent_heads=r.choice([1, 2, 3]),
         latent_dim_head=r.choice([1, 4, 8, 17]),
         tied=r.random() < 0.3,
-        sharp=r.choice([1.0, 1.0, 1.0, 10.0, 100.0, 1e4]),  # what queries are multiplied with
+        sharp=r.choice([1.0, 1.0, 1.0, 10.0, 100.0, 1e4]),  # what the queries of cross-attentions are multiplied with
+        sharp_self=r.choice([1.0, 1.0, 1.0, 10.0, 100.0]),  # and those of self-attentions
         norms=r.random() < 0.5,  # LayerNorms of random weights and biases
         mask=r.choice(MASKS),
         channels=r.choice([1, 2, 3, 3, 4, 6, 17]),
@@ -231,14 +243,21 @@ def build(case: dict, seed: int) -> Built:
     """Our model, the plain one, and inputs; weights and numbers hang on ``seed`` and the case alone."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    make = _multimodal if case["family"] == "multimodal" else _token_model if case["family"] in ("io", "lm") else _grid_model
+    make = (
+        _multimodal
+        if case["family"] == "multimodal"
+        else _token_model
+        if case["family"] in ("io", "lm")
+        else _grid_model
+    )
     ours, plain, run_plain, inputs = make(case, generator)
     state = plain.state_dict()
     for name, value in state.items():
         if "norm" in name and case["norms"]:
             value.copy_(torch.randn(value.shape, generator=generator) * 0.5 + (1.0 if name.endswith("weight") else 0.0))
         elif name.endswith("to_q.weight"):
-            value.mul_(case["sharp"])
+            crosses = f"{name.removesuffix('fn.to_q.weight')}norm_context.weight" in state
+            value.mul_(case["sharp" if crosses else "sharp_self"])
         elif name.endswith("bias") and not case["norms"]:
             value.mul_(0.5)
     if case.get("dtype") == "bfloat16":  # numbers that it has, so that rounding the inputs is no error

@@ -21,7 +21,16 @@ from .outcome import Outcome
 PLAIN: dict[str, str] = {}
 HUGE = (2**62, 2**63 - 1, -(2**63), 2**31, -1, 0, 1, 3)
 FLOATS = (float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1.0, 2.0, 1e308, 5e-324)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool, torch.complex64)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int8,
+    torch.bool,
+    torch.complex64,
+)
 
 
 def calls() -> list[tuple[str, Callable[[], tuple]]]:
@@ -30,7 +39,9 @@ def calls() -> list[tuple[str, Callable[[], tuple]]]:
     for op in OPS.values():
         for options in op.variants:
             for index, operator in enumerate(op.operators):
-                found.append((operator.name, lambda op=op, options=options, i=index: op.recorded_calls("cpu", **options)[i][1]))
+                found.append(
+                    (operator.name, lambda op=op, options=options, i=index: op.recorded_calls("cpu", **options)[i][1])
+                )
     codes = lambda: (5, 3, 8.0, torch.float32, torch.device("cpu"))  # noqa: E731
     return [*found, ("axis_codes", codes)]
 
@@ -100,7 +111,9 @@ def draw(seed: int) -> dict:
     r = random.Random(seed)
     names = [name for name, _ in calls()]
     call = r.randrange(len(names))
-    return dict(seed=seed, operator=names[call], call=call, changes=[r.randrange(2**32) for _ in range(r.choice([1, 1, 2, 3]))])
+    return dict(
+        seed=seed, operator=names[call], call=call, changes=[r.randrange(2**32) for _ in range(r.choice([1, 1, 2, 3]))]
+    )
 
 
 def changed_arguments(case: dict) -> tuple[list, list[str]]:
@@ -117,12 +130,23 @@ def changed_arguments(case: dict) -> tuple[list, list[str]]:
     return arguments, words
 
 
+REFUSED = (RuntimeError, IndexError, TypeError, NotImplementedError, ValueError)
+
+
+def describe(case: dict) -> str:
+    """The operator, and what was done to its arguments."""
+    try:
+        return f"{case['operator']}({', '.join(changed_arguments(case)[1])})"
+    except REFUSED as error:
+        return f"{case['operator']}: {error}"
+
+
 def run(case: dict) -> Outcome:
     """Call the operator; read all of what it returns, so that memory that is not there is noticed."""
     outcome = Outcome()
     try:
         arguments, _ = changed_arguments(case)
-    except (RuntimeError, IndexError, TypeError, NotImplementedError):
+    except REFUSED:
         outcome.counts["changes that torch refuses"] += 1
         return outcome
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import OUT, ROOT
-from .outcome import BEYOND_2X, BEYOND_5X, EXPECTED_SHARE, FLOAT64, KINDS, NON_FINITE, is_failure
+from .outcome import BEYOND_2X, BEYOND_5X, ERROR, EXPECTED_SHARE, FLOAT64, KINDS, NON_FINITE, is_failure
 from .sweep import Sweep
 
 PAGES = {"reliability.md": "table", "accuracy.md": "numeric"}
@@ -37,7 +37,8 @@ def record(sweeps: list[Sweep], left_out: dict[str, str], seed: int, minutes: fl
     """
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     rows = [
-        {"run": s.run.name, "cases": s.cases, "seconds": round(s.seconds), "counts": dict(s.total.counts)} for s in sweeps
+        {"run": s.run.name, "cases": s.cases, "seconds": round(s.seconds), "counts": dict(s.total.counts)}
+        for s in sweeps
     ]
     for row, sweep in zip(rows, sweeps):
         row["found"] = {kind: sweep.total.counts[kind] for kind in KINDS if sweep.total.counts[kind]}
@@ -99,7 +100,17 @@ def numeric(found: dict) -> str:
             kinds = [f"{counts.get(kind, 0):,}" for kind in NUMERIC]
             rest = [f"{counts.get(name, 0):,}" for name in ("unstable", "left out, plain PyTorch not finite")]
             rows.append([row["run"], f"{row['cases']:,}", f"{counts['results']:,}", *kinds, *rest])
-    header = ["run", "cases", "results", "beyond 2x", "beyond 5x", "float64 beyond 1e-9", "non-finite", "unstable", "no yardstick"]
+    header = [
+        "run",
+        "cases",
+        "results",
+        "beyond 2x",
+        "beyond 5x",
+        "float64 beyond 1e-9",
+        "non-finite",
+        "unstable",
+        "no yardstick",
+    ]
     return as_table(header, rows)
 
 
@@ -112,13 +123,14 @@ def write(found: dict) -> None:
 
 
 def failures(found: dict, most: int = 40) -> str:
-    """The findings by seed, the worst kinds first; beyond 2x is told by its number alone."""
+    """The findings and how to see each again; beyond 2x is told by its number alone."""
     told = [failure for failure in found["failures"] if is_failure(failure["kind"])]
     lines = []
     for failure in told[:most]:
-        seed = failure["case"]["seed"] if "case" in failure else "-"
-        text = failure["found"].strip().splitlines()
-        lines.append(f"* {failure['run']}, `--part {failure.get('part', '?')} --case {seed}`: {failure['kind']}: {text[-1][:160]}")
+        again = failure.get("command") or f"--part {failure.get('part')} --case {failure.get('case', {}).get('seed')}"
+        first = (failure["found"].strip().splitlines() or [""])[-1 if failure["kind"] == ERROR else 0]
+        what = f"{failure['what']}: " if failure.get("what") else ""
+        lines.append(f"* {failure['run']}, `{again}`: {failure['kind']}: {what}{first[:200]}")
     if len(told) > most:
         lines.append(f"* and {len(told) - most} more: campaign.json has all")
     return "\n".join(lines)

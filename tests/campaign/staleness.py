@@ -33,7 +33,7 @@ def places(p: Tensor, step: dict) -> tuple:
         return tuple(torch.tensor([r.randrange(n) for _ in range(count)]) for n in p.shape)
     dim = {"rows": 0, "columns": p.dim() - 1, "corner": 0}[where]
     start = r.randrange(p.shape[dim])
-    part = slice(start, r.randrange(start, p.shape[dim]) + 1)
+    part = slice(start, r.choice([start, r.randrange(start, p.shape[dim]), p.shape[dim] - 1]) + 1)
     index = [slice(None)] * p.dim()
     index[dim] = part
     if where == "corner":
@@ -125,7 +125,7 @@ ROUTES: dict[str, Callable] = {
         storage_set, freed_and_back, to_dtype_and_back,
     )
 }  # fmt: skip
-OTHERS = ("hook", "freed")
+SILENT = ("through_data", "through_numpy", "through_storage")  # torch counts no version for them
 WHERE = ("all", "one", "few", "rows", "columns", "corner")
 
 
@@ -133,16 +133,33 @@ def draw(seed: int) -> dict:
     """A model, some of whose parameters are large, and steps: what is written, by which route, where."""
     r = random.Random(seed)
     case = dict(seed=seed, mode=r.choice(["no_grad", "inference_mode"])) | draw_model(r)
-    case |= dict(values="normal", magnitude=1.0, sharp=1.0, mask="none", batch=1)
-    case["latent_dim"] = r.choice([case["latent_dim"], 64, 128, 256])
+    case |= dict(values="normal", magnitude=1.0, sharp=1.0, sharp_self=1.0, mask="none", batch=1)
+    case["latents"], case["latent_dim"] = r.choice([1, 8, 70, 128]), r.choice([case["latent_dim"], 64, 256, 512])
     case["cross_heads"], case["cross_dim_head"] = r.choice([1, 2, 4]), r.choice([8, 64])
     case["latent_heads"], case["latent_dim_head"] = r.choice([1, 2, 8]), r.choice([8, 64])
-    routes = [*ROUTES] * 3 + ["hook"] * 2 + ["freed"]
+    routes = [*ROUTES] * 2 + [*SILENT] * 3 + ["hook"] * 2
     case["steps"] = [
-        dict(route=r.choice(routes), parameter=r.random(), where=r.choice(WHERE), at=r.randrange(2**31))
-        for _ in range(r.choice([1, 2, 4, 8]))
+        dict(
+            route=r.choice(routes),
+            parameter=r.random(),
+            where=r.choice(WHERE),
+            at=r.randrange(2**31),
+            large=r.random() < 0.6,
+        )
+        for _ in range(r.choice([4, 8, 16]))
     ]
+    if r.random() < 0.1:
+        case["steps"].append(case["steps"].pop() | {"route": "freed"})
     return case
+
+
+def chosen(model: nn.Module, step: dict) -> tuple[str, Tensor]:
+    """The parameter or buffer that a step writes to; of the large ones if it says so."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    least = max(t.numel() for t in tensors.values()) // 8 if step["large"] else 0
+    names = sorted(name for name, t in tensors.items() if t.numel() >= least)
+    name = names[int(step["parameter"] * len(names))]
+    return name, tensors[name]
 
 
 def closely(a: Tensor, b: Tensor) -> bool:
@@ -196,9 +213,8 @@ def run(case: dict) -> Outcome:
 
     infer(model)
     for step in case["steps"]:
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        name = sorted(tensors)[int(step["parameter"] * len(tensors))]
-        p, route = tensors[name], step["route"]
+        name, p = chosen(model, step)
+        route = step["route"]
         if route == "freed":
             free(outcome, model, name, p, infer)
         elif route == "hook":

@@ -15,7 +15,7 @@ from .child import CannotStart, Child
 from .outcome import ERROR, Outcome, is_failure
 from .shrink import shrink
 
-SHRINK_S = 20  # for a failure
+SHRINK_S = 15  # for a failure
 SHRUNK = 5  # failures of a kind that are made smaller; more of them are told by their seeds
 
 
@@ -92,13 +92,24 @@ class Sweep:
         for kind, text in outcome.findings.items():
             with self._lock:
                 known = sum(failure["kind"] == kind for failure in self.failures)
-                failure = {"run": self.run.name, "part": self.run.part, "env": self.run.env, "kind": kind, "found": text}
+                failure = {
+                    "run": self.run.name,
+                    "part": self.run.part,
+                    "env": self.run.env,
+                    "kind": kind,
+                    "found": text,
+                }
+                failure |= {"what": self.describe(case)}
                 self.failures.append(failure | {"case": case})
             if is_failure(kind) and known < SHRUNK:
                 seconds = min(SHRINK_S, max(0.0, deadline - time.monotonic()))
                 self._save(failure, kind, case, self._smallest(child, case, kind, seconds))
         self.report(self)
         return outcome
+
+    def describe(self, case: dict) -> str:
+        """A case in words, where its part has words for it."""
+        return self.module.describe(case) if hasattr(self.module, "describe") else ""
 
     def _smallest(self, child: Child, case: dict, kind: str, seconds: float) -> dict:
         plain = getattr(self.module, "PLAIN", {})
@@ -107,5 +118,5 @@ class Sweep:
     def _save(self, failure: dict, kind: str, case: dict, smallest: dict) -> None:
         OUT.mkdir(parents=True, exist_ok=True)
         name = "-".join([*self.run.name.replace(",", "").split(), str(case["seed"]), *kind.split()])
-        saved = failure | {"case": smallest, "drawn": case}
+        saved = failure | {"what": self.describe(smallest), "case": smallest, "drawn": case}
         (OUT / f"{name}.json").write_text(json.dumps(saved, indent=2) + "\n")

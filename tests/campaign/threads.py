@@ -23,7 +23,7 @@ def draw(seed: int) -> dict:
     """A model, and what is done with it at once."""
     r = random.Random(seed)
     case = dict(seed=seed, what=r.choice(WHAT), threads=r.choice([1, 1, 2])) | draw_model(r)
-    case |= dict(values="normal", magnitude=1.0, sharp=1.0)
+    case |= dict(values="normal", magnitude=1.0, sharp=1.0, sharp_self=1.0)
     case["latent_dim"] = r.choice([16, 33, 64, 128])
     return case
 

@@ -93,6 +93,7 @@ def test_failures_are_made_smaller_and_kept(tmp_path, monkeypatch):
 def test_a_stale_output_is_seen():
     """A model that keeps its output for good: the first write that torch does not count shows."""
     import torch
+
     from campaign import staleness
 
     case = staleness.draw(1) | {"steps": [dict(route="through_data", parameter=0.0, where="all", at=1, large=False)]}

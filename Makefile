@@ -2,6 +2,7 @@
 # make test   the tests
 # make bench  throughput against perceiver-pytorch
 # make peers  perceiver-io, a further peer of the benchmarks
+# make campaign  random cases against ground truth, sanitizers, threads; MINUTES=10, SEED=1
 # make docs   the documentation, into site/
 # Each makes .venv and installs everything it needs there. Needs python3 (with venv) and a C++ compiler.
 PYTHON ?= python3
@@ -14,10 +15,14 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench peers docs docs-serve install clean
+# Of the campaign: how long, and the first seed (none: it draws one and prints it).
+MINUTES ?= 10
+SEED ?=
+
+.PHONY: help demo test campaign bench peers docs docs-serve install clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 install: $(VENV)/.installed
 
@@ -33,6 +38,10 @@ demo: install
 # Two workers, a file at a time. Threads that wait must not spin: the other worker needs the core.
 test: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What fails is kept, as small as it gets, in out/campaign; python -m tests.campaign --help has every option.
+campaign: install
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tests.campaign --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 bench: install
 	$(BIN)/python -m benchmarks

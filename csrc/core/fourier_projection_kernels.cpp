@@ -74,13 +74,13 @@ struct Statistics {
   // Takes their mean out of the features, and stores it as the channel after them if there is one. Whatever rounding
   // leaves of it counts as features do.
   void centre(const Tile<T>& tile, T* codes) {
+    // Sums of large numbers could overflow, so their terms are divided first.
     const T each = T(1) / T(tile.features > 0 ? tile.features : 1);
-    sum_channels(tile.features, tile.width, shift,
-                 [=](int64_t i, int64_t) { return codes[i] * each; });  // a sum of large features could overflow
+    const T of_features = T(tile.features) / T(tile.token()), of_positions = T(tile.axis_channels) / T(tile.token());
+    sum_channels(tile.features, tile.width, shift, [=](int64_t i, int64_t) { return codes[i] * each; });
     const T* s = shift;
-    sum_channels(tile.features, tile.width, mean, [=](int64_t i, int64_t t) { return codes[i] -= s[t]; });
-    for (int64_t t = 0; t < tile.width; ++t)
-      mean[t] = (mean[t] + T(tile.axis_channels) * (position_mean[t] - s[t])) / T(tile.token());
+    sum_channels(tile.features, tile.width, mean, [=](int64_t i, int64_t t) { return (codes[i] -= s[t]) * each; });
+    for (int64_t t = 0; t < tile.width; ++t) mean[t] = mean[t] * of_features + (position_mean[t] - s[t]) * of_positions;
     if (tile.has_shift) std::memcpy(codes + tile.features * kFourierTile, shift, sizeof(T) * tile.width);
   }
 

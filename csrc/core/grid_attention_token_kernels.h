@@ -8,6 +8,8 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
+constexpr int64_t kFeatureBlock = 32;  // channels that are added one after the other, the longest such sum
+
 // A vector of tokens: columns j .. j + count of one row.
 template <class T>
 struct TokenLanes {
@@ -101,9 +103,13 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
       const V q_axes = table_at(q + inner, tokens.count) + g.row_sums[n];
       const V g_axes = table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n];
       V t = q_axes * r + bias, u = g_axes * r + (ByToken ? g.bonus[n] : -g.delta[n]);
-      for (int64_t f = 0; f < F; ++f) {
-        t = fma(S::set(q[f]), x[f], t);
-        u += x[f] * grad[f];
+      for (int64_t begin = 0; begin < F; begin += kFeatureBlock) {
+        V part{};
+        for (int64_t f = begin; f < F && f < begin + kFeatureBlock; ++f) {
+          t = fma(S::set(q[f]), x[f], t);
+          part += x[f] * grad[f];
+        }
+        u += part;
       }
       V p = exp2<T, true>(t, ByToken ? token_shift + g.shift[n] : S::set(g.shift[n])), kept = p;
       if (ByToken) {
@@ -125,12 +131,16 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
     // The sums had q log2(e) for q. Channels enter dscale as x, not as r x / r, since a scale may be zero.
     V dr = ds_t * ln2 + p_u;
     alignas(64) T column[S::lanes] = {};
-    for (int64_t f = 0; f < F; ++f) {
-      const V dx = ds_q[f] * ln2 + p_g[f];
-      for (int64_t i = 0; i < tokens.count; ++i) column[i] = g.feat[(tokens.m + i) * F + f];
-      dr += S::load(column) * dx;
-      S::store(column, dx * r);
-      for (int64_t i = 0; i < tokens.count; ++i) g.dfeat[(tokens.m + i) * F + f] = column[i];
+    for (int64_t begin = 0; begin < F; begin += kFeatureBlock) {
+      V part{};
+      for (int64_t f = begin; f < F && f < begin + kFeatureBlock; ++f) {
+        const V dx = ds_q[f] * ln2 + p_g[f];
+        for (int64_t i = 0; i < tokens.count; ++i) column[i] = g.feat[(tokens.m + i) * F + f];
+        part += S::load(column) * dx;
+        S::store(column, dx * r);
+        for (int64_t i = 0; i < tokens.count; ++i) g.dfeat[(tokens.m + i) * F + f] = column[i];
+      }
+      dr += part;
     }
     tokens.store(g.dscale, dr);
   });

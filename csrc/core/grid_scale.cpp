@@ -13,6 +13,19 @@ namespace perceiver_fast {
 
 namespace {
 
+// The sum of term(f) over the features, in blocks so that no sum is long: the error of a sum grows with its length.
+template <class Term>
+auto sum_features(int64_t features, const Term& term) {
+  constexpr int64_t kBlock = 32;
+  decltype(term(0)) total = 0;
+  for (int64_t begin = 0; begin < features; begin += kBlock) {
+    decltype(term(0)) part = 0;
+    for (int64_t f = begin; f < features && f < begin + kBlock; ++f) part += term(f);
+    total += part;
+  }
+  return total;
+}
+
 // Variances of one row of tokens, [columns]. `means` holds the outer axes' means and has room for the inner one.
 // FS > 0 fixes the number of features.
 template <class T, int FS>
@@ -22,10 +35,10 @@ void row_variance(const T* feat, int64_t columns, int64_t features, T* means, co
   for (int64_t j = 0; j < columns; ++j, feat += F) {
     means[axes - 1] = inner_mean[j];
     T mu = (outer_sum + widths[axes - 1] * inner_mean[j]) * per_channel;
-    for (int64_t f = 0; f < F; ++f) mu += feat[f] * per_channel;  // a sum of large features could overflow
+    mu += sum_features(F, [=](int64_t f) { return feat[f] * per_channel; });  // a sum of large ones could overflow
     T square = outer_square + inner_square[j];
     for (int64_t a = 0; a < axes; ++a) square += widths[a] * ((means[a] - mu) * (means[a] - mu));
-    for (int64_t f = 0; f < F; ++f) square += (feat[f] - mu) * (feat[f] - mu);
+    square += sum_features(F, [=](int64_t f) { return (feat[f] - mu) * (feat[f] - mu); });
     variance[j] = square * per_channel;
   }
 }

@@ -1,8 +1,8 @@
 """Results held against float64, and against plain PyTorch's own error in the same dtype.
 
-A result that is beyond the bounds gets a second look: plain PyTorch runs again with weights that are off by one rounding.
-Where its own error then swings as far, as near-ties of a saturated softmax do, the result is counted as unstable, and
-not as a finding.
+A result that is beyond the bounds gets a second look: plain PyTorch runs again with weights that are off by one rounding,
+and a softmax whose derivative is rounded as every fused attention's is. Where its own error then swings as far, as that
+of a saturated softmax does, the result is counted as unstable, and not as a finding.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-// campaign_core SEED SECONDS: random calls of csrc/core's ops, forward and backward, for a sanitizer to look at.
+// core SEED SECONDS [CASES]: random calls of csrc/core's ops, forward and backward, for a sanitizer to look at.
 //
 // Every case runs on one thread first. Then three threads call it at once, on the same inputs, each with threads of its
 // own to run parts of it: the bits must be the same. Arrays are exactly as long as they have to be, and begin as NaN.
-// With 0 seconds the one case of the seed runs. Prints the number of cases; exit status 1 when results differ.
+// Seeds follow each other until the time is over or so many cases have run; with 0 seconds one runs. Prints the number of
+// cases; exit status 1 when results differ.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -253,19 +254,20 @@ bool same_bits(uint64_t seed) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 3) {
-    std::printf("expected a seed and a number of seconds, got %d arguments\n", count - 1);
+  if (count != 3 && count != 4) {
+    std::printf("expected a seed, a number of seconds, and perhaps of cases, got %d arguments\n", count - 1);
     return 2;
   }
   const uint64_t first = std::strtoull(arguments[1], nullptr, 10);
   const double seconds = std::strtod(arguments[2], nullptr);
+  const int64_t most = count == 4 ? std::strtoll(arguments[3], nullptr, 10) : INT64_MAX;
   const auto begin = std::chrono::steady_clock::now();
   int64_t cases = 0, failures = 0;
   do {
     std::fprintf(stderr, "seed %llu\n", (unsigned long long)(first + cases));  // before a sanitizer ends the process
     failures += !same_bits(first + cases);
     ++cases;
-  } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds);
+  } while (cases < most && std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() < seconds);
   std::printf("%lld cases\n", (long long)cases);
   return failures == 0 ? 0 : 1;
 }

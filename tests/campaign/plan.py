@@ -75,5 +75,6 @@ def sanitized(
             swept = [Sweep(run, seed, report) for run in extension_runs()]
             planned += [Share(lambda s, sweep=sweep: sweep.for_seconds(s, jobs, cases), 1.0) for sweep in swept]
         else:
-            planned.append(Share(CoreSweep(target, seed, report).for_seconds, 0.5))
+            core = CoreSweep(target, seed, report)
+            planned.append(Share(lambda s, core=core: core.for_seconds(s, cases), 0.5))
     return planned, left_out

@@ -142,5 +142,6 @@ def write_docs(found: dict, folder: Path = ROOT / "docs") -> None:
         page = folder / name
         before, rest = page.read_text().split(START)
         _, after = rest.split(END)
-        words = "\n\n".join([conditions(found), {"table": table, "numeric": numeric}[kind](found)])
+        shown = [table(found), failures(found, most=10)] if kind == "table" else [numeric(found)]
+        words = "\n\n".join([conditions(found), *filter(None, shown)])
         page.write_text(f"{before}{START}\n\n{words}\n\n{END}{after}")

@@ -140,17 +140,19 @@ class CoreSweep:
         self.failures: list[dict] = []
         self._next = first
 
-    def for_seconds(self, seconds: float) -> CoreSweep:
-        """Run cases for some time; after a finding with the next seed."""
+    def for_seconds(self, seconds: float, most: int | None = None) -> CoreSweep:
+        """Run cases for some time, and at most so many; after a finding with the next seed."""
         begin = time.monotonic()
         while (left := begin + seconds - time.monotonic()) > 0 and len(self.failures) < MOST:
-            self._once(min(left, 10.0))
+            if most is not None and self.cases >= most:
+                break
+            self._once(min(left, 10.0), 10**9 if most is None else most - self.cases)
             self.report(self)
         self.seconds += time.monotonic() - begin
         return self
 
-    def _once(self, seconds: float) -> None:
-        command = [self.program, str(self._next), f"{seconds:.1f}"]
+    def _once(self, seconds: float, most: int) -> None:
+        command = [self.program, str(self._next), f"{seconds:.1f}", str(most)]
         done = subprocess.run(command, env=os.environ | self.run.env, capture_output=True, text=True)
         seeds = re.findall(r"^seed (\d+)$", done.stderr, re.MULTILINE)
         self.cases += len(seeds)

@@ -22,6 +22,7 @@ from .judge import Judge, Results, size_of
 from .models import PLAIN as PLAIN_MODEL
 from .models import Built, build, draw_model
 from .outcome import Outcome
+from .rounding import rounded_softmax
 
 PLAIN = PLAIN_MODEL
 
@@ -65,42 +66,6 @@ def two_pass_layer_norm(x: Tensor, shape, weight=None, bias=None, eps: float = 1
     y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
-
-
-class RoundedSoftmax(torch.autograd.Function):
-    """A softmax over the last dimension whose derivative is rounded as that of fused attention is.
-
-    Every fused attention subtracts ``sum(o dO)``, rounded, from the derivatives of the weights, where torch's softmax
-    subtracts their own sum ``sum(P dP)``. Of a saturated softmax, only the latter leaves exact zeros.
-    """
-
-    @staticmethod
-    def forward(ctx, logits):
-        weights = torch.softmax(logits, -1)
-        ctx.save_for_backward(weights)
-        return weights
-
-    @staticmethod
-    def backward(ctx, d_weights):
-        (weights,) = ctx.saved_tensors
-        terms = weights * d_weights
-        rounding = torch.finfo(terms.dtype).eps * terms.abs().sum(-1, keepdim=True)
-        return weights * (d_weights - terms.sum(-1, keepdim=True) - rounding * (2 * torch.rand_like(rounding) - 1))
-
-
-@contextmanager
-def rounded_softmax(seed: int) -> Iterator[None]:
-    """Within it, softmax over the last dimension is :class:`RoundedSoftmax`."""
-    plain = torch.Tensor.softmax
-
-    def softmax(logits: Tensor, dim: int, *args, **kwargs) -> Tensor:
-        if dim not in (-1, logits.dim() - 1) or args or kwargs or not logits.requires_grad:
-            return plain(logits, dim, *args, **kwargs)
-        return RoundedSoftmax.apply(logits)
-
-    with torch.random.fork_rng([]), mock.patch("torch.Tensor.softmax", softmax):
-        torch.manual_seed(seed)
-        yield
 
 
 def run_model(call: Callable, model: torch.nn.Module, inputs: dict, dtype: torch.dtype) -> Results:

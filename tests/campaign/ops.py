@@ -16,6 +16,7 @@ import perceiver_fast as pf
 
 from .judge import Judge, Results, size_of
 from .outcome import Outcome
+from .rounding import rounded_softmax
 from .values import MASKS, draw_mask, draw_values, fill
 
 PLAIN = {"values": "normal", "mask": "none", "dtype": "float32", "layout": "perceiver-pytorch"}
@@ -219,7 +220,12 @@ def run(case: dict) -> Outcome:
 
     truth = results(torch.float64, "reference")
     size = {f"gradient of {n}": max(1.0, size_of(t) / max(1, t.numel()) ** 0.5) for n, t in tensors.items()}
-    judge = Judge(outcome, truth, size, lambda dtype, seed: results(dtype, "reference", seed))
+
+    def again(dtype: torch.dtype, seed: int) -> Results:
+        with rounded_softmax(seed):
+            return results(dtype, "reference", seed)
+
+    judge = Judge(outcome, truth, size, again)
     judge.float64(results(torch.float64, "auto"))
     judge.low(results(dtype, "auto"), results(dtype, "reference"), dtype)
     outcome.counts[f"{case['op']} calls"] += 1

@@ -239,6 +239,7 @@ def backward(
         CHECK.tensor(name, t, q.dtype, (*rows, v.shape[3]), "[B, H, N, dv]")
     for name, t in (("lse", lse), ("d_lse", d_lse)):
         CHECK.tensor(name, t, torch.float64, rows, "[B, H, N]")
+    CHECK.tensor("token_lse", token_lse, torch.float64, (0,), "empty")
     arch, lse = architecture(q.device), lse.contiguous()
     *grads, launches = backward_launches(d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch)
     for launch in launches:

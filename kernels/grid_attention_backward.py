@@ -296,8 +296,9 @@ def backward(
     for name, t in (("lse", lse), ("d_lse", d_lse)):
         CHECK.tensor(name, t, torch.float64, rows, "[B, N]")
     CHECK.expect(d_kept is None or dropout > 0, "no d_kept without dropout", "one")
-    for name, t in (("kept", kept if dropout > 0 else None), ("d_kept", d_kept)):
-        CHECK.tensor(name, t, torch.float32, rows, "[B, N]")
+    CHECK.tensor("kept", kept, torch.float32, rows if dropout > 0 else (0,), "[B, N]" if dropout > 0 else "empty")
+    CHECK.tensor("d_kept", d_kept, torch.float32, rows, "[B, N]")
+    CHECK.tensor("token_lse", token_lse, torch.float64, (0,), "empty")
     if q.shape[0] * q.shape[1] == 0:
         tokens = (torch.zeros_like(t) if token_grads else t.new_empty(0) for t in (feat, scale))
         return q.new_empty(q.shape), *tokens

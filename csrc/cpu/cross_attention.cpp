@@ -94,9 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   const Tensor out = check.dense("o", o, dtype, outputs, "[B, H, N, dv]");
   const Tensor stats = check.dense("lse", lse, ScalarType::Double, rows, "[B, H, N]");
   const auto grad_lse = check.dense("d_lse", d_lse, ScalarType::Double, rows, "[B, H, N]");
-  check.tensor("token_lse", token_lse);
-  const Tensor token_stats =
-      inverted ? check.dense("token_lse", token_lse, ScalarType::Double, columns, "[B, H, M]") : token_lse;
+  const Tensor token_stats = check.dense("token_lse", token_lse, ScalarType::Double, inverted ? columns : Shape{0},
+                                         inverted ? "[B, H, M]" : "empty");
   Tensor dq = torch::stable::new_empty(q, sizes_of(q)), dk = torch::stable::new_empty(k, sizes_of(k));
   Tensor dv = torch::stable::new_empty(v, sizes_of(v));
   if (inputs.empty()) return {dq, dk, dv};

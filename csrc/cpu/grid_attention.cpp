@@ -130,11 +130,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   const Tensor stats = check.dense("lse", lse, ScalarType::Double, rows, "[B, N]");
   const auto grad_lse = check.dense("d_lse", d_lse, ScalarType::Double, rows, "[B, N]");
   const auto grad_kept = check.dense("d_kept", d_kept, dtype, rows, "[B, N]");
-  check.tensor("kept", kept);
-  check.tensor("token_lse", token_lse);
-  std::optional<Tensor> sums, token_stats;
-  if (counts) sums = check.dense("kept", kept, dtype, rows, "[B, N]");
-  if (inverted) token_stats = check.dense("token_lse", token_lse, ScalarType::Double, columns, "[B, M]");
+  const Shape none{0};  // what the forward gives where there is nothing to say
+  const Tensor sums = check.dense("kept", kept, dtype, counts ? rows : none, counts ? "[B, N]" : "empty");
+  const Tensor token_stats = check.dense("token_lse", token_lse, ScalarType::Double, inverted ? columns : none,
+                                         inverted ? "[B, M]" : "empty");
   Shape feat_shape = sizes_of(feat), scale_shape = sizes_of(scale);
   feat_shape[0] = scale_shape[0] = q.size(0);  // every head its own
   Tensor dq = torch::stable::new_empty(q, sizes_of(q));
@@ -143,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   if (inputs.empty()) return {dq, dfeat, dscale};
   with_type(q, [&](auto zero) {
     using T = decltype(zero);
-    grid_attention_backward<T>(inputs.view<T>(), outputs<T>(out, stats, sums, token_stats),
+    grid_attention_backward<T>(inputs.view<T>(), outputs<T>(out, stats, given(counts, sums), given(inverted, token_stats)),
                                {data<const T>(grad), data<const double>(grad_lse), data<const T>(grad_kept)},
                                data<T>(dq), token_grads ? data<T>(dfeat) : nullptr,
                                token_grads ? data<T>(dscale) : nullptr, torch_parallel());

@@ -87,7 +87,7 @@ class Child:
         telling = [
             line for line in lines if "Sanitizer: " in line or "runtime error" in line or " in perceiver_fast" in line
         ]
-        return "\n".join([how, *telling[:8], *lines[-30:]])
+        return "\n".join([how, *telling[:8], *lines[-30:]]).replace(f"{ROOT}/", "")
 
     def close(self) -> None:
         """End the process."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import OUT, ROOT
-from .outcome import BEYOND_2X, BEYOND_5X, ERROR, EXPECTED_SHARE, FLOAT64, KINDS, NON_FINITE, is_failure
+from .outcome import BEYOND_2X, BEYOND_5X, CRASH, ERROR, EXPECTED_SHARE, FLOAT64, KINDS, NON_FINITE, is_failure
 from .sweep import Sweep
 
 PAGES = {"reliability.md": "table", "accuracy.md": "numeric"}
@@ -128,7 +128,8 @@ def failures(found: dict, most: int = 40) -> str:
     lines = []
     for failure in told[:most]:
         again = failure.get("command") or f"--part {failure.get('part')} --case {failure.get('case', {}).get('seed')}"
-        first = (failure["found"].strip().splitlines() or [""])[-1 if failure["kind"] == ERROR else 0]
+        said = failure["found"].strip().splitlines() or [""]
+        first = said[-1] if failure["kind"] == ERROR else " ".join(said[:2]) if failure["kind"] == CRASH else said[0]
         what = f"{failure['what']}: " if failure.get("what") else ""
         lines.append(f"* {failure['run']}, `{again}`: {failure['kind']}: {what}{first[:200]}")
     if len(told) > most:

@@ -29,7 +29,7 @@ TARGETS = {
 CAMPAIGN = ("core-tsan", "core-asan", "extension")  # the last one is the tests': it compiles in half the time
 COMMON = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-Wno-uninitialized"]
 OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0",
+    "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0:max_allocation_size_mb=2048",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
 }

@@ -36,7 +36,9 @@ def check(seed, *arguments):
 
 
 # The seeds of staleness are some that once found stale outputs: a cache whose hash read parts of large parameters.
-@pytest.mark.parametrize("part, cases, seed", [("ops", 120, 1), ("raw", 250, 1), ("staleness", 10, 2000), ("threads", 20, 1)])
+@pytest.mark.parametrize(
+    "part, cases, seed", [("ops", 120, 1), ("raw", 250, 1), ("staleness", 10, 2000), ("threads", 20, 1)]
+)
 def test_part(part, cases, seed):
     assert f"| {cases} |" in check(seed, "--part", part, "--cases", str(cases))
 

@@ -15,7 +15,7 @@ import warnings
 
 from .outcome import ERROR, Outcome
 
-GIGABYTES = 12  # of address space: huge sizes fail to be allocated, rather than wake the kernel's killer
+GIGABYTES = 6  # of address space: huge sizes fail to be allocated, rather than wake the kernel's killer
 
 
 def run_case(part, case: dict) -> Outcome:

@@ -170,6 +170,7 @@ void correct(const TokenTile<T>& tile, const BackwardBlock<T>& block, const T* c
       S::store(at, -weight_of<T, Biased>(tile, m, at, shift) * delta);
     }
   }
+  clear_masked(tile, block.p);
   tile_gemm<T, true>(tile.dim, Q, tile.count, tile.k, 1, tile.k_row, block.p, Q, block.dq, Q);
   tile_gemm<T, true>(tile.count, block.pad_d, Q, block.p, Q, 1, block.q_rows, block.pad_d, block.dk, block.pad_d);
 }

@@ -6,19 +6,26 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
+// The mean of the squares of what `mean` leaves of a row.
+template <class T, class X>
+T variance_about(const X* row, int64_t n, T mean) {
+  Sum<T> square;
+  for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
+    const auto off = at.inside(at.load(row + i) - mean);
+    square.chain[chain] += off * off;
+  });
+  return square.total() / T(n);
+}
+
 // Mean and variance of a row whose sum overflowed, or whose squares did: divided first, and then summed.
 template <class T, class X>
 void large_statistics(const X* row, int64_t n, T* mean, T* variance) {
-  Sum<T> middle, square;
+  Sum<T> middle;
   for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
     middle.chain[chain] += at.load(row + i) / T(n);
   });
   *mean = middle.total();
-  for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
-    const auto off = at.inside(at.load(row + i) - *mean);
-    square.chain[chain] += off * off;
-  });
-  *variance = square.total() / T(n);
+  *variance = variance_about(row, n, *mean);
 }
 
 // Mean and variance of the n values of a row, given their sum.
@@ -37,7 +44,8 @@ PF_INLINE void statistics(const X* row, int64_t n, T sum, T* mean, T* variance) 
   const T left = rest.total() / T(n), spread = square.total() / T(n) - left * left;
   if (!(spread - spread == 0)) return large_statistics(row, n, mean, variance);
   *mean = shift + left;
-  *variance = spread < 0 ? T(0) : spread;
+  *variance = spread;
+  if (spread < left * left / 64) *variance = variance_about(row, n, *mean);  // nothing but the rounding of sum / n
 }
 
 template <class D>

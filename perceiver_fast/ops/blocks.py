@@ -49,7 +49,7 @@ def _shares(
     """
     if inverted:
         total = sum(statistics[1:], statistics[0]).clamp_min(EPS)
-        return [total.reciprocal()] * len(statistics), total.log()
+        return [total.reciprocal()] * len(statistics), total.detach().log()
     if empty is not None:
         statistics = [s.masked_fill(empty, math.log(count)) for s, count in zip(statistics, counts)]
     stacked = torch.stack(statistics)

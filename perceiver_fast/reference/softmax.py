@@ -43,14 +43,14 @@ def attention_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tu
 
     Returns:
         Weights ``[.., N, M]``, and ``[.., N]`` the log-sum-exp of the logits, ``EMPTY_LSE`` for a row that is all False;
-        inverted, the logarithm of the normaliser.
+        inverted, the logarithm of the normaliser, which has no gradient.
     """
     weight, statistic = block_weights(logits, mask, inverted)
     if not inverted:
         return weight, statistic if mask is None else statistic.masked_fill(~mask.any(-1), EMPTY_LSE)
     # float16 has no number as small as the least normaliser.
     weight = F.normalize(at_least_float32(weight), p=1, dim=-1, eps=EPS).to(weight.dtype)
-    return weight, statistic.clamp_min(EPS).log()
+    return weight, statistic.detach().clamp_min(EPS).log()
 
 
 def at_least_float32(t: Tensor) -> Tensor:

@@ -123,9 +123,10 @@ def geglu(case: dict, make: Make) -> Callable:
 
 
 def _norm(case: dict, make: Make) -> None:
-    make.harsh("x", case["batch"], case["rows"], case["channels"])
-    make.normal("weight", case["channels"])
-    make.normal("bias", case["channels"])
+    channels = case["channels"] + 1  # of one channel nothing is left, and its gradient is nothing but rounding
+    make.harsh("x", case["batch"], case["rows"], channels)
+    make.normal("weight", channels)
+    make.normal("bias", channels)
 
 
 def layer_norm(case: dict, make: Make) -> Callable:
@@ -137,9 +138,9 @@ def layer_norm(case: dict, make: Make) -> Callable:
 def add_layer_norm(case: dict, make: Make) -> Callable:
     """Rows and channels, with a branch, with and without its bias."""
     _norm(case, make)
-    make.normal("branch", case["batch"], case["rows"], case["channels"])
+    make.normal("branch", case["batch"], case["rows"], case["channels"] + 1)
     if case["flag"]:
-        make.normal("branch_bias", case["channels"])
+        make.normal("branch_bias", case["channels"] + 1)
     return lambda x, weight, bias, branch, branch_bias=None: pf.ops.add_layer_norm(x, branch, branch_bias, weight, bias)
 
 

@@ -73,7 +73,7 @@ def test_docstrings_are_read_as_docstrings(site):
     assert "Examples: >>> import torch >>> from perceiver_fast import Perceiver" in shown
     assert not re.search(r":(class|func|meth|data):|Example: ", shown)
     oracle = text_of(site / "api" / "reference.html")
-    assert "o [B, H, N, dv] and lse [B, H, N] float64 (" in oracle and "``" not in oracle
+    assert "o [B, H, N, dv] and lse [B, H, N] float64, -3.4e38" in oracle and "``" not in oracle
     # An example that was taken for prose is a quotation, three deep.
     assert not [page for page in site.rglob("*.html") if "<blockquote" in page.read_text()]
 

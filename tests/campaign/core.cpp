@@ -2,8 +2,8 @@
 //
 // Every case runs on one thread first. Then three threads call it at once, on the same inputs, each with threads of its
 // own to run parts of it: the bits must be the same. Arrays are exactly as long as they have to be, and begin as NaN.
-// Seeds follow each other until the time is over or so many cases have run; with 0 seconds one runs. Prints the number of
-// cases; exit status 1 when results differ.
+// Seeds follow each other until the time is over or so many cases have run; with 0 seconds one runs. Prints the number
+// of cases; exit status 1 when results differ.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -109,7 +109,8 @@ Case grid_attention(Generator& random) {
   const Array<uint8_t> mask = mask_of(B, M, random.flip(), random);
   return [=](const Parallel& parallel) {
     const bool counts = inverted || dropout;
-    const Array<T> o(rows * N * L), kept(counts ? rows * N : 0), dq(rows * N * L), dfeat(rows * M * F), dscale(rows * M);
+    const Array<T> o(rows * N * L), kept(counts ? rows * N : 0);
+    const Array<T> dq(rows * N * L), dfeat(rows * M * F), dscale(rows * M);
     const Array<double> lse(rows * N), token_lse(inverted ? rows * M : 0);
     GridAttentionInput<T> in;
     in.batch = rows, in.queries = N, in.features = F, in.heads = heads, in.sizes = sizes;
@@ -117,7 +118,8 @@ Case grid_attention(Generator& random) {
     in.dropout = dropout, in.inverted = inverted;
     const GridAttentionOutput<T> out{o.data(), lse.data(), kept.data(), token_lse.data()};
     grid_attention_forward<T>(in, out, parallel);
-    grid_attention_backward<T>(in, out, {d_o.data(), nullptr, nullptr}, dq.data(), dfeat.data(), dscale.data(), parallel);
+    grid_attention_backward<T>(in, out, {d_o.data(), nullptr, nullptr}, dq.data(), dfeat.data(), dscale.data(),
+                               parallel);
     return (Digest() << o << lse << kept << token_lse << dq << dfeat << dscale).value;
   };
 }
@@ -125,10 +127,12 @@ Case grid_attention(Generator& random) {
 template <class T>
 Case cross_attention(Generator& random) {
   const int64_t B = random.pick({1, 2}), H = random.pick({1, 2, 3}), N = random.pick({1, 2, 7, 33, 70}),
-                M = random.pick({1, 2, 17, 64, 129}), d = random.pick({1, 3, 8, 16, 33}), dv = random.pick({1, 4, 8, 19});
+                M = random.pick({1, 2, 17, 64, 129}), d = random.pick({1, 3, 8, 16, 33}),
+                dv = random.pick({1, 4, 8, 19});
   const bool inverted = random.flip();
   const Dropout dropout(random.pick({0, 0, 1}) * 0.3, 7);
-  const Array<T> q(B * H * N * d, random), k(B * H * M * d, random), v(B * H * M * dv, random), d_o(B * H * N * dv, random);
+  const Array<T> q(B * H * N * d, random), k(B * H * M * d, random), v(B * H * M * dv, random);
+  const Array<T> d_o(B * H * N * dv, random);
   const Array<uint8_t> mask = mask_of(B, M, random.flip(), random);
   return [=](const Parallel& parallel) {
     const Array<T> o(B * H * N * dv), dq(q.size()), dk(k.size()), d_v(v.size());
@@ -148,14 +152,17 @@ Case fourier_projection(Generator& random) {
                 F = random.pick({0, 1, 3, 17}), A = random.pick({1, 2, 3}), K = random.pick({0, 1, 5, 16}),
                 D = random.pick({1, 8, 20, 67}), C = F + A * (2 * K + 1);
   const bool normed = random.flip();
-  const Array<T> feat(B * M * F, random), weight(C * D, random), bias(random.flip() ? D : 0, random), d_out(B * M * D, random);
+  const Array<T> feat(B * M * F, random), weight(C * D, random), bias(random.flip() ? D : 0, random);
+  const Array<T> d_out(B * M * D, random);
   const Array<double> coords(Bc * M * A, random), frequencies(A * K, random, 5);
   return [=](const Parallel& parallel) {
-    const FourierProjectionInput<T> in{B, Bc, M, F, A, K, D, feat.data(), coords.data(), frequencies.data(), weight.data()};
+    const FourierProjectionInput<T> in{B, Bc, M, F, A, K, D, feat.data(), coords.data(), frequencies.data(),
+                                       weight.data()};
     const Array<T> out(B * M * D), scale(normed ? B * M : 0), dweight(C * D), dfeat(B * M * F);
     const Array<double> dcoords(Bc * M * A);
     fourier_projection_forward<T>(in, bias.data(), 1e-5, out.data(), scale.data(), parallel);
-    fourier_projection_backward<T>(in, scale.data(), d_out.data(), dweight.data(), dfeat.data(), dcoords.data(), parallel);
+    fourier_projection_backward<T>(in, scale.data(), d_out.data(), dweight.data(), dfeat.data(), dcoords.data(),
+                                   parallel);
     return (Digest() << out << scale << dweight << dfeat << dcoords).value;
   };
 }
@@ -181,16 +188,19 @@ Case layer_norm(Generator& random) {
   using T = typename D::T;
   const int64_t rows = random.pick({1, 2, 3, 40, 129}), n = random.pick({1, 2, 7, 8, 17, 33, 64, 130});
   const bool branched = random.flip(), biased = branched && random.flip();
-  const Array<S> x(rows * n, random), weight(n, random), bias(n, random), branch_bias(biased ? n : 0, random), d_y(rows * n, random);
+  const Array<S> x(rows * n, random), weight(n, random), bias(n, random), branch_bias(biased ? n : 0, random);
+  const Array<S> d_y(rows * n, random);
   const Array<P> branch(branched ? rows * n : 0, random), d_z(rows * n, random);
   return [=](const Parallel& parallel) {
     const Array<S> y(branched ? rows * n : 0), d_x(rows * n), d_weight(n), d_bias(n), d_branch_bias(biased ? n : 0);
     const Array<P> z(rows * n), d_branch(branched ? rows * n : 0);
     const Array<T> mean(rows), rstd(rows);
-    layer_norm_forward<D>({rows, n, x.data(), branch.data(), branch_bias.data(), weight.data(), bias.data(), 1e-5, y.data(),
-                           z.data(), mean.data(), rstd.data()}, parallel);
+    layer_norm_forward<D>({rows, n, x.data(), branch.data(), branch_bias.data(), weight.data(), bias.data(), 1e-5,
+                           y.data(), z.data(), mean.data(), rstd.data()},
+                          parallel);
     layer_norm_backward<D>({rows, n, d_y.data(), d_z.data(), branched ? y.data() : x.data(), mean.data(), rstd.data(),
-                            weight.data(), d_x.data(), d_branch.data(), d_weight.data(), d_bias.data(), d_branch_bias.data()},
+                            weight.data(), d_x.data(), d_branch.data(), d_weight.data(), d_bias.data(),
+                            d_branch_bias.data()},
                            parallel);
     return (Digest() << y << z << mean << rstd << d_x << d_branch << d_weight << d_bias << d_branch_bias).value;
   };

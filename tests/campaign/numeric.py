@@ -12,7 +12,6 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from .models import PLAIN as PLAIN_MODEL
 from .models import Built, build, draw_model
 from .outcome import Outcome
 from .rounding import rounded_softmax
+from .truth import two_pass_layer_norms
 
 PLAIN = PLAIN_MODEL
 
@@ -56,16 +56,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def two_pass_layer_norm(x: Tensor, shape, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
-    """torch.nn.functional.layer_norm, but that constant tokens, however large, have a deviation of exactly zero."""
-    mean = x.mean(-1, keepdim=True)
-    mean = mean + (x - mean).mean(-1, keepdim=True)
-    y = x - mean
-    y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
 
 
 def run_model(call: Callable, model: torch.nn.Module, inputs: dict, dtype: torch.dtype) -> Results:
@@ -113,7 +103,7 @@ def run(case: dict) -> Outcome:
         with rounded_softmax(seed):
             return run_model(built.run_plain, plain, built.inputs, dtype)
 
-    with mock.patch("torch.nn.functional.layer_norm", two_pass_layer_norm):
+    with two_pass_layer_norms():
         truth = plainly(torch.float64)
     judge = Judge(outcome, truth, scales(built), plainly)
     if hasattr(built.ours, "checkpoint"):

@@ -35,6 +35,7 @@ from perceiver_fast.ops.sdpa import sdpa
 from perceiver_fast.ops.work import Shape, Work, attention_work
 from perceiver_fast.ranges import op_range
 from perceiver_fast.reference.softmax import EMPTY_LSE
+from perceiver_fast.tracing import own
 
 OP = "cross_attention"
 
@@ -301,6 +302,8 @@ def cross_attention_unchecked(
         q = q * 0
     if backend == "sdpa":
         return sdpa(q, k, v, mask, dropout, scale)
+    if backend == "cpu" and mask is not None:
+        mask = own(mask)  # it is saved, and its owner may refill it before the backward
     compute = compute_dtype(q.dtype)
     if backend == "triton":  # tensor cores take half precision as it is, and sum in float32
         compute = q.dtype

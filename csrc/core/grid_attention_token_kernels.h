@@ -71,6 +71,22 @@ PF_INLINE typename Simd<T>::Vec table_at(const T* at, int64_t count) {
   return Simd<T>::load(tail);
 }
 
+// Adds the features' parts to S log2(e) and to u, the latter in blocks. token_gradient and token_delta have to round
+// alike: what token_delta leaves of the sum of P u over queries is multiplied by the logits.
+template <class T, int FS>
+PF_INLINE void add_features(int64_t features, const typename Simd<T>::Vec* x, const T* q, const T* grad,
+                            typename Simd<T>::Vec& t, typename Simd<T>::Vec& u) {
+  const int64_t F = FS > 0 ? FS : features;
+  for (int64_t begin = 0; begin < F; begin += kFeatureBlock) {
+    typename Simd<T>::Vec part{};
+    for (int64_t f = begin; f < F && f < begin + kFeatureBlock; ++f) {
+      t = fma(Simd<T>::set(q[f]), x[f], t);
+      part += x[f] * grad[f];
+    }
+    u += part;
+  }
+}
+
 // FS > 0 fixes the number of features. ByToken: inverted attention or dropout.
 template <class T, int FS, bool ByToken>
 void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
@@ -103,14 +119,7 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
       const V q_axes = table_at(q + inner, tokens.count) + g.row_sums[n];
       const V g_axes = table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n];
       V t = q_axes * r + bias, u = g_axes * r + (ByToken ? g.bonus[n] : -g.delta[n]);
-      for (int64_t begin = 0; begin < F; begin += kFeatureBlock) {
-        V part{};
-        for (int64_t f = begin; f < F && f < begin + kFeatureBlock; ++f) {
-          t = fma(S::set(q[f]), x[f], t);
-          part += x[f] * grad[f];
-        }
-        u += part;
-      }
+      add_features<T, FS>(F, x, q, grad, t, u);
       V p = exp2<T, true>(t, ByToken ? token_shift + g.shift[n] : S::set(g.shift[n])), kept = p;
       if (ByToken) {
         kept = p = p * token_weight;
@@ -211,10 +220,11 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
     const V before = tokens.load(box.delta);
     V total{};
     for (int64_t n = 0; n < g.queries; ++n) {
-      const T* grad = g.grad + n * g.length;
-      const V p = exp2<T, true>(token_logits<T, FS>(tokens, g, inner, n, r, x), shift + g.shift[n]) * weight;
+      const T *q = g.q + n * g.length, *grad = g.grad + n * g.length;
+      V t = (table_at(q + inner, tokens.count) + g.row_sums[n]) * r;
       V u = (table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n]) * r + g.bonus[n];
-      for (int64_t f = 0; f < F; ++f) u += x[f] * grad[f];
+      add_features<T, FS>(F, x, q, grad, t, u);
+      const V p = exp2<T, true>(t, shift + g.shift[n]) * weight;
       if (box.threshold != 0) u = keep<T>(u, hashes, g.hashes[n], box.threshold);
       total += p * (u - g.delta[n] - before);
     }

@@ -103,8 +103,15 @@ def storage_set(model: nn.Module, name: str, p: Tensor, at: tuple, step: dict) -
         p.set_(new.untyped_storage(), 0, p.shape, new.stride())
 
 
+def resizable(p: Tensor) -> torch.UntypedStorage:
+    """The storage of a parameter, which gets one of its own where numpy has held on to the one it had."""
+    if not p.untyped_storage().resizable():
+        p.data = p.detach().clone()
+    return p.untyped_storage()
+
+
 def freed_and_back(model: nn.Module, name: str, p: Tensor, at: tuple, step: dict) -> None:
-    new, storage = whole(p, at, step), p.untyped_storage()
+    new, storage = whole(p, at, step), resizable(p)
     size = storage.nbytes()
     storage.resize_(0)
     storage.resize_(size)
@@ -188,7 +195,7 @@ def matters(model: nn.Module, name: str, p: Tensor, infer: Callable) -> bool:
 
 def free(outcome: Outcome, model: nn.Module, name: str, p: Tensor, infer: Callable) -> None:
     """Free a parameter's storage, as sharding libraries do, and call: that is an error, not a number and no crash."""
-    used, storage = matters(model, name, p, infer), p.untyped_storage()
+    used, storage = matters(model, name, p, infer), resizable(p)
     content, size = p.detach().clone(), storage.nbytes()
     storage.resize_(0)
     try:
@@ -208,8 +215,8 @@ def run(case: dict) -> Outcome:
     model, mode = built.ours.eval(), getattr(torch, case["mode"])
 
     def infer(model: nn.Module) -> Tensor:
-        with mode():
-            return built.run(model, **built.inputs).clone()
+        with mode():  # with copies: a hook may write to what its layer was given, which may be an input
+            return built.run(model, **copy.deepcopy(built.inputs)).clone()
 
     infer(model)
     for step in case["steps"]:

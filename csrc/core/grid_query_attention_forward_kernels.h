@@ -44,12 +44,12 @@ void fit_shift(int64_t channels, const StripSums<T>& sums, const T* largest) {
     const T old = sums.shift[lane], top = largest[lane] + old, total = sums.total[lane];
     const bool move = top > kShiftRange<T> || (total == 0 && top < -kShiftRange<T> && top - top == 0);
     if (move) sums.shift[lane] = T(-__builtin_nearbyint(double(largest[lane])));
-    factor[lane] = total == 0 ? T(0) : sums.shift[lane] - old;  // nothing summed, nothing to scale
+    factor[lane] = T(__builtin_exp2(double(total == 0 ? T(0) : sums.shift[lane] - old)));  // one where nothing moves
     any |= move;
   }
   if (!any) return;
   for (int64_t v = 0; v < kStrip<T>; v += S::lanes) {
-    const auto scale = exp2<T, true>(typename S::Vec{}, S::load(factor + v));
+    const auto scale = S::load(factor + v);
     S::store(sums.total + v, S::load(sums.total + v) * scale);
     for (int64_t c = 0; c < channels; ++c) {
       T* at = sums.out + c * kStrip<T> + v;

@@ -17,9 +17,10 @@ constexpr int64_t kBlockKeys = kGemmDepth / kGemmRows * kGemmRows;
 constexpr int64_t kPanel = 4 * kGemmRows;  // channels of values that stand together
 constexpr int64_t kFew = 4;                // channels of values that are summed up in registers
 
-// Exponents up to here need no shift: no sum overflows, and terms that matter beside the largest do not underflow.
+// Exponents up to here need no shift: terms that matter beside the largest do not underflow, and sums of 2^14 of them
+// times values up to 2^70 do not overflow.
 template <class T>
-constexpr T kSafeExponent = sizeof(T) == 8 ? 400 : 60;
+constexpr T kSafeExponent = sizeof(T) == 8 ? 400 : 40;
 
 constexpr double kLn2 = 0.69314718055994531, kLog2E = 1.4426950408889634;
 

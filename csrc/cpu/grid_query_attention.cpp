@@ -1,4 +1,4 @@
-// torch operators perceiver_fast::grid_query_attention_{forward,backward} for CPU tensors, on torch's stable ABI:
+// torch operators perceiver_fast::grid_query_attention_{forward,into,backward} for CPU tensors, on torch's stable ABI:
 // attention of the queries of a grid, feat [B or 1, *sizes, F], or of points, [B or 1, M, F], to keys whose tables are
 // [B, H, N, L]; csrc/core computes. perceiver_fast/ops/grid_query_attention.py defines the schemas. Threads are torch's.
 // Operands that are not dense are copied.
@@ -130,6 +130,32 @@ std::tuple<Tensor, Tensor> forward(const Tensor& tables, const Tensor& feat, con
   return {o, lse};
 }
 
+// Whether the elements of the batch are dense and apart from one another, so that results can be written there.
+bool dense_elements(const Tensor& t) {
+  int64_t size = 1;
+  for (int64_t axis = t.dim() - 1; axis > 0; size *= t.size(axis--))
+    if (t.size(axis) != 1 && t.stride(axis) != size) return false;
+  return t.size(0) == 1 || t.stride(0) >= size;
+}
+
+// The forward's o, written into a tensor that is there.
+void into(const Tensor& out, const Tensor& tables, const Tensor& feat, const std::optional<Tensor>& scale,
+          const std::optional<Tensor>& bias, const Tensor& v, const std::optional<Tensor>& mask, bool grid,
+          double dropout, const std::optional<Tensor>& seed, bool sum_heads) {
+  const Inputs inputs(tables, feat, scale, bias, v, mask, grid, dropout, seed, sum_heads);
+  check.dtype("out", out, tables.scalar_type());
+  check.shape("out", out, inputs.outputs(), sum_heads ? "[B, M, C]" : "[B, M, H, C]");
+  if (inputs.empty()) return;
+  const bool direct = dense_elements(out);
+  Tensor o = direct ? out : torch::stable::new_empty(tables, inputs.outputs());
+  with_type(tables, [&](auto zero) {
+    using T = decltype(zero);
+    grid_query_attention_forward<T>(inputs.view<T>(), data<T>(o), o.stride(0), nullptr, torch_parallel());
+  });
+  Tensor given = out;  // the same memory
+  if (!direct) torch::stable::copy_(given, o);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& d_o, const Tensor& tables, const Tensor& feat, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& bias, const Tensor& v, const std::optional<Tensor>& mask, bool grid, double dropout,
@@ -165,6 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
 STABLE_TORCH_LIBRARY_IMPL(perceiver_fast, CPU, m) {
   m.impl("grid_query_attention_forward", TORCH_BOX(&forward));
+  m.impl("grid_query_attention_into", TORCH_BOX(&into));
   m.impl("grid_query_attention_backward", TORCH_BOX(&backward));
 }
 

@@ -95,11 +95,15 @@ def _sample(make, dtype=torch.float32, heads=2, keys=5, features=3, sizes=(4, 6)
     length = features + (sum(sizes) if grid else 0)
     tables, feat = make(2, heads, keys, length, dtype=dtype), make(2, *sizes, features, dtype=dtype)
     v = make(2, heads, keys, channels, dtype=dtype)
-    if not options:
-        scale = make.positive(2, *sizes, dtype=dtype)
-        return GridQueryAttentionFunction.apply(tables, feat, scale, None, v, None, grid, 0.0, None, False)
-    bias, mask = make(2, heads, keys, dtype=dtype), make.mask(2, keys)
-    return GridQueryAttentionFunction.apply(tables, feat, None, bias, v, mask, grid, 0.1, make.seed(), True)
+    if options:
+        bias, mask = make(2, heads, keys, dtype=dtype), make.mask(2, keys)
+        arguments = tables, feat, None, bias, v, mask, grid, 0.1, make.seed(), True
+    else:
+        arguments = tables, feat, make.positive(2, *sizes, dtype=dtype), None, v, None, grid, 0.0, None, False
+    o = GridQueryAttentionFunction.apply(*arguments)
+    with torch.no_grad():
+        torch.ops.perceiver_fast.grid_query_attention_into(torch.empty_like(o), *arguments)
+    return o
 
 
 GRID_QUERY_ATTENTION = declare(
@@ -113,6 +117,12 @@ GRID_QUERY_ATTENTION = declare(
             "-> (Tensor o, Tensor lse)",
             _forward_outputs,
             work=lambda *a: grid_query_attention_work(a[0], a[1], a[4], grid=a[6]),
+        ),
+        Operator(
+            "grid_query_attention_into(Tensor(a!) out, Tensor tables, Tensor feat, Tensor? scale, Tensor? bias, Tensor v, "
+            "Tensor? mask, bool grid, float dropout, Tensor? seed, bool sum_heads) -> ()",
+            lambda *arguments: None,
+            work=lambda *a: grid_query_attention_work(a[1], a[2], a[5], grid=a[7]),
         ),
         Operator(
             "grid_query_attention_backward(Tensor d_o, Tensor tables, Tensor feat, Tensor? scale, Tensor? bias, "
@@ -223,6 +233,41 @@ def grid_query_attention_unchecked(
         else:
             o, _ = torch.ops.perceiver_fast.grid_query_attention_forward(*arguments, False)
     return o if result == compute or tables.dtype == torch.float64 else o.to(result)
+
+
+@op_range(OP)
+def grid_query_attention_into(
+    out: Tensor,
+    tables: Tensor,
+    feat: Tensor,
+    v: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    sum_heads: bool = False,
+    grid: bool = True,
+    backend: str | None = None,
+) -> None:
+    """:func:`grid_query_attention_unchecked` for inference, whose result is written into ``out``, of the result's shape.
+
+    Elements of out's batch that are dense, as those of a part of an array in a file, are written where they are, without a
+    copy, where the kernels run and out has the dtype that they compute in.
+    """
+    compute = compute_dtype(tables.dtype)
+    if backend is None:
+        axes = feat.dim() - 2 if grid else 0
+        backend = GRID_QUERY_ATTENTION.require(GridQueryAttentionCall(compute, tables.device, axes))
+    with torch.no_grad():
+        if backend != "cpu" or out.dtype != compute:
+            out.copy_(
+                grid_query_attention_unchecked(
+                    tables, feat, v, scale, bias, mask, sum_heads=sum_heads, grid=grid, backend=backend
+                )
+            )
+            return
+        with unless_autocast(tables.device):
+            given = (None if t is None else t.to(compute) for t in (tables, feat, scale, bias, v))
+            torch.ops.perceiver_fast.grid_query_attention_into(out, *given, mask, grid, 0.0, None, sum_heads)
 
 
 def grid_query_attention(

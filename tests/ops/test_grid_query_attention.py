@@ -13,7 +13,7 @@ from support import check_over_draws, needs_extension, relative_error
 import perceiver_fast as pf
 from perceiver_fast import extension, reference
 from perceiver_fast.ops import blocks, grid_query_attention
-from perceiver_fast.ops.grid_query_attention import grid_query_attention_unchecked
+from perceiver_fast.ops.grid_query_attention import grid_query_attention_into, grid_query_attention_unchecked
 from perceiver_fast.reference.softmax import EMPTY_LSE
 
 pytestmark = pytest.mark.skipif(**needs_extension)
@@ -329,6 +329,19 @@ def test_separate_tables_give_the_joined_result():
     assert torch.equal(o, grid_query_attention_unchecked(joined, empty, inputs["v"], inputs["scale"][:1]))
     o = grid_query_attention(t_feat, (), feat, inputs["v"])
     assert torch.equal(o, grid_query_attention_unchecked(t_feat, feat, inputs["v"], grid=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sum_heads", [True, False])
+def test_into_a_part_of_a_buffer(dtype, sum_heads):
+    inputs, mask, _ = draw(BASE | dict(batch=2, heads=2, sizes=(3, 40), channels=3, masked=True), dtype)
+    expected = grid_query_attention_unchecked(**inputs, mask=mask, sum_heads=sum_heads)
+    buffer = torch.full((2, 200, *expected.shape[2:]), 7.0, dtype=dtype)
+    spread = torch.full((*expected.shape, 2), 7.0, dtype=dtype)
+    for out in (buffer[:, 30:150], spread[..., 1]):
+        grid_query_attention_into(out, **inputs, mask=mask, sum_heads=sum_heads)
+        assert torch.equal(out, expected)
+    assert (buffer[:, :30] == 7).all() and (buffer[:, 150:] == 7).all() and (spread[..., 0] == 7).all()
 
 
 def test_no_queries():

@@ -13,19 +13,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.backends import Choice
+from perceiver_fast.backends import Choice, forced_backend
 from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.fusing import are_plain, watcher, why_not
+from perceiver_fast.layers.plan import FLOAT, Plan
 from perceiver_fast.layers.pre_norm import PreNorm
+from perceiver_fast.ops.cross_attention import CROSS_ATTENTION, CrossAttentionCall
 from perceiver_fast.ops.grid_query_attention import (
     GRID_QUERY_ATTENTION,
     GridQueryAttentionCall,
     grid_query_attention_into,
     grid_query_attention_unchecked,
+    grid_query_attention_work,
 )
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype, unless_autocast
-from perceiver_fast.tokens import Queries, Tokens
+from perceiver_fast.ops.work import Work, attention_work
+from perceiver_fast.tokens import GridQueries, Queries, Tokens
 
 
 def why_decoder_modules(layer: nn.Module, queries: Queries) -> str | None:
@@ -58,10 +62,65 @@ def why_decoder_modules(layer: nn.Module, queries: Queries) -> str | None:
     return found
 
 
-def decoder_choice(like: Tensor, queries: Queries) -> Choice:
-    """The backend of the op that attends for described queries, and why not the others."""
-    axes = len(queries.sizes)
-    return GRID_QUERY_ATTENTION.choose(GridQueryAttentionCall(compute_dtype(like.dtype), like.device, axes))
+def plan_decoder(layer: nn.Module, last: nn.Linear | None, latents: Tensor, queries: Queries) -> Plan:
+    """Whether a decoder takes the description of its queries, or their tensor: the way with the least counted work.
+
+    Args:
+        layer: the PreNorm, for which :func:`why_decoder_modules` is None.
+        last: a plain linear layer that follows at once; or None.
+        latents: what is attended to, ``[B, N, D]``.
+        queries: what attends.
+
+    Raises:
+        perceiver_fast.backends.BackendError: a forced backend cannot run either way.
+    """
+    fn, dtype, device = layer._modules["fn"], compute_dtype(latents.dtype), latents.device
+    batch, keys, heads = latents.shape[0], latents.shape[1], fn.heads
+    dim = fn._modules["to_q"].weight.shape[0] // heads
+    channels = fn._modules["to_out"].weight.shape[0]
+    out = channels if last is None else last.weight.shape[0]
+    on_grid, features = isinstance(queries, GridQueries), 0 if queries.feat is None else queries.feat.shape[-1]
+    sizes, count = queries.sizes, queries.count
+
+    described = GRID_QUERY_ATTENTION.choose(GridQueryAttentionCall(dtype, device, len(sizes) if on_grid else 0))
+    if described.backend == "reference" and forced_backend() == "auto":
+        why = "it forms the M x N weights, which attention of built queries need not"
+        described = Choice(described.op, None, described.rejected | {"reference": [why]})
+    elements = features if on_grid else queries.code_channels + (queries.embed is not None)
+    length = elements + (sum(sizes) if on_grid else 0)
+    values = out if folds(keys, dim, out) else dim
+    work = grid_query_attention_work((batch, heads, keys, length), (1, *sizes, elements), (values,), on_grid)
+    tables = batch * heads * keys * dim * length
+    own = 0 if on_grid else count * elements**2  # codes of points, and the variance of what a layer makes of them
+    after = 0 if values == out else batch * count * heads * dim * out
+    ways = {"described": work + Work(tables + own + after, bytes=FLOAT * batch * count * out)}
+
+    built = CROSS_ATTENTION.choose(
+        CrossAttentionCall(
+            dtype, device, fn.active_dropout, batch=batch, heads=heads, queries=count, dim=dim, value_dim=dim
+        )
+    )
+    width = queries.channels
+    embeds = 0 if queries.embed is None else count * queries.code_channels * width
+    q, kv = (batch, heads, count, dim), (batch, heads, keys, dim)
+    projections = embeds + batch * count * (heads * dim * (width + channels) + (0 if last is None else channels * out))
+    # Queries are written, normalised and projected; the results of attention and of to_out are written and read.
+    traffic = FLOAT * batch * count * 2 * (2 * width + 2 * heads * dim + channels)
+    ways["built"] = attention_work(q, kv, kv) + Work(projections, bytes=traffic)
+    if described.backend is None or (forced_backend() == "auto" and ways["built"].cost < ways["described"].cost):
+        return Plan("built", built, ways, grid=described)
+    return Plan("described", described, ways)
+
+
+def folds(latents: int, dim: int, out: int) -> bool:
+    """Whether the linear map after attention is applied to the values: O multiply-adds a pair, not d and then a product.
+
+    Args:
+        latents: N.
+        dim: channels of a head, d.
+        out: channels after the map, O.
+    """
+    return latents * out <= dim * (latents + out)
 
 
 class FusedDecoder:
@@ -83,10 +142,8 @@ class FusedDecoder:
             self.k, v = (self.fn.split_heads(t).to(compute) for t in (k, v))  # [B, H, N, d]
             self.k = self.k * self.fn.scale
             weight, self.bias = self._after(last)
-            latents, heads, dim = self.k.shape[-2], self.k.shape[1], self.k.shape[-1]
-            # Folded, a query costs as many multiply-adds a latent and head as there are channels out; else d, and then
-            # a projection of all heads' results.
-            self.folds = latents * len(weight) <= dim * (latents + len(weight))
+            heads, keys, dim = self.k.shape[1:]
+            self.folds = folds(keys, dim, len(weight))
             if self.folds:
                 v = torch.einsum("bhnd,ohd->bhno", v, weight.unflatten(1, (heads, dim)))
             self.v, self.weight = v, weight

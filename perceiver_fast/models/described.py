@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.backends import forced_backend
 from perceiver_fast.layers.checks import check_real
-from perceiver_fast.layers.decoding import FusedDecoder, decoder_choice, why_decoder_modules
+from perceiver_fast.layers.decoding import FusedDecoder, plan_decoder, why_decoder_modules
 from perceiver_fast.layers.fusing import is_plain
+from perceiver_fast.layers.observer import observer
 from perceiver_fast.tokens import Queries
 
 PART = 2**20  # queries whose scales and positions exist at a time, in inference
@@ -66,15 +66,21 @@ def decode_described(
     """
     batch = latents.shape[0]
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    choice = decoder_choice(latents, queries)
-    if why_decoder_modules(attention, queries) is not None or _forms_weights(choice.backend):
+    last = to_logits if is_plain(to_logits, nn.Linear) else None
+    looks, plan = observer(), None
+    if (looks is None or not looks.needs_queries) and why_decoder_modules(attention, queries) is None:
+        plan = plan_decoder(attention, last, latents, queries)
+    if plan is None or plan.path == "built":
 
         def decode(part: Queries) -> Tensor:
             return built(part.tensor(latents).expand(batch, -1, -1))
 
         return decode(queries) if whole else torch.cat([decode(part) for part in queries.parts(rows)], 1)
-    last = to_logits if is_plain(to_logits, nn.Linear) else None
-    decoder = FusedDecoder(attention, last, latents, choice.backend)
+    if looks is not None:
+        shape = torch.Size((batch, queries.count, queries.channels))
+        looks.begins(attention, shape, residual=False)
+        looks.decodes(attention, shape, latents, plan)
+    decoder = FusedDecoder(attention, last, latents, plan.taken.backend)
     done = last is not None or type(to_logits) is nn.Identity
     if whole:
         out = decoder.decode(queries.describe(latents))
@@ -86,8 +92,3 @@ def decode_described(
         decoder.decode_into(out[:, start : start + part.count], part.describe(latents))
         start += part.count
     return out
-
-
-def _forms_weights(backend: str | None) -> bool:
-    """Whether attention of described queries would form the M x N weights, which attention of built ones need not."""
-    return backend is None or (backend == "reference" and forced_backend() == "auto")

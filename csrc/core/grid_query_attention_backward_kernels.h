@@ -88,8 +88,8 @@ void strip_products(const QueryRows<T>& rows, const QueryKeys<T>& keys, const Qu
   const int64_t W = kStrip<T>, N = keys.count, C = b.channels, each = block_keys(N);
   const StripPlace at = place_of(rows, group.first + s);
   alignas(64) T shift_of[kStrip<T>];
-  for (int64_t lane = 0; lane < W; ++lane)
-    shift_of[lane] = lane < at.count && !b.constant ? T(-__builtin_nearbyint(b.lse[at.first + lane] * kLog2E)) : T(0);
+  for (int64_t lane = 0; lane < W; ++lane)  // lanes without a query have no weights
+    shift_of[lane] = lane < at.count ? T(-__builtin_nearbyint(b.lse[at.first + lane] * kLog2E)) : T(-1e30);
   V shift[kStripVectors], total[kStripVectors] = {}, product[kStripVectors] = {};
   for (int u = 0; u < kStripVectors; ++u) shift[u] = S::load(shift_of + u * S::lanes);
   const auto* hashes = b.hashes + (b.threshold != 0 ? s * W : 0);
@@ -118,7 +118,7 @@ void strip_products(const QueryRows<T>& rows, const QueryKeys<T>& keys, const Qu
     for (int u = 0; u < kStripVectors; ++u) product[u] += part[u];
   }
   for (int u = 0; u < kStripVectors; ++u) {
-    inverse[u] = S::set(1) / total[u];
+    inverse[u] = S::set(1) / S::max(S::set(T(1e-30)), total[u]);  // NaN, the second operand, stays
     delta[u] = product[u] * inverse[u];
   }
 }

@@ -213,7 +213,7 @@ def test_a_single_key_has_no_logit_gradients():
     inputs, mask, d_o = draw(BASE | dict(keys=1, features=3, bias=True), torch.float32)
     found = results(kernel, BASE, inputs, mask, d_o)
     assert all((found[f"d_{name}"] == 0).all() for name in ("tables", "feat", "scale", "bias"))
-    assert torch.equal(found["o"], inputs["v"].flatten().expand(1, 7).reshape(1, 7, 1, 1))
+    assert relative_error(found["o"], inputs["v"].expand(1, 7, 1, 1)) < 2e-7
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

@@ -71,8 +71,7 @@ PF_INLINE void strip_weights(const StripKeys<T>& k, const typename Simd<T>::Vec*
   for (int u = 0; u < kStripVectors; ++u) r[u] = S::load(k.r + u * S::lanes);
   for (int64_t n = 0; n < k.count; ++n)
     for (int u = 0; u < kStripVectors; ++u) {
-      const auto t = logit<T, From>(k, n, u * S::lanes, r[u]) + shift[u];
-      const auto p = exp2_within<T>(S::max(S::set(kLeastExponent<T>), t));
+      const auto p = weight<T, From>(k, n, u * S::lanes, r[u], shift[u]);
       part[u] += p;
       S::store(k.tile + n * kStrip<T> + u * S::lanes, p);
     }
@@ -155,7 +154,7 @@ void strip_logit_gradients(const QueryRows<T>& rows, const QueryKeys<T>& keys, c
   const T* r_at = group.r + s * W;
   const T* columns = Grid ? keys.columns + at.strip * N * W : nullptr;
   T* d_columns = Grid ? b.d_columns + at.strip * N * W : nullptr;
-  const StripKeys<T> k{N, columns, sums, nullptr, nullptr, nullptr};
+  const StripKeys<T> k{N, columns, sums, nullptr, nullptr, nullptr, nullptr};
   for (int64_t begin = 0; begin < N; begin += kBlockKeys) {
     const int64_t end = N - begin < kBlockKeys ? N : begin + kBlockKeys;
     V d_r[kStripVectors] = {};
@@ -227,11 +226,10 @@ void backward(const QueryRows<T>& rows, const QueryKeys<T>& keys, const QueryGro
     }
 }
 
-// What is left to do when all heads are summed up: tables were packed times log2(e).
+// What is left to do when all heads are summed up.
 template <class T>
 void finish(const QueryRows<T>& rows, const QueryGroup<T>& group, T* d_x, const T* d_r, T* d_feat, T* d_scale) {
   const int64_t W = kStrip<T>, F = rows.features;
-  const T ln2 = T(kLn2);
   for (int64_t s = 0; s < group.count; ++s) {
     const StripPlace at = place_of(rows, group.first + s);
     for (int64_t lane = 0; lane < at.count; ++lane) {
@@ -241,9 +239,9 @@ void finish(const QueryRows<T>& rows, const QueryGroup<T>& group, T* d_x, const 
       for (int64_t f = 0; f < F; ++f) {
         const T grad = rows.blank ? T(0) : d_x[(s * F + f) * W + lane];
         if (!rows.blank) sum += grad * rows.feat[m * F + f];
-        d_feat[m * F + f] = grad * r * ln2;
+        d_feat[m * F + f] = grad * r;
       }
-      if (d_scale != nullptr) d_scale[m] = rows.blank ? T(0) : sum * ln2;
+      if (d_scale != nullptr) d_scale[m] = rows.blank ? T(0) : sum;
     }
   }
 }

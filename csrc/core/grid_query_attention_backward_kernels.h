@@ -109,7 +109,7 @@ void strip_products(const QueryRows<T>& rows, const QueryKeys<T>& keys, const Qu
   const StripPlace at = place_of(rows, group.first + s);
   alignas(64) T shift_of[kStrip<T>];
   for (int64_t lane = 0; lane < W; ++lane)  // lanes without a query have no weights
-    shift_of[lane] = lane < at.count ? T(-__builtin_nearbyint(b.lse[at.first + lane] * kLog2E)) : T(-1e30);
+    shift_of[lane] = lane < at.count ? T(-__builtin_nearbyint(b.lse[at.first + lane])) : T(-1e30);
   V shift[kStripVectors], total[kStripVectors] = {}, zero[kStripVectors] = {};
   for (int u = 0; u < kStripVectors; ++u) means.delta[u] = means.delta_low[u] = V{};
   for (int u = 0; u < kStripVectors; ++u) shift[u] = S::load(shift_of + u * S::lanes);

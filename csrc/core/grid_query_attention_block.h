@@ -5,8 +5,8 @@
 // strips: they take turns at a block of keys, so that it is read once for all of them. Trailing axes that are short
 // are merged into one, whose table is the sum of theirs; "columns" is the size of what became the last axis.
 //
-// Logits are natural ones, with the roundings of plain PyTorch: log2(e) comes in where a shift, an integer, brings the exponent
-// of two near zero, by a fused multiply-add.
+// Logits are natural ones, with the roundings of plain PyTorch: they are multiplied by log2(e), for powers of two, where a shift
+// has brought them near zero.
 #pragma once
 
 #include <cstdint>

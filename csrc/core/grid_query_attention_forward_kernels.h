@@ -7,9 +7,9 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
-// Weights stay between 2^-kRange and 2^kRange times their number.
+// Weights stay below e^kShiftRange, and the largest one above e^-kShiftRange.
 template <class T>
-constexpr T kShiftRange = sizeof(T) == 8 ? 200 : 20;
+constexpr T kShiftRange = sizeof(T) == 8 ? 150 : 15;
 
 // A strip's sums: [C][width], then its totals and shifts.
 template <class T>
@@ -41,10 +41,10 @@ void fit_shift(int64_t channels, const StripSums<T>& sums, const T* largest) {
   alignas(64) T factor[kStrip<T>];
   bool any = false;
   for (int64_t lane = 0; lane < kStrip<T>; ++lane) {
-    const T old = sums.shift[lane], most = largest[lane] * T(kLog2E), top = most + old, total = sums.total[lane];
+    const T old = sums.shift[lane], top = largest[lane] + old, total = sums.total[lane];
     const bool move = top > kShiftRange<T> || (total == 0 && top < -kShiftRange<T> && top - top == 0);
-    if (move) sums.shift[lane] = T(-__builtin_nearbyint(double(most)));
-    factor[lane] = T(__builtin_exp2(double(total == 0 ? T(0) : sums.shift[lane] - old)));  // one where nothing moves
+    if (move) sums.shift[lane] = T(-__builtin_nearbyint(double(largest[lane])));
+    factor[lane] = T(__builtin_exp(double(total == 0 ? T(0) : sums.shift[lane] - old)));  // one where nothing moves
     any |= move;
   }
   if (!any) return;
@@ -138,7 +138,7 @@ void write(const QueryForward<T>& f, const StripPlace& at, const StripSums<T>& s
   const int64_t W = kStrip<T>, C = f.channels;
   if (f.lse != nullptr)
     for (int64_t lane = 0; lane < at.count; ++lane)
-      f.lse[at.first + lane] = __builtin_log(double(sums.total[lane])) - double(sums.shift[lane]) * kLn2;
+      f.lse[at.first + lane] = __builtin_log(double(sums.total[lane])) - double(sums.shift[lane]);
   for (int64_t v = 0; v < W; v += S::lanes) {
     const auto factor = S::set(f.keep_scale) / S::load(sums.total + v);
     for (int64_t c = 0; c < C; ++c) S::store(sums.out + c * W + v, S::load(sums.out + c * W + v) * factor);

@@ -98,12 +98,12 @@ PF_INLINE typename Simd<T>::Vec logit(const StripKeys<T>& k, int64_t n, int64_t 
   return From == Source::channels ? channels : fma(r, axes_part(k, n, v), channels);
 }
 
-// 2^(logit log2(e) + shift), where the sum is at most 127 and may be far below zero.
+// e^(logit + shift), where the sum is at most 88 and may be far below zero.
 template <class T, Source From>
 PF_INLINE typename Simd<T>::Vec weight(const StripKeys<T>& k, int64_t n, int64_t v, typename Simd<T>::Vec r,
                                        typename Simd<T>::Vec shift) {
   using S = Simd<T>;
-  const auto t = fma(logit<T, From>(k, n, v, r), S::set(T(kLog2E)), shift);
+  const auto t = (logit<T, From>(k, n, v, r) + shift) * T(kLog2E);
   return exp2_within<T>(S::max(S::set(kLeastExponent<T>), t));  // NaN, the second operand, stays
 }
 

@@ -5,7 +5,8 @@
 //   d_x = sum over keys of dS feat;  d_r of dS times the part by axes (channels' part: from d_x, at the end)
 //
 // P is computed anew: exponents are shifted by lse, and the weights divided by their sum. So sum_n dS is zero up to
-// rounding however well lse is known.
+// rounding however well lse is known. delta is a sum of two numbers, the second one the rounding error of the first: a query
+// that one key has nearly all of gets its tiny gradients and not that error.
 #pragma once
 
 #include "elements.h"
@@ -70,27 +71,47 @@ PF_INLINE void strip_weights(const StripKeys<T>& k, const typename Simd<T>::Vec*
   for (int u = 0; u < kStripVectors; ++u) r[u] = S::load(k.r + u * S::lanes);
   for (int64_t n = 0; n < k.count; ++n)
     for (int u = 0; u < kStripVectors; ++u) {
-      const auto t = logit<T, From>(k, n, u * S::lanes, r[u]) + shift[u];
-      const auto p = exp2_within<T>(S::max(S::set(kLeastExponent<T>), t));
+      const auto p = weight<T, From>(k, n, u * S::lanes, r[u], shift[u]);
       part[u] += p;
       S::store(k.tile + n * kStrip<T> + u * S::lanes, p);
     }
   for (int u = 0; u < kStripVectors; ++u) total[u] += part[u];
 }
 
-// The weights and their gradients u of a strip in p and ds, delta and the inverse of the weights' sum.
+// Of a strip: the weights' inverse sum, and delta.
+template <class T>
+struct StripMeans {
+  typename Simd<T>::Vec inverse[kStripVectors], delta[kStripVectors], delta_low[kStripVectors];
+};
+
+// sum_n p (u - delta) of a strip.
+template <class T>
+PF_INLINE void sum_products(const StripGradients<T>& strip, int64_t begin, int64_t end,
+                            const typename Simd<T>::Vec* delta, typename Simd<T>::Vec* sum) {
+  using S = Simd<T>;
+  typename S::Vec part[kStripVectors] = {};
+  for (int64_t n = begin; n < end; ++n)
+    for (int u = 0; u < kStripVectors; ++u) {
+      const int64_t i = n * kStrip<T> + u * S::lanes;
+      part[u] += S::load(strip.p + i) * (S::load(strip.ds + i) - delta[u]);
+    }
+  for (int u = 0; u < kStripVectors; ++u) sum[u] += part[u];
+}
+
+// The weights and their gradients u of a strip in p and ds, and their means.
 template <class T, Source From>
 void strip_products(const QueryRows<T>& rows, const QueryKeys<T>& keys, const QueryGroup<T>& group,
                     const QueryBackward<T>& b, int64_t s, const StripGradients<T>& strip, T* sums,
-                    typename Simd<T>::Vec* delta, typename Simd<T>::Vec* inverse) {
+                    StripMeans<T>& means) {
   using S = Simd<T>;
   using V = typename S::Vec;
   const int64_t W = kStrip<T>, N = keys.count, C = b.channels, each = block_keys(N);
   const StripPlace at = place_of(rows, group.first + s);
   alignas(64) T shift_of[kStrip<T>];
-  for (int64_t lane = 0; lane < W; ++lane)
-    shift_of[lane] = lane < at.count && !b.constant ? T(-__builtin_nearbyint(b.lse[at.first + lane] * kLog2E)) : T(0);
-  V shift[kStripVectors], total[kStripVectors] = {}, product[kStripVectors] = {};
+  for (int64_t lane = 0; lane < W; ++lane)  // lanes without a query have no weights
+    shift_of[lane] = lane < at.count ? T(-__builtin_nearbyint(b.lse[at.first + lane])) : T(-1e30);
+  V shift[kStripVectors], total[kStripVectors] = {}, zero[kStripVectors] = {};
+  for (int u = 0; u < kStripVectors; ++u) means.delta[u] = means.delta_low[u] = V{};
   for (int u = 0; u < kStripVectors; ++u) shift[u] = S::load(shift_of + u * S::lanes);
   const auto* hashes = b.hashes + (b.threshold != 0 ? s * W : 0);
   for (int64_t begin = 0; begin < N; begin += each) {
@@ -104,30 +125,27 @@ void strip_products(const QueryRows<T>& rows, const QueryKeys<T>& keys, const Qu
       strip_weights<T, From>(k, shift, total);
     }
     tile_gemm<T, false>(count, W, C, keys.v + begin * C, C, 1, strip.grad, W, ds, W);
-    V part[kStripVectors] = {};
-    for (int64_t n = 0; n < count; ++n)
+    for (int64_t n = 0; n < count && b.threshold != 0; ++n)
       for (int u = 0; u < kStripVectors; ++u) {
         T* u_at = ds + n * W + u * S::lanes;
-        V grad = S::load(u_at);
-        if (b.threshold != 0) {
-          grad = keep<T>(grad, hashes + u * S::lanes, keys.hashes[begin + n], b.threshold);
-          S::store(u_at, grad);
-        }
-        part[u] += S::load(p + n * W + u * S::lanes) * grad;
+        S::store(u_at, keep<T>(S::load(u_at), hashes + u * S::lanes, keys.hashes[begin + n], b.threshold));
       }
-    for (int u = 0; u < kStripVectors; ++u) product[u] += part[u];
+    sum_products(strip, begin, begin + count, zero, means.delta);
   }
   for (int u = 0; u < kStripVectors; ++u) {
-    inverse[u] = S::set(1) / total[u];
-    delta[u] = product[u] * inverse[u];
+    means.inverse[u] = S::set(1) / S::max(S::set(T(1e-30)), total[u]);  // NaN, the second operand, stays
+    means.delta[u] *= means.inverse[u];
   }
+  for (int64_t begin = 0; begin < N; begin += each)
+    sum_products(strip, begin, N - begin < each ? N : begin + each, means.delta, means.delta_low);
+  for (int u = 0; u < kStripVectors; ++u) means.delta_low[u] *= means.inverse[u];
 }
 
 // Weights to P, without those that are dropped, and u to dS; adds to the gradients of the columns' table and to d_r.
 template <class T, bool Grid, bool Dropped>
 void strip_logit_gradients(const QueryRows<T>& rows, const QueryKeys<T>& keys, const QueryGroup<T>& group,
                            const QueryBackward<T>& b, int64_t s, const StripGradients<T>& strip, const T* sums,
-                           const typename Simd<T>::Vec* delta, const typename Simd<T>::Vec* inverse) {
+                           const StripMeans<T>& means) {
   using S = Simd<T>;
   using V = typename S::Vec;
   const int64_t W = kStrip<T>, N = keys.count;
@@ -136,15 +154,15 @@ void strip_logit_gradients(const QueryRows<T>& rows, const QueryKeys<T>& keys, c
   const T* r_at = group.r + s * W;
   const T* columns = Grid ? keys.columns + at.strip * N * W : nullptr;
   T* d_columns = Grid ? b.d_columns + at.strip * N * W : nullptr;
-  const StripKeys<T> k{N, columns, sums, nullptr, nullptr, nullptr};
+  const StripKeys<T> k{N, columns, sums, nullptr, nullptr, nullptr, nullptr};
   for (int64_t begin = 0; begin < N; begin += kBlockKeys) {
     const int64_t end = N - begin < kBlockKeys ? N : begin + kBlockKeys;
     V d_r[kStripVectors] = {};
     for (int64_t n = begin; n < end; ++n)
       for (int u = 0; u < kStripVectors; ++u) {
         const int64_t i = n * W + u * S::lanes;
-        V p = S::load(strip.p + i) * inverse[u];
-        const V ds = b.constant ? V{} : p * (S::load(strip.ds + i) - delta[u]);
+        V p = S::load(strip.p + i) * means.inverse[u];
+        const V ds = b.constant ? V{} : p * (S::load(strip.ds + i) - means.delta[u] - means.delta_low[u]);
         if (Dropped) p = keep<T>(p, hashes + u * S::lanes, keys.hashes[n], b.threshold);
         S::store(strip.p + i, p);
         S::store(strip.ds + i, ds);
@@ -178,7 +196,6 @@ void add_sums(const QueryRows<T>& rows, const QueryKeys<T>& keys, const QueryGro
 template <class T>
 void backward(const QueryRows<T>& rows, const QueryKeys<T>& keys, const QueryGroup<T>& group,
               const QueryBackward<T>& b) {
-  using V = typename Simd<T>::Vec;
   const FlushDenormals flush;
   const int64_t W = kStrip<T>, N = keys.count, C = b.channels, F = rows.features, pad = padded<T>(C);
   const int64_t size = StripGradients<T>::size(F, C, N);
@@ -186,15 +203,15 @@ void backward(const QueryRows<T>& rows, const QueryKeys<T>& keys, const QueryGro
   for (int64_t s = 0; s < group.count; ++s) {
     const StripGradients<T> strip(b.scratch + s * size, C, N);
     load_gradients(rows, group, b, s, strip);
-    V delta[kStripVectors], inverse[kStripVectors];
+    StripMeans<T> means;
     with_source(rows, [&](auto source) {
-      strip_products<T, decltype(source)::from>(rows, keys, group, b, s, strip, sums, delta, inverse);
+      strip_products<T, decltype(source)::from>(rows, keys, group, b, s, strip, sums, means);
     });
     const T* row = rows.outer_axes == 1 ? row_sums(rows, keys, place_of(rows, group.first + s).row, 0, N, sums) : sums;
     const bool dropped = b.threshold != 0;
     const auto logits = rows.grid ? (dropped ? strip_logit_gradients<T, true, true> : strip_logit_gradients<T, true, false>)
                                   : (dropped ? strip_logit_gradients<T, false, true> : strip_logit_gradients<T, false, false>);
-    logits(rows, keys, group, b, s, strip, row, delta, inverse);
+    logits(rows, keys, group, b, s, strip, row, means);
     if (b.constant) continue;
     add_sums(rows, keys, group, b, s, strip, products);
     if (F > 0 && b.d_x != nullptr)
@@ -209,11 +226,10 @@ void backward(const QueryRows<T>& rows, const QueryKeys<T>& keys, const QueryGro
     }
 }
 
-// What is left to do when all heads are summed up: tables were packed times log2(e).
+// What is left to do when all heads are summed up.
 template <class T>
 void finish(const QueryRows<T>& rows, const QueryGroup<T>& group, T* d_x, const T* d_r, T* d_feat, T* d_scale) {
   const int64_t W = kStrip<T>, F = rows.features;
-  const T ln2 = T(kLn2);
   for (int64_t s = 0; s < group.count; ++s) {
     const StripPlace at = place_of(rows, group.first + s);
     for (int64_t lane = 0; lane < at.count; ++lane) {
@@ -223,9 +239,9 @@ void finish(const QueryRows<T>& rows, const QueryGroup<T>& group, T* d_x, const 
       for (int64_t f = 0; f < F; ++f) {
         const T grad = rows.blank ? T(0) : d_x[(s * F + f) * W + lane];
         if (!rows.blank) sum += grad * rows.feat[m * F + f];
-        d_feat[m * F + f] = grad * r * ln2;
+        d_feat[m * F + f] = grad * r;
       }
-      if (d_scale != nullptr) d_scale[m] = rows.blank ? T(0) : sum * ln2;
+      if (d_scale != nullptr) d_scale[m] = rows.blank ? T(0) : sum;
     }
   }
 }

@@ -5,7 +5,8 @@
 // strips: they take turns at a block of keys, so that it is read once for all of them. Trailing axes that are short
 // are merged into one, whose table is the sum of theirs; "columns" is the size of what became the last axis.
 //
-// All logits are in base two: tables and biases are packed times log2(e).
+// Logits are natural ones, with the roundings of plain PyTorch: they are multiplied by log2(e), for powers of two, where a shift
+// has brought them near zero.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +40,7 @@ struct QueryKeys {
   const T* outer;    // [outer_total][count]: an index of an outer axis a row
   const T* columns;  // [strips][count][width]
   const T* bias;     // [count]
+  const T* bias_log2;  // [count]: times log2(e)
   const T* v;        // [count][C]
   const T* panels;   // the same in panels of `panel` channels, [C / panel][count][panel]; null with few channels
   const uint32_t* hashes;  // [count], of dropout

@@ -7,9 +7,9 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
-// Weights stay between 2^-kRange and 2^kRange times their number.
+// Weights stay below e^kShiftRange, and the largest one above e^-kShiftRange.
 template <class T>
-constexpr T kShiftRange = sizeof(T) == 8 ? 200 : 20;
+constexpr T kShiftRange = sizeof(T) == 8 ? 150 : 15;
 
 // A strip's sums: [C][width], then its totals and shifts.
 template <class T>
@@ -44,7 +44,7 @@ void fit_shift(int64_t channels, const StripSums<T>& sums, const T* largest) {
     const T old = sums.shift[lane], top = largest[lane] + old, total = sums.total[lane];
     const bool move = top > kShiftRange<T> || (total == 0 && top < -kShiftRange<T> && top - top == 0);
     if (move) sums.shift[lane] = T(-__builtin_nearbyint(double(largest[lane])));
-    factor[lane] = T(__builtin_exp2(double(total == 0 ? T(0) : sums.shift[lane] - old)));  // one where nothing moves
+    factor[lane] = T(__builtin_exp(double(total == 0 ? T(0) : sums.shift[lane] - old)));  // one where nothing moves
     any |= move;
   }
   if (!any) return;
@@ -58,29 +58,21 @@ void fit_shift(int64_t channels, const StripSums<T>& sums, const T* largest) {
   }
 }
 
-// 2^logit, or with Shifted 2^(logit + shift), which may be far below zero.
-template <class T, Source From, bool Shifted>
-PF_INLINE typename Simd<T>::Vec weight_of(const StripKeys<T>& k, int64_t n, int u, typename Simd<T>::Vec r,
-                                          typename Simd<T>::Vec shift) {
-  using S = Simd<T>;
-  auto t = logit<T, From>(k, n, u * S::lanes, r);
-  if (Shifted) t = S::max(S::set(kLeastExponent<T>), t + shift);  // NaN, the second operand, stays
-  return exp2_within<T>(t);
-}
-
-// Adds the keys' weights and, of C channels, weighted values.
+// Adds the keys' weights and, of C channels, weighted values. Without shifts, logits are by axes alone.
 template <class T, Source From, bool Shifted, int C>
 void sum_few(const StripKeys<T>& k, const T* v, const StripSums<T>& sums) {
   using S = Simd<T>;
   using V = typename S::Vec;
   V r[kStripVectors], shift[kStripVectors], total[kStripVectors] = {}, out[C][kStripVectors] = {};
   for (int u = 0; u < kStripVectors; ++u) {
-    r[u] = S::load(k.r + u * S::lanes);
+    r[u] = S::load(k.r + u * S::lanes) * (Shifted ? T(1) : T(kLog2E));
     shift[u] = S::load(sums.shift + u * S::lanes);
   }
   for (int64_t n = 0; n < k.count; ++n)
     for (int u = 0; u < kStripVectors; ++u) {
-      const V p = weight_of<T, From, Shifted>(k, n, u, r[u], shift[u]);
+      const int v_at = u * S::lanes;
+      const V p = Shifted ? weight<T, From>(k, n, v_at, r[u], shift[u])
+                          : exp2_within<T>(fma(r[u], axes_part(k, n, v_at), S::set(k.bias_log2[n])));
       total[u] += p;
       for (int c = 0; c < C; ++c) out[c][u] = fma(p, S::set(v[n * C + c]), out[c][u]);
     }
@@ -95,7 +87,7 @@ void sum_few(const StripKeys<T>& k, const T* v, const StripSums<T>& sums) {
 }
 
 // Adds the keys' weights and leaves them in the tile, without those that are dropped.
-template <class T, Source From, bool Shifted, bool Dropped>
+template <class T, Source From, bool Dropped>
 void weigh(const StripKeys<T>& k, const QueryKeys<T>& keys, int64_t begin, const QueryForward<T>& f,
            const typename HashLane<T>::type* hashes, const StripSums<T>& sums) {
   using S = Simd<T>;
@@ -107,7 +99,7 @@ void weigh(const StripKeys<T>& k, const QueryKeys<T>& keys, int64_t begin, const
   }
   for (int64_t n = 0; n < k.count; ++n)
     for (int u = 0; u < kStripVectors; ++u) {
-      V p = weight_of<T, From, Shifted>(k, n, u, r[u], shift[u]);
+      V p = weight<T, From>(k, n, u * S::lanes, r[u], shift[u]);
       total[u] += p;
       if (Dropped) p = keep<T>(p, hashes + u * S::lanes, keys.hashes[begin + n], f.threshold);
       S::store(k.tile + n * kStrip<T> + u * S::lanes, p);
@@ -135,7 +127,7 @@ bool needs_no_shift(const QueryRows<T>& rows, const QueryKeys<T>& keys, const T*
   bool safe = true;
   for (int64_t lane = 0; lane < kStrip<T>; ++lane)
     safe &= __builtin_fabs(double(r[lane])) * double(keys.axes_bound) + double(keys.bias_bound) <=
-            double(kSafeExponent<T>);
+            double(kSafeExponent<T>) * kLn2;
   return safe;
 }
 
@@ -146,7 +138,7 @@ void write(const QueryForward<T>& f, const StripPlace& at, const StripSums<T>& s
   const int64_t W = kStrip<T>, C = f.channels;
   if (f.lse != nullptr)
     for (int64_t lane = 0; lane < at.count; ++lane)
-      f.lse[at.first + lane] = __builtin_log(double(sums.total[lane])) - double(sums.shift[lane]) * kLn2;
+      f.lse[at.first + lane] = __builtin_log(double(sums.total[lane])) - double(sums.shift[lane]);
   for (int64_t v = 0; v < W; v += S::lanes) {
     const auto factor = S::set(f.keep_scale) / S::load(sums.total + v);
     for (int64_t c = 0; c < C; ++c) S::store(sums.out + c * W + v, S::load(sums.out + c * W + v) * factor);
@@ -185,9 +177,9 @@ void forward_from(const QueryRows<T>& rows, const QueryKeys<T>& keys, const Quer
       }
       const auto* hashes = f.hashes + (f.threshold != 0 ? s * W : 0);
       if (few && shifted) sum_any_few<T, From, true>(C, k, keys.v + begin * C, sums);
-      else if (few) sum_any_few<T, From, false>(C, k, keys.v + begin * C, sums);
-      else if (f.threshold != 0) weigh<T, From, true, true>(k, keys, begin, f, hashes, sums);
-      else weigh<T, From, true, false>(k, keys, begin, f, hashes, sums);
+      else if (few) sum_any_few<T, Source::axes, false>(C, k, keys.v + begin * C, sums);
+      else if (f.threshold != 0) weigh<T, From, true>(k, keys, begin, f, hashes, sums);
+      else weigh<T, From, false>(k, keys, begin, f, hashes, sums);
     }
     for (int64_t c = 0; !few && c < C; c += kPanel) {
       const T* panel = keys.panels + (c / kPanel * N + begin) * kPanel;

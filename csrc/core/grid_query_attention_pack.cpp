@@ -22,7 +22,7 @@ void pack_columns(const QueryBlocking<T>& blocking, const T* row, int64_t n, int
   for (int64_t j = 0; j < blocking.strips * W; ++j) table[(j / W * count + n) * W + j % W] = 0;
   blocking.for_merged([&](int64_t size, int64_t offset, int64_t lasts) {
     for (int64_t j = 0; j < blocking.columns; ++j)
-      table[(j / W * count + n) * W + j % W] += row[offset + j / lasts % size] * T(kLog2OfE);
+      table[(j / W * count + n) * W + j % W] += row[offset + j / lasts % size];
   });
 }
 
@@ -90,23 +90,23 @@ PackedKeys<T>::PackedKeys(const QueryBlocking<T>& blocking, bool panels, const P
       const int64_t b = head / in.heads, count = int64_t(kept[b].size());
       const int64_t columns = in.sizes.empty() ? 0 : blocking.strips * W;
       const int64_t values = panels ? (C + panel - 1) / panel * panel : C;
-      memory[head] = Aligned<T>(count * (columns + F + S + 1 + values));
+      memory[head] = Aligned<T>(count * (columns + F + S + 2 + values));
       T *at_columns = memory[head].get(), *feat = at_columns + count * columns, *outer = feat + count * F,
-        *bias = outer + count * S, *v = bias + count;
+        *bias = outer + count * S, *bias_log2 = bias + count, *v = bias_log2 + count;
       T axes_bound = 0;
       for (int64_t n = 0; n < count; ++n) {
         const int64_t key = head * N + kept[b][n];
         const T* row = in.tables + key * L;
         const T* value = in.v + key * C;
-        const T log2e = T(kLog2OfE);
-        bias[n] = in.bias == nullptr || uniform[b] ? T(0) : in.bias[key] * log2e;
+        bias[n] = in.bias == nullptr || uniform[b] ? T(0) : in.bias[key];
+        bias_log2[n] = bias[n] * T(kLog2OfE);
         for (int64_t c = 0; c < values; ++c) {
           T& to = panels ? v[(c / panel * count + n) * panel + c % panel] : v[n * C + c];
           to = c < C ? value[c] : T(0);
         }
         if (uniform[b]) continue;
-        for (int64_t f = 0; f < F; ++f) feat[n * F + f] = row[f] * log2e;
-        for (int64_t i = 0; i < S; ++i) outer[i * count + n] = row[F + i] * log2e;
+        for (int64_t f = 0; f < F; ++f) feat[n * F + f] = row[f];
+        for (int64_t i = 0; i < S; ++i) outer[i * count + n] = row[F + i];
         if (columns > 0) pack_columns(blocking, row, n, count, at_columns);
       }
       if (uniform[b]) std::fill(at_columns, bias, T(0));
@@ -119,6 +119,7 @@ PackedKeys<T>::PackedKeys(const QueryBlocking<T>& blocking, bool panels, const P
                      outer,
                      at_columns,
                      bias,
+                     bias_log2,
                      panels ? nullptr : v,
                      panels ? v : nullptr,
                      hashes[b].data(),

@@ -80,7 +80,7 @@ const T* row_sums(const QueryRows<T>& rows, const QueryKeys<T>& keys, int64_t ro
 template <class T>
 struct StripKeys {
   int64_t count;
-  const T *columns, *sums, *bias, *r;
+  const T *columns, *sums, *bias, *bias_log2, *r;
   T* tile;
 };
 
@@ -96,6 +96,15 @@ PF_INLINE typename Simd<T>::Vec logit(const StripKeys<T>& k, int64_t n, int64_t 
   if (From == Source::axes) return fma(r, axes_part(k, n, v), S::set(k.bias[n]));
   const auto channels = S::load(k.tile + n * kStrip<T> + v) + k.bias[n];
   return From == Source::channels ? channels : fma(r, axes_part(k, n, v), channels);
+}
+
+// e^(logit + shift), where the sum is at most 88 and may be far below zero.
+template <class T, Source From>
+PF_INLINE typename Simd<T>::Vec weight(const StripKeys<T>& k, int64_t n, int64_t v, typename Simd<T>::Vec r,
+                                       typename Simd<T>::Vec shift) {
+  using S = Simd<T>;
+  const auto t = (logit<T, From>(k, n, v, r) + shift) * T(kLog2E);
+  return exp2_within<T>(S::max(S::set(kLeastExponent<T>), t));  // NaN, the second operand, stays
 }
 
 // Calls body with the source of the logits as a type's constant.
@@ -116,7 +125,7 @@ PF_INLINE StripKeys<T> strip_keys(const QueryRows<T>& rows, const QueryKeys<T>& 
                                   int64_t s, int64_t begin, int64_t count, T* sums, T* tile) {
   const int64_t W = kStrip<T>, F = rows.features;
   const StripPlace at = place_of(rows, group.first + s);
-  StripKeys<T> k{count, nullptr, nullptr, keys.bias + begin, group.r + s * W, tile};
+  StripKeys<T> k{count, nullptr, nullptr, keys.bias + begin, keys.bias_log2 + begin, group.r + s * W, tile};
   if (rows.grid) {
     k.columns = keys.columns + (at.strip * keys.count + begin) * W;
     k.sums = row_sums(rows, keys, at.row, begin, count, sums);

@@ -143,7 +143,9 @@ class Recorder(LayerObserver):
         if self.knows(layer):
             row = self._now[0]
             row.plan = row.plan or plan
-            row.attended.append(Attended.of(layer, latents.new_empty(1).expand(shape), DenseTokens(latents), None, False))
+            row.attended.append(
+                Attended.of(layer, latents.new_empty(1).expand(shape), DenseTokens(latents), None, False)
+            )
 
     def plans(self, layer, z, tokens, mask, inverted, grouped, plan) -> None:
         if not self.knows(layer):

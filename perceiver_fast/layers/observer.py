@@ -25,7 +25,9 @@ class Observer:
     """
 
     only_looks = True
-    needs_queries = True  # False in subclasses that do without the tensor of a decoder's queries where these are described
+    needs_queries = (
+        True  # False in subclasses that do without the tensor of a decoder's queries where these are described
+    )
 
     def begins(self, layer: nn.Module, shape: torch.Size, residual: bool) -> None:
         """A pre-normalised layer begins, on latents of ``shape``; residual: its result is added to them."""

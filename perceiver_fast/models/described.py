@@ -11,9 +11,9 @@ from perceiver_fast.layers.checks import check_real
 from perceiver_fast.layers.decoding import FusedDecoder, plan_decoder, why_decoder_modules
 from perceiver_fast.layers.fusing import is_plain
 from perceiver_fast.layers.observer import observer
-from perceiver_fast.tokens import Queries
+from perceiver_fast.tokens import PointQueries, Queries
 
-PART = 2**20  # queries whose scales and positions exist at a time, in inference
+PART = 2**21  # numbers that describe queries (a scale each, and raw channels or codes), existing at a time in inference
 
 
 def check_described(who: str, queries: Queries, batch: int, channels: int, like: Tensor) -> None:
@@ -88,7 +88,8 @@ def decode_described(
     if not done:
         return torch.cat([after(decoder.decode(part.describe(latents))) for part in queries.parts(rows)], 1)
     out, start = latents.new_empty(batch, queries.count, decoder.channels, dtype=decoder.dtype), 0
-    for part in queries.parts(PART):
+    numbers = queries.code_channels if isinstance(queries, PointQueries) or queries.feat is not None else 1
+    for part in queries.parts(max(1, PART // numbers)):
         decoder.decode_into(out[:, start : start + part.count], part.describe(latents))
         start += part.count
     return out

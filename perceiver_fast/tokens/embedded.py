@@ -57,30 +57,36 @@ class EmbeddedGrid(GridTokens):
 
     def _variance(self) -> Tensor:
         """The variance of every token's channels, float64 ``[B, *sizes]``: a quadratic form, in tables of axes and of pairs."""
-        weight = centred(self.weight.double(), 0)
-        width, sizes, axes = len(weight), self.sizes, len(self.sizes)
-        raw, *parts = weight.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
-        tables = [part @ code.code.double().T for part, code in zip(parts, self.codes)]  # [D, n_a]
-        if self.bias is not None:
-            tables[0] = tables[0] + centred(self.bias.double(), 0).unsqueeze(1)
-        grams = [[a.T @ b / width for b in tables[i:]] for i, a in enumerate(tables)]  # of axes i and i + ..
-        squares = [gram[0].diagonal() for gram in grams]
+        sizes, axes, width = self.sizes, len(self.sizes), self.weight.shape[0]
+        codes = [code.code.double() for code in self.codes]
+        columns = self.weight.double()
+        if self.bias is not None:  # it meets a channel of the first axis that is one
+            at = self.features + codes[0].shape[1]
+            columns = torch.cat([columns[:, :at], self.bias.double().unsqueeze(1), columns[:, at:]], 1)
+            codes[0] = torch.cat([codes[0], codes[0].new_ones(len(codes[0]), 1)], 1)
+        columns = centred(columns, 0)
+        parts = [self.features, *(code.shape[1] for code in codes)]
+        form = [
+            rows.split(parts, 1) for rows in (columns.T @ columns / width).split(parts)
+        ]  # of raw channels, then axes
 
         def over(t: Tensor, *at: int) -> Tensor:
             """A table of one axis or of two, as it is broadcast over the grid."""
             return t.reshape([sizes[a] if a in at else 1 for a in range(axes)])
 
+        squares = [over(((code @ form[1 + a][1 + a]) * code).sum(1), a) for a, code in enumerate(codes)]
+        pairs = [
+            over(2 * codes[a] @ form[1 + a][1 + b] @ codes[b].T, a, b) for a in range(axes) for b in range(a + 1, axes)
+        ]
         # An axis' own part goes with a pair that it is in, so that a grid of two axes has nothing to add up.
-        pairs = [over(2 * grams[a][b - a], a, b) for a in range(axes) for b in range(a + 1, axes)]
         for a, square in enumerate(squares if pairs else ()):
             at = max(0, a - 1)
-            pairs[at] = pairs[at] + over(square, a)
-        total = sum(pairs[1:], pairs[0]) if pairs else squares[0]
-        total = total.unsqueeze(0)
+            pairs[at] = pairs[at] + square
+        total = (sum(pairs[1:], pairs[0]) if pairs else squares[0]).unsqueeze(0)
         if self.features:
             feat = self.feat.double()
-            meets = sum(over_axis(raw.T @ table, a, axes) for a, table in enumerate(tables))  # [*sizes, F]
-            total = total + (feat * (2 * meets + feat @ (raw.T @ raw))).sum(-1) / width
+            meets = sum(over_axis(form[0][1 + a] @ code.T, a, axes) for a, code in enumerate(codes))  # [*sizes, F]
+            total = total + (feat * (2 * meets + feat @ form[0][0])).sum(-1)
         return total.clamp_min(0)
 
     def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -130,12 +136,10 @@ class EmbeddedPoints(Tokens):
 
     def basis(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):
-            codes = self.points.codes()
+            columns = self.weight if self.bias is None else torch.cat([self.weight, self.bias.unsqueeze(1)], 1)
+            codes = self.points.codes(ones=self.bias is not None)  # the bias belongs to the channel of ones
             dtype = codes.dtype
             weight, bias = absorb_norm(to_kv, norm, dtype)
-            columns = self.weight if self.bias is None else torch.cat([self.weight, self.bias.unsqueeze(1)], 1)
-            if self.bias is not None:  # it belongs to a channel that is one
-                codes = torch.cat([codes, codes.new_ones(*codes.shape[:-1], 1)], -1)
             variance = variance_of_products(codes, centred(columns.double(), 0).to(dtype))
             return Basis(centred(weight, 1) @ columns.to(dtype), bias, codes, (variance + norm.eps).rsqrt(), False)
 

@@ -50,12 +50,20 @@ class PointTokens(Tokens):
         kv = fourier_projection_unchecked(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
         return kv.to(to_kv.weight.dtype) if kv.dtype == weight.dtype else kv
 
-    def codes(self, eps: float | None = None) -> Tensor:
-        """The tokens ``[B, M, C]`` in the description's own order; with eps after a LayerNorm without affine part."""
+    def codes(self, eps: float | None = None, ones: bool = False) -> Tensor:
+        """The tokens ``[B, M, C]`` in the description's own order, by the kernel that encodes and projects.
+
+        Args:
+            eps: of a LayerNorm without affine part that they go through. Default: none.
+            ones: with one more channel, which is one: ``[B, M, C + 1]``.
+        """
+        width = self.channels + ones
         with unless_autocast(self.device):
             feat = self.feat if self.stored_channels else None
-            one = torch.eye(self.channels, dtype=self.compute, device=self.device)
-            return fourier_projection_unchecked(feat, self.coords, self.frequencies, one, None, eps)
+            same = torch.eye(width, dtype=self.compute, device=self.device)
+            return fourier_projection_unchecked(
+                feat, self.coords, self.frequencies, same[: self.channels], same[-1] if ones else None, eps
+            )
 
     def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):

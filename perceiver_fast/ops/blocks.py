@@ -195,19 +195,19 @@ def grid_query_attention(
     outs = []
     for start, parts in _blocks(slices, 1 + axis, feat, scale):
         length = parts[0].shape[1 + axis]
-        index = torch.arange(queries, device=tables.device).view(sizes).narrow(axis, start, length).flatten()
 
-        def block(tables, feat, scale, bias, v, mask, seed, start=start, length=length, index=index):
+        def block(tables, feat, scale, bias, v, mask, seed, start=start, length=length):
             if grid:
                 part = tables[..., begin + start : begin + start + length]
                 tables = torch.cat([tables[..., :begin], part, tables[..., end:]], -1)
+            index = torch.arange(queries, device=tables.device).view(sizes).narrow(axis, start, length).flatten()
             row = (torch.arange(batch * heads, device=tables.device)[:, None] * queries + index).flatten()
             o, _ = reference.grid_query_attention(
                 tables, feat, scale, bias, v, mask, grid, dropout, seed, sum_heads, row
             )
             return o.unflatten(1, feat.shape[1:-1])
 
-        outs.append(recomputed(block, rows * index.numel(), tables, *parts, bias, v, mask, seed))
+        outs.append(recomputed(block, rows * length * (queries // sizes[axis]), tables, *parts, bias, v, mask, seed))
     return torch.cat(outs, 1 + axis).flatten(1, len(sizes))
 
 

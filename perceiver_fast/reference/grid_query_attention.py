@@ -33,7 +33,7 @@ def grid_query_logits(
     for axis, table in enumerate(table_axes):
         shape = [1] * len(sizes)
         shape[axis] = sizes[axis]
-        axes = axes + table.mT.reshape(*tables.shape[:2], *shape, -1)  # [B, H, 1, n_a, 1, N]
+        axes = axes + table.mT.reshape(*tables.shape[:2], *shape, tables.shape[2])  # [B, H, 1, n_a, 1, N]
     if grid:
         axes = axes.flatten(2, -2)
         logits = logits + (axes if scale is None else axes * scale.flatten(1)[:, None, :, None])

@@ -154,7 +154,7 @@ def test_float32_error_is_that_of_plain_pytorch(case, magnitude):
 @pytest.mark.parametrize("case", [1, 2, 3, 5])
 def test_extreme_logits(case, magnitude):
     for name, (error, _) in errors(torch.float64, CASES[case], magnitude).items():
-        assert error < 3e-14 * magnitude, name  # a logit knows eps times its size
+        assert error < 1e-13 * magnitude, name  # a logit knows eps times its size
     if magnitude < 1e8:
         check(CASES[case], magnitude, 1e-6, 4)
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from support import check_over_draws, needs_extension, relative_error
+from support import check_over_draws, megabytes, needs_extension, relative_error
 from torch import nn
 
 import perceiver_fast as pf
@@ -132,3 +132,120 @@ def test_float32_error_is_that_of_the_tensor(sharp, monkeypatch):
             label = "gradients" if name != "output" else name
             rows.append((label, *(((r[name].double() - t).norm() / size).item() for r in (ours, plain))))
     check_over_draws(rows, 1e-7)
+
+
+def small(**changes):
+    queries = pf.grid_queries((3, 4), num_freq_bands=2, max_freq=4.0, **changes)
+    model = pf.PerceiverIO(
+        depth=0, dim=4, queries_dim=10, logits_dim=1, num_latents=40, latent_dim=8, cross_heads=2, cross_dim_head=16
+    )
+    return model, torch.randn(2, 6, 4), queries
+
+
+def test_explain_says_which_way():
+    model, data, queries = small()
+    (found,) = (row for row in pf.explain(model, data, queries=queries).layers if row.layer == "decoder_cross_attn")
+    assert (found.path, found.choice.op, found.choice.backend) == ("described", "grid_query_attention", "cpu")
+    assert found.counts.exponentials >= 2 * 2 * 12 * 40 and found.original.multiply_adds > found.counts.multiply_adds
+    model.decoder_cross_attn.fn.to_q.register_forward_hook(lambda module, args, out: None)
+    (found,) = (row for row in pf.explain(model, data, queries=queries).layers if row.layer == "decoder_cross_attn")
+    assert found.choice.op == "cross_attention"
+
+
+def test_modules_that_are_more_than_their_parameters_are_called():
+    model, data, queries = small()
+    expected, seen = model(data, queries=queries), []
+    handle = model.decoder_cross_attn.fn.to_q.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    torch.testing.assert_close(model(data, queries=queries), expected)
+    assert seen == [(2, 12, 32)]
+    handle.remove()
+    model.to_logits.register_forward_hook(lambda module, args, out: out + 1)
+    torch.testing.assert_close(model(data, queries=queries), expected + 1)
+    model.decoder_cross_attn.register_forward_hook(lambda module, args, out: out * 0)
+    assert model(data, queries=queries).unique().numel() == 1
+
+
+def test_an_embedding_with_a_hook_is_called():
+    embed = nn.Linear(10, 10)
+    model, data, queries = small(embed=embed)
+    embed.register_forward_hook(lambda module, args, out: out * 2 + 1)
+    torch.testing.assert_close(model(data, queries=queries), model(data, queries=queries.tensor(data)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_that_of_the_tensor(dtype):
+    model, data, queries = small()
+    expected = model(data, queries=queries)
+    out = model.to(dtype)(data.to(dtype), queries=queries)
+    assert out.dtype == dtype and relative_error(out, expected) < 0.02
+    model.float()
+    with torch.autocast("cpu", dtype):
+        out = model(data, queries=queries)
+    assert out.dtype == dtype and relative_error(out, expected) < 0.02
+
+
+def test_ranges_of_variance_do_not_depend_on_how_many_channels_an_embedding_has():
+    """An embedding of fewer channels than the codes, of equal columns, and of columns of zeros."""
+    for width, change in ((3, None), (40, lambda w: w.copy_(w[:, :1].expand_as(w))), (40, lambda w: w[:, 2:].zero_())):
+        torch.manual_seed(0)
+        embed = nn.Linear(10, width, dtype=torch.float64)
+        if change is not None:
+            with torch.no_grad():
+                change(embed.weight)
+        keywords = dict(num_freq_bands=2, max_freq=4.0, embed=embed)
+        model = pf.PerceiverIO(depth=0, dim=4, queries_dim=width, logits_dim=1, num_latents=40, latent_dim=8).double()
+        data = torch.randn(1, 6, 4, dtype=torch.float64)
+        for queries in (pf.grid_queries((3, 4), **keywords), pf.point_queries(torch.rand(9, 2), **keywords)):
+            ours, theirs = results(model, data, queries), results(model, data, queries, built=True)
+            for name, expected in theirs.items():
+                assert (ours[name] - expected).norm() <= 1e-9 * (1 + expected.norm()), (width, name)
+
+
+def test_a_second_derivative_is_that_of_the_tensor():
+    embed = nn.Linear(10, 14, dtype=torch.float64)
+    model = pf.PerceiverIO(depth=0, dim=4, queries_dim=14, logits_dim=1, num_latents=20, latent_dim=8).double()
+    data = torch.randn(1, 6, 4, dtype=torch.float64)
+    for queries in (
+        pf.grid_queries((3, 4), num_freq_bands=2, max_freq=4.0, embed=embed),
+        pf.point_queries(torch.rand(9, 2), num_freq_bands=2, max_freq=4.0, embed=embed),
+    ):
+        found = []
+        for given in (queries, queries.tensor(data)):
+            leaves = [embed.weight, model.latents]
+            first = torch.autograd.grad(model(data, queries=given).square().sum(), leaves, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+        for ours, expected in zip(*found):
+            torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_wrong_descriptions_are_told():
+    model, data, _ = small()
+    with pytest.raises(ValueError, match="expected queries of 10 channels.*got 14; change their frequencies"):
+        model(data, queries=pf.grid_queries((3, 4), num_freq_bands=3, max_freq=4.0))
+    with pytest.raises(ValueError, match="expected queries for a batch of 2, like data, got feat"):
+        model(data, queries=pf.grid_queries((3,), num_freq_bands=2, max_freq=4.0, feat=torch.randn(3, 3, 5)))
+    with pytest.raises(ValueError, match="expected embed to take 10 channels"):
+        pf.grid_queries((3, 4), num_freq_bands=2, max_freq=4.0, embed=nn.Linear(9, 10))
+    with pytest.raises(ValueError, match="expected num_freq_bands and max_freq, or frequencies"):
+        pf.grid_queries((3, 4), num_freq_bands=2)
+    with pytest.raises(ValueError, match="expected sizes of at least one axis, each at least 1"):
+        pf.grid_queries((3, 0), num_freq_bands=2, max_freq=4.0)
+    with pytest.raises(ValueError, match="layout: expected one of"):
+        pf.grid_queries((3,), num_freq_bands=2, max_freq=4.0, layout="mine")
+    with pytest.raises(TypeError, match="expected coords as a tensor of floating point, got torch.int64"):
+        pf.point_queries(torch.zeros(3, 2, dtype=torch.int64), num_freq_bands=2, max_freq=4.0)
+    with pytest.raises(ValueError, match=r"expected feat \[3, 4, F\] or \[B, 3, 4, F\]"):
+        pf.grid_queries((3, 4), num_freq_bands=2, max_freq=4.0, feat=torch.randn(4, 3, 1))
+
+
+def test_a_million_queries_need_little_memory():
+    """In a process of its own: 100^3 queries at 64 latents, of which nothing but the output and a scale each exists."""
+    prepare = """
+model = pf.PerceiverIO(depth=0, dim=4, queries_dim=39, logits_dim=1, num_latents=64, latent_dim=32).eval()
+queries = pf.grid_queries((100, 100, 100), num_freq_bands=6, max_freq=64.0)
+data = torch.randn(1, 6, 4)
+with torch.no_grad():
+    model(data, queries=pf.grid_queries((4, 4, 4), num_freq_bands=6, max_freq=64.0))
+"""
+    run = "with torch.no_grad():\n    out = model(data, queries=queries)"
+    assert megabytes(prepare, run)[0] < 60

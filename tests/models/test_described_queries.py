@@ -249,3 +249,29 @@ with torch.no_grad():
 """
     run = "with torch.no_grad():\n    out = model(data, queries=queries)"
     assert megabytes(prepare, run)[0] < 60
+
+
+@pytest.mark.parametrize("ff", [False, True])
+def test_output_goes_into_a_file(tmp_path, monkeypatch, ff, capsys):
+    numpy = pytest.importorskip("numpy")
+    monkeypatch.setattr(described, "PART", 9)
+    queries = pf.grid_queries((3, 4), num_freq_bands=2, max_freq=4.0)
+    model = pf.PerceiverIO(depth=1, dim=4, queries_dim=10, logits_dim=2, num_latents=40, latent_dim=8, decoder_ff=ff)
+    data = torch.randn(2, 6, 4)
+    with torch.no_grad():
+        expected = model(data, queries=queries)
+    field = numpy.memmap(tmp_path / "field", dtype="float32", mode="w+", shape=(2, 3, 4, 2))
+    model.decode_into(field, data, queries, progress=True)
+    assert "decoding" in capsys.readouterr().err
+    torch.testing.assert_close(torch.from_numpy(numpy.asarray(field)).view(2, 12, 2), expected)
+    out = torch.full((2, 12, 2), float("nan"))
+    model.decode_into(out, data, queries)
+    torch.testing.assert_close(out, expected)
+    for wrong in (
+        torch.empty(2, 4, 3, 2),
+        torch.empty(1, 12, 2),
+        torch.empty(2, 12, 4)[..., ::2],
+        torch.empty(2, 12, 3),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="expected"):
+            model.decode_into(wrong, data, queries)

@@ -5,8 +5,8 @@
 // Queries are cut into strips, two vectors wide, and some strips are a group, which is a task: it walks the heads and
 // their keys in order. No result depends on the number of threads.
 //
-// Values of few channels are summed up in registers, where S and P are nowhere else; of many channels, and with dropout, P is
-// a tile of a block of keys, and its product with V another (tile_gemm.h).
+// Values of few channels are summed up in registers, where S and P are nowhere else; of many channels, and with
+// dropout, P is a tile of a block of keys, and its product with V another (tile_gemm.h).
 //
 // Memory: the packed keys (grid_query_attention_pack.cpp), and tiles for every thread, about a quarter megabyte.
 #include "grid_query_attention.h"

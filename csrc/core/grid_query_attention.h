@@ -1,8 +1,8 @@
 // Attention of many queries on a grid, or at points, to few keys: the drivers, free of torch. See
 // perceiver_fast/ops/grid_query_attention.py for the maths.
 //
-// B batch, H heads, N keys, M queries, F raw channels, C channels of values. L = F + sum(sizes) on a grid, F for points.
-// T is float or double. Arrays are dense and row-major unless a stride is given.
+// B batch, H heads, N keys, M queries, F raw channels, C channels of values. L = F + sum(sizes) on a grid, F for
+// points. T is float or double. Arrays are dense and row-major unless a stride is given.
 #pragma once
 
 #include <cstdint>
@@ -28,14 +28,14 @@ struct GridQueryInput {
   bool sum_heads;              // add the heads' outputs up
 };
 
-// o [B, M, H, C], or [B, M, C] with sum_heads, batch elements o_batch_stride apart; lse [B, H, M] (the natural logarithm;
-// kEmptyLse where all keys are masked) may be null.
+// o [B, M, H, C], or [B, M, C] with sum_heads, batch elements o_batch_stride apart; lse [B, H, M] (the natural
+// logarithm; kEmptyLse where all keys are masked) may be null.
 template <class T>
 void grid_query_attention_forward(const GridQueryInput<T>& in, T* o, int64_t o_batch_stride, double* lse,
                                   const Parallel& parallel);
 
-// Like the inputs, but feat and scale, which are [B, M, F] and [B, M] even where the batch shares its queries. Null where
-// a gradient is not wanted, but tables and v.
+// Like the inputs, but feat and scale, which are [B, M, F] and [B, M] even where the batch shares its queries. Null
+// where a gradient is not wanted, but tables and v.
 template <class T>
 struct GridQueryGradients {
   T *tables, *feat, *scale, *bias, *v;

@@ -1,9 +1,10 @@
 // Backward of grid_query_attention, from weights that are computed anew.
 //
-// Groups of strips are tasks as in the forward, and write the gradients of their queries. Gradients of tables, biases and
-// values are sums over queries: the groups of a batch element are cut into parts, which have sums of their own, and these
-// are added up in order. Their number depends on shapes alone, so no bit depends on the number of threads. Within a part
-// about kSumQueries queries are added one after the other, and then to the part's sum: roundings do not pile up.
+// Groups of strips are tasks as in the forward, and write the gradients of their queries. Gradients of tables, biases
+// and values are sums over queries: the groups of a batch element are cut into parts, which have sums of their own,
+// and these are added up in order. Their number depends on shapes alone, so no bit depends on the number of threads.
+// Within a part about kSumQueries queries are added one after the other, and then to the part's sum: roundings do not
+// pile up.
 //
 // Memory: the packed keys; for every part sums like packed tables and values, kMostSums bytes in all unless two
 // parts are more; and for every thread such sums and two tiles of all keys for each strip of a group.

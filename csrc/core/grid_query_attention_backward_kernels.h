@@ -5,8 +5,8 @@
 //   d_x = sum over keys of dS feat;  d_r of dS times the part by axes (channels' part: from d_x, at the end)
 //
 // P is computed anew: exponents are shifted by lse, and the weights divided by their sum. So sum_n dS is zero up to
-// rounding however well lse is known. delta is a sum of two numbers, the second one the rounding error of the first: a query
-// that one key has nearly all of gets its tiny gradients and not that error.
+// rounding however well lse is known. delta is a sum of two numbers, the second one the rounding error of the first:
+// a query that one key has nearly all of gets its tiny gradients and not that error.
 #pragma once
 
 #include "elements.h"
@@ -63,7 +63,7 @@ void load_gradients(const QueryRows<T>& rows, const QueryGroup<T>& group, const 
   }
 }
 
-// Weights up to their sum, whose inverse is returned; `tile` has the channels' part of the logits before.
+// Weights up to their sum, which is added to `total`; `tile` has the channels' part of the logits before.
 template <class T, Source From>
 PF_INLINE void strip_weights(const StripKeys<T>& k, const typename Simd<T>::Vec* shift, typename Simd<T>::Vec* total) {
   using S = Simd<T>;
@@ -209,8 +209,9 @@ void backward(const QueryRows<T>& rows, const QueryKeys<T>& keys, const QueryGro
     });
     const T* row = rows.outer_axes == 1 ? row_sums(rows, keys, place_of(rows, group.first + s).row, 0, N, sums) : sums;
     const bool dropped = b.threshold != 0;
-    const auto logits = rows.grid ? (dropped ? strip_logit_gradients<T, true, true> : strip_logit_gradients<T, true, false>)
-                                  : (dropped ? strip_logit_gradients<T, false, true> : strip_logit_gradients<T, false, false>);
+    const auto logits = rows.grid ? dropped ? strip_logit_gradients<T, true, true> : strip_logit_gradients<T, true, false>
+                        : dropped ? strip_logit_gradients<T, false, true>
+                                  : strip_logit_gradients<T, false, false>;
     logits(rows, keys, group, b, s, strip, row, means);
     if (b.constant) continue;
     add_sums(rows, keys, group, b, s, strip, products);

@@ -1,12 +1,13 @@
 // What the per-ISA kernels of grid_query_attention work on, and the table they are reached through.
 //
-// Queries stand in vector lanes. A strip is `width` (two vectors) consecutive queries of one row: columns of a grid whose
-// outer axes have one index each, or consecutive points. A row's last strip may have fewer. A group is some consecutive
-// strips: they take turns at a block of keys, so that it is read once for all of them. Trailing axes that are short
-// are merged into one, whose table is the sum of theirs; "columns" is the size of what became the last axis.
+// Queries stand in vector lanes. A strip is `width` (two vectors) consecutive queries of one row: columns of a grid
+// whose outer axes have one index each, or consecutive points. A row's last strip may have fewer. A group is some
+// consecutive strips: they take turns at a block of keys, so that it is read once for all of them. Trailing axes that
+// are short are merged into one, whose table is the sum of theirs; "columns" is the size of what became the last
+// axis.
 //
-// Logits are natural ones, with the roundings of plain PyTorch: they are multiplied by log2(e), for powers of two, where a shift
-// has brought them near zero.
+// Logits are natural ones, with the roundings of plain PyTorch: they are multiplied by log2(e), for powers of two,
+// where a shift has brought them near zero.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +32,8 @@ struct QueryRows {
   bool blank;                  // all keys are masked: queries do not matter, and are taken for zero
 };
 
-// The keys of one batch element and head, but for the masked ones. Where all are masked they are all here, and attended to
-// uniformly: their tables and biases are zero.
+// The keys of one batch element and head, but for the masked ones. Where all are masked they are all here, and
+// attended to uniformly: their tables and biases are zero.
 template <class T>
 struct QueryKeys {
   int64_t count;
@@ -78,8 +79,8 @@ struct QueryBackward {
   const typename HashLane<T>::type* hashes;
   uint32_t threshold;
   T keep_scale;
-  // Sums over queries are added to these. Keys' extra columns are F of the raw channels, then the sum of r dS, which is no
-  // output, then the gradient of the bias; rows are padded to whole vectors, as those of v.
+  // Sums over queries are added to these. Keys' extra columns are F of the raw channels, then the sum of r dS, which
+  // is no output, then the gradient of the bias; rows are padded to whole vectors, as those of v.
   T* d_outer;                 // [outer_total][keys]
   T* d_columns;               // [strips][keys][width]
   T* d_extra;                 // [keys][extra]

@@ -1,5 +1,5 @@
-// The forward of grid_query_attention for one instruction set. A strip's shift, an integer, is added to all exponents; it
-// changes where the weights would leave the range, and the sums so far are scaled to match.
+// The forward of grid_query_attention for one instruction set. A strip's shift, an integer, is added to all
+// exponents; it changes where the weights would leave the range, and the sums so far are scaled to match.
 #pragma once
 
 #include "grid_query_attention_strips.h"

@@ -1,6 +1,7 @@
 // Packing for grid_query_attention: tables and values of the keys that are not masked, as the kernels read them.
 //
-// Memory: a copy of tables, biases and values; merged axes, at most kMostMerged columns, take their product, not their sum.
+// Memory: a copy of tables, biases and values; merged axes, at most kMostMerged columns, take their product, not
+// their sum.
 #include "grid_query_attention_pack.h"
 
 #include <cmath>

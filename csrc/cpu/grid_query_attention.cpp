@@ -1,7 +1,7 @@
-// torch operators perceiver_fast::grid_query_attention_{forward,into,backward} for CPU tensors, on torch's stable ABI:
-// attention of the queries of a grid, feat [B or 1, *sizes, F], or of points, [B or 1, M, F], to keys whose tables are
-// [B, H, N, L]; csrc/core computes. perceiver_fast/ops/grid_query_attention.py defines the schemas. Threads are torch's.
-// Operands that are not dense are copied.
+// torch operators perceiver_fast::grid_query_attention_{forward,into,backward} for CPU tensors, on torch's stable
+// ABI: attention of the queries of a grid, feat [B or 1, *sizes, F], or of points, [B or 1, M, F], to keys whose
+// tables are [B, H, N, L]; csrc/core computes. perceiver_fast/ops/grid_query_attention.py defines the schemas.
+// Threads are torch's. Operands that are not dense are copied.
 #include "../core/grid_query_attention.h"
 
 #include <algorithm>

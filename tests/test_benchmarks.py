@@ -338,3 +338,13 @@ def test_choice_command(monkeypatch, capsys, tmp_path):
     busy = any(row["clean"] < choice.LEAST for row in found["measured"])
     lost = any(row["worst_loss"] > choice.ALLOWED for row in found["choices"]["1"].values())
     assert code == (2 if busy else 1 if lost else 0) and ("too busy" in shown) == busy
+
+
+def test_decoders_are_compared_and_timed(tmp_path, capsys):
+    from benchmarks import decoders
+
+    args = ["--quick", "--case", "field, 262,144 points", "--case", "field, step of 2,048 points x batch 16"]
+    assert decoders.main([*args, "--json", str(tmp_path / "found.json")]) == 0
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert len(rows) == 2 and all(0 < row["difference"] < 1e-4 and row["ours"] > 0 for row in rows.values())
+    assert "over the faster" in capsys.readouterr().out

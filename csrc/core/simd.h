@@ -173,6 +173,29 @@ PF_INLINE typename Simd<T>::Vec exp2(typename Simd<T>::Vec t, typename Simd<T>::
 }
 #endif
 
+// 2^t for t in [-127, 127] (double: [-1023, 1023]), with the errors of exp2: without its tests for what is beyond. 2^-127
+// (2^-1023) is zero; NaN stays NaN.
+template <class T>
+PF_INLINE typename Simd<T>::Vec exp2_within(typename Simd<T>::Vec t) {
+#if PF_VECTOR_BYTES == 64
+  return exp2<T, false>(t, typename Simd<T>::Vec{});
+#else
+  using B = FloatBits<T>;
+  constexpr T round = B::round + B::bias;  // so that the exponent's bias stands in the low bits already
+  const typename Simd<T>::Vec z = t + round;
+  typename Simd<T>::IntVec n;
+  std::memcpy(&n, &z, sizeof n);
+  n <<= B::mantissa;
+  typename Simd<T>::Vec power;
+  std::memcpy(&power, &n, sizeof power);
+  return exp2_polynomial<T>(t - (z - round)) * power;
+#endif
+}
+
+// The least t whose 2^t exp2_within computes.
+template <class T>
+constexpr T kLeastExponent = sizeof(T) == 8 ? -1023 : -127;
+
 // Flushes denormals to zero while a kernel runs and restores the caller's mode afterwards. They cost a hundred cycles
 // each, and in these kernels they are only ever weights below 2^-126 of the largest.
 class [[maybe_unused]] FlushDenormals {  // does nothing but on x86

@@ -76,6 +76,8 @@ class Recorder(LayerObserver):
         shared: operators by which these describe themselves, once for all layers.
     """
 
+    needs_queries = False
+
     def __init__(self, model: nn.Module, counter: WorkCounter):
         layers = list(layers_of(model))
         super().__init__(layers)
@@ -136,6 +138,14 @@ class Recorder(LayerObserver):
             row.plan = row.plan or Plan("modules", Choice("cross_attention", "torch", {"fused": [why]}))
             for group in attended.groups:
                 self._describe(layer, group, row.plan, attended.grouped)
+
+    def decodes(self, layer, shape, latents, plan) -> None:
+        if self.knows(layer):
+            row = self._now[0]
+            row.plan = row.plan or plan
+            row.attended.append(
+                Attended.of(layer, latents.new_empty(1).expand(shape), DenseTokens(latents), None, False)
+            )
 
     def plans(self, layer, z, tokens, mask, inverted, grouped, plan) -> None:
         if not self.knows(layer):

@@ -121,7 +121,8 @@ class WorkCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name, writes = func._schema.name, any(isinstance(leaf, Tensor) for leaf in tree_leaves(out))
+        name = func._schema.name
+        writes = func._schema.is_mutable or any(isinstance(leaf, Tensor) for leaf in tree_leaves(out))
         if writes and name not in FREE and not _is_view(func):
             self.add(name, (*args, *kwargs.values()), out)
         return out

@@ -25,6 +25,9 @@ class Observer:
     """
 
     only_looks = True
+    needs_queries = (
+        True  # False in subclasses that do without the tensor of a decoder's queries where these are described
+    )
 
     def begins(self, layer: nn.Module, shape: torch.Size, residual: bool) -> None:
         """A pre-normalised layer begins, on latents of ``shape``; residual: its result is added to them."""
@@ -47,6 +50,12 @@ class Observer:
             mask: ``[B, M]`` or ``[B, *sizes]``, True where a token may be attended to. Default: all.
             inverted: softmax over ``z``, then normalised over the tokens.
             fused: a fused op stands in for the layer's; else they are about to be called.
+        """
+
+    def decodes(self, layer: nn.Module, shape: torch.Size, latents: Tensor, plan: Plan) -> None:
+        """Described queries, a tensor of ``shape [B, Q, D]`` if it were built, are about to attend to latents.
+
+        Only an observer that needs no tensor of them is told. The layer has begun, and takes the way of ``plan``.
         """
 
     def plans(

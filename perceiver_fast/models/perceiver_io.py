@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,14 @@ from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.layers.without_dropout import Attention, FeedForward
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
+from perceiver_fast.models.described import check_described, check_out, decode_described
 from perceiver_fast.models.inputs import check_ids, check_queries, check_width, context_channels, like, norm_channels
 from perceiver_fast.models.stack import build_blocks, first_hiddens, rows_for, run_blocks, run_checkpointed
-from perceiver_fast.tokens import DenseTokens, Tokens
+from perceiver_fast.tokens import DenseTokens, Queries, Tokens
 from perceiver_fast.tracing import own, trainable
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DECODER_ROWS = 8192  # queries decoded at once in inference: enough for full speed, few enough to fit into CPU caches
 
@@ -134,12 +139,16 @@ class PerceiverIO(nn.Module):
         mask = check_mask(who, mask, "data", data, data.shape[1:-1])
         return None if mask is None else own(mask)
 
-    def _query_channels(self, queries: Tensor) -> int:
+    def _query_channels(self, queries: Tensor | Queries) -> int:
         """The number of channels to expect of ``queries``."""
-        if not isinstance(queries, Tensor) or queries.dim() == 0 or queries.shape[-1] == self.queries_dim:
+        if isinstance(queries, Queries):
+            given = queries.channels
+        elif isinstance(queries, Tensor) and queries.dim() > 0:
+            given = queries.shape[-1]
+        else:
             return self.queries_dim
         norm = getattr(self.decoder_cross_attn, "norm", None)
-        return check_width(self.queries_dim, queries.shape[-1], norm_channels(norm))
+        return check_width(self.queries_dim, given, norm_channels(norm))
 
     def describe(self, data: Tensor) -> Tokens:
         """The tokens of ``data``."""
@@ -149,7 +158,7 @@ class PerceiverIO(nn.Module):
         self,
         data: Tensor,
         mask: Tensor | None = None,
-        queries: Tensor | None = None,
+        queries: Tensor | Queries | None = None,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
         return_hiddens: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -159,8 +168,10 @@ class PerceiverIO(nn.Module):
             data: ``[B, M, dim]``, the dtype and device of the parameters.
             mask: bool ``[B, M]``, True where a token may be attended to. A row that is all False attends uniformly to
                 all tokens, as in perceiver-pytorch. Default: all True.
-            queries: ``[B, Q, queries_dim]``, or ``[Q, queries_dim]`` when the whole batch shares them. Default: None,
-                return the latents.
+            queries: ``[B, Q, queries_dim]``, or ``[Q, queries_dim]`` when the whole batch shares them; or a description of
+                them, :func:`perceiver_fast.grid_queries` or :func:`perceiver_fast.point_queries`, which gives the
+                numbers of the tensor that it stands for, at the cost of the queries' positions. Default: None, return
+                the latents.
             block_outputs: outputs of earlier blocks, for the attention residual. Default: the latents after the
                 cross-attention.
             return_hiddens: also return the outputs of all blocks. Default: False.
@@ -177,9 +188,11 @@ class PerceiverIO(nn.Module):
         mask = self.check_inputs(data, mask)
         batch = data.shape[0]
         if queries is not None:
-            queries = check_queries(
-                type(self).__name__, queries, data.shape[0], self._query_channels(queries), like(self)
-            )
+            expected = type(self).__name__, queries, data.shape[0], self._query_channels(queries), like(self)
+            if isinstance(queries, Queries):
+                check_described(*expected)
+            else:
+                queries = check_queries(*expected)
         if self.training and self.seq_dropout_prob > 0.0:
             data, mask = drop_tokens(data, mask, self.seq_dropout_prob)
         x = self.latents.unsqueeze(0).expand(batch, -1, -1)
@@ -189,8 +202,71 @@ class PerceiverIO(nn.Module):
         x = run_checkpointed(self.cross_attend_block, self.checkpoint, x, **keywords)
         hiddens = first_hiddens(x, block_outputs, return_hiddens or self.has_attn_residual)
         x = run_blocks(x, self.layers, self.attn_residuals, hiddens, repeat({}), self.checkpoint)
-        out = x if queries is None else self._decode(trainable(queries).expand(batch, -1, -1), DenseTokens(x))
+        if queries is None:
+            out = x
+        elif isinstance(queries, Queries):
+            out = self._decode_described(queries, x)
+        else:
+            out = self._decode(trainable(queries).expand(batch, -1, -1), DenseTokens(x))
         return (out, hiddens) if return_hiddens else out
+
+    @torch.no_grad()
+    def decode_into(
+        self,
+        out: Tensor | np.ndarray,
+        data: Tensor,
+        queries: Queries,
+        mask: Tensor | None = None,
+        progress: bool = False,
+    ) -> None:
+        """:meth:`forward` in inference for described queries, part by part into memory that exists, such as a file's.
+
+        Memory beside ``out`` stays bounded, whatever the number of queries.
+
+        Args:
+            out: a tensor ``[B, Q, O]`` or ``[B, *sizes, O]``, O = logits_dim, contiguous; or such a writable numpy array,
+                for instance a ``numpy.memmap`` on a disk. It is written to.
+            data, mask: see :meth:`forward`.
+            queries: a description, :func:`perceiver_fast.grid_queries` or :func:`perceiver_fast.point_queries`.
+            progress: show a bar. Default: False.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`, and for an ``out`` of another size; the message says expected, got
+                and what to do.
+
+        Example:
+            >>> import numpy, torch, perceiver_fast as pf
+            >>> queries = pf.grid_queries((8, 8, 8), num_freq_bands=2, max_freq=8.0)
+            >>> model = pf.PerceiverIO(depth=1, dim=9, queries_dim=15, logits_dim=1, num_latents=8, latent_dim=16)
+            >>> field = numpy.zeros((1, 8, 8, 8, 1), dtype="float32")
+            >>> model.decode_into(field, torch.randn(1, 30, 9), queries)
+            >>> bool((field != 0).all())
+            True
+        """
+        who = f"{type(self).__name__}.decode_into"
+        if not isinstance(queries, Queries):
+            raise TypeError(f"{who}: expected described queries, got {type(queries).__name__}; see grid_queries")
+        out = out if isinstance(out, Tensor) else torch.from_numpy(out)
+        latents = self(data, mask=mask)
+        check_described(who, queries, data.shape[0], self._query_channels(queries), like(self))
+        self._decode_described(queries, latents, check_out(who, out, data.shape[0], queries), progress)
+
+    def _decode_described(
+        self, queries: Queries, latents: Tensor, out: Tensor | None = None, progress: bool = False
+    ) -> Tensor:
+        """The output ``[B, Q, logits_dim]`` for described queries, written to ``out`` if that is given."""
+        tokens = DenseTokens(latents)
+        return decode_described(
+            queries,
+            latents,
+            self.decoder_cross_attn,
+            self.to_logits if self.decoder_ff is None else None,
+            self._after_attention,
+            lambda built: self._decode(built, tokens),
+            DECODER_ROWS if self._has_plain_decoder() else None,
+            out,
+            progress,
+        )
 
     def _decode(self, queries: Tensor, latents: Tokens) -> Tensor:
         """The output ``[B, Q, logits_dim]`` for queries ``[B, Q, queries_dim]``; in inference part by part."""
@@ -208,8 +284,10 @@ class PerceiverIO(nn.Module):
 
     def _decodes_in_parts(self, queries: Tensor) -> bool:
         """Whether there are many queries, and every layer is plain: another one may mix queries, and then needs all."""
-        if queries.shape[1] <= DECODER_ROWS:
-            return False
+        return queries.shape[1] > DECODER_ROWS and self._has_plain_decoder()
+
+    def _has_plain_decoder(self) -> bool:
+        """Whether every layer of the decoder is plain: then no query's output hangs on another's."""
         layers = [self.decoder_cross_attn] if self.decoder_ff is None else [self.decoder_cross_attn, self.decoder_ff]
         if any(why_modules(layer) is not None or not is_plain(layer.norm, nn.LayerNorm) for layer in layers):
             return False
@@ -220,7 +298,12 @@ class PerceiverIO(nn.Module):
 
     def _decode_part(self, queries: Tensor, latents: Tokens) -> Tensor:
         """The output for some of the queries, ``[B, q, queries_dim]`` to ``[B, q, logits_dim]``."""
-        x = self.decoder_cross_attn(queries, **keywords_for(self.decoder_cross_attn, PreNorm, dict(context=latents)))
+        return self._after_attention(
+            self.decoder_cross_attn(queries, **keywords_for(self.decoder_cross_attn, PreNorm, dict(context=latents)))
+        )
+
+    def _after_attention(self, x: Tensor) -> Tensor:
+        """What follows the decoder's attention, ``[B, q, queries_dim]`` to ``[B, q, logits_dim]``."""
         if self.decoder_ff is not None:
             stream = ResidualStream(x)
             add_layer(stream, self.decoder_ff, is_watched(x))

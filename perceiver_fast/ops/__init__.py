@@ -6,6 +6,7 @@ from perceiver_fast.ops.feed_forward import feed_forward
 from perceiver_fast.ops.fourier_projection import fourier_projection
 from perceiver_fast.ops.geglu import geglu
 from perceiver_fast.ops.grid_attention import grid_attention
+from perceiver_fast.ops.grid_query_attention import grid_query_attention
 from perceiver_fast.ops.grid_scale import grid_scale
 from perceiver_fast.ops.layer_norm import add_layer_norm, layer_norm
 from perceiver_fast.ops.linear import linear
@@ -17,6 +18,7 @@ __all__ = [
     "fourier_projection",
     "geglu",
     "grid_attention",
+    "grid_query_attention",
     "grid_scale",
     "layer_norm",
     "linear",

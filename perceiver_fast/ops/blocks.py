@@ -162,6 +162,55 @@ def grid_attention(
     return o, lse.double(), kept
 
 
+def grid_query_attention(
+    tables: Tensor,
+    feat: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    v: Tensor,
+    mask: Tensor | None,
+    grid: bool,
+    dropout: float,
+    seed: Tensor | None,
+    sum_heads: bool,
+    size: int | None = None,
+) -> Tensor:
+    """:func:`perceiver_fast.reference.grid_query_attention`'s output, in blocks of about ``size`` queries.
+
+    A query's softmax is its own, so blocks are nothing but slices of the grid's longest axis.
+    """
+    sizes, rows, features = tuple(feat.shape[1:-1]), tables.shape[:3].numel(), feat.shape[-1]
+    batch, heads, queries = *tables.shape[:2], math.prod(sizes)
+    axis = sizes.index(max(sizes))
+    slices = max(1, (block_size(rows) if size is None else size) * sizes[axis] // max(1, queries))
+    if slices >= sizes[axis]:
+
+        def whole(tables, feat, scale, bias, v, mask, seed):
+            o, _ = reference.grid_query_attention(tables, feat, scale, bias, v, mask, grid, dropout, seed, sum_heads)
+            return o
+
+        return recomputed(whole, rows * queries, tables, feat, scale, bias, v, mask, seed)
+    begin = features + sum(sizes[:axis])  # of the axis' part of the tables
+    end = begin + sizes[axis]
+    outs = []
+    for start, parts in _blocks(slices, 1 + axis, feat, scale):
+        length = parts[0].shape[1 + axis]
+
+        def block(tables, feat, scale, bias, v, mask, seed, start=start, length=length):
+            if grid:
+                part = tables[..., begin + start : begin + start + length]
+                tables = torch.cat([tables[..., :begin], part, tables[..., end:]], -1)
+            index = torch.arange(queries, device=tables.device).view(sizes).narrow(axis, start, length).flatten()
+            row = (torch.arange(batch * heads, device=tables.device)[:, None] * queries + index).flatten()
+            o, _ = reference.grid_query_attention(
+                tables, feat, scale, bias, v, mask, grid, dropout, seed, sum_heads, row
+            )
+            return o.unflatten(1, feat.shape[1:-1])
+
+        outs.append(recomputed(block, rows * length * (queries // sizes[axis]), tables, *parts, bias, v, mask, seed))
+    return torch.cat(outs, 1 + axis).flatten(1, len(sizes))
+
+
 def _repeat(t: Tensor, heads: int) -> Tensor:
     """``[B, ..]`` to ``[B heads, ..]``."""
     return t.unsqueeze(1).expand(-1, heads, *[-1] * (t.dim() - 1)).flatten(0, 1)

@@ -214,10 +214,14 @@ def _on_grid(
     return out.flatten(1, -2)
 
 
-def _in_kernel_order(weight: Tensor, axes: int, bands: int) -> Tensor:
-    """Rows in deepmind's order, [feat, positions, sines, cosines], brought into the order of the kernels."""
+def _in_kernel_order(weight: Tensor, axes: int, bands: int, layout: str) -> Tensor:
+    """Rows in the order of another layout, feat first, brought into the order of the kernels."""
     features = weight.shape[0] - axes * (2 * bands + 1)
-    feat, position, sine, cosine = weight.split([features, axes, axes * bands, axes * bands])
+    waves = [axes * bands, axes * bands]
+    if layout == "deepmind":
+        feat, position, sine, cosine = weight.split([features, axes, *waves])
+    else:
+        feat, sine, cosine, position = weight.split([features, *waves, axes])
     per_axis = [sine.unflatten(0, (axes, bands)), cosine.unflatten(0, (axes, bands)), position.unsqueeze(1)]
     return torch.cat([feat, torch.cat(per_axis, 1).flatten(0, 1)])
 
@@ -249,7 +253,8 @@ def fourier_projection(
             LayerNorm.
         layout: order of the rows of weight. ``"perceiver-pytorch"`` (default): feat, then for every axis K sines,
             K cosines and the position. ``"deepmind"``, that of transformers' Perceiver: feat, then the positions of
-            all axes, the sines of all axes and the cosines of all axes.
+            all axes, the sines of all axes and the cosines of all axes. ``"vecset"``, 3DShape2VecSet's: feat, sines,
+            cosines, positions.
 
     Returns:
         ``[B, M, D]``, the dtype of weight, or autocast's when it is on; B = 1 when neither coords nor feat has a batch.
@@ -281,8 +286,8 @@ def fourier_projection(
         return torch.linspace(low, high, count, dtype=torch.float64, device="cpu").to(device)
 
     frequencies = torch.stack([spaced(1.0, highest / 2, num_freq_bands) for highest in max_freqs])
-    if layout == "deepmind":
-        weight = _in_kernel_order(weight, len(max_freqs), num_freq_bands)
+    if layout != "perceiver-pytorch":
+        weight = _in_kernel_order(weight, len(max_freqs), num_freq_bands, layout)
     if isinstance(coords, Tensor):
         coords = coords.double() if coords.dim() == 3 else coords.double().unsqueeze(0)
         return fourier_projection_unchecked(feat, coords, frequencies, weight, bias, norm_eps)

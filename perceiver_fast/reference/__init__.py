@@ -5,6 +5,7 @@ from perceiver_fast.reference.dropout import apply_dropout, dropout_keep
 from perceiver_fast.reference.fourier_projection import fourier_encode, fourier_projection
 from perceiver_fast.reference.geglu import geglu
 from perceiver_fast.reference.grid_attention import grid_attention, grid_logits
+from perceiver_fast.reference.grid_query_attention import grid_query_attention
 from perceiver_fast.reference.grid_scale import grid_scale
 from perceiver_fast.reference.layer_norm import add_layer_norm, smooth_layer_norm
 
@@ -18,6 +19,7 @@ __all__ = [
     "geglu",
     "grid_attention",
     "grid_logits",
+    "grid_query_attention",
     "grid_scale",
     "smooth_layer_norm",
 ]

@@ -49,29 +49,33 @@ def dropout_scale(probability: float) -> float:
     return 2**32 / (2**32 - dropout_threshold(probability))
 
 
-def dropout_keep(seed: Tensor, rows: int, tokens: int | Tensor, probability: float) -> Tensor:
+def dropout_keep(seed: Tensor, rows: int | Tensor, tokens: int | Tensor, probability: float) -> Tensor:
     """Which weights are not dropped, bool ``[rows, tokens]``.
 
     Args:
         seed: int64, one element.
-        rows: number of query rows: batch, heads and queries in row-major order.
+        rows: number of query rows: batch, heads and queries in row-major order; or the indices of some, int64.
         tokens: number of tokens, or the indices of some, int64.
         probability: of a weight to be dropped.
     """
     mixed = _splitmix64(seed.reshape(()))
-    row = torch.arange(rows, dtype=torch.int64, device=seed.device)
+    row = rows if isinstance(rows, Tensor) else torch.arange(rows, dtype=torch.int64, device=seed.device)
     token = tokens if isinstance(tokens, Tensor) else torch.arange(tokens, dtype=torch.int64, device=seed.device)
     row_hash = _shift(_splitmix64(mixed ^ _splitmix64(2 * row)), 32)
     token_hash = _shift(_splitmix64(mixed ^ _splitmix64(2 * token + 1)), 32)
     return _lowbias32(row_hash[:, None] ^ token_hash) >= dropout_threshold(probability)
 
 
-def apply_dropout(weight: Tensor, seed: Tensor, probability: float, tokens: Tensor | None = None) -> Tensor:
+def apply_dropout(
+    weight: Tensor, seed: Tensor, probability: float, tokens: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
     """Attention weights ``[.., N, M]`` with some dropped and the others scaled up; leading dimensions are rows.
 
     Args:
         weight, seed, probability: see :func:`dropout_keep`.
         tokens: indices ``[M]`` of the tokens, int64. Default: 0 to M - 1.
+        rows: indices of the rows, int64, as many as there are. Default: 0 on.
     """
-    keep = dropout_keep(seed, weight.shape[:-1].numel(), weight.shape[-1] if tokens is None else tokens, probability)
+    rows = weight.shape[:-1].numel() if rows is None else rows
+    keep = dropout_keep(seed, rows, weight.shape[-1] if tokens is None else tokens, probability)
     return weight * keep.view(weight.shape) * dropout_scale(probability)

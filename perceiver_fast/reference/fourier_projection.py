@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perceiver_fast.reference.layer_norm import smooth_layer_norm
 
-LAYOUTS = ("perceiver-pytorch", "deepmind")
+LAYOUTS = ("perceiver-pytorch", "deepmind", "vecset")
 
 
 def fourier_encode(coords: Tensor, frequencies: Tensor, layout: str = "perceiver-pytorch") -> Tensor:
@@ -24,6 +24,7 @@ def fourier_encode(coords: Tensor, frequencies: Tensor, layout: str = "perceiver
         frequencies: ``[A, K]``, in half periods a unit of position.
         layout: order of the channels. ``"perceiver-pytorch"``: for every axis sines, cosines, position.
             ``"deepmind"`` (transformers' Perceiver): all positions, then all sines, then all cosines, axis by axis.
+            ``"vecset"`` (3DShape2VecSet): all sines, then all cosines, then all positions.
 
     Returns:
         ``[.., A (2 K + 1)]``, the dtype of coords.
@@ -31,6 +32,8 @@ def fourier_encode(coords: Tensor, frequencies: Tensor, layout: str = "perceiver
     phase = coords.unsqueeze(-1) * frequencies
     phase = math.pi * (phase - 2 * (phase / 2).round())
     sine, cosine = phase.sin(), phase.cos()
+    if layout == "vecset":
+        return torch.cat([sine.flatten(-2), cosine.flatten(-2), coords], -1)
     if layout == "deepmind":
         return torch.cat([coords, sine.flatten(-2), cosine.flatten(-2)], -1)
     return torch.cat([sine, cosine, coords.unsqueeze(-1)], -1).flatten(-2)

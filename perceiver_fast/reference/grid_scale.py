@@ -33,9 +33,7 @@ def grid_scale(
     return 1 / (total / channels + eps).sqrt()  # rsqrt's derivative has its cube, which underflows far from zero
 
 
-def grid_deviations(
-    feat: Tensor, axis_mean: Tensor, axis_channels: Sequence[int]
-) -> tuple[Tensor, list[Tensor]]:
+def grid_deviations(feat: Tensor, axis_mean: Tensor, axis_channels: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """What the mean mu over a token's channels leaves of them, where that is little, too.
 
     Returns:

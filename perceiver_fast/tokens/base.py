@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,26 @@ from perceiver_fast.backends import Choice
 from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tracing import known
+
+
+class Basis(NamedTuple):
+    """A projection of described tokens: ``projection(norm(token_m)) = scale_m (weight basis_m) + bias``.
+
+    The basis is ``[feat_m, onehot(i_1), .., onehot(i_A)]`` on a grid, and else feat_m.
+
+    Attributes:
+        weight: ``[D, L]``, L = E + sum(sizes) on a grid, and else E.
+        bias: ``[D]``.
+        feat: ``[B, *sizes, E]``, E may be zero; or ``[B, M, E]``. B is 1 where the whole batch shares the tokens.
+        scale: of every token, ``[B, *sizes]`` or ``[B, M]``; None where it is one.
+        grid: whether the tokens stand on a grid.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    feat: Tensor
+    scale: Tensor | None
+    grid: bool
 
 
 class Tokens:
@@ -27,6 +48,9 @@ class Tokens:
     kind: str
     feat: Tensor
     channels: int
+    # Where each channel, in the order that a norm and a projection expect, stands in the description's own order: int64
+    # [C]. None: they are the same.
+    order: Tensor | None = None
     _tensor: Tensor | None = None  # what tensor() returned
     _version = 0  # the version of that tensor when it was first returned
 
@@ -96,6 +120,19 @@ class Tokens:
         """
         raise NotImplementedError
 
+    def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
+        """``projection(norm(tokens))``, as a table of what tokens are made of. The projection's bias is left out.
+
+        Args:
+            projection: the linear layer whose weight ``[D, C]`` is used.
+            norm: the LayerNorm of the tokens; its weight, bias and eps are used.
+        """
+        raise NotImplementedError
+
+    def in_order(self, built: Tensor) -> Tensor:
+        """``[.., C]`` in the description's own order, brought into the one that is expected."""
+        return built if self.order is None else built[..., self.order]
+
     def uses(self, path: str) -> tuple[Choice, ...]:
         """The ops beside attention that ``path`` (see layers/plan.py) runs on these tokens, with their backends."""
         return ()
@@ -105,17 +142,21 @@ class Tokens:
         return known(self.count) * self.channels * width
 
 
-def absorb_norm(to_kv: nn.Linear, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def absorb_norm(
+    to_kv: nn.Linear, norm: nn.LayerNorm, dtype: torch.dtype, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A projection that includes the affine part of the LayerNorm before it.
 
     Args:
         to_kv: the linear layer of weight ``[D, C]``, without bias.
         norm: the LayerNorm of weight and bias ``[C]``.
         dtype: of the result.
+        order: of the tokens' channels, see :attr:`Tokens.order`; the columns of the result are in their own.
 
     Returns:
         Weight ``[D, C]`` and bias ``[D]``, with which ``to_kv(norm(x)) = weight z + bias`` for x normalised to z.
     """
     check_memory("to_kv(norm(tokens))", to_kv.weight, norm.weight, norm.bias)
     weight = to_kv.weight.to(dtype)
-    return weight * norm.weight.to(dtype), weight @ norm.bias.to(dtype)
+    scaled, bias = weight * norm.weight.to(dtype), weight @ norm.bias.to(dtype)
+    return scaled if order is None else torch.zeros_like(scaled).index_copy(1, order, scaled), bias

@@ -10,7 +10,7 @@ from perceiver_fast.ops.fourier_projection import centred
 from perceiver_fast.ops.grid_scale import GRID_SCALE, grid_scale_unchecked
 from perceiver_fast.ops.library import compute_dtype, projected_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
-from perceiver_fast.tokens.base import Tokens, absorb_norm
+from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
 from perceiver_fast.tracing import known
 
 
@@ -104,12 +104,16 @@ class GridTokens(Tokens):
             weight ``[D, L]``, L = elements + sum(sizes): a column for every channel of :meth:`shifted`, then one for every
             index of every axis; and bias ``[D]``. The projection of token m is ``scale_m (weight basis_m) + bias``.
         """
-        weight, bias = absorb_norm(to_kv, norm, self.feat.dtype)
+        weight, bias = absorb_norm(to_kv, norm, self.feat.dtype, self.order)
         weight = centred(weight, 1)
         feat, *axes = weight.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
         if self._is_shifted:  # the codes lack the shift; their columns' sum is minus that of the raw channels
             feat = torch.cat([feat, -weight[:, self.features :].sum(1, keepdim=True)], dim=1)
         return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1), bias
+
+    def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
+        with unless_autocast(self.device):
+            return Basis(*self.project(projection, norm), self.shifted(), self.scale(norm.eps), True)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         with unless_autocast(self.device):
@@ -131,4 +135,4 @@ class GridTokens(Tokens):
             shape = [1] * (len(sizes) + 1) + [code.code.shape[-1]]
             shape[1 + axis] = sizes[axis]
             parts.append(code.code.view(shape).expand(batch, *sizes, -1))
-        return torch.cat(parts, -1).flatten(1, -2).to(self.dtype)
+        return self.in_order(torch.cat(parts, -1).flatten(1, -2).to(self.dtype))

@@ -13,7 +13,7 @@ from perceiver_fast.backends import Choice
 from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
 from perceiver_fast.ops.library import compute_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
-from perceiver_fast.tokens.base import Tokens, absorb_norm
+from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
 from perceiver_fast.tracing import known
 
 ENCODING = 12  # a sine or a cosine takes the time of so many multiply-adds
@@ -46,13 +46,32 @@ class PointTokens(Tokens):
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         with unless_autocast(self.device):
-            weight, bias = absorb_norm(to_kv, norm, compute_dtype(to_kv.weight.dtype))
+            weight, bias = absorb_norm(to_kv, norm, compute_dtype(to_kv.weight.dtype), self.order)
         kv = fourier_projection_unchecked(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
         return kv.to(to_kv.weight.dtype) if kv.dtype == weight.dtype else kv
+
+    def codes(self, eps: float | None = None, ones: bool = False) -> Tensor:
+        """The tokens ``[B, M, C]`` in the description's own order, by the kernel that encodes and projects.
+
+        Args:
+            eps: of a LayerNorm without affine part that they go through. Default: none.
+            ones: with one more channel, which is one: ``[B, M, C + 1]``.
+        """
+        width = self.channels + ones
+        with unless_autocast(self.device):
+            feat = self.feat if self.stored_channels else None
+            same = torch.eye(width, dtype=self.compute, device=self.device)
+            return fourier_projection_unchecked(
+                feat, self.coords, self.frequencies, same[: self.channels], same[-1] if ones else None, eps
+            )
+
+    def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
+        with unless_autocast(self.device):
+            return Basis(*absorb_norm(projection, norm, self.compute, self.order), self.codes(norm.eps), None, False)
 
     def sources(self) -> tuple[Tensor, ...]:
         return self.feat, self.coords
 
     def materialize(self) -> Tensor:
         code = reference.fourier_encode(self.coords, self.frequencies).to(self.feat.dtype)
-        return torch.cat([self.feat, code.expand(self.feat.shape[0], -1, -1)], -1)
+        return self.in_order(torch.cat([self.feat, code.expand(self.feat.shape[0], -1, -1)], -1))

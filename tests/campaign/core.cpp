@@ -19,6 +19,7 @@
 #include "../../csrc/core/fourier_projection.h"
 #include "../../csrc/core/geglu.h"
 #include "../../csrc/core/grid_attention.h"
+#include "../../csrc/core/grid_query_attention.h"
 #include "../../csrc/core/grid_scale.h"
 #include "../../csrc/core/layer_norm.h"
 
@@ -121,6 +122,37 @@ Case grid_attention(Generator& random) {
     grid_attention_backward<T>(in, out, {d_o.data(), nullptr, nullptr}, dq.data(), dfeat.data(), dscale.data(),
                                parallel);
     return (Digest() << o << lse << kept << token_lse << dq << dfeat << dscale).value;
+  };
+}
+
+template <class T>
+Case grid_query_attention(Generator& random) {
+  const int64_t B = random.pick({1, 2}), H = random.pick({1, 2}), N = random.pick({1, 2, 7, 33, 130}),
+                F = random.pick({0, 1, 3, 20}), C = random.pick({1, 2, 4, 5, 19});
+  std::vector<int64_t> sizes(random.pick({0, 1, 2, 2, 3}));
+  int64_t M = sizes.empty() ? random.pick({1, 17, 70}) : 1, L = F;
+  for (int64_t& size : sizes) size = random.pick({1, 2, 5, 8, 17, 65}), M *= size, L += size;
+  const bool shared = random.flip(), sum_heads = random.flip();
+  const Dropout dropout(random.pick({0, 0, 1}) * 0.3, 7);
+  const int64_t outputs = B * M * (sum_heads ? 1 : H) * C, rows = shared ? 1 : B;
+  const Array<T> tables(B * H * N * L, random), feat(rows * M * F, random), v(B * H * N * C, random);
+  const Array<T> scale(random.flip() ? rows * M : 0, random, 1.5), bias(random.flip() ? B * H * N : 0, random);
+  const Array<T> d_o(outputs, random);
+  const Array<uint8_t> mask = mask_of(B, N, random.flip(), random);
+  return [=](const Parallel& parallel) {
+    const Array<T> o(outputs), d_tables(tables.size()), d_feat(B * M * F), d_scale(scale.size() > 0 ? B * M : 0);
+    const Array<T> d_bias(bias.size()), d_v(v.size());
+    const Array<double> lse(B * H * M);
+    GridQueryInput<T> in;
+    in.batch = B, in.heads = H, in.keys = N, in.queries = M, in.features = F, in.channels = C, in.sizes = sizes;
+    in.tables = tables.data(), in.feat = feat.data(), in.scale = scale.data(), in.bias = bias.data(), in.v = v.data();
+    in.feat_batch_stride = shared ? 0 : M * F, in.scale_batch_stride = shared ? 0 : M;
+    in.mask = mask.data(), in.dropout = dropout, in.sum_heads = sum_heads;
+    grid_query_attention_forward<T>(in, o.data(), outputs / B, lse.data(), parallel);
+    grid_query_attention_backward<T>(in, d_o.data(), lse.data(),
+                                     {d_tables.data(), d_feat.data(), d_scale.data(), d_bias.data(), d_v.data()},
+                                     parallel);
+    return (Digest() << o << lse << d_tables << d_feat << d_scale << d_bias << d_v).value;
   };
 }
 
@@ -232,6 +264,8 @@ const std::vector<Named>& ops() {
   static const std::vector<Named> all = [] {
     std::vector<Named> found{{"grid_attention, float", grid_attention<float>},
                              {"grid_attention, double", grid_attention<double>},
+                             {"grid_query_attention, float", grid_query_attention<float>},
+                             {"grid_query_attention, double", grid_query_attention<double>},
                              {"cross_attention, float", cross_attention<float>},
                              {"cross_attention, double", cross_attention<double>},
                              {"fourier_projection, float", fourier_projection<float>},

@@ -75,6 +75,31 @@ def grid_attention(case: dict, make: Make) -> Callable:
     return call
 
 
+def grid_query_attention(case: dict, make: Make) -> Callable:
+    """B, H, N, F, C, sizes or points, masked, with and without a bias, heads apart or summed."""
+    batch, heads, keys, features = case["batch"], case["heads"], case["rows"], case["channels"] % 20 + 1
+    sizes = [] if case["points"] else case["sizes"]
+    queries = torch.Size(case["sizes"]).numel()
+    make.harsh("feat", batch, queries, features)
+    make.normal("t_feat", batch, heads, keys, features, by=case["sharp"])
+    for axis, size in enumerate(sizes):
+        make.normal(f"t_axis{axis}", batch, heads, keys, size, by=case["sharp"])
+    make.normal("v", batch, heads, keys, case["width"])
+    make.positive("scale", batch, queries)
+    # As LayerNorm's: a query times its scale is of order one.
+    make.tensors["scale"] /= make.tensors["feat"].abs().amax(-1).clamp_min(1.0)
+    if case["flag"]:
+        make.normal("bias", batch, heads, keys)
+    mask = make.mask(batch, keys)
+
+    def call(feat, t_feat, v, scale, bias=None, **t_axes):
+        return pf.ops.grid_query_attention(
+            t_feat, list(t_axes.values()), feat, v, scale, bias, mask, sum_heads=case["inverted"]
+        )
+
+    return call
+
+
 def cross_attention(case: dict, make: Make) -> Callable:
     """B, H, N, M, d, dv, masked, inverted or with lse."""
     batch, heads, rows, tokens = case["batch"], case["heads"], case["rows"], case["tokens"]

@@ -1,4 +1,4 @@
-// The forwards of grid_attention, cross_attention and fourier_projection against plain loops in double, on small sizes:
+// The forwards of grid_attention, grid_query_attention, cross_attention and fourier_projection against plain loops in double, on small sizes:
 // one query, one token, one channel, blocks and tiles that are not full; masks, dropout, inverted attention, threads.
 #include <cmath>
 #include <numeric>
@@ -7,6 +7,7 @@
 #include "../../csrc/core/cross_attention.h"
 #include "../../csrc/core/fourier_projection.h"
 #include "../../csrc/core/grid_attention.h"
+#include "../../csrc/core/grid_query_attention.h"
 #include "check.h"
 
 using namespace perceiver_fast;
@@ -149,6 +150,61 @@ void grid() {
       for (int64_t F : {1, 3, 6}) grid_of<T>(sizes, N, F);
 }
 
+// Points where there are no sizes: there are M of them.
+template <class T>
+void grid_query_of(std::vector<int64_t> sizes, int64_t M, int64_t N, int64_t F, int64_t C) {
+  const int64_t B = 2, H = 2, L = std::accumulate(sizes.begin(), sizes.end(), F);
+  const Input<T> tables(B * H * N * L, 1), feat(B * M * F, 2), scale(B * M, 3, 1.5), bias(B * H * N, 4),
+      v(B * H * N * C, 5);
+  kinds([&](bool masked, bool sum_heads, const Dropout& dropout, const Parallel& parallel) {
+    const Mask mask(B, N, masked);
+    const int64_t outputs = sum_heads ? 1 : H;
+    const Guarded<T> o(B * M * outputs * C);
+    const Guarded<double> lse(B * H * M);
+    GridQueryInput<T> in;
+    in.batch = B, in.heads = H, in.keys = N, in.queries = M, in.features = F, in.channels = C, in.sizes = sizes;
+    in.tables = tables.data(), in.feat = feat.data(), in.scale = scale.data(), in.bias = bias.data(), in.v = v.data();
+    in.feat_batch_stride = M * F, in.scale_batch_stride = M;
+    in.mask = mask.data(), in.dropout = dropout, in.sum_heads = sum_heads;
+    grid_query_attention_forward<T>(in, o.data(), M * outputs * C, lse.data(), parallel);
+    Numbers exact_o(o.size()), exact_lse;
+    for (int64_t head = 0; head < B * H; ++head) {
+      const int64_t b = head / H, h = head % H;
+      const auto logit = [&](int64_t m, int64_t n) {
+        const auto table = [&](int64_t i) { return double(tables[(head * N + n) * L + i]); };
+        double s = 0;
+        for (int64_t f = 0; f < F; ++f) s += table(f) * feat[(b * M + m) * F + f];
+        int64_t inner = M, first = F;
+        for (int64_t size : sizes) {
+          inner /= size;
+          s += table(first + m / inner % size);
+          first += size;
+        }
+        return s * scale[b * M + m] + bias[head * N + n];
+      };
+      const auto value = [&](int64_t n, int64_t c) { return double(v[(head * N + n) * C + c]); };
+      const Attended one = attend(M, N, C, head * M, false, dropout, logit, value,
+                                  [&](int64_t n) { return mask.hides(b * N + n); });
+      for (int64_t i = 0; i < M * C; ++i) exact_o[((b * M + i / C) * outputs + h % outputs) * C + i % C] += one.o[i];
+      append(exact_lse, one.lse);
+    }
+    compare(o, exact_o, 4 * kRounding<T>, "o");
+    compare(lse, exact_lse, 2 * kRounding<T>, "lse");
+  });
+}
+
+template <class T>
+void grid_query() {
+  for (int64_t N : {1, 5, 131})
+    for (int64_t C : {1, 3, 6, 33}) {
+      grid_query_of<T>({1}, 1, N, 0, C);
+      grid_query_of<T>({7, 67}, 469, N, 0, C);
+      grid_query_of<T>({2, 3, 33}, 198, N, 3, C);
+      grid_query_of<T>({2, 1025}, 2050, N, 0, C);
+      grid_query_of<T>({}, 35, N, 5, C);
+    }
+}
+
 template <class T>
 void cross_of(int64_t N, int64_t M, int64_t d, int64_t dv) {
   const int64_t B = 2, H = 2;
@@ -259,6 +315,8 @@ void fourier() {
 
 extern const Case attention_cases[] = {{"grid_attention, float", grid<float>},
                                        {"grid_attention, double", grid<double>},
+                                       {"grid_query_attention, float", grid_query<float>},
+                                       {"grid_query_attention, double", grid_query<double>},
                                        {"cross_attention, float", cross<float>},
                                        {"cross_attention, double", cross<double>},
                                        {"fourier_projection, float", fourier<float>},

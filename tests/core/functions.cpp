@@ -34,14 +34,16 @@ void for_arguments(int64_t count, Next next, Body body) {
 double exact_exp2(float t) { return ::exp2(double(t)); }
 long double exact_exp2(double t) { return exp2l(t); }
 
-// 2^t and 2^(t + n) where both are normal numbers.
+// 2^t and 2^(t + n) where both are normal numbers, and 2^t again where exp2_within has it.
 template <class T>
 void add_exp2(typename Simd<T>::Vec t, int n, Largest& largest) {
   const auto p = exp2<T, false>(t, typename Simd<T>::Vec{}), shifted = exp2<T, true>(t, Simd<T>::set(T(n)));
+  const auto within = exp2_within<T>(t);
   const double scale = ldexp(1, -n);
   for (int lane = 0; lane < Simd<T>::lanes; ++lane) {
     const auto inverse = 1 / exact_exp2(t[lane]);
     largest.add(fabs(double(p[lane] * inverse - 1)), t[lane]);
+    if (fabs(double(t[lane])) <= -double(kLeastExponent<T>)) largest.add(fabs(double(within[lane] * inverse - 1)), t[lane]);
     largest.add(fabs(double(shifted[lane] * scale * inverse - 1)), t[lane]);
   }
 }
@@ -98,6 +100,8 @@ void exp2_special(T least, T most, T large) {
   const auto infinite = Simd<T>::set(inf), none = typename Simd<T>::Vec{};
   const T plain = exp2<T, false>(infinite, none)[0], shifted = exp2<T, true>(infinite, none)[0];
   CHECK(plain == inf && !(shifted < inf), "2^inf is %g, with a shift %g", double(plain), double(shifted));
+  const T zero = exp2_within<T>(Simd<T>::set(kLeastExponent<T>))[0], nan = exp2_within<T>(Simd<T>::set(T(NAN)))[0];
+  CHECK(zero == 0 && nan != nan, "the least power is %g, that of NaN %g", double(zero), double(nan));
 }
 
 void exp2_limits() {

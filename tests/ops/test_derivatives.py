@@ -13,6 +13,7 @@ from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.derivatives import Recomputed, gradients, transformed
 from perceiver_fast.ops.fourier_projection import fourier_projection
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
+from perceiver_fast.ops.grid_query_attention import grid_query_attention_unchecked
 from perceiver_fast.ops.linear import LinearFunction
 
 pytestmark = pytest.mark.skipif(**needs_extension)
@@ -26,7 +27,7 @@ def randn(*shape):
 @pytest.fixture(autouse=True)
 def one_seed(monkeypatch):
     """Dropout that is the same function at every call, as numerical derivatives ask."""
-    for module in ("cross_attention", "grid_attention"):
+    for module in ("cross_attention", "grid_attention", "grid_query_attention"):
         module = sys.modules[f"perceiver_fast.ops.{module}"]
         monkeypatch.setattr(module, "dropout_seed", lambda probability, device: SEED if probability > 0 else None)
 
@@ -60,6 +61,14 @@ def grid_case(sizes=(2, 4), heads=1, **options):
     return run, (q, feat, scale)
 
 
+def query_case(sizes=(2, 3), grid=True, bias=False, mask=False, **options):
+    tables, feat, v = randn(2, 2, 4, 2 + (sum(sizes) if grid else 0)), randn(2, *sizes, 2), randn(2, 2, 4, 3)
+    scale = randn(2, *sizes).abs() + 0.3
+    options |= dict(grid=grid, mask=torch.tensor([[True, False, True, True]] * 2) if mask else None)
+    inputs = tables, feat, v, scale, *((randn(2, 2, 4),) if bias else ())
+    return lambda *inputs: grid_query_attention_unchecked(*inputs, **options), inputs
+
+
 def fourier_case(grid):
     eps, options = 1e-5, dict(num_freq_bands=2, max_freq=4.0)
     if grid:
@@ -89,6 +98,9 @@ CASES = {
     "grid_attention dropout": lambda: grid_case((2, 1, 4), mask=True, dropout=0.4),
     "grid_attention inverted": lambda: grid_case(mask=True, inverted=True, heads=2),
     "grid_attention inverted dropout": lambda: grid_case((5,), inverted=True, dropout=0.3),
+    "grid_query_attention": lambda: query_case(),
+    "grid_query_attention options": lambda: query_case(bias=True, mask=True, dropout=0.3, sum_heads=True),
+    "grid_query_attention points": lambda: query_case((5,), grid=False),
     "geglu": lambda: (ops.geglu, (randn(2, 3, 4), randn(4))),
     "geglu without bias": lambda: (ops.geglu, (randn(2, 3, 4),)),
     "feed_forward": lambda: (ops.feed_forward, (randn(2, 3, 2), randn(8, 2), randn(8), randn(2, 4))),

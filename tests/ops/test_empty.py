@@ -6,6 +6,7 @@ from support import needs_extension
 
 from perceiver_fast import ops
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
+from perceiver_fast.ops.grid_query_attention import grid_query_attention_unchecked
 
 pytestmark = pytest.mark.skipif(**needs_extension)
 
@@ -23,6 +24,17 @@ def grid(batch, heads=1, **options):
         return grid_attention_unchecked(q, feat, scale, None if mask is None else mask.to(q.device), heads=heads, **options)
 
     return run, ((batch, 3 * heads, 2 + 6), (batch, 2, 4, 2), (batch, 2, 4))
+
+
+def grid_queries(batch, **options):
+    mask = torch.ones(batch, 5, dtype=torch.bool) if options.pop("masked", False) else None
+
+    def run(tables, feat, v, scale, bias):
+        return grid_query_attention_unchecked(
+            tables, feat, v, scale, bias, None if mask is None else mask.to(tables.device), **options
+        )
+
+    return run, ((batch, 2, 5, 8), (batch, 2, 4, 2), (batch, 2, 5, 3), (batch, 2, 4), (batch, 2, 5))
 
 
 def add_norm(x, branch, branch_bias, weight, bias):
@@ -48,6 +60,8 @@ CASES = {
     "grid_attention": lambda b: grid(b),
     "grid_attention masked": lambda b: grid(b, masked=True, dropout=0.5),
     "grid_attention inverted": lambda b: grid(b, heads=2, inverted=True, masked=True),
+    "grid_query_attention": lambda b: grid_queries(b),
+    "grid_query_attention options": lambda b: grid_queries(b, masked=True, dropout=0.5, sum_heads=True),
     "geglu": lambda b: (ops.geglu, ((b, 3, 4), (4,))),
     "feed_forward": lambda b: (ops.feed_forward, ((b, 3, 2), (8, 2), (8,), (2, 4))),
     "linear": lambda b: (ops.linear, ((b, 2, 3), (4, 3), (4,))),

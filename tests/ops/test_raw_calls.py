@@ -43,9 +43,10 @@ def changed_tensors(t):
             yield f"axis {axis} twice", torch.cat([t, t], axis)
             yield f"axis {axis} empty", t.narrow(axis, 0, 0)
             # Many elements in the memory of one, and sizes whose product overflows in no memory at all.
+            one = t.flatten()[:1] if t.numel() else t.new_zeros(1)
             yield (
                 f"axis {axis} expanded to 2^62",
-                t.flatten()[:1].view((1,) * t.dim()).expand(_with((1,) * t.dim(), axis, HUGE)),
+                one.view((1,) * t.dim()).expand(_with((1,) * t.dim(), axis, HUGE)),
             )
             others = tuple(0 if other == (axis + 1) % t.dim() else HUGE for other in range(t.dim()))
             if t.dim() > 1:
@@ -108,7 +109,8 @@ def _with(shape, axis, size):
 
 
 def tensors_of(result):
-    return [t for t in (result if isinstance(result, (tuple, list)) else (result,))]
+    """The outputs; an operator that writes into an argument has none."""
+    return [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if t is not None]
 
 
 def call(operator, arguments):

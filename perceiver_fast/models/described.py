@@ -1,0 +1,144 @@
+"""Decoding for queries that are described: their tensor is built only where the decoder's modules have to be called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.layers.checks import check_real
+from perceiver_fast.layers.decoding import FusedDecoder, plan_decoder, why_decoder_modules
+from perceiver_fast.layers.fusing import is_plain
+from perceiver_fast.layers.observer import observer
+from perceiver_fast.tokens import PointQueries, Queries
+
+PART = 2**21  # numbers that describe queries (a scale each, and raw channels or codes), existing at a time in inference
+
+
+def check_described(who: str, queries: Queries, batch: int, channels: int, like: Tensor) -> None:
+    """Check described queries.
+
+    Args:
+        who: the model's name, for messages.
+        queries: what to check.
+        batch, channels: the expected B and D.
+        like: a parameter of the model, whose dtype and device are expected of the queries' linear layer.
+
+    Raises:
+        TypeError, ValueError: the message says expected, got and what to do.
+    """
+    if queries.channels != channels:
+        raise ValueError(
+            f"{who}: expected queries of {channels} channels (queries_dim={channels}), got {queries.channels}; change "
+            "their frequencies or feat, or give them embed=nn.Linear(.., queries_dim)"
+        )
+    for name in ("feat", "coords"):
+        given = getattr(queries, name, None)
+        if given is not None and given.shape[0] not in (1, batch):
+            raise ValueError(
+                f"{who}: expected queries for a batch of {batch}, like data, got {name} {tuple(given.shape)}; leave out "
+                "the batch if it is shared"
+            )
+    if queries.embed is not None:
+        check_real(who, "the weight of the queries' embed", queries.embed.weight, like)
+
+
+def check_out(who: str, out: Tensor, batch: int, queries: Queries) -> Tensor:
+    """``[B, Q, O]`` of an ``out`` that has one dimension for the queries, or those of their grid.
+
+    Raises:
+        ValueError: the message says expected, got and what to do.
+    """
+    for sizes in ((queries.count,), queries.sizes):
+        if out.dim() == 2 + len(sizes) and out.shape[:-1] == (batch, *sizes) and out.is_contiguous():
+            return out.view(batch, queries.count, out.shape[-1])
+    raise ValueError(
+        f"{who}: expected out, contiguous, of {batch} x {' x '.join(map(str, queries.sizes))} x the output's channels, got "
+        f"{tuple(out.shape)}{'' if out.is_contiguous() else ', not contiguous'}"
+    )
+
+
+def decode_described(
+    queries: Queries,
+    latents: Tensor,
+    attention: nn.Module,
+    to_logits: nn.Module | None,
+    after: Callable[[Tensor], Tensor],
+    built: Callable[[Tensor], Tensor],
+    rows: int | None,
+    out: Tensor | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """The output ``[B, Q, O]`` for described queries.
+
+    Args:
+        queries: the description.
+        latents: what they attend to, ``[B, N, D]``.
+        attention: the decoder's PreNorm.
+        to_logits: the last layer, where nothing stands between it and the attention; else None.
+        after: whatever follows the attention, ``to_logits`` included.
+        built: decodes a tensor of queries ``[B, q, D]``.
+        rows: queries that are decoded at once in inference, where they or what follows the attention is built. None: all,
+            since a layer may mix them.
+        out: ``[B, Q, O]``, is written to and returned, in inference. Default: a new tensor.
+        progress: show it, part by part.
+    """
+    batch = latents.shape[0]
+    last = to_logits if is_plain(to_logits, nn.Linear) else None
+    looks, plan, decoder = observer(), None, None
+    if (looks is None or not looks.needs_queries) and why_decoder_modules(attention, queries) is None:
+        plan = plan_decoder(attention, last, latents, queries)
+    if plan is None or plan.path == "built":
+
+        def decode(part: Queries) -> Tensor:
+            return built(part.tensor(latents).expand(batch, -1, -1))
+
+    else:
+        if looks is not None:
+            shape = torch.Size((batch, queries.count, queries.channels))
+            looks.begins(attention, shape, residual=False)
+            looks.decodes(attention, shape, latents, plan)
+        decoder = FusedDecoder(attention, last, latents, plan.taken.backend)
+        done = last is not None or type(to_logits) is nn.Identity
+
+        def decode(part: Queries) -> Tensor:
+            found = decoder.decode(part.describe(latents))
+            return found if done else after(found)
+
+        if done:
+            numbers = queries.code_channels if isinstance(queries, PointQueries) or queries.feat is not None else 1
+            rows = max(1, PART // numbers)
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if (whole or rows is None) and out is None:
+        return decode(queries)
+    start, parts = 0, list(queries.parts(queries.count if rows is None else rows))
+    for part in _shown(parts) if progress else parts:
+        stop = start + part.count
+        if decoder is not None and done:
+            if out is None:
+                out = latents.new_empty(batch, queries.count, decoder.channels, dtype=decoder.dtype)
+            decoder.decode_into(_of_channels(out, decoder.channels)[:, start:stop], part.describe(latents))
+        else:
+            found = decode(part)
+            if out is None:
+                out = found.new_empty(batch, queries.count, found.shape[-1])
+            _of_channels(out, found.shape[-1])[:, start:stop] = found
+        start = stop
+    return out
+
+
+def _of_channels(out: Tensor, channels: int) -> Tensor:
+    if out.shape[-1] != channels:
+        raise ValueError(
+            f"decode_into: expected out [.., {channels}], as many channels as the output, got {tuple(out.shape)}"
+        )
+    return out
+
+
+def _shown(parts: list[Queries]) -> Iterator[Queries]:
+    """The parts, one after the other, with a bar that says how many are done."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(parts, "decoding", console=Console(stderr=True))

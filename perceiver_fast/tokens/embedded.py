@@ -1,0 +1,201 @@
+"""Tokens that are a linear map of described tokens: ``y_m = W [x_m ; e(p_m)] + b``, an embedding of position codes.
+
+LayerNorm of them needs no y. With ``W_c`` and ``b_c`` centred over the D channels of y,
+
+    LayerNorm(y_m) = r_m (W_c z_m + b_c)      1 / r_m^2 = |W_c z_m + b_c|^2 / D + eps
+
+so a projection after it is a projection of the C channels of ``z_m = [x_m ; e(p_m)]``, and the variance a quadratic form
+of them. On a grid that form is a sum over pairs of axes, of one table each. Source: this package.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.backends import Choice
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
+from perceiver_fast.ops.fourier_projection import centred
+from perceiver_fast.ops.library import projected_dtype, unless_autocast
+from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
+from perceiver_fast.tokens.grid import GridTokens
+from perceiver_fast.tokens.points import PointTokens
+
+
+class EmbeddedGrid(GridTokens):
+    """Tokens of a grid after a linear layer.
+
+    Args:
+        grid: the tokens before it, of C channels.
+        weight, bias: of the layer, ``[D, C]`` and ``[D]`` or None.
+    """
+
+    kind = "embedded grid tokens"
+
+    def __init__(self, grid: GridTokens, weight: Tensor, bias: Tensor | None):
+        super().__init__(grid.feat, grid.codes)
+        self.dtype, self.grid, self.weight, self.bias = grid.dtype, grid, weight, bias
+
+    @property
+    def channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def _is_shifted(self) -> bool:
+        return False
+
+    def uses(self, path: str) -> tuple[Choice, ...]:
+        return ()
+
+    def scale(self, eps: float) -> Tensor:
+        scale = self._scale.get(eps)
+        if scale is None or (torch.is_grad_enabled() and self.learns()):
+            scale = (self._variance() + eps).rsqrt().to(self.feat.dtype)
+            if not scale.requires_grad:
+                self._scale[eps] = scale
+        return scale
+
+    def _variance(self) -> Tensor:
+        """The variance of every token's channels, float64 ``[B, *sizes]``: a quadratic form, in tables of axes and of pairs."""
+        sizes, axes, width = self.sizes, len(self.sizes), self.weight.shape[0]
+        codes = [code.code.double() for code in self.codes]
+        columns = self.weight.double()
+        if self.bias is not None:  # it meets a channel of the first axis that is one
+            at = self.features + codes[0].shape[1]
+            columns = torch.cat([columns[:, :at], self.bias.double().unsqueeze(1), columns[:, at:]], 1)
+            codes[0] = torch.cat([codes[0], codes[0].new_ones(len(codes[0]), 1)], 1)
+        columns = centred(columns, 0)
+        parts = [self.features, *(code.shape[1] for code in codes)]
+        form = [
+            rows.split(parts, 1) for rows in (columns.T @ columns / width).split(parts)
+        ]  # of raw channels, then axes
+
+        def over(t: Tensor, *at: int) -> Tensor:
+            """A table of one axis or of two, as it is broadcast over the grid."""
+            return t.reshape([sizes[a] if a in at else 1 for a in range(axes)])
+
+        squares = [over(((code @ form[1 + a][1 + a]) * code).sum(1), a) for a, code in enumerate(codes)]
+        pairs = [
+            over(2 * codes[a] @ form[1 + a][1 + b] @ codes[b].T, a, b) for a in range(axes) for b in range(a + 1, axes)
+        ]
+        # An axis' own part goes with a pair that it is in, so that a grid of two axes has nothing to add up.
+        for a, square in enumerate(squares if pairs else ()):
+            at = max(0, a - 1)
+            pairs[at] = pairs[at] + square
+        total = (sum(pairs[1:], pairs[0]) if pairs else squares[0]).unsqueeze(0)
+        if self.features:
+            feat = self.feat.double()
+            meets = sum(over_axis(form[0][1 + a] @ code.T, a, axes) for a, code in enumerate(codes))  # [*sizes, F]
+            total = total + (feat * (2 * meets + feat @ form[0][0])).sum(-1)
+        return total.clamp_min(0)
+
+    def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        weight, bias = absorb_norm(to_kv, norm, self.feat.dtype)
+        weight = centred(weight, 1)
+        product = weight @ self.weight.to(weight.dtype)
+        feat, *axes = product.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
+        tables = [axis @ code.code.T for axis, code in zip(axes, self.codes)]
+        if self.bias is not None:
+            tables[0] = tables[0] + (weight @ self.bias.to(weight.dtype)).unsqueeze(1)
+        return torch.cat([feat, *tables], dim=1), bias
+
+    def sources(self) -> tuple[Tensor, ...]:
+        return (*super().sources(), self.weight, *(() if self.bias is None else (self.bias,)))
+
+    def materialize(self) -> Tensor:
+        return nn.functional.linear(self.grid.materialize(), self.weight, self.bias)
+
+
+def over_axis(table: Tensor, axis: int, axes: int) -> Tensor:
+    """``[F, n]`` of one axis as ``[1, .., n, .., 1, F]``."""
+    return table.T.reshape(*(-1 if a == axis else 1 for a in range(axes)), table.shape[0])
+
+
+class EmbeddedPoints(Tokens):
+    """Tokens at given positions after a linear layer.
+
+    Args:
+        points: the tokens before it, of C channels.
+        weight, bias: of the layer, ``[D, C]`` and ``[D]`` or None.
+    """
+
+    kind = "embedded points"
+
+    def __init__(self, points: PointTokens, weight: Tensor, bias: Tensor | None):
+        self.points, self.feat, self.weight, self.bias = points, points.feat, weight, bias
+
+    @property
+    def channels(self) -> int:
+        return self.weight.shape[0]
+
+    def uses(self, path: str) -> tuple[Choice, ...]:
+        return self.points.uses(path)
+
+    def projection_operations(self, width: int) -> float:
+        return self.points.projection_operations(width + self.points.channels)
+
+    def basis(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Basis:
+        with unless_autocast(self.device):
+            columns = self.weight if self.bias is None else torch.cat([self.weight, self.bias.unsqueeze(1)], 1)
+            codes = self.points.codes(ones=self.bias is not None)  # the bias belongs to the channel of ones
+            dtype = codes.dtype
+            weight, bias = absorb_norm(to_kv, norm, dtype)
+            variance = variance_of_products(codes, centred(columns.double(), 0).to(dtype))
+            return Basis(centred(weight, 1) @ columns.to(dtype), bias, codes, (variance + norm.eps).rsqrt(), False)
+
+    def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        basis = self.basis(to_kv, norm)
+        with unless_autocast(self.device):
+            kv = basis.feat @ basis.weight.T * basis.scale.unsqueeze(-1) + basis.bias
+        return kv.to(projected_dtype(to_kv.weight))
+
+    def sources(self) -> tuple[Tensor, ...]:
+        return (*self.points.sources(), self.weight, *(() if self.bias is None else (self.bias,)))
+
+    def materialize(self) -> Tensor:
+        return nn.functional.linear(self.points.materialize(), self.weight, self.bias)
+
+
+def variance_of_products(z: Tensor, weight: Tensor) -> Tensor:
+    """``|weight z_m|^2 / D``: the variance of the D channels of a product whose weight is centred.
+
+    Args:
+        z: ``[B, M, C]``.
+        weight: ``[D, C]``, its mean over D zero.
+
+    Returns:
+        ``[B, M]``.
+    """
+    if transformed():
+        return _variance(z, weight)
+    return _VarianceOfProducts.apply(z, weight)
+
+
+def _variance(z: Tensor, weight: Tensor) -> Tensor:
+    return (z @ weight.T).square().mean(-1)
+
+
+class _VarianceOfProducts(torch.autograd.Function):
+    """:func:`_variance` at C^2 multiply-adds a token where D is larger, and its gradient at as many."""
+
+    @staticmethod
+    def forward(ctx, z, weight):
+        ctx.save_for_backward(z, weight)
+        root = weight
+        if weight.shape[0] > weight.shape[1]:  # |W z| = |R z| for W = Q R
+            root = torch.linalg.qr(weight.double(), mode="r").R.to(weight.dtype)
+        return (z @ root.T).square().sum(-1) / weight.shape[0]
+
+    @staticmethod
+    def backward(ctx, d_out):
+        z, weight = ctx.saved_tensors
+
+        def kernel():
+            g = d_out.unsqueeze(-1) * (2 / weight.shape[0])
+            dz = g * (z @ (weight.T.double() @ weight.double()).to(z.dtype)) if ctx.needs_input_grad[0] else None
+            dweight = weight @ (z.flatten(0, 1).T @ (g * z).flatten(0, 1)) if ctx.needs_input_grad[1] else None
+            return dz, dweight
+
+        if differentiated_again():
+            return differentiable(kernel, _variance, (z, weight), (d_out,), ctx.needs_input_grad)
+        return kernel()

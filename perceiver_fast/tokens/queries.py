@@ -1,0 +1,341 @@
+"""Queries of a decoder that are described: at every point of a grid, or at points anywhere.
+
+A tensor of queries ``[B, Q, D]`` is what their positions make of it. A description holds the positions, so attention of
+the queries costs what these do (ops/grid_query_attention.py), and parts of the tensor are built only where somebody
+needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.reference.fourier_projection import LAYOUTS
+from perceiver_fast.tokens.base import Tokens
+from perceiver_fast.tokens.embedded import EmbeddedGrid, EmbeddedPoints
+from perceiver_fast.tokens.fourier import AxisCodes
+from perceiver_fast.tokens.grid import GridTokens
+from perceiver_fast.tokens.points import PointTokens
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """A description of Q queries of D channels, ``[B, Q, D]``; made by :func:`grid_queries` or :func:`point_queries`.
+
+    Attributes:
+        feat: channels of the queries' own, ``[B, *sizes, F]`` or ``[B, Q, F]``, B = 1 where the whole batch shares them.
+        embed: a linear layer, from channels and codes to D; or None.
+        order: where each channel, in the order that ``embed`` or a decoder expects, stands among feat and then, for every
+            axis, sines, cosines and the position: int64 ``[C]``. None: that very order.
+    """
+
+    feat: Tensor | None
+    embed: nn.Linear | None
+    order: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of the grid, or ``(Q,)``."""
+        raise NotImplementedError
+
+    @property
+    def count(self) -> int:
+        """Number of queries, Q."""
+        return math.prod(self.sizes)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a query, D."""
+        return self.code_channels if self.embed is None else self.embed.out_features
+
+    @property
+    def code_channels(self) -> int:
+        """Channels of a query before ``embed``, C."""
+        raise NotImplementedError
+
+    def part(self, start: int, stop: int) -> Queries:
+        """The queries of indices start to stop of the first axis."""
+        raise NotImplementedError
+
+    def parts(self, most: int) -> Iterator[Queries]:
+        """All queries, in parts of at most so many where a part of one index of the first axis is not more already."""
+        step = max(1, most // max(1, self.count // self.sizes[0]))
+        for start in range(0, self.sizes[0], step):
+            yield self.part(start, min(start + step, self.sizes[0]))
+
+    def describe(self, like: Tensor) -> Tokens:
+        """The description that layers work with, in the dtype and on the device of ``like``."""
+        tokens = self._codes(like)
+        order = None if self.order is None else self.order.to(like.device)
+        if self.embed is None:
+            tokens.order = order
+            return tokens
+        weight, bias = self.embed.weight, self.embed.bias
+        if order is not None:
+            weight = torch.zeros_like(weight).index_copy(1, order, weight)
+        return (EmbeddedGrid if isinstance(tokens, GridTokens) else EmbeddedPoints)(tokens, weight, bias)
+
+    def _codes(self, like: Tensor) -> GridTokens | PointTokens:
+        raise NotImplementedError
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """The queries themselves, ``[B or 1, Q, D]``, in the dtype and on the device of ``like``."""
+        tokens = self._codes(like)
+        tokens.order = None if self.order is None else self.order.to(like.device)
+        built = tokens.materialize()
+        return built if self.embed is None else self.embed(built)
+
+
+@dataclass(frozen=True, eq=False)
+class GridQueries(Queries):
+    """Queries at every point of a grid, in row-major order; see :func:`grid_queries`.
+
+    Attributes:
+        codes: float64 ``[n_a, C_a]`` of every axis.
+    """
+
+    codes: tuple[Tensor, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(len(code) for code in self.codes)
+
+    @property
+    def code_channels(self) -> int:
+        return (0 if self.feat is None else self.feat.shape[-1]) + sum(code.shape[1] for code in self.codes)
+
+    def part(self, start: int, stop: int) -> GridQueries:
+        feat = None if self.feat is None else self.feat[:, start:stop]
+        return replace(self, codes=(self.codes[0][start:stop], *self.codes[1:]), feat=feat)
+
+    def _codes(self, like: Tensor) -> GridTokens:
+        dtype, device = compute_dtype(like.dtype), like.device
+        codes = []
+        for code in self.codes:
+            mean = code.mean(1)
+            square = (code - mean.unsqueeze(1)).square().sum(1)
+            codes.append(AxisCodes(*(t.to(device, dtype) for t in (code, mean, square))))
+        feat = self.feat
+        if feat is None:
+            feat = torch.empty(1, *self.sizes, 0)
+        return GridTokens(feat.to(device, like.dtype), tuple(codes))
+
+
+@dataclass(frozen=True, eq=False)
+class PointQueries(Queries):
+    """Queries at points anywhere; see :func:`point_queries`.
+
+    Attributes:
+        coords: positions ``[B, Q, A]``, B = 1 where the whole batch shares them.
+        frequencies: float64 ``[A, K]``, in half periods a unit of position.
+    """
+
+    coords: Tensor
+    frequencies: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.coords.shape[1],)
+
+    @property
+    def code_channels(self) -> int:
+        axes, bands = self.frequencies.shape
+        return (0 if self.feat is None else self.feat.shape[-1]) + axes * (2 * bands + 1)
+
+    def part(self, start: int, stop: int) -> PointQueries:
+        feat = None if self.feat is None else self.feat[:, start:stop]
+        return replace(self, coords=self.coords[:, start:stop], feat=feat)
+
+    def _codes(self, like: Tensor) -> PointTokens:
+        feat = self.feat
+        if feat is None:
+            feat = self.coords.new_empty(*self.coords.shape[:2], 0)
+        coords, frequencies = (t.to(like.device).double() for t in (self.coords, self.frequencies))
+        feat = feat.expand(max(len(feat), len(coords)), -1, -1)
+        return PointTokens(feat.to(like.device, like.dtype), coords, frequencies)
+
+
+def grid_queries(
+    sizes: Sequence[int],
+    *,
+    num_freq_bands: int | None = None,
+    max_freq: float | None = None,
+    frequencies: Tensor | None = None,
+    extent: float | Sequence[tuple[float, float]] = 1.0,
+    feat: Tensor | None = None,
+    embed: nn.Linear | None = None,
+    layout: str = "perceiver-pytorch",
+) -> GridQueries:
+    """Queries of a decoder at every point of a grid, for ``PerceiverIO(..)(data, queries=grid_queries(..))``.
+
+    A query is ``[feat ; Fourier code of its position]``, or ``embed`` of that. Along an axis the code has K sines, K
+    cosines and the position itself, ``sin(pi f_k p)``, as in perceiver-pytorch.
+
+    Args:
+        sizes: of the grid, one number an axis; queries are in row-major order.
+        num_freq_bands, max_freq: K frequencies evenly spaced in [1, max_freq / 2].
+        frequencies: ``[K]``, in half periods a unit of position, in the place of these two; for 3DShape2VecSet's
+            embedding of points ``2.0 ** torch.arange(8)``.
+        extent: positions are evenly spaced in [-extent, extent] along every axis, or (a pair for every axis) between two
+            numbers, ends included. Default: 1.
+        feat: channels of the queries' own, ``[B, *sizes, F]`` or ``[*sizes, F]``. Default: none.
+        embed: ``nn.Linear(F + A (2 K + 1), D)``, which the queries go through. Default: none, D is what it would take.
+        layout: order of the channels after feat. ``"perceiver-pytorch"`` (default): for every axis sines, cosines,
+            position. ``"deepmind"``: positions, sines, cosines. ``"vecset"`` (3DShape2VecSet's): sines, cosines,
+            positions.
+
+    Returns:
+        A description of ``[B, prod(sizes), D]``; its ``tensor(like)`` builds that.
+
+    Raises:
+        TypeError, ValueError: a wrong type, size or channels; the message says expected, got and what to do.
+
+    Source:
+        Jaegle et al., "Perceiver IO", ICLR 2022, sec. 3.2; Zhang et al., "3DShape2VecSet", SIGGRAPH 2023.
+
+    Example:
+        >>> import perceiver_fast as pf
+        >>> queries = pf.grid_queries((4, 5), num_freq_bands=3, max_freq=8.0)
+        >>> queries.count, queries.channels
+        (20, 14)
+    """
+    sizes = _check_sizes(sizes)
+    axes = len(sizes)
+    frequency = _frequencies("grid_queries", num_freq_bands, max_freq, frequencies)
+    codes = []
+    for (low, high), size in zip(_check_extent(extent, axes), sizes):
+        position = torch.linspace(low, high, size, dtype=torch.float64, device="cpu").unsqueeze(1)
+        angle = position * frequency
+        angle = math.pi * (angle - 2 * (angle / 2).round())
+        codes.append(torch.cat([angle.sin(), angle.cos(), position], 1))
+    if feat is not None:
+        feat = _check_feat("grid_queries", feat, sizes)
+    made = GridQueries(feat, embed, _order(layout, axes, len(frequency), feat), tuple(codes))
+    _check_embed("grid_queries", made)
+    return made
+
+
+def point_queries(
+    coords: Tensor,
+    *,
+    num_freq_bands: int | None = None,
+    max_freq: float | None = None,
+    frequencies: Tensor | None = None,
+    feat: Tensor | None = None,
+    embed: nn.Linear | None = None,
+    layout: str = "perceiver-pytorch",
+) -> PointQueries:
+    """Queries of a decoder at given positions, for ``PerceiverIO(..)(data, queries=point_queries(..))``.
+
+    Args:
+        coords: positions ``[B, Q, A]``, or ``[Q, A]`` where the whole batch shares them; floating point.
+        feat: channels of the queries' own, ``[B, Q, F]`` or ``[Q, F]``. Default: none.
+        num_freq_bands, max_freq, frequencies, embed, layout: see :func:`grid_queries`.
+
+    Returns:
+        A description of ``[B, Q, D]``; its ``tensor(like)`` builds that.
+
+    Raises:
+        TypeError, ValueError: a wrong type, size or channels; the message says expected, got and what to do.
+
+    Source:
+        See :func:`grid_queries`.
+
+    Example:
+        >>> import torch, perceiver_fast as pf
+        >>> embed = torch.nn.Linear(51, 512)
+        >>> points = pf.point_queries(torch.rand(1000, 3), frequencies=2.0 ** torch.arange(8), embed=embed, layout="vecset")
+        >>> points.count, points.channels
+        (1000, 512)
+    """
+    who = "point_queries"
+    if not isinstance(coords, Tensor) or not coords.is_floating_point():
+        got = coords.dtype if isinstance(coords, Tensor) else type(coords).__name__
+        raise TypeError(
+            f"{who}: expected coords as a tensor of floating point, got {got}; use torch.tensor(..).double()"
+        )
+    if coords.dim() not in (2, 3) or coords.numel() == 0:
+        raise ValueError(f"{who}: expected coords [Q, A] or [B, Q, A], not empty, got {tuple(coords.shape)}")
+    coords = coords if coords.dim() == 3 else coords.unsqueeze(0)
+    axes = coords.shape[-1]
+    frequency = _frequencies(who, num_freq_bands, max_freq, frequencies)
+    if feat is not None:
+        feat = _check_feat(who, feat, coords.shape[1:2])
+    order = _order(layout, axes, len(frequency), feat)
+    made = PointQueries(feat, embed, order, coords, frequency.expand(axes, -1).contiguous())
+    _check_embed(who, made)
+    return made
+
+
+def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"grid_queries: expected sizes of at least one axis, each at least 1, got {sizes}")
+    return sizes
+
+
+def _check_extent(extent: float | Sequence[tuple[float, float]], axes: int) -> list[tuple[float, float]]:
+    if isinstance(extent, (int, float)):
+        return [(-float(extent), float(extent))] * axes
+    pairs = [tuple(map(float, pair)) for pair in extent]
+    if len(pairs) != axes or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"grid_queries: expected one number, or (from, to) for each of {axes} axes, got {extent}")
+    return pairs
+
+
+def _frequencies(who: str, bands: int | None, max_freq: float | None, frequencies: Tensor | None) -> Tensor:
+    """The frequencies ``[K]`` in float64, on the CPU, as some devices have no float64."""
+    if (frequencies is None) == (bands is None or max_freq is None) or (frequencies is not None and bands is not None):
+        raise ValueError(
+            f"{who}: expected num_freq_bands and max_freq, or frequencies, got num_freq_bands={bands}, "
+            f"max_freq={max_freq}, frequencies={'none' if frequencies is None else 'some'}; give one of the two"
+        )
+    if frequencies is None:
+        return torch.linspace(1.0, max_freq / 2, bands, dtype=torch.float64, device="cpu")
+    frequencies = torch.as_tensor(frequencies)
+    if frequencies.dim() != 1:
+        raise ValueError(f"{who}: expected frequencies [K], got {tuple(frequencies.shape)}; all axes share them")
+    return frequencies.detach().to("cpu", torch.float64)
+
+
+def _check_feat(who: str, feat: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``feat`` with a dimension for the batch."""
+    sizes, dims = tuple(sizes), len(sizes)
+    if not isinstance(feat, Tensor) or not feat.is_floating_point():
+        got = feat.dtype if isinstance(feat, Tensor) else type(feat).__name__
+        raise TypeError(f"{who}: expected feat as a tensor of floating point, got {got}")
+    if feat.dim() not in (dims + 1, dims + 2) or tuple(feat.shape[-1 - dims : -1]) != sizes:
+        layout = ", ".join(map(str, sizes))
+        raise ValueError(f"{who}: expected feat [{layout}, F] or [B, {layout}, F], got {tuple(feat.shape)}")
+    return feat if feat.dim() == dims + 2 else feat.unsqueeze(0)
+
+
+def _check_embed(who: str, made: Queries) -> None:
+    embed = made.embed
+    if embed is None:
+        return
+    if not isinstance(embed, nn.Linear):
+        raise TypeError(f"{who}: expected embed to be an nn.Linear, got {type(embed).__name__}")
+    if embed.in_features != made.code_channels:
+        raise ValueError(
+            f"{who}: expected embed to take {made.code_channels} channels, those of feat and of the codes, "
+            f"got nn.Linear({embed.in_features}, {embed.out_features}); change it or the number of frequencies"
+        )
+
+
+def _order(layout: str, axes: int, bands: int, feat: Tensor | None) -> Tensor | None:
+    """:attr:`Queries.order` of a layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout == "perceiver-pytorch":
+        return None
+    features = 0 if feat is None else feat.shape[-1]
+    place = features + torch.arange(axes * (2 * bands + 1), device="cpu").view(axes, 2 * bands + 1)
+    sines, cosines, positions = (t.flatten() for t in place.split([bands, bands, 1], 1))
+    codes = {"deepmind": (positions, sines, cosines), "vecset": (sines, cosines, positions)}[layout]
+    return torch.cat([torch.arange(features, device="cpu"), *codes])

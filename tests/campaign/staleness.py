@@ -141,7 +141,8 @@ def draw(seed: int) -> dict:
     r = random.Random(seed)
     case = dict(seed=seed, mode=r.choice(["no_grad", "inference_mode"])) | draw_model(r)
     case |= dict(values="normal", magnitude=1.0, sharp=1.0, sharp_self=1.0, mask="none", batch=1)
-    case["latents"], case["latent_dim"] = r.choice([1, 8, 70, 128]), r.choice([case["latent_dim"], 64, 256, 512])
+    own = case["latent_dim"]
+    case["latents"], case["latent_dim"] = r.choice([1, 5, 8, 33]), r.choice([own, own, own, 64, 64, 64, 256, 512])
     case["cross_heads"], case["cross_dim_head"] = r.choice([1, 2, 4]), r.choice([8, 64])
     case["latent_heads"], case["latent_dim_head"] = r.choice([1, 2, 8]), r.choice([8, 64])
     routes = [*ROUTES] * 2 + [*SILENT] * 3 + ["hook"] * 2

@@ -8,6 +8,10 @@ import pytest
 import torch
 
 import perceiver_fast as pf
+from perceiver_fast.gpu import INTERPRETED
+
+if INTERPRETED:
+    import fast_interpreter  # noqa: F401
 
 # Files that take minutes, the longest first: `make test` gives files to two workers, and none should begin these last.
 LONGEST = (

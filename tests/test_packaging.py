@@ -66,7 +66,9 @@ def torch_of_this_environment(tmp_path_factory):
     with zipfile.ZipFile(wheels / f"torch-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr("torch_linked.pth", f"{folder}\n")
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
     constraint = wheels / "torch.txt"
     constraint.write_text(f"torch=={version}\n")

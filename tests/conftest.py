@@ -8,14 +8,22 @@ import pytest
 import torch
 
 import perceiver_fast as pf
+from perceiver_fast.gpu import INTERPRETED, triton_error
+
+if INTERPRETED and triton_error is None:
+    import fast_interpreter  # noqa: F401
 
 # Files that take minutes, the longest first: `make test` gives files to two workers, and none should begin these last.
 LONGEST = (
     "test_packaging.py",
-    "test_kernels.py",
-    "test_examples.py",
     "test_kernels_compile.py",
+    "test_kernels.py",
+    "test_campaign.py",
+    "test_examples.py",
     "test_compile.py",
+    "test_core.py",
+    "test_graphs.py",
+    "test_gpu_battery.py",
     "test_cuda_build.py",
 )
 

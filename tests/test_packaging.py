@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 IGNORED = shutil.ignore_patterns(
@@ -34,12 +36,44 @@ def checkout(tmp_path_factory):
     return folder
 
 
+def with_dependencies(name, seen):
+    """The names of a distribution and of all that it needs here."""
+    if name in seen:
+        return
+    seen.append(name)
+    for requirement in map(Requirement, metadata.requires(name) or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            with_dependencies(requirement.name, seen)
+
+
 @pytest.fixture(scope="module")
-def constraints(checkout):
-    """The torch of this environment, also for isolated builds: no second download of another one."""
-    file = checkout / "torch.txt"
-    file.write_text(f"torch=={torch.__version__.split('+')[0]}\n")
-    return {"PIP_CONSTRAINT": str(file), "PIP_BUILD_CONSTRAINT": str(file)}
+def torch_of_this_environment(tmp_path_factory):
+    """What makes pip take this environment's torch, for isolated builds too: environment variables.
+
+    Torch is most of a gigabyte, so that it isn't unpacked again: pip finds a wheel of its name, which holds a .pth file
+    that names a folder with links to it and to what it needs. All else is what pip downloads.
+    """
+    folder, wheels = tmp_path_factory.mktemp("links"), tmp_path_factory.mktemp("wheels")
+    needed = []
+    with_dependencies("torch", needed)
+    for distribution in map(metadata.distribution, needed):
+        for top in {file.parts[0] for file in distribution.files}:
+            source = Path(distribution.locate_file(top))
+            if source.suffix != ".dist-info" and top not in ("..", "__pycache__") and not (folder / top).exists():
+                (folder / top).symlink_to(source)
+    version = f"{torch.__version__.split('+')[0]}+linked"
+    info = f"torch-{version}.dist-info"
+    with zipfile.ZipFile(wheels / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("torch_linked.pth", f"{folder}\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    constraint = wheels / "torch.txt"
+    constraint.write_text(f"torch=={version}\n")
+    constraints = {"PIP_CONSTRAINT": str(constraint), "PIP_BUILD_CONSTRAINT": str(constraint)}
+    return constraints | {"PIP_FIND_LINKS": str(wheels), "PIP_NO_COMPILE": "1"}
 
 
 def build_wheel(source, to, isolated, **env):
@@ -75,15 +109,17 @@ def test_sdist_holds_the_sources(sdist):
     assert not any(name.endswith((".so", "_build.json")) for name in names)
 
 
-def test_isolated_wheel_in_an_empty_environment(sdist, constraints, tmp_path):
-    """The wheel, built from the sdist as pip builds it for users, runs the demo where nothing else is installed."""
+def test_isolated_wheel_in_an_empty_environment(sdist, torch_of_this_environment, tmp_path):
+    """The wheel, built from the sdist as pip builds it for users, runs the demo where nothing else is installed.
+
+    It is compiled without optimisation: `make install` and the tests of the kernels have what is optimised.
+    """
     with tarfile.open(sdist) as archive:
         safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # newer than the oldest Pythons
         archive.extractall(tmp_path, **safely)
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    wheel, output = build_wheel(
-        source, tmp_path / "wheel", isolated=True, PERCEIVER_FAST_FORCE_BUILD="1", **constraints
-    )
+    env = torch_of_this_environment | {"PERCEIVER_FAST_FORCE_BUILD": "1", "CXXFLAGS": "-O0"}
+    wheel, output = build_wheel(source, tmp_path / "wheel", isolated=True, **env)
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("perceiver_fast/_C") for name in names)
     assert {"perceiver_fast/kernels/__init__.py", "perceiver_fast/kernels/configs.json"} <= set(names)
@@ -92,7 +128,7 @@ def test_isolated_wheel_in_an_empty_environment(sdist, constraints, tmp_path):
 
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", f"{wheel}[demo]", cwd=tmp_path, **constraints)
+    run(python, "-m", "pip", "install", f"{wheel}[demo]", cwd=tmp_path, **torch_of_this_environment)
     info = run(python, "-m", "perceiver_fast", "info", cwd=tmp_path)
     assert "grid_attention on cpu: cpu" in info and "active isa" in info
     demo = [python, "-m", "perceiver_fast", "demo", "--max-side", "40", "--repeats", "1", "--geometry", "readme"]

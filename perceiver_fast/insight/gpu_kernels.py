@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -56,17 +57,27 @@ class Report:
         )  # fmt: skip
 
 
+@functools.cache
+def _instances(architecture: int) -> list[Instance]:
+    return list(instances(architecture))
+
+
 def _report(architecture: int, index: int) -> Report:
     """On the index-th instance of an architecture: in a process of its own, to which kernels do not travel."""
-    instance = next(itertools.islice(instances(architecture), index, None))
+    instance = _instances(architecture)[index]
     compiled = aot.compile_instance(instance, architecture)
     found = aot.faults(instance, compiled, architecture)
     return Report(instance.name, instance.config, compiled, instance.exponentials, found)
 
 
-def compile_all(architecture: int, jobs: int | None = None) -> Iterator[Report]:
-    """Compile all that ships for an architecture, in ``jobs`` processes: as many as there are cores, if not said."""
-    count = sum(1 for _ in instances(architecture))
+def compile_all(architecture: int, jobs: int | None = None, indices: Sequence[int] | None = None) -> Iterator[Report]:
+    """Compile all that ships for an architecture, in ``jobs`` processes: as many as there are cores, if not said.
+
+    Args:
+        indices: those of :func:`instances` to compile, if not all.
+    """
+    if indices is None:
+        indices = range(sum(1 for _ in instances(architecture)))
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_report, itertools.repeat(architecture, count), range(count))
+        yield from pool.map(_report, itertools.repeat(architecture, len(indices)), indices)

@@ -1,6 +1,6 @@
 """Registered operators called raw, as exported graphs call them: whatever comes is refused, or computed, never a crash.
 
-Every argument of every declared operator is changed in turn, and in pairs drawn at random, in a process of its own. What
+Every argument of every declared operator is changed in turn, and in pairs drawn at random, in another process. What
 is not refused has the shapes that it is to have, and nothing in it is left unwritten.
 """
 
@@ -181,37 +181,68 @@ def try_operator(name):
                         t.dtype in HALF for t in (*given, *found) if isinstance(t, torch.Tensor)
                     )
                 assert not finite or not unwritten(found, expected), "an output was not written"
-    print(f"refused {refused}, computed {computed}")
+    print(f"refused {refused}, computed {computed}", flush=True)
 
 
-def run(name, **environment):
-    """Tries an operator in a process of its own; returns how many calls were refused, and computed."""
+def run(names, **environment):
+    """Tries operators in a process of their own, and those after one that ends it in another.
+
+    Returns how many calls of each were refused, and computed; or how it ended.
+    """
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, __file__, name], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": path} | environment,
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, f"{name} ended with {done.returncode} at: {lines[-1:]}\n{done.stderr[-3000:]}"
-    _, refused, _, computed = lines[-1].split()
-    return int(refused.rstrip(",")), int(computed)
+    found, left = {}, list(names)
+    while left:
+        done = subprocess.run(
+            [sys.executable, __file__, *left], capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": path} | environment,
+        )  # fmt: skip
+        lines = done.stdout.splitlines()
+        for line in lines:
+            if line.startswith("refused "):
+                _, refused, _, computed = line.split()
+                found[left.pop(0)] = int(refused.rstrip(",")), int(computed)
+        if left:
+            found[left.pop(0)] = f"ended with {done.returncode} at: {lines[-1:]}\n{done.stderr[-3000:]}"
+        else:
+            assert done.returncode == 0, done.stderr[-3000:]
+    return found
+
+
+def check(found, name):
+    assert not isinstance(found[name], str), f"{name} {found[name]}"
+    refused, computed = found[name]
+    assert refused > computed
+
+
+INTERPRETABLE = [name for name, operator in OPERATORS.items() if operator.triton]
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    return run(OPERATORS)
+
+
+@pytest.fixture(scope="module")
+def in_the_interpreter():
+    return run(INTERPRETABLE, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(**needs_extension)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_on_the_cpu(name):
-    refused, computed = run(name)
-    assert refused > computed
+def test_on_the_cpu(name, on_the_cpu):
+    check(on_the_cpu, name)
 
 
 @pytest.mark.skipif(triton_error is not None, reason=f"triton is not there: {triton_error}")
-@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.triton])
-def test_triton_kernels_in_the_interpreter(name):
-    refused, computed = run(name, TRITON_INTERPRET="1")
-    assert refused > computed
+@pytest.mark.parametrize("name", INTERPRETABLE)
+def test_triton_kernels_in_the_interpreter(name, in_the_interpreter):
+    check(in_the_interpreter, name)
 
 
 if __name__ == "__main__":
     faulthandler.enable()
-    try_operator(sys.argv[1])
+    if INTERPRETED:
+        import fast_interpreter  # noqa: F401
+    for name in sys.argv[1:]:
+        try_operator(name)

@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that has no effect, two thirds of all. What it computes is the same to the bit.
+"""Triton's interpreter without work that has no effect, half of all. What it computes is the same to the bit.
 
 Imported where TRITON_INTERPRET=1, before the first launch. It is about the Triton that constraints-cpu.txt pins; another
 one that has not what is replaced here is left as it is, and slow.

@@ -13,7 +13,8 @@ from perceiver_fast.layers.fusing import is_plain
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.tokens import PointQueries, Queries
 
-PART = 2**21  # numbers that describe queries (a scale each, and raw channels or codes), existing at a time in inference
+PART = 2**23  # numbers that describe queries, existing at a time in inference: raw channels or codes
+PLAIN = 4  # of a query on a grid without channels of its own: its scale, in float64, and how that comes about
 
 
 def check_described(who: str, queries: Queries, batch: int, channels: int, like: Tensor) -> None:
@@ -107,7 +108,7 @@ def decode_described(
             return found if done else after(found)
 
         if done:
-            numbers = queries.code_channels if isinstance(queries, PointQueries) or queries.feat is not None else 1
+            numbers = queries.code_channels if isinstance(queries, PointQueries) or queries.feat is not None else PLAIN
             rows = max(1, PART // numbers)
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     if (whole or rows is None) and out is None:

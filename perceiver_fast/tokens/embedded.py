@@ -184,7 +184,7 @@ class _VarianceOfProducts(torch.autograd.Function):
         root = weight
         if weight.shape[0] > weight.shape[1]:  # |W z| = |R z| for W = Q R
             root = torch.linalg.qr(weight.double(), mode="r").R.to(weight.dtype)
-        return (z @ root.T).square().sum(-1) / weight.shape[0]
+        return torch.linalg.vector_norm(z @ root.T, dim=-1).square() / weight.shape[0]
 
     @staticmethod
     def backward(ctx, d_out):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers.checks import check_real
+from perceiver_fast.layers.checks import check_device, check_real
 from perceiver_fast.layers.decoding import FusedDecoder, plan_decoder, why_decoder_modules
 from perceiver_fast.layers.fusing import is_plain
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.tokens import PointQueries, Queries
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PART = 2**23  # numbers that describe queries, existing at a time in inference: raw channels or codes
 PLAIN = 4  # of a query on a grid without channels of its own: its scale, in float64, and how that comes about
@@ -24,7 +28,7 @@ def check_described(who: str, queries: Queries, batch: int, channels: int, like:
         who: the model's name, for messages.
         queries: what to check.
         batch, channels: the expected B and D.
-        like: a parameter of the model, whose dtype and device are expected of the queries' linear layer.
+        like: a parameter of the model, whose dtype and device are expected; of positions the device.
 
     Raises:
         TypeError, ValueError: the message says expected, got and what to do.
@@ -41,16 +45,26 @@ def check_described(who: str, queries: Queries, batch: int, channels: int, like:
                 f"{who}: expected queries for a batch of {batch}, like data, got {name} {tuple(given.shape)}; leave out "
                 "the batch if it is shared"
             )
+        if given is not None:
+            (check_real if name == "feat" else check_device)(who, f"the queries' {name}", given, like)
     if queries.embed is not None:
         check_real(who, "the weight of the queries' embed", queries.embed.weight, like)
 
 
-def check_out(who: str, out: Tensor, batch: int, queries: Queries) -> Tensor:
+def check_out(who: str, out: Tensor | np.ndarray, batch: int, queries: Queries) -> Tensor:
     """``[B, Q, O]`` of an ``out`` that has one dimension for the queries, or those of their grid.
 
     Raises:
-        ValueError: the message says expected, got and what to do.
+        TypeError, ValueError: the message says expected, got and what to do.
     """
+    if not isinstance(out, Tensor):
+        if not hasattr(out, "flags"):
+            raise TypeError(f"{who}: expected out as a tensor or a numpy array, got {type(out).__name__}")
+        if not out.flags.writeable:
+            raise ValueError(f"{who}: expected out to be writable, got a read-only array; open a memmap with mode='r+'")
+        out = torch.from_numpy(out)
+    if not out.is_floating_point():
+        raise TypeError(f"{who}: expected out of floating point, got {out.dtype}; outputs would be cut to integers")
     for sizes in ((queries.count,), queries.sizes):
         if out.dim() == 2 + len(sizes) and out.shape[:-1] == (batch, *sizes) and out.is_contiguous():
             return out.view(batch, queries.count, out.shape[-1])

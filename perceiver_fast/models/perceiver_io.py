@@ -246,10 +246,10 @@ class PerceiverIO(nn.Module):
         who = f"{type(self).__name__}.decode_into"
         if not isinstance(queries, Queries):
             raise TypeError(f"{who}: expected described queries, got {type(queries).__name__}; see grid_queries")
-        out = out if isinstance(out, Tensor) else torch.from_numpy(out)
-        latents = self(data, mask=mask)
+        mask = self.check_inputs(data, mask)
         check_described(who, queries, data.shape[0], self._query_channels(queries), like(self))
-        self._decode_described(queries, latents, check_out(who, out, data.shape[0], queries), progress)
+        out = check_out(who, out, data.shape[0], queries)
+        self._decode_described(queries, self(data, mask=mask), out, progress)
 
     def _decode_described(
         self, queries: Queries, latents: Tensor, out: Tensor | None = None, progress: bool = False

@@ -9,7 +9,9 @@ from support import check_over_draws, megabytes, needs_extension, relative_error
 from torch import nn
 
 import perceiver_fast as pf
+from perceiver_fast.layers.plan import Plan
 from perceiver_fast.models import described
+from perceiver_fast.ops.grid_query_attention import GRID_QUERY_ATTENTION
 
 pytestmark = pytest.mark.skipif(**needs_extension)
 LAYOUTS = ("perceiver-pytorch", "deepmind", "vecset")
@@ -105,15 +107,9 @@ def always_described(monkeypatch):
 
 
 def forced(plan):
-    assert plan.path == "described" or plan.grid is not None or plan.work
-    from perceiver_fast.layers.plan import Plan
-    from perceiver_fast.ops.grid_query_attention import GRID_QUERY_ATTENTION
-
-    taken = (
-        plan.taken
-        if plan.path == "described"
-        else GRID_QUERY_ATTENTION.choose(GRID_QUERY_ATTENTION.call(torch.float32, torch.device("cpu")))
-    )
+    """The plan that takes the description."""
+    call = GRID_QUERY_ATTENTION.call(torch.float32, torch.device("cpu"))
+    taken = plan.taken if plan.path == "described" else GRID_QUERY_ATTENTION.choose(call)
     return Plan("described", taken, plan.work)
 
 
@@ -275,3 +271,18 @@ def test_output_goes_into_a_file(tmp_path, monkeypatch, ff, capsys):
     ):
         with pytest.raises((ValueError, RuntimeError), match="expected"):
             model.decode_into(wrong, data, queries)
+    frozen = numpy.zeros((2, 12, 2), dtype="float32")
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="expected out to be writable"):
+        model.decode_into(frozen, data, queries)
+    with pytest.raises(TypeError, match="expected out of floating point, got torch.int64"):
+        model.decode_into(torch.zeros(2, 12, 2, dtype=torch.int64), data, queries)
+    with pytest.raises(TypeError, match="expected out as a tensor or a numpy array, got list"):
+        model.decode_into([0.0], data, queries)
+
+
+def test_channels_of_another_dtype_are_not_converted():
+    model, data, _ = small()
+    queries = pf.grid_queries((3,), num_freq_bands=2, max_freq=4.0, feat=torch.randn(3, 5, dtype=torch.float64))
+    with pytest.raises(TypeError, match="expected the queries' feat of dtype torch.float32, like the model's"):
+        model(data, queries=queries)

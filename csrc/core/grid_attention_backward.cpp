@@ -15,7 +15,7 @@ namespace perceiver_fast {
 namespace {
 
 // What the backward needs of every query, [B * N] each: P = 2^(S log2(e) + shift) * weight and dS = P (r u - delta).
-// `delta_low` is the rounding error of delta, for inverted attention. With dropout, `bonus` (the gradient of the sum of the weights) is added to u before dropped weights are left out, and
+// `delta_low` is the rounding error of delta. With dropout, `bonus` (the gradient of the sum of the weights) is added to u before dropped weights are left out, and
 // u and bonus are multiplied by `keep_scale`.
 template <class T>
 struct QueryStatistics {
@@ -179,7 +179,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
       const bool none = grad.lse == nullptr || packed.all_masked[blocking.token_batch(b)];
       T& error = sums[L * lanes + lane];
       error -= none ? T(0) : T(grad.lse[row]);
-      stats.delta[row] += error;
+      stats.delta_low[row] = error;
       T largest_o = 0, largest = 0;
       for (int64_t l = 0; in.dropout && l < L; ++l) {
         largest_o = std::max(largest_o, std::abs(out.o[row * L + l]));

@@ -69,17 +69,25 @@ struct Count {
   static constexpr int value = N;
 };
 
+constexpr int64_t kFewFeatures = 4;    // those that there are kernels for, of a fixed number
 constexpr int64_t kFeatureBlock = 32;  // channels that are added one after the other, the longest such sum
 
-// Adds the features' part to u, in blocks. Inverted attention subtracts sums of u over tokens and over queries from it,
-// which leaves nothing where one weight is all: so every kernel has to round u alike, whatever its lanes are.
-template <class T, int FS, class Grad, class X>
-PF_INLINE void add_features(int64_t features, const Grad& grad, const X& x, typename Simd<T>::Vec& u) {
+// Adds the features' part to U numbers u, many features in blocks. What is subtracted from u are sums of it over tokens or over
+// queries, which leaves nothing where one weight is all: so every kernel has to round u alike, whatever its lanes are
+// and whether it knows the number of features.
+template <class T, int FS, int U, class Grad, class X>
+PF_INLINE void add_features(int64_t features, const Grad& grad, const X& x, typename Simd<T>::Vec* u) {
   const int64_t F = FS > 0 ? FS : features;
+  if (F <= kFewFeatures) {
+    for (int64_t f = 0; f < F; ++f)
+      for (int i = 0; i < U; ++i) u[i] = fma(grad(f), x(f, i), u[i]);
+    return;
+  }
   for (int64_t begin = 0; begin < F; begin += kFeatureBlock) {
-    typename Simd<T>::Vec part{};
-    for (int64_t f = begin; f < F && f < begin + kFeatureBlock; ++f) part = fma(grad(f), x(f), part);
-    u += part;
+    typename Simd<T>::Vec part[U] = {};
+    for (int64_t f = begin; f < F && f < begin + kFeatureBlock; ++f)
+      for (int i = 0; i < U; ++i) part[i] = fma(grad(f), x(f, i), part[i]);
+    for (int i = 0; i < U; ++i) u[i] += part[i];
   }
 }
 
@@ -114,11 +122,8 @@ struct Step {
     if (Backward) {
       const V start = by_token ? bonus : -delta;
       for (int u = 0; u < U; ++u) t[u] = fma(S::load(g_inner + u * S::lanes) + g_a, r[u], start);
-      for (int u = 0; by_token && u < U; ++u)
-        add_features<T, FS>(F, [&](int64_t f) { return g_feat[f]; },
-                            [&](int64_t f) { return S::set(tok[u * K + 1 + f]); }, t[u]);
-      for (int64_t f = 0; !by_token && f < F; ++f)
-        for (int u = 0; u < U; ++u) t[u] += g_feat[f] * tok[u * K + 1 + f];
+      add_features<T, FS, U>(F, [&](int64_t f) { return g_feat[f]; },
+                             [&](int64_t f, int u) { return S::set(tok[u * K + 1 + f]); }, t);
       for (int u = 0; u < U; ++u) {
         if (kind == Variant::dropped) t[u] = keep<T>(t[u], hashes, box.hashes[m + u], box.threshold);
         if (by_token) t[u] = t[u] - delta - delta_low - box.delta[m + u] - box.delta_low[m + u];

@@ -75,7 +75,7 @@ PF_INLINE void add_features(int64_t features, const typename Simd<T>::Vec* x, co
                             typename Simd<T>::Vec& t, typename Simd<T>::Vec& u) {
   const int64_t F = FS > 0 ? FS : features;
   for (int64_t f = 0; f < F; ++f) t = fma(Simd<T>::set(q[f]), x[f], t);
-  add_features<T, FS>(F, [&](int64_t f) { return Simd<T>::set(grad[f]); }, [&](int64_t f) { return x[f]; }, u);
+  add_features<T, FS, 1>(F, [&](int64_t f) { return Simd<T>::set(grad[f]); }, [&](int64_t f, int) { return x[f]; }, &u);
 }
 
 // FS > 0 fixes the number of features. ByToken: inverted attention or dropout.
@@ -119,6 +119,8 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
           u = keep<T>(u, hashes, g.hashes[n], box.threshold);
         }
         u = u - g.delta[n] - g.delta_low[n] - token_delta - delta_low;
+      } else {
+        u -= g.delta_low[n];
       }
       const V ds = p * u;
       for (int64_t f = 0; f < F; ++f) {

@@ -59,6 +59,8 @@ def why_decoder_modules(layer: nn.Module, queries: Queries) -> str | None:
         found = why_not("embed", queries.embed, nn.Linear)
     if found is None and not are_plain(queries.feat):
         found = "feat is no plain tensor"
+    if found is None and queries.bare:
+        found = "positions without frequencies: a query may be constant, and LayerNorm needs it as it is"
     return found
 
 

@@ -58,6 +58,14 @@ class Queries:
         """Channels of a query before ``embed``, C."""
         raise NotImplementedError
 
+    @property
+    def bare(self) -> bool:
+        """Whether a query is its channels and positions as they are, without sines or an embedding.
+
+        Such a query can be constant, and LayerNorm has to make exact zeros of it: the tensor is needed for that.
+        """
+        raise NotImplementedError
+
     def part(self, start: int, stop: int) -> Queries:
         """The queries of indices start to stop of the first axis."""
         raise NotImplementedError
@@ -109,6 +117,10 @@ class GridQueries(Queries):
     def code_channels(self) -> int:
         return (0 if self.feat is None else self.feat.shape[-1]) + sum(code.shape[1] for code in self.codes)
 
+    @property
+    def bare(self) -> bool:
+        return self.embed is None and all(code.shape[1] == 1 for code in self.codes)
+
     def part(self, start: int, stop: int) -> GridQueries:
         feat = None if self.feat is None else self.feat[:, start:stop]
         return replace(self, codes=(self.codes[0][start:stop], *self.codes[1:]), feat=feat)
@@ -146,6 +158,10 @@ class PointQueries(Queries):
     def code_channels(self) -> int:
         axes, bands = self.frequencies.shape
         return (0 if self.feat is None else self.feat.shape[-1]) + axes * (2 * bands + 1)
+
+    @property
+    def bare(self) -> bool:
+        return self.embed is None and self.frequencies.shape[1] == 0
 
     def part(self, start: int, stop: int) -> PointQueries:
         feat = None if self.feat is None else self.feat[:, start:stop]

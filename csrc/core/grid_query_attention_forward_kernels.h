@@ -58,23 +58,21 @@ void fit_shift(int64_t channels, const StripSums<T>& sums, const T* largest) {
   }
 }
 
-// Adds the keys' weights and, of C channels, weighted values.
+// Adds the keys' weights and, of C channels, weighted values. Not shifted are logits by axes alone.
 template <class T, Source From, bool Shifted, int C>
 void sum_few(const StripKeys<T>& k, const T* v, const StripSums<T>& sums) {
   using S = Simd<T>;
   using V = typename S::Vec;
-  constexpr bool by_axes = !Shifted && From == Source::axes;
   V r[kStripVectors], shift[kStripVectors], total[kStripVectors] = {}, out[C][kStripVectors] = {};
   for (int u = 0; u < kStripVectors; ++u) {
-    r[u] = S::load(k.r + u * S::lanes) * (by_axes ? T(kLog2E) : T(1));
+    r[u] = S::load(k.r + u * S::lanes) * (Shifted ? T(1) : T(kLog2E));
     shift[u] = S::load(sums.shift + u * S::lanes);
   }
   for (int64_t n = 0; n < k.count; ++n)
     for (int u = 0; u < kStripVectors; ++u) {
       const int v_at = u * S::lanes;
-      const V p = Shifted   ? weight<T, From>(k, n, v_at, r[u], shift[u])
-                  : by_axes ? exp2_within<T>(fma(r[u], axes_part(k, n, v_at), S::set(k.bias_log2[n])))
-                            : exp2_within<T>(logit<T, From>(k, n, v_at, r[u]) * T(kLog2E));
+      const V p = Shifted ? weight<T, From>(k, n, v_at, r[u], shift[u])
+                          : exp2_within<T>(fma(r[u], axes_part(k, n, v_at), S::set(k.bias_log2[n])));
       total[u] += p;
       for (int c = 0; c < C; ++c) out[c][u] = fma(p, S::set(v[n * C + c]), out[c][u]);
     }
@@ -182,15 +180,16 @@ void forward_from(const QueryRows<T>& rows, const QueryKeys<T>& keys, const Quer
     for (int64_t s = 0; s < group.count; ++s) {
       const StripSums<T> sums = sums_of(state, s, C);
       const StripKeys<T> k = strip_keys(rows, keys, group, s, begin, count, row, tiles + s * each * W);
-      const bool shifted = !needs_no_shift(rows, keys, k.r, group.x + s * rows.features * W);
-      if (shifted) {
+      const bool safe = needs_no_shift(rows, keys, k.r, group.x + s * rows.features * W);
+      if (!safe) {
         alignas(64) T largest[kStrip<T>];
         block_maximum<T, From>(k, largest);
         fit_shift(C, sums, largest);
       }
       const auto* hashes = f.hashes + (f.threshold != 0 ? s * W : 0);
-      if (few && shifted) sum_any_few<T, From, true>(C, k, keys.v + begin * C, sums);
-      else if (few) sum_any_few<T, From, false>(C, k, keys.v + begin * C, sums);
+      // With channels a shift of zero is added all the same: no query's bits depend on another in its strip.
+      if (few && (From != Source::axes || !safe)) sum_any_few<T, From, true>(C, k, keys.v + begin * C, sums);
+      else if (few) sum_any_few<T, Source::axes, false>(C, k, keys.v + begin * C, sums);
       else if (f.threshold != 0) weigh<T, From, true>(k, keys, begin, f, hashes, sums);
       else weigh<T, From, false>(k, keys, begin, f, hashes, sums);
     }

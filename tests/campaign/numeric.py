@@ -1,9 +1,8 @@
 """Random models against float64: outputs and every gradient, of parameters and of inputs, in training and inference.
 
-The truth is perceiver-pytorch in float64, positions and all, with LayerNorms in two passes, since torch's lose digits of
-numbers far from zero in float64, too; for what it does not have, tokens at points of the gated
-and mixing variants, this package's reference; for groups of tokens, plain PyTorch on joined tokens. The yardstick is the
-same in the dtype that is tested.
+The truth is perceiver-pytorch in float64, positions and all, with a LayerNorm and a GELU that keep digits where torch's
+lose them (truth.py); for what it does not have, tokens at points of the gated and mixing variants, this package's
+reference; for groups of tokens, plain PyTorch on joined tokens. The yardstick is the same in the dtype that is tested.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .models import PLAIN as PLAIN_MODEL
 from .models import Built, build, draw_model
 from .outcome import Outcome
 from .rounding import rounded_softmax
-from .truth import two_pass_layer_norms
+from .truth import right_in_float64
 
 PLAIN = PLAIN_MODEL
 
@@ -103,7 +102,7 @@ def run(case: dict) -> Outcome:
         with rounded_softmax(seed):
             return run_model(built.run_plain, plain, built.inputs, dtype)
 
-    with two_pass_layer_norms():
+    with right_in_float64():
         truth = plainly(torch.float64)
     judge = Judge(outcome, truth, scales(built), plainly)
     if hasattr(built.ours, "checkpoint"):

@@ -17,7 +17,7 @@ import perceiver_fast as pf
 from .judge import Judge, Results, size_of
 from .outcome import Outcome
 from .rounding import rounded_softmax
-from .truth import two_pass_layer_norms
+from .truth import right_in_float64
 from .values import MASKS, draw_mask, draw_values, fill
 
 PLAIN = {"values": "normal", "mask": "none", "dtype": "float32", "layout": "perceiver-pytorch"}
@@ -247,7 +247,7 @@ def run(case: dict) -> Outcome:
         found = {f"output {i}": without_empty(out.detach()) for i, out in enumerate(outputs)}
         return found | {f"gradient of {name}": t.grad for name, t in leaves.items() if t.grad is not None}
 
-    with two_pass_layer_norms():
+    with right_in_float64():
         truth = results(torch.float64, "reference")
     size = {f"gradient of {n}": max(1.0, size_of(t) / max(1, t.numel()) ** 0.5) for n, t in tensors.items()}
 

@@ -1,10 +1,12 @@
-"""LayerNorms that are right for numbers far from zero, for the truth: torch's own lose digits of them in float64, too."""
+"""What the truth is computed with in float64, where torch's own functions lose digits: LayerNorm and GELU."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +20,16 @@ def two_pass_layer_norm(x: Tensor, shape, weight=None, bias=None, eps: float = 1
     return y if bias is None else y + bias
 
 
-def two_pass_layer_norms() -> AbstractContextManager:
-    """Within, torch.nn.functional.layer_norm, and so nn.LayerNorm, is :func:`two_pass_layer_norm`."""
-    return mock.patch("torch.nn.functional.layer_norm", two_pass_layer_norm)
+def tail_gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """torch.nn.functional.gelu, but with digits far below zero, where torch's ``1 + erf`` has lost them."""
+    if approximate != "none":
+        raise ValueError(f"expected the exact gelu, got approximate={approximate!r}; add it here")
+    return x * 0.5 * torch.special.erfc(-x * 0.5**0.5)
+
+
+@contextmanager
+def right_in_float64() -> Iterator[None]:
+    """Within, torch.nn.functional.layer_norm and gelu, and what calls them, are :func:`two_pass_layer_norm` and :func:`tail_gelu`."""
+    at = "torch.nn.functional."
+    with mock.patch(at + "layer_norm", two_pass_layer_norm), mock.patch(at + "gelu", tail_gelu):
+        yield

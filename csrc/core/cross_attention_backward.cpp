@@ -16,14 +16,14 @@ namespace perceiver_fast {
 namespace {
 
 // P = 2^(S log2(e) + shift) * weight and dS = P (u - delta). No loop multiplies by the weight: the output's gradient
-// and delta are multiplied by it beforehand.
+// and delta are multiplied by it beforehand. `delta_low` is the rounding error of delta, for inverted attention.
 template <class T>
 struct QueryTerms {
-  std::vector<T> shift, weight, delta;
+  std::vector<T> shift, weight, delta, delta_low;
 
   QueryTerms(const CrossAttentionInput<T>& in, const TokenTerms<T>& terms, const T* o, const double* lse, const T* d_o, const double* d_lse,
              const Parallel& parallel)
-      : shift(in.batch * in.heads * in.queries), weight(shift.size()), delta(shift.size()) {
+      : shift(in.batch * in.heads * in.queries), weight(shift.size()), delta(shift.size()), delta_low(shift.size()) {
     const double clamped = std::log(kInvertedEps);
     parallel.run(int64_t(shift.size()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -52,14 +52,15 @@ struct PackedBlock {
         pad_d(blocking.padded(d)),
         pad_v(blocking.padded(v)),
         width(blocking.width) {}
-  int64_t size() const { return (d + v + pad_d + pad_v + 3) * width; }
+  int64_t size() const { return (d + v + pad_d + pad_v + 4) * width; }
   T* q(T* at) const { return at; }
   T* grad(T* at) const { return at + d * width; }
   T* q_rows(T* at) const { return grad(at) + v * width; }
   T* grad_rows(T* at) const { return q_rows(at) + pad_d * width; }
   T* shift(T* at) const { return grad_rows(at) + pad_v * width; }
   T* delta(T* at) const { return shift(at) + width; }
-  T* change(T* at) const { return delta(at) + width; }
+  T* delta_low(T* at) const { return delta(at) + width; }
+  T* change(T* at) const { return delta_low(at) + width; }
 };
 
 template <class T>
@@ -67,7 +68,7 @@ class Backward {
   using Hash = typename HashLane<T>::type;
 
  public:
-  Backward(const CrossAttentionBlocking<T>& blocking, TokenTerms<T>& terms, const QueryTerms<T>& queries, const T* d_o,
+  Backward(const CrossAttentionBlocking<T>& blocking, TokenTerms<T>& terms, QueryTerms<T>& queries, const T* d_o,
            const Parallel& parallel)
       : blocking_(blocking),
         in_(blocking.in),
@@ -77,6 +78,37 @@ class Backward {
         parallel_(parallel),
         packed_(blocking),
         group_(blocking.group_size(packed_.size() + packed_.d * blocking.width)) {}
+
+  // Inverted attention: what delta lacks, the sum of P (u - delta) over a query's tokens. Where one token is all that a
+  // query has, the difference is nothing but rounding otherwise, and a query that hardly owns its tokens multiplies it
+  // by up to 1 / kInvertedEps. Before the tokens' deltas are known, which are zero here.
+  void find_query_delta_low(const double* lse) {
+    const int64_t W = blocking_.width;
+    const double clamped = std::log(kInvertedEps);
+    parallel_.run(blocking_.heads() * blocking_.blocks, [&](int64_t begin, int64_t end) {
+      const Aligned<T> memory(packed_.size()), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
+      std::vector<Hash> hashes(W);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t head = task / blocking_.blocks, block = task % blocking_.blocks;
+        pack(head, block, memory.get(), hashes.data());
+        std::vector<T> error(W);
+        for (int64_t tile = 0; tile < blocking_.tiles; ++tile) {
+          const TokenTile<T> tokens = tile_of(blocking_, terms_, head, tile);
+          std::fill_n(sums.get(), kTileTokens * W, T(0));
+          blocking_.kernels.token_delta(tokens, view(memory.get(), hashes.data(), p.get(), ds.get()), sums.get());
+          for (int64_t lane = 0; lane < W; ++lane) {
+            T sum = 0;
+            for (int64_t m = 0; m < tokens.count; ++m) sum += sums.get()[m * W + lane];
+            error[lane] += sum;
+          }
+        }
+        for (int64_t lane = 0; lane < blocking_.count_of(block); ++lane) {
+          const int64_t row = head * in_.queries + block * W + lane;
+          if (lse[row] > clamped) queries_.delta_low[row] = error[lane] * queries_.weight[row];
+        }
+      }
+    });
+  }
 
   // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP. The second pass finds the
   // rounding error of the first, so that a token that one query has all of gets its tiny gradients and not that error.
@@ -157,6 +189,7 @@ class Backward {
       // A lane without a query: its weights become zero.
       packed_.shift(at)[lane] = lane < count ? queries_.shift[row + lane] : -std::numeric_limits<T>::infinity();
       packed_.delta(at)[lane] = lane < count ? queries_.delta[row + lane] : T(0);
+      packed_.delta_low(at)[lane] = lane < count ? queries_.delta_low[row + lane] : T(0);
       packed_.change(at)[lane] = lane < count && !change_.empty() ? change_[row + lane] : T(0);
     }
     if (in_.dropout) pack_hashes(blocking_, head, block, hashes);
@@ -169,6 +202,7 @@ class Backward {
     block.shift = packed_.shift(at);
     block.grad = packed_.grad(at);
     block.delta = packed_.delta(at);
+    block.delta_low = packed_.delta_low(at);
     block.q_rows = packed_.q_rows(at);
     block.grad_rows = packed_.grad_rows(at);
     block.pad_d = packed_.pad_d;
@@ -298,7 +332,7 @@ class Backward {
   const CrossAttentionBlocking<T>& blocking_;
   const CrossAttentionInput<T>& in_;
   TokenTerms<T>& terms_;
-  const QueryTerms<T>& queries_;
+  QueryTerms<T>& queries_;
   const T* d_o_;
   const Parallel& parallel_;
   const PackedBlock<T> packed_;
@@ -317,8 +351,9 @@ void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, cons
                               const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) {
   const CrossAttentionBlocking<T> blocking(in);
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
-  const QueryTerms<T> queries(in, terms, o, lse, d_o, d_lse, parallel);
+  QueryTerms<T> queries(in, terms, o, lse, d_o, d_lse, parallel);
   Backward<T> backward(blocking, terms, queries, d_o, parallel);
+  if (in.inverted) backward.find_query_delta_low(lse);
   for (int pass = 0; in.inverted && pass < 2; ++pass) backward.find_token_delta(pass);
   backward.run(d_lse, dq, dk, dv);
 }

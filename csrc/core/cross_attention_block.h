@@ -45,6 +45,7 @@ template <class T>
 struct BackwardBlock {
   const T *q, *shift;            // as in the forward
   const T *grad, *delta;         // [dim_v][queries], [queries]: times the weight that makes P of p
+  const T* delta_low;            // [queries], of inverted attention: the rounding error of delta
   const T *q_rows, *grad_rows;   // [queries][pad_d], [queries][pad_v]: q times the logits' scale
   int64_t pad_d, pad_v;          // dim and dim_v rounded up to whole vectors
   T* dq;                         // [dim][queries]
@@ -64,7 +65,7 @@ struct CrossAttentionKernels {
   // Inverted attention. Running maximum and sum of 2^(S - maximum) of every token, [count][queries] each, lane by lane;
   // `bias` [queries] is -inf in lanes without a query.
   void (*token_sums)(const TokenTile<T>&, const T* q, const T* bias, T* maximum, T* sum, T* scratch);
-  // sums [count][queries] += p (v grad - delta - the token's delta).
+  // sums [count][queries] += p (v grad - delta - delta_low - the token's delta).
   void (*token_delta)(const TokenTile<T>&, const BackwardBlock<T>&, T* sums);
 };
 

@@ -130,6 +130,7 @@ void backward(const TokenTile<T>& tile, const BackwardBlock<T>& block) {
   tile_products(tile, block);
   for (int64_t v = 0; v < Q; v += S::lanes) {
     const V shift = S::load(block.shift + v), delta = S::load(block.delta + v);
+    const V delta_low = S::load(block.delta_low + v);
     V sum{}, size{};
     for (int64_t m = 0; m < tile.count; ++m) {
       T *p_at = block.p + m * Q + v, *u_at = block.ds + m * Q + v;
@@ -139,7 +140,7 @@ void backward(const TokenTile<T>& tile, const BackwardBlock<T>& block) {
         kept = keep<T>(p, block.hashes + v, tile.hashes[m], tile.threshold);
         u = keep<T>(u, block.hashes + v, tile.hashes[m], tile.threshold);
       }
-      V ds = p * (Biased ? u - delta - tile.delta[m] - tile.delta_low[m] : u - delta);
+      V ds = p * (Biased ? u - delta - delta_low - tile.delta[m] - tile.delta_low[m] : u - delta);
       sum += ds;
       size += S::max(ds, -ds);
       S::store(p_at, kept);
@@ -203,12 +204,13 @@ void token_delta(const TokenTile<T>& tile, const BackwardBlock<T>& block, T* sum
   tile_products(tile, block);
   for (int64_t v = 0; v < Q; v += S::lanes) {
     const V shift = S::load(block.shift + v), delta = S::load(block.delta + v);
+    const V delta_low = S::load(block.delta_low + v);
     for (int64_t m = 0; m < tile.count; ++m) {
       const int64_t at = m * Q + v;
       V u = S::load(block.ds + at);
       if (Dropped) u = keep<T>(u, block.hashes + v, tile.hashes[m], tile.threshold);
       const V p = weight_of<T, true>(tile, m, block.p + at, shift);
-      S::store(sums + at, S::load(sums + at) + p * (u - delta - tile.delta[m]));
+      S::store(sums + at, S::load(sums + at) + p * (u - delta - delta_low - tile.delta[m]));
     }
   }
 }

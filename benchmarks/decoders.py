@@ -24,7 +24,7 @@ import perceiver_fast as pf
 from benchmarks.environment import DEFAULT_THREADS, conditions
 from benchmarks.output import milliseconds, save, table, times_ours
 from benchmarks.statistic import seconds_of
-from perceiver_fast.tokens import Queries
+from perceiver_fast.tokens import Description
 
 ROUNDS = 5
 ROWS = 8192  # queries that the peer builds at once
@@ -38,11 +38,11 @@ class Decoder:
 
     model: pf.PerceiverIO
     latents: Tensor
-    queries: Queries
+    queries: Description
     trains: bool = False
 
 
-def vecset(queries: Callable[[nn.Linear], Queries], batch: int = 1, trains: bool = False) -> Decoder:
+def vecset(queries: Callable[[nn.Linear], Description], batch: int = 1, trains: bool = False) -> Decoder:
     """A field's decoder: 512 latents, one head of 512, an embedding of 51 codes, one output."""
     embed = nn.Linear(51, 512)
     model = pf.PerceiverIO(
@@ -88,7 +88,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tensor
     return ((q @ k.mT) * scale).softmax(-1) @ v
 
 
-def plainly(decoder: Decoder, queries: Queries, fused: bool) -> Tensor:
+def plainly(decoder: Decoder, queries: Description, fused: bool) -> Tensor:
     """The output of plain PyTorch for some queries."""
     layer, latents = decoder.model.decoder_cross_attn, decoder.latents
     fn, batch = layer.fn, len(latents)
@@ -100,7 +100,7 @@ def plainly(decoder: Decoder, queries: Queries, fused: bool) -> Tensor:
     return torch.cat(out, 1)
 
 
-def ours(decoder: Decoder, queries: Queries) -> Tensor:
+def ours(decoder: Decoder, queries: Description) -> Tensor:
     """Our output."""
     return decoder.model._decode_described(queries, decoder.latents)
 
@@ -115,7 +115,7 @@ def run(decoder: Decoder, call: Callable[[], Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(call().square().mean(), leaves))
 
 
-def share_of(queries: Queries) -> Queries:
+def share_of(queries: Description) -> Description:
     """About :data:`SHARE` of the queries."""
     return next(queries.parts(SHARE))
 

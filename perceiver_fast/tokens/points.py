@@ -69,6 +69,11 @@ class PointTokens(Tokens):
         with unless_autocast(self.device):
             return Basis(*absorb_norm(projection, norm, self.compute, self.order), self.codes(norm.eps), None, False)
 
+    def part(self, piece: slice) -> PointTokens:
+        part = PointTokens(self.feat[:, piece], self.coords[:, piece], self.frequencies)
+        part.order = self.order
+        return part
+
     def sources(self) -> tuple[Tensor, ...]:
         return self.feat, self.coords
 

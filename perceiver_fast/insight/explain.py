@@ -136,7 +136,9 @@ def _in_words(model: nn.Module, data) -> str:
     latents = getattr(model, "latents", None)
     held = f"{latents.shape[0]} latents of {latents.shape[1]} channels; " if isinstance(latents, Tensor) else ""
     if isinstance(data, Description):
-        return f"{held}{' x '.join(map(str, data.sizes))} described tokens of {data.channels} channels; batch {data.batch}"
+        return (
+            f"{held}{' x '.join(map(str, data.sizes))} described tokens of {data.channels} channels; batch {data.batch}"
+        )
     if not isinstance(data, Tensor):
         return f"{held}{type(data).__name__} of {len(data)}"
     width = getattr(model, "input_dim", data.shape[-1])

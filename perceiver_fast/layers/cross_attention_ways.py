@@ -56,12 +56,14 @@ def attend_grid(
         if inverted:  # the keys' bias: a channel that is one after scaling, and the bias as its query
             feat, scale = with_ones(feat, scale)
             q = torch.cat([q[..., :features], logit_bias.unsqueeze(-1), q[..., features:]], -1)
+        elif features == 0:  # the op takes at least one channel
+            feat, q = feat.new_zeros(*feat.shape[:-1], 1), torch.cat([q.new_zeros(*q.shape[:-1], 1), q], -1)
         q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
         mask = None if mask is None else mask.reshape(feat.shape[:-1])
         dropout = layer.fn.active_dropout
         o, lse, weight_sums = grid_attention_unchecked(q, feat, scale, mask, dropout, inverted, heads, half, backend)
         o = o.unflatten(1, (heads, -1))
-        if inverted:
+        if inverted or features == 0:
             o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)
         out = torch.einsum("bhnl,hld->bnhd", o, values) + layer.weighted_bias(value_bias, weight_sums)
         if not with_lse:

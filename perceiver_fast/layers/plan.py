@@ -90,7 +90,8 @@ def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
 
 def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
     sizes = tuple(map(known, tokens.sizes))
-    features = tokens.elements + layer.inverted  # one more channel, with the keys' bias
+    # Inverted, there is one more channel, with the keys' bias; and there is one in any case.
+    features = max(1, tokens.elements + layer.inverted)
     length = features + sum(sizes)
     attention = grid_attention_work((batch, rows, length), (batch, *sizes, features), layer.inverted)
     # The tables of queries and of results are products, written and read; and the tokens are read.
@@ -168,7 +169,7 @@ def _grid_choice(tokens: Tokens, layer: Layer) -> Choice:
     if not isinstance(tokens, GridTokens):
         return Choice("grid_attention", None, {"any": [f"{tokens.kind} are no grid"]})
     choice = GRID_ATTENTION.choose(
-        GridAttentionCall(tokens.compute, tokens.device, tokens.sizes, tokens.elements, layer.inverted)
+        GridAttentionCall(tokens.compute, tokens.device, tokens.sizes, max(1, tokens.elements), layer.inverted)
     )
     if forced_backend() != "auto" or choice.backend is None:
         return choice

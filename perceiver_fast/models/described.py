@@ -91,7 +91,9 @@ def decode_described(
             return found if done else after(found)
 
         if done:
-            numbers = queries.code_channels if isinstance(queries, PointDescription) or queries.feat is not None else PLAIN
+            numbers = (
+                queries.code_channels if isinstance(queries, PointDescription) or queries.feat is not None else PLAIN
+            )
             rows = max(1, PART // numbers)
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     if (whole or rows is None) and out is None:

@@ -88,7 +88,7 @@ class EmbeddedGrid(GridTokens):
             feat = self.feat.double()
             meets = sum(over_axis(form[0][1 + a] @ code.T, a, axes) for a, code in enumerate(codes))  # [*sizes, F]
             total = total + (feat * (2 * meets + feat @ form[0][0])).sum(-1)
-        return total.clamp_min(0)
+        return total.clamp_min(0).expand(self.feat.shape[:-1])
 
     def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         weight, bias = absorb_norm(to_kv, norm, self.feat.dtype)

@@ -159,7 +159,8 @@ class PointDescription(Description):
 
     @property
     def batch(self) -> int:
-        return max(super().batch, self.coords.shape[0])
+        shared = self.feat is None or self.feat.shape[0] == 1
+        return self.coords.shape[0] if shared else self.feat.shape[0]
 
     @property
     def code_channels(self) -> int:

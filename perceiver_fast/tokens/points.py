@@ -61,9 +61,10 @@ class PointTokens(Tokens):
         with unless_autocast(self.device):
             feat = self.feat if self.stored_channels else None
             same = torch.eye(width, dtype=self.compute, device=self.device)
-            return fourier_projection_unchecked(
+            codes = fourier_projection_unchecked(
                 feat, self.coords, self.frequencies, same[: self.channels], same[-1] if ones else None, eps
             )
+            return codes.expand(self.batch, -1, -1)
 
     def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):

@@ -2,7 +2,8 @@
 
 The tensors are built here, by plain PyTorch: sines and cosines of positions in the order of a layout, beside channels of
 their own, through a linear layer. Every way that layers have is taken, whatever the planner counts. With dropout the truth
-is the reference backend on the built tensors, which drops the same weights.
+is the reference backend on the built tensors, which drops the same weights; that is compared in float64 alone, as the
+derivative of its softmax is not rounded as that of fused attentions is.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def draw_description(r: random.Random, what: str, batch: int) -> dict:
     drawn = dict(
         sizes=sizes,
         points=r.random() < 0.5,
-        bands=r.choice([0, 1, 2, 5, 8]),
+        bands=r.choice([1, 1, 2, 5, 8]),
         features=r.choice([0, 0, 1, 3, 7]),
         embed=r.choice([0, 0, 1, 6, 40]),  # channels after it; 0: none
         bias=r.random() < 0.8,
@@ -77,7 +78,8 @@ def draw(seed: int) -> dict:
         way=r.choice(WAYS),
         decoder=r.random() < 0.7,  # the decoder takes the description whatever is counted
     )
-    case |= draw_values(r) if r.random() < 0.3 else dict(values="normal", magnitude=1.0)
+    harsh = r.random() < 0.3 and not case["dropout"]
+    case |= draw_values(r) if harsh else dict(values="normal", magnitude=1.0)
     case |= draw_description(r, "data", r.choice([1, batch]))
     return case | draw_description(r, "queries", r.choice([1, batch]))
 
@@ -168,6 +170,8 @@ def build(case: dict) -> Built:
         raise ValueError("expected at least one element")
     torch.manual_seed(case["seed"])
     generator = torch.Generator().manual_seed(case["seed"] + 1)
+    if not case["data points"] and not case["data features"]:
+        case["data batch"] = 1  # of which all elements would be the same
     parts = {what: part_of(case, what) for what in ("data", "queries")}
     width = {what: of["embed"] or width_of(of) for what, of in parts.items()}
     keywords = dict(
@@ -193,10 +197,8 @@ def build(case: dict) -> Built:
     inputs = {}
     for what, of in parts.items():
         count = torch.Size(of["sizes"]).numel()
-        shape = (of["batch"], *([count] if of["points"] else of["sizes"]))
-        batch = case["data batch"]
-        if what == "queries" and of["batch"] != batch:
-            shape = (1, *shape[1:])
+        batch = of["batch"] if what == "data" or of["batch"] == case["data batch"] else 1  # or all share the queries
+        shape = (batch, *([count] if of["points"] else of["sizes"]))
         if of["features"]:
             feat = fill(case["values"], case["magnitude"], (*shape, of["features"]), generator)
             inputs[f"{what}_feat"] = feat
@@ -205,9 +207,6 @@ def build(case: dict) -> Built:
     if case["dtype"] == "bfloat16":  # numbers that it has, so that rounding the inputs is no error
         state = {name: value.bfloat16().float() for name, value in state.items()}
         inputs = {name: value if "coords" in name else value.bfloat16().float() for name, value in inputs.items()}
-    # A batch of data that share everything is one element.
-    if not any(name.startswith("data") for name in inputs):
-        case["data batch"] = 1
     inputs["mask"] = draw_mask(
         case["mask"], (case["data batch"], torch.Size(parts["data"]["sizes"]).numel()), generator
     )
@@ -255,6 +254,6 @@ def run(case: dict) -> Outcome:
     built = build(case)
     outcome = Outcome()
     with ways(case):
-        compare(case, built, outcome, BOUND)
+        compare(case, built, outcome, BOUND, low=not case["dropout"])
     outcome.counts[f"described {case['described']}"] += 1
     return outcome

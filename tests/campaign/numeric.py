@@ -99,7 +99,7 @@ def run(case: dict) -> Outcome:
     return outcome
 
 
-def compare(case: dict, built: Built, outcome: Outcome, bound: float = FLOAT64_BOUND) -> None:
+def compare(case: dict, built: Built, outcome: Outcome, bound: float = FLOAT64_BOUND, low: bool = True) -> None:
     """Judge our model.
 
     Args:
@@ -107,6 +107,7 @@ def compare(case: dict, built: Built, outcome: Outcome, bound: float = FLOAT64_B
         built: both models and their inputs.
         outcome: gets what is found.
         bound: of errors in float64.
+        low: compare in the case's dtype, too.
     """
     dtype = getattr(torch, case["dtype"])
     torch.set_num_threads(case["threads"])
@@ -123,4 +124,5 @@ def compare(case: dict, built: Built, outcome: Outcome, bound: float = FLOAT64_B
         truth = plainly(torch.float64)
     judge = Judge(outcome, truth, scales(built), plainly, bound)
     judge.float64(run_model(built.run, built.ours, built.inputs, torch.float64))
-    judge.low(run_model(built.run, built.ours, built.inputs, dtype), plainly(dtype), dtype)
+    if low:
+        judge.low(run_model(built.run, built.ours, built.inputs, dtype), plainly(dtype), dtype)

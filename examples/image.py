@@ -106,9 +106,7 @@ def picture(shown: dict[str, Tensor]):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options beside those of every example."""
-    parser.add_argument(
-        "--steps", type=positive, metavar="N", help="training steps (default: 2000; with --quick 60)"
-    )
+    parser.add_argument("--steps", type=positive, metavar="N", help="training steps (default: 2000; with --quick 60)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -138,7 +138,12 @@ def picture(surface: Tensor, field: Tensor, truth: Tensor):
     """A row a solid: what is read, what is decoded, the truth, and the decoded field on the middle slice."""
     count, size = len(field), field.shape[1]
     figure = new_figure(10, 2.6 * count)
-    titles = ("read: 256 points", f"decoded: {size} x {size} x {size}", "truth", "logits at z = 0, and the truth's edge")
+    titles = (
+        "read: 256 points",
+        f"decoded: {size} x {size} x {size}",
+        "truth",
+        "logits at z = 0, and the truth's edge",
+    )
     for row in range(count):
         clouds = (surface[row], shell(field[row] > 0), shell(truth[row]))
         for column, cloud in enumerate(clouds):

@@ -128,7 +128,12 @@ def example(monkeypatch):
 
 
 def test_help(example, capsys):
-    for name, option in (("train", "--checkpoint"), ("classify", "--checkpoint"), ("shapes", "--size"), ("image", "--steps")):
+    for name, option in (
+        ("train", "--checkpoint"),
+        ("classify", "--checkpoint"),
+        ("shapes", "--size"),
+        ("image", "--steps"),
+    ):
         with pytest.raises(SystemExit) as done:
             example(name).main(["--help"])
         shown = capsys.readouterr().out

@@ -20,9 +20,10 @@ import perceiver_fast as pf
 
 CROP = 16  # pixels along an axis of a crop
 WIDTH = 48
-CODES = dict(num_freq_bands=6, max_freq=float(CROP))
+BANDS = 5
+CODES = dict(num_freq_bands=BANDS, max_freq=CROP / 2)  # waves of at least 4 pixels, for grids between pixels, too
 MODEL = dict(
-    depth=2, dim=3 + 2 * 13, queries_dim=WIDTH, logits_dim=3, num_latents=8, latent_dim=WIDTH, cross_heads=2,
+    depth=2, dim=3 + 2 * (2 * BANDS + 1), queries_dim=WIDTH, logits_dim=3, num_latents=8, latent_dim=WIDTH, cross_heads=2,
     cross_dim_head=32, latent_heads=4, latent_dim_head=12, decoder_ff=True,
 )  # fmt: skip
 
@@ -72,7 +73,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Linear(2 * 13, WIDTH)
+        self.embed = nn.Linear(2 * (2 * BANDS + 1), WIDTH)
         self.model = pf.PerceiverIO(**MODEL)
 
     def described(self, crops: Tensor) -> pf.tokens.Description:
@@ -96,7 +97,7 @@ def decibels(out: Tensor, truth: Tensor) -> float:
 
 def picture(shown: dict[str, Tensor]):
     """Images one below the other."""
-    figure = new_figure(9, 2.2 * len(shown))
+    figure = new_figure(6.4, 1.45 * len(shown))
     for panel, (title, image) in zip(figure.subplots(len(shown), 1), shown.items()):
         panel.imshow(image)
         panel.set(xticks=[], yticks=[])
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(str(pf.explain(model.model, model.described(crops), queries=model.grid())), markup=False)
     train(model, draw, args.steps or (60 if args.quick else 2000), batch=16, rate=3e-3, loss=F.mse_loss)
     model.eval()
-    rows, columns = 4, 16
+    rows, columns = 3, 16
     shown, errors = {}, []
     with torch.no_grad():
         for name, image in zip(("temple", "flower"), lower):

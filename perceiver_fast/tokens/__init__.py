@@ -14,8 +14,11 @@ from perceiver_fast.tokens.grid import GridTokens
 from perceiver_fast.tokens.groups import TokenGroups, merge_groups
 from perceiver_fast.tokens.points import PointTokens
 
-grid_queries, point_queries = grid_tokens, point_tokens
-"""The same under the name of what they describe in a decoder."""
+grid_queries = grid_tokens
+"""``grid_tokens`` under the name of what it describes in a decoder."""
+
+point_queries = point_tokens
+"""``point_tokens`` under the name of what it describes in a decoder."""
 
 __all__ = [
     "Basis",

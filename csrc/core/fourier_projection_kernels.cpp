@@ -71,8 +71,9 @@ struct Statistics {
                  [=](int64_t i, int64_t t) { return (codes[i] - middle[t]) * (codes[i] - middle[t]); });
   }
 
-  // Takes their mean out of the features, and stores it as the channel after them if there is one. Whatever rounding
-  // leaves of it counts as features do.
+  // Takes their mean out of the features, and stores it as the channel after them if there is one. What rounding leaves
+  // of it counts as features do; without positions it is taken out, too, as the deviations of a token far from zero may
+  // be no larger.
   void centre(const Tile<T>& tile, T* codes) {
     // Sums of large numbers could overflow, so their terms are divided first.
     const T each = T(1) / T(tile.features > 0 ? tile.features : 1);
@@ -80,6 +81,12 @@ struct Statistics {
     sum_channels(tile.features, tile.width, shift, [=](int64_t i, int64_t) { return codes[i] * each; });
     const T* s = shift;
     sum_channels(tile.features, tile.width, mean, [=](int64_t i, int64_t t) { return (codes[i] -= s[t]) * each; });
+    if (tile.axis_channels == 0) {
+      for (int64_t f = 0; f < tile.features; ++f)
+        for (int64_t t = 0; t < tile.width; ++t) codes[f * kFourierTile + t] -= mean[t];
+      for (int64_t t = 0; t < tile.width; ++t) mean[t] = 0;
+      return;
+    }
     for (int64_t t = 0; t < tile.width; ++t) mean[t] = mean[t] * of_features + (position_mean[t] - s[t]) * of_positions;
     if (tile.has_shift) std::memcpy(codes + tile.features * kFourierTile, shift, sizeof(T) * tile.width);
   }

@@ -26,7 +26,7 @@ void forward_part(const GridBlocking<T>& blocking, const TokenBox<T>& box, const
   std::fill(sums, sums + added, T(0));
   const Aligned<T> scratch(2 * (blocking.in.features + 1) * lanes);
   blocking.kernels.forward(
-      box, {table.q.get(), sums + added, nullptr, nullptr, nullptr, sums, scratch.get(), table.hashes.data()});
+      box, {table.q.get(), sums + added, nullptr, nullptr, nullptr, nullptr, sums, scratch.get(), table.hashes.data()});
 }
 
 // The bound was so loose that the sum of some query (nearly) vanished: shift by the exact maximum instead.

@@ -15,11 +15,11 @@ namespace perceiver_fast {
 namespace {
 
 // What the backward needs of every query, [B * N] each: P = 2^(S log2(e) + shift) * weight and dS = P (r u - delta).
-// With dropout, `bonus` (the gradient of the sum of the weights) is added to u before dropped weights are left out, and
+// `delta_low` is the rounding error of delta. With dropout, `bonus` (the gradient of the sum of the weights) is added to u before dropped weights are left out, and
 // u and bonus are multiplied by `keep_scale`.
 template <class T>
 struct QueryStatistics {
-  std::vector<T> shift, weight, delta, bonus;
+  std::vector<T> shift, weight, delta, delta_low, bonus;
   T keep_scale;
 
   T grad_weight(int64_t row) const { return weight[row] * keep_scale; }
@@ -32,8 +32,8 @@ QueryStatistics<T> query_statistics(const GridBlocking<T>& blocking, const Packe
   const GridAttentionInput<T>& in = blocking.in;
   const int64_t N = in.queries, rows = in.batch * N, L = blocking.length;
   const double clamped = std::log(kInvertedEps);
-  QueryStatistics<T> stats{std::vector<T>(rows), std::vector<T>(rows), std::vector<T>(rows), std::vector<T>(rows),
-                           T(in.dropout ? in.dropout.scale() : 1)};
+  const std::vector<T> zeros(rows);
+  QueryStatistics<T> stats{zeros, zeros, zeros, zeros, zeros, T(in.dropout ? in.dropout.scale() : 1)};
   parallel.run(rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const bool uniform = packed.all_masked[blocking.token_batch(i / N)];
@@ -62,7 +62,7 @@ void for_each_part(const GridBlocking<T>& blocking, const PackedTokens<T>& packe
   const GridAttentionInput<T>& in = blocking.in;
   const int64_t N = in.queries, F = in.features, M = blocking.tokens, L = blocking.length;
   const Aligned<T> q(in.batch * N * L), grad(in.batch * N * L);
-  std::vector<T> delta(in.batch * N);
+  std::vector<T> delta(in.batch * N), delta_low(in.batch * N);
   std::vector<uint32_t> hashes(in.dropout ? in.batch * N : 0);
   parallel.run(in.batch * N, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -74,6 +74,7 @@ void for_each_part(const GridBlocking<T>& blocking, const PackedTokens<T>& packe
         grad.get()[i * L + l] = d_o[i * L + l] * weight;
       }
       delta[i] = stats.delta[i] * stats.weight[i];
+      delta_low[i] = stats.delta_low[i] * stats.weight[i];
       if (in.dropout) hashes[i] = in.dropout.query_hash(i);
     }
   });
@@ -84,11 +85,35 @@ void for_each_part(const GridBlocking<T>& blocking, const PackedTokens<T>& packe
       const int64_t b = task / parts, n = b * N;
       body(part_of(blocking.box(packed, terms, b), task % parts, parts),
            TokenGradient<T>{N, L, q.get() + n * L, grad.get() + n * L, stats.shift.data() + n, delta.data() + n,
-                            stats.bonus.data() + n, hashes.empty() ? nullptr : hashes.data() + n,
+                            delta_low.data() + n, stats.bonus.data() + n, hashes.empty() ? nullptr : hashes.data() + n,
                             in.feat + blocking.token_batch(b) * M * F, nullptr, nullptr, row_sums.get(), columns.get()},
            b);
     }
   });
+}
+
+// What inverted attention subtracts from the gradients of its weights: of every query, since it normalises over the
+// tokens, and of every token, since its softmax is over the queries. Each is a sum of two numbers, the second the rounding
+// error of the first: where one weight is all there is, the difference is nothing but rounding otherwise, and a query that
+// hardly owns its tokens multiplies it by up to 1 / kInvertedEps. `work` sums P (u - delta) over the tokens.
+template <class T, class Work>
+void inverted_deltas(const GridBlocking<T>& blocking, const PackedTokens<T>& packed, const GridAttentionOutput<T>& out,
+                     const GridAttentionGradient<T>& grad, const Work& work, QueryStatistics<T>& stats,
+                     TokenTerms<T>& terms, const Parallel& parallel) {
+  const int64_t N = blocking.in.queries, lanes = blocking.kernels.lanes;
+  const double clamped = std::log(kInvertedEps);
+  const auto query_error = [&](int64_t task, T* sums) {
+    const int64_t first = task % blocking.blocks * lanes, row = task / blocking.blocks * N + first;
+    for (int64_t lane = 0; lane < std::min<int64_t>(lanes, N - first); ++lane)
+      if (out.lse[row + lane] > clamped) stats.delta_low[row + lane] = sums[blocking.length * lanes + lane];
+  };
+  for_each_block(blocking, parallel, work, query_error);
+  for (int pass = 0; pass < 2; ++pass)
+    for_each_part(blocking, packed, terms, stats, grad.o, parallel,
+                  [&](const TokenBox<T>& box, const TokenGradient<T>& queries, int64_t b) {
+                    T* sum = (pass == 0 ? terms.delta : terms.delta_low).data() + terms.row(b);
+                    blocking.kernels.token_delta(box, queries, sum);
+                  });
 }
 
 // A masked token has no gradient, though what its weights of zero are multiplied by may not be finite.
@@ -120,25 +145,16 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
   const int64_t N = in.queries, L = blocking.length, M = blocking.tokens, F = in.features,
                 lanes = blocking.kernels.lanes;
   QueryStatistics<T> stats = query_statistics(blocking, packed, out, grad, parallel);
-  // Inverted attention: what the softmax over the queries needs of every token before dS can be computed. The second
-  // pass finds the rounding error of the first, so that a token that one query has all of gets its tiny gradients and
-  // not that error.
-  for (int pass = 0; in.inverted && pass < 2; ++pass)
-    for_each_part(blocking, packed, terms, stats, grad.o, parallel,
-                  [&](const TokenBox<T>& box, const TokenGradient<T>& queries, int64_t b) {
-                    T* out = (pass == 0 ? terms.delta : terms.delta_low).data() + terms.row(b);
-                    blocking.kernels.token_delta(box, queries, out);
-                  });
-
   // The output's gradient, delta and bonus are multiplied by the weight of P here, so that the loop need not do it.
   const auto work = [&](int64_t task, int64_t part, int64_t parts, T* sums) {
     const QueryTable<T> table(blocking, packed, task);
     const int64_t row = table.b * N + table.first;
     const Aligned<T> d_o(L * lanes), scratch(2 * (F + 1) * lanes);
-    std::vector<T> shift(lanes), delta(lanes), bonus(lanes), weight(lanes);
+    std::vector<T> shift(lanes), delta(lanes), delta_low(lanes), bonus(lanes), weight(lanes);
     for (int64_t lane = 0; lane < table.count; ++lane) {
       shift[lane] = stats.shift[row + lane];
       delta[lane] = stats.delta[row + lane] * stats.weight[row + lane];
+      delta_low[lane] = stats.delta_low[row + lane] * stats.weight[row + lane];
       bonus[lane] = stats.bonus[row + lane];
       weight[lane] = stats.grad_weight(row + lane);
     }
@@ -146,8 +162,10 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
     std::fill(sums, sums + (L + 3) * lanes, T(0));
     blocking.kernels.backward(
         part_of(blocking.box(packed, terms, table.b), part, parts),
-        {table.q.get(), shift.data(), d_o.get(), delta.data(), bonus.data(), sums, scratch.get(), table.hashes.data()});
+        {table.q.get(), shift.data(), d_o.get(), delta.data(), delta_low.data(), bonus.data(), sums, scratch.get(),
+         table.hashes.data()});
   };
+  if (in.inverted) inverted_deltas(blocking, packed, out, grad, work, stats, terms, parallel);
   // Over the tokens dS sums to d_lse. What it sums to beside that is the error of delta, which was computed from
   // rounded outputs; since P sums to one, it adds error * o to dq. Taking that out leaves an error of second order, so
   // that a query with nearly all its weight on one token gets its tiny gradients and not that error. With dropout the
@@ -161,7 +179,7 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
       const bool none = grad.lse == nullptr || packed.all_masked[blocking.token_batch(b)];
       T& error = sums[L * lanes + lane];
       error -= none ? T(0) : T(grad.lse[row]);
-      stats.delta[row] += error;
+      stats.delta_low[row] = error;
       T largest_o = 0, largest = 0;
       for (int64_t l = 0; in.dropout && l < L; ++l) {
         largest_o = std::max(largest_o, std::abs(out.o[row * L + l]));

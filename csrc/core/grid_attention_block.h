@@ -51,6 +51,7 @@ struct QueryBlock {
   const T* shift;  // [lanes], integral
   const T* grad;   // [L][lanes], backward only: gradient of the output times the weight that makes P of p
   const T* delta;  // [lanes], backward only, times the same weight
+  const T* delta_low;  // [lanes], backward of inverted attention or with dropout only: the rounding error of delta
   const T* bonus;  // [lanes], backward with dropout only, times the same weight
   T* out;          // [L + 2][lanes]
   T* scratch;      // [2 * (F + 1)][lanes], sums of a row and of a block of rows
@@ -68,6 +69,7 @@ struct TokenGradient {
   const T* grad;      // [N][L], times the weight that makes P of p
   const T* shift;     // [N], integral: p = 2^(S + shift), S in base two
   const T* delta;     // [N], times the same weight: dS = p (u - delta), u as above
+  const T* delta_low; // [N], the rounding error of delta
   const T* bonus;     // [N], with dropout only, times the same weight
   const uint32_t* hashes;  // [N], of dropout
   const T* feat;      // [M][F]

@@ -69,6 +69,28 @@ struct Count {
   static constexpr int value = N;
 };
 
+constexpr int64_t kFewFeatures = 4;    // those that there are kernels for, of a fixed number
+constexpr int64_t kFeatureBlock = 32;  // channels that are added one after the other, the longest such sum
+
+// Adds the features' part to U numbers u, many features in blocks. What is subtracted from u are sums of it over tokens or over
+// queries, which leaves nothing where one weight is all: so every kernel has to round u alike, whatever its lanes are
+// and whether it knows the number of features.
+template <class T, int FS, int U, class Grad, class X>
+PF_INLINE void add_features(int64_t features, const Grad& grad, const X& x, typename Simd<T>::Vec* u) {
+  const int64_t F = FS > 0 ? FS : features;
+  if (F <= kFewFeatures) {
+    for (int64_t f = 0; f < F; ++f)
+      for (int i = 0; i < U; ++i) u[i] = fma(grad(f), x(f, i), u[i]);
+    return;
+  }
+  for (int64_t begin = 0; begin < F; begin += kFeatureBlock) {
+    typename Simd<T>::Vec part[U] = {};
+    for (int64_t f = begin; f < F && f < begin + kFeatureBlock; ++f)
+      for (int i = 0; i < U; ++i) part[i] = fma(grad(f), x(f, i), part[i]);
+    for (int i = 0; i < U; ++i) u[i] += part[i];
+  }
+}
+
 // U consecutive tokens against one vector of queries. FS > 0 fixes the number of features at compile time
 // and keeps q_feat and its sums in registers; FS = 0 reads them from memory, which U tokens share.
 template <class T, int FS, int U, Variant kind, bool Backward>
@@ -79,7 +101,7 @@ struct Step {
   // `m` is the first token; a and g_a are the outer axes' shares of its row.
   static PF_INLINE void run(const TokenBox<T>& box, int64_t m, const T* q_inner, const T* g_inner, T* out_inner,
                             const V* q_feat, const V* g_feat, V* acc, V& total, V& kept, V& row_sum, V a, V g_a,
-                            V shift, V delta, V bonus, const typename HashLane<T>::type* hashes) {
+                            V shift, V delta, V delta_low, V bonus, const typename HashLane<T>::type* hashes) {
     constexpr bool by_token = kind == Variant::inverted || kind == Variant::dropped;
     const int64_t F = FS > 0 ? FS : box.features, K = F + 2;
     const T* tok = box.tokens + m * K;
@@ -98,13 +120,13 @@ struct Step {
     // Makes the compiler read the channels again from L1 below: it would run out of registers in the forward.
     if (FS > 0 && !Backward) asm("" : "+r"(tok));
     if (Backward) {
-      const V start = kind == Variant::dropped ? bonus : -delta;
-      for (int u = 0; u < U; ++u) t[u] = (S::load(g_inner + u * S::lanes) + g_a) * r[u] + start;
-      for (int64_t f = 0; f < F; ++f)
-        for (int u = 0; u < U; ++u) t[u] += g_feat[f] * tok[u * K + 1 + f];
+      const V start = by_token ? bonus : -delta;
+      for (int u = 0; u < U; ++u) t[u] = fma(S::load(g_inner + u * S::lanes) + g_a, r[u], start);
+      add_features<T, FS, U>(F, [&](int64_t f) { return g_feat[f]; },
+                             [&](int64_t f, int u) { return S::set(tok[u * K + 1 + f]); }, t);
       for (int u = 0; u < U; ++u) {
-        if (kind == Variant::dropped) t[u] = keep<T>(t[u], hashes, box.hashes[m + u], box.threshold) - delta;
-        if (by_token) t[u] = t[u] - box.delta[m + u] - box.delta_low[m + u];
+        if (kind == Variant::dropped) t[u] = keep<T>(t[u], hashes, box.hashes[m + u], box.threshold);
+        if (by_token) t[u] = t[u] - delta - delta_low - box.delta[m + u] - box.delta_low[m + u];
         p[u] *= t[u];
       }
     }
@@ -161,7 +183,9 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
   }
   const V shift = S::load(block.shift);
   const V delta = Backward ? S::load(block.delta) : V{};
-  const V bonus = Backward && kind == Variant::dropped ? S::load(block.bonus) : V{};
+  constexpr bool by_token = kind == Variant::inverted || kind == Variant::dropped;
+  const V delta_low = Backward && by_token ? S::load(block.delta_low) : V{};
+  const V bonus = Backward && by_token ? S::load(block.bonus) : V{};
 
   const int64_t columns = box.col_end - box.col_begin;
   const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
@@ -187,7 +211,7 @@ void accumulate(const TokenBox<T>& box, const QueryBlock<T>& block) {
           for (; j + U <= j1; j += U)
             Step<T, FS, U, kind, Backward>::run(box, m + j, q_inner + j * lanes, g_inner + j * lanes,
                                                 tile_sums + (j - j0) * lanes, q_feat, g_feat, row_acc, total, kept,
-                                                row_sum, a, g_a, shift, delta, bonus, block.hashes);
+                                                row_sum, a, g_a, shift, delta, delta_low, bonus, block.hashes);
         };
         step(Count<kUnroll>{});
         step(Count<1>{});

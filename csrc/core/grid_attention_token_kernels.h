@@ -8,8 +8,6 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
-constexpr int64_t kFeatureBlock = 32;  // channels that are added one after the other, the longest such sum
-
 // A vector of tokens: columns j .. j + count of one row.
 template <class T>
 struct TokenLanes {
@@ -71,20 +69,13 @@ PF_INLINE typename Simd<T>::Vec table_at(const T* at, int64_t count) {
   return Simd<T>::load(tail);
 }
 
-// Adds the features' parts to S log2(e) and to u, the latter in blocks. token_gradient and token_delta have to round
-// alike: what token_delta leaves of the sum of P u over queries is multiplied by the logits.
+// Adds the features' parts to S log2(e) and to u.
 template <class T, int FS>
 PF_INLINE void add_features(int64_t features, const typename Simd<T>::Vec* x, const T* q, const T* grad,
                             typename Simd<T>::Vec& t, typename Simd<T>::Vec& u) {
   const int64_t F = FS > 0 ? FS : features;
-  for (int64_t begin = 0; begin < F; begin += kFeatureBlock) {
-    typename Simd<T>::Vec part{};
-    for (int64_t f = begin; f < F && f < begin + kFeatureBlock; ++f) {
-      t = fma(Simd<T>::set(q[f]), x[f], t);
-      part += x[f] * grad[f];
-    }
-    u += part;
-  }
+  for (int64_t f = 0; f < F; ++f) t = fma(Simd<T>::set(q[f]), x[f], t);
+  add_features<T, FS, 1>(F, [&](int64_t f) { return Simd<T>::set(grad[f]); }, [&](int64_t f, int) { return x[f]; }, &u);
 }
 
 // FS > 0 fixes the number of features. ByToken: inverted attention or dropout.
@@ -118,7 +109,7 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
       const T *q = g.q + n * g.length, *grad = g.grad + n * g.length;
       const V q_axes = table_at(q + inner, tokens.count) + g.row_sums[n];
       const V g_axes = table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n];
-      V t = q_axes * r + bias, u = g_axes * r + (ByToken ? g.bonus[n] : -g.delta[n]);
+      V t = q_axes * r + bias, u = fma(g_axes, r, S::set(ByToken ? g.bonus[n] : -g.delta[n]));
       add_features<T, FS>(F, x, q, grad, t, u);
       V p = exp2<T, true>(t, ByToken ? token_shift + g.shift[n] : S::set(g.shift[n])), kept = p;
       if (ByToken) {
@@ -127,7 +118,9 @@ void token_gradient(const TokenBox<T>& box, const TokenGradient<T>& g) {
           kept = keep<T>(p, hashes, g.hashes[n], box.threshold);
           u = keep<T>(u, hashes, g.hashes[n], box.threshold);
         }
-        u = u - g.delta[n] - token_delta - delta_low;
+        u = u - g.delta[n] - g.delta_low[n] - token_delta - delta_low;
+      } else {
+        u -= g.delta_low[n];
       }
       const V ds = p * u;
       for (int64_t f = 0; f < F; ++f) {
@@ -222,11 +215,11 @@ void token_delta(const TokenBox<T>& box, const TokenGradient<T>& g, T* delta) {
     for (int64_t n = 0; n < g.queries; ++n) {
       const T *q = g.q + n * g.length, *grad = g.grad + n * g.length;
       V t = (table_at(q + inner, tokens.count) + g.row_sums[n]) * r;
-      V u = (table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n]) * r + g.bonus[n];
+      V u = fma(table_at(grad + inner, tokens.count) + g.row_sums[g.queries + n], r, S::set(g.bonus[n]));
       add_features<T, FS>(F, x, q, grad, t, u);
       const V p = exp2<T, true>(t, shift + g.shift[n]) * weight;
       if (box.threshold != 0) u = keep<T>(u, hashes, g.hashes[n], box.threshold);
-      total += p * (u - g.delta[n] - before);
+      total += p * (u - g.delta[n] - g.delta_low[n] - before);
     }
     tokens.store(delta, total);
   });

@@ -45,7 +45,8 @@ struct QueryKeys {
   const T* v;        // [count][C]
   const T* panels;   // the same in panels of `panel` channels, [C / panel][count][panel]; null with few channels
   const uint32_t* hashes;  // [count], of dropout
-  T axes_bound, bias_bound;  // no logit's part by axes, and no bias, is larger in magnitude
+  // No logit's part by axes, and no bias, is larger in magnitude than these, and no row of feat is longer.
+  T axes_bound, bias_bound, feat_bound;
 };
 
 // A group of strips of one batch element, packed.

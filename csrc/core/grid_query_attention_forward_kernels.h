@@ -58,7 +58,7 @@ void fit_shift(int64_t channels, const StripSums<T>& sums, const T* largest) {
   }
 }
 
-// Adds the keys' weights and, of C channels, weighted values. Without shifts, logits are by axes alone.
+// Adds the keys' weights and, of C channels, weighted values. Not shifted are logits by axes alone.
 template <class T, Source From, bool Shifted, int C>
 void sum_few(const StripKeys<T>& k, const T* v, const StripSums<T>& sums) {
   using S = Simd<T>;
@@ -120,13 +120,24 @@ PF_INLINE void sum_any_few(int64_t channels, const StripKeys<T>& k, const T* v, 
   }
 }
 
-// Whether no exponent of the strip can leave the range in which none needs a shift.
+// Whether no exponent of the strip can leave the range in which none needs a shift. `x` [F][width] are its scaled
+// channels: their product with a key's is at most the product of lengths.
 template <class T>
-bool needs_no_shift(const QueryRows<T>& rows, const QueryKeys<T>& keys, const T* r) {
-  if (rows.features > 0 || !rows.grid) return false;
+bool needs_no_shift(const QueryRows<T>& rows, const QueryKeys<T>& keys, const T* r, const T* x) {
+  using S = Simd<T>;
+  alignas(64) T square[kStrip<T>];
+  for (int64_t v = 0; v < kStrip<T>; v += S::lanes) {
+    typename S::Vec sum{};
+    for (int64_t f = 0; f < rows.features; ++f) {
+      const auto value = S::load(x + f * kStrip<T> + v);
+      sum = fma(value, value, sum);
+    }
+    S::store(square + v, sum);
+  }
   bool safe = true;
   for (int64_t lane = 0; lane < kStrip<T>; ++lane)
-    safe &= __builtin_fabs(double(r[lane])) * double(keys.axes_bound) + double(keys.bias_bound) <=
+    safe &= __builtin_sqrt(double(square[lane])) * double(keys.feat_bound) +
+                __builtin_fabs(double(r[lane])) * double(keys.axes_bound) + double(keys.bias_bound) <=
             double(kSafeExponent<T>) * kLn2;
   return safe;
 }
@@ -169,14 +180,15 @@ void forward_from(const QueryRows<T>& rows, const QueryKeys<T>& keys, const Quer
     for (int64_t s = 0; s < group.count; ++s) {
       const StripSums<T> sums = sums_of(state, s, C);
       const StripKeys<T> k = strip_keys(rows, keys, group, s, begin, count, row, tiles + s * each * W);
-      const bool shifted = From != Source::axes || !needs_no_shift(rows, keys, k.r);
-      if (shifted) {
+      const bool safe = needs_no_shift(rows, keys, k.r, group.x + s * rows.features * W);
+      if (!safe) {
         alignas(64) T largest[kStrip<T>];
         block_maximum<T, From>(k, largest);
         fit_shift(C, sums, largest);
       }
       const auto* hashes = f.hashes + (f.threshold != 0 ? s * W : 0);
-      if (few && shifted) sum_any_few<T, From, true>(C, k, keys.v + begin * C, sums);
+      // With channels a shift of zero is added all the same: no query's bits depend on another in its strip.
+      if (few && (From != Source::axes || !safe)) sum_any_few<T, From, true>(C, k, keys.v + begin * C, sums);
       else if (few) sum_any_few<T, Source::axes, false>(C, k, keys.v + begin * C, sums);
       else if (f.threshold != 0) weigh<T, From, true>(k, keys, begin, f, hashes, sums);
       else weigh<T, From, false>(k, keys, begin, f, hashes, sums);

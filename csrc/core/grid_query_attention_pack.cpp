@@ -94,7 +94,7 @@ PackedKeys<T>::PackedKeys(const QueryBlocking<T>& blocking, bool panels, const P
       memory[head] = Aligned<T>(count * (columns + F + S + 2 + values));
       T *at_columns = memory[head].get(), *feat = at_columns + count * columns, *outer = feat + count * F,
         *bias = outer + count * S, *bias_log2 = bias + count, *v = bias_log2 + count;
-      T axes_bound = 0;
+      T axes_bound = 0, feat_bound = 0;
       for (int64_t n = 0; n < count; ++n) {
         const int64_t key = head * N + kept[b][n];
         const T* row = in.tables + key * L;
@@ -106,7 +106,13 @@ PackedKeys<T>::PackedKeys(const QueryBlocking<T>& blocking, bool panels, const P
           to = c < C ? value[c] : T(0);
         }
         if (uniform[b]) continue;
-        for (int64_t f = 0; f < F; ++f) feat[n * F + f] = row[f];
+        double square = 0;
+        for (int64_t f = 0; f < F; ++f) {
+          feat[n * F + f] = row[f];
+          square += double(row[f]) * double(row[f]);
+        }
+        // One that is not a number stays, and bounds nothing.
+        if (!(std::sqrt(square) <= double(feat_bound))) feat_bound = T(std::sqrt(square));
         for (int64_t i = 0; i < S; ++i) outer[i * count + n] = row[F + i];
         if (columns > 0) pack_columns(blocking, row, n, count, at_columns);
       }
@@ -125,7 +131,8 @@ PackedKeys<T>::PackedKeys(const QueryBlocking<T>& blocking, bool panels, const P
                      panels ? v : nullptr,
                      hashes[b].data(),
                      axes_bound,
-                     largest(bias, count)};
+                     largest(bias, count),
+                     feat_bound};
     }
   });
 }

@@ -58,6 +58,8 @@ def why_not_described(description: Description) -> str | None:
     found = None if description.embed is None else why_not("embed", description.embed, nn.Linear)
     if found is None and not are_plain(description.feat, getattr(description, "coords", None)):
         found = "feat or coords are no plain tensors"
+    if found is None and description.bare:
+        found = "positions without frequencies: a token may be constant, and LayerNorm needs it as it is"
     return found
 
 
@@ -97,5 +99,5 @@ def described_tokens(description: Description, like: Tensor) -> Tokens:
     if found is None:
         return description.describe(like)
     tokens = DenseTokens(description.tensor(like))
-    tokens.kind = f"tokens that are built, as {found},"
+    tokens.kind = f"tokens that are built ({found})"
     return tokens

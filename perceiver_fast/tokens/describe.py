@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.tokens.base import Tokens
+from perceiver_fast.tokens.dense import DenseTokens
 from perceiver_fast.tokens.fourier import AxisCodes, axis_codes
 from perceiver_fast.tokens.grid import GridTokens
 from perceiver_fast.tokens.points import PointTokens
@@ -16,7 +18,7 @@ ONE_AXIS_LIMIT = 1024  # positions; on one axis a grid's tables have an entry fo
 
 def describe_grid(
     data: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None
-) -> GridTokens | PointTokens:
+) -> Tokens:
     """Describe the tokens of data on a grid: raw channels, and Fourier codes of their positions.
 
     Args:
@@ -25,7 +27,7 @@ def describe_grid(
         embedding: ``[E]``, channels that all tokens share, between their raw channels and the codes. Default: none.
 
     Returns:
-        GridTokens; for one long axis PointTokens at evenly spaced positions.
+        GridTokens; for one long axis PointTokens at evenly spaced positions; without frequencies DenseTokens.
     """
     data = own(data)
     if data.dim() == 3 and known(data.shape[1]) > ONE_AXIS_LIMIT:
@@ -35,7 +37,16 @@ def describe_grid(
     codes = tuple(axis_codes(size, num_freq_bands, max_freq, dtype, data.device) for size in data.shape[1:-1])
     if embedding is not None:  # like the code of one more axis, which has one index
         data, codes = data.unsqueeze(1), (_shared_code(embedding.to(dtype)), *codes)
-    return GridTokens(data, codes)
+    return _with_frequencies(GridTokens(data, codes), num_freq_bands)
+
+
+def _with_frequencies(tokens: Tokens, num_freq_bands: int) -> Tokens:
+    """``tokens``, or where positions have no sines and cosines, the tensor that they describe.
+
+    A white pixel in the corner of an image is ``[1, 1, 1, 1, 1]`` then: LayerNorm makes zeros of it, times the largest of
+    all scales. Only a token that exists can be that exact, and with one channel an axis it costs no more.
+    """
+    return tokens if num_freq_bands > 0 else DenseTokens(tokens.materialize())
 
 
 def _shared_code(embedding: Tensor) -> AxisCodes:
@@ -51,7 +62,7 @@ def grid_positions(size: int, device: torch.device) -> Tensor:
 
 def describe_points(
     data: Tensor, coords: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None
-) -> PointTokens:
+) -> Tokens:
     """Describe the tokens of data at given positions: raw channels, and Fourier codes of the positions.
 
     Args:
@@ -63,4 +74,6 @@ def describe_points(
     frequency = torch.linspace(1.0, max_freq / 2, num_freq_bands, dtype=torch.float64, device="cpu").to(data.device)
     if embedding is not None:
         data = torch.cat([data, embedding.expand(*data.shape[:-1], -1)], -1)
-    return PointTokens(data, coords.double(), frequency.expand(coords.shape[-1], -1))
+    return _with_frequencies(
+        PointTokens(data, coords.double(), frequency.expand(coords.shape[-1], -1)), num_freq_bands
+    )

@@ -64,6 +64,14 @@ class Description:
         """Channels of a token before ``embed``, C."""
         raise NotImplementedError
 
+    @property
+    def bare(self) -> bool:
+        """Whether a token is its channels and positions as they are, without sines or an embedding.
+
+        Such a token can be constant, and LayerNorm has to make exact zeros of it: the tensor is needed for that.
+        """
+        raise NotImplementedError
+
     def part(self, start: int, stop: int) -> Description:
         """The tokens of indices start to stop of the first axis."""
         raise NotImplementedError
@@ -124,6 +132,10 @@ class GridDescription(Description):
     def code_channels(self) -> int:
         return (0 if self.feat is None else self.feat.shape[-1]) + sum(code.shape[1] for code in self.codes)
 
+    @property
+    def bare(self) -> bool:
+        return self.embed is None and all(code.shape[1] == 1 for code in self.codes)
+
     def part(self, start: int, stop: int) -> GridDescription:
         feat = None if self.feat is None else self.feat[:, start:stop]
         return replace(self, codes=(self.codes[0][start:stop], *self.codes[1:]), feat=feat)
@@ -166,6 +178,10 @@ class PointDescription(Description):
     def code_channels(self) -> int:
         axes, bands = self.frequencies.shape
         return (0 if self.feat is None else self.feat.shape[-1]) + axes * (2 * bands + 1)
+
+    @property
+    def bare(self) -> bool:
+        return self.embed is None and self.frequencies.shape[1] == 0
 
     def part(self, start: int, stop: int) -> PointDescription:
         feat = None if self.feat is None else self.feat[:, start:stop]

@@ -43,7 +43,7 @@ def draw_description(r: random.Random, what: str, batch: int) -> dict:
     drawn = dict(
         sizes=sizes,
         points=r.random() < 0.5,
-        bands=r.choice([1, 1, 2, 5, 8]),
+        bands=r.choice([0, 1, 2, 5, 8]),
         features=r.choice([0, 0, 1, 3, 7]),
         embed=r.choice([0, 0, 1, 6, 40]),  # channels after it; 0: none
         bias=r.random() < 0.8,

@@ -94,7 +94,7 @@ def test_modules_that_are_more_than_their_parameters_are_called():
         handle.remove()
     data.embed.register_forward_hook(lambda module, args, out: out * 2 + 1)
     torch.testing.assert_close(model(data), model(data.tensor(model.latents)))
-    assert "embed has a hook, are no grid" in str(found_of(model, data).choice.rejected)
+    assert "tokens that are built (embed has a hook) are no grid" in str(found_of(model, data).choice.rejected)
 
     class Adapter(nn.Module):  # as LoRA's
         def __init__(self, inner):

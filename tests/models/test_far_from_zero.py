@@ -55,7 +55,8 @@ def inputs_of(way, channels, sizes, change, seed):
 def test_float32_is_as_exact_as_theirs(way, kind):
     keywords, sizes = WAYS[way]
     rows = []
-    for seed in (1, 2, 3):
+    # Alone, positions of zeros are plus or minus one token: small gradients are what is left of sums that cancel.
+    for seed in range(12 if way == "one axis, positions alone" else 3):
         torch.manual_seed(seed)
         theirs, ours = model_pair(**MODEL, **keywords)
         to_them, to_us = inputs_of(way, keywords["input_channels"], sizes, INPUTS[kind], seed)

@@ -16,14 +16,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
 import perceiver_fast as pf
-from benchmarks.environment import DEFAULT_THREADS, ROOT, conditions
+from benchmarks.environment import ROOT, conditions
+from benchmarks.options import options
 from benchmarks.output import plain, save, table
 from perceiver_fast.insight.geometries import GEOMETRIES
 from perceiver_fast.ops.linear_choice import why_torch
@@ -134,15 +134,13 @@ def judged(choices: list[dict[str, dict]], least: dict[str, dict[str, float]]) -
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
-    top = argparse.ArgumentParser(prog="python -m benchmarks.choice", description=__doc__)
+    top = options("choice", __doc__)
     add = top.add_argument
     add("--times", type=int, default=50, help="fresh processes that choose, beside each (default: %(default)s)")
     add("--busy", type=int, nargs="+", default=[0, 1, 2], help="numbers of busy processes (default: 0 1 2)")
     add("--seconds", type=float, default=90, help="of measuring what is best, before and after (default: %(default)s)")
-    add("--threads", type=int, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
     add("--favourite", choices=NAMES, default="", help="as if this were known to be the best (default: what is known)")
     add("--geometry", default="readme", choices=list(GEOMETRIES), help="whose forward is timed (default: %(default)s)")
-    add("--json", type=Path, help="where to keep the numbers (default: they are only printed)")
     return top
 
 

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.decoders``: decoders of described queries beside plain PyTorch, which builds the queries.
+"""``python -m benchmarks.decoders``: decoders of described queries beside plain PyTorch, which builds them; encoders, too.
 
-Three decoders: of a field on a grid and at points (3DShape2VecSet's, one output channel), and of optical flow; and a
-training step of the field's. The peer embeds the positions, normalises, projects and attends, with torch's
+Three decoders: of a field on a grid and at points (3DShape2VecSet's, one output channel), and of optical flow; a
+training step of the field's; and its encoder, which reads described points. The peer embeds the positions, normalises, projects and attends, with torch's
 scaled_dot_product_attention or with an explicit softmax, the faster of the two, on the same weights. It decodes some of the
 queries, in parts of 8,192, which bound its memory, and its time is scaled to all of them. Outputs are compared first.
 """
@@ -12,7 +12,6 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +20,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import perceiver_fast as pf
-from benchmarks.environment import DEFAULT_THREADS, conditions
+from benchmarks.environment import conditions
+from benchmarks.options import options
 from benchmarks.output import milliseconds, save, table, times_ours
 from benchmarks.statistic import seconds_of
-from perceiver_fast.tokens import Queries
+from perceiver_fast.tokens import Description
 
 ROUNDS = 5
 ROWS = 8192  # queries that the peer builds at once
@@ -38,11 +38,56 @@ class Decoder:
 
     model: pf.PerceiverIO
     latents: Tensor
-    queries: Queries
+    described: Description
     trains: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether the peer computes all of it, and not some of the queries."""
+        return self.trains
 
-def vecset(queries: Callable[[nn.Linear], Queries], batch: int = 1, trains: bool = False) -> Decoder:
+    def leaves(self) -> list[Tensor]:
+        """Whose gradients are computed in training."""
+        modules = self.model.decoder_cross_attn, self.model.to_logits, self.described.embed
+        return [p for module in modules for p in module.parameters()]
+
+    def ours(self, queries: Description) -> Tensor:
+        """Our output."""
+        return self.model._decode_described(queries, self.latents)
+
+    def plainly(self, queries: Description, fused: bool) -> Tensor:
+        """The output of plain PyTorch."""
+        layer, latents = self.model.decoder_cross_attn, self.latents
+        fn, batch = layer.fn, len(latents)
+        k, v = fn.to_kv(layer.norm_context(latents)).chunk(2, -1)
+        out = []
+        for part in [queries] if self.trains else queries.parts(ROWS):
+            z = layer.norm(part.tensor(latents)).expand(batch, -1, -1)
+            out.append(self.model.to_logits(fn.to_out(attend(fn.to_q(z), k, v, fn.scale, fused))))
+        return torch.cat(out, 1)
+
+
+@dataclass
+class Encoder(Decoder):
+    """A model's cross-attention to described data."""
+
+    whole = True
+
+    def leaves(self) -> list[Tensor]:
+        modules = self.model.cross_attend_block.cross_attn, self.described.embed
+        return [self.latents, *(p for module in modules for p in module.parameters())]
+
+    def ours(self, data: Description) -> Tensor:
+        return self.model.cross_attend_block.cross_attn(self.latents, context=data)
+
+    def plainly(self, data: Description, fused: bool) -> Tensor:
+        layer = self.model.cross_attend_block.cross_attn
+        k, v = layer.fn.to_kv(layer.norm_context(data.tensor(self.latents))).chunk(2, -1)
+        q = layer.fn.to_q(layer.norm(self.latents)).expand(len(k), -1, -1)
+        return layer.fn.to_out(attend(q, k, v, layer.fn.scale, fused))
+
+
+def vecset(queries: Callable[[nn.Linear], Description], batch: int = 1, trains: bool = False) -> Decoder:
     """A field's decoder: 512 latents, one head of 512, an embedding of 51 codes, one output."""
     embed = nn.Linear(51, 512)
     model = pf.PerceiverIO(
@@ -73,11 +118,19 @@ def flow(height: int, width: int) -> Decoder:
     return Decoder(model, torch.randn(1, 2048, 512), queries)
 
 
+def encoder(count: int, batch: int, trains: bool = False) -> Encoder:
+    """3DShape2VecSet's encoder: 512 latents read points, one head of 512, an embedding of 51 codes."""
+    decoder = points(count, batch, trains)
+    return Encoder(decoder.model, torch.randn(1, 512, 512, requires_grad=trains), decoder.described, trains)
+
+
 CASES: dict[str, tuple[Callable[[], Decoder], Callable[[], Decoder]]] = {  # as measured, and quickly
     "field, 128 x 128 x 128": (lambda: field(128), lambda: field(16)),
     "field, 262,144 points": (lambda: points(2**18), lambda: points(2**11)),
     "flow, 368 x 496": (lambda: flow(368, 496), lambda: flow(20, 30)),
     "field, step of 2,048 points x batch 16": (lambda: points(2048, 16, True), lambda: points(64, 2, True)),
+    "encoder, 16,384 points": (lambda: encoder(2**14, 1), lambda: encoder(64, 1)),
+    "encoder, step of 2,048 points x batch 16": (lambda: encoder(2048, 16, True), lambda: encoder(64, 2, True)),
 }
 
 
@@ -88,34 +141,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tensor
     return ((q @ k.mT) * scale).softmax(-1) @ v
 
 
-def plainly(decoder: Decoder, queries: Queries, fused: bool) -> Tensor:
-    """The output of plain PyTorch for some queries."""
-    layer, latents = decoder.model.decoder_cross_attn, decoder.latents
-    fn, batch = layer.fn, len(latents)
-    k, v = fn.to_kv(layer.norm_context(latents)).chunk(2, -1)
-    out = []
-    for part in [queries] if decoder.trains else queries.parts(ROWS):
-        z = layer.norm(part.tensor(latents)).expand(batch, -1, -1)
-        out.append(decoder.model.to_logits(fn.to_out(attend(fn.to_q(z), k, v, fn.scale, fused))))
-    return torch.cat(out, 1)
-
-
-def ours(decoder: Decoder, queries: Queries) -> Tensor:
-    """Our output."""
-    return decoder.model._decode_described(queries, decoder.latents)
-
-
 def run(decoder: Decoder, call: Callable[[], Tensor]) -> list[Tensor]:
     """The output; in training the gradients of all parameters instead."""
     if not decoder.trains:
         with torch.no_grad():
             return [call()]
-    layer = decoder.model.decoder_cross_attn
-    leaves = [*layer.parameters(), *decoder.model.to_logits.parameters(), *decoder.queries.embed.parameters()]
-    return list(torch.autograd.grad(call().square().mean(), leaves))
+    return list(torch.autograd.grad(call().square().mean(), decoder.leaves()))
 
 
-def share_of(queries: Queries) -> Queries:
+def share_of(queries: Description) -> Description:
     """About :data:`SHARE` of the queries."""
     return next(queries.parts(SHARE))
 
@@ -126,13 +160,13 @@ def measure(decoder: Decoder, rounds: int) -> dict:
     Raises:
         RuntimeError: they do not.
     """
-    some = decoder.queries if decoder.trains else share_of(decoder.queries)
+    some = decoder.described if decoder.whole else share_of(decoder.described)
     calls = {
-        "ours": lambda: ours(decoder, decoder.queries),
-        "sdpa": lambda: plainly(decoder, some, True),
-        "eager": lambda: plainly(decoder, some, False),
+        "ours": lambda: decoder.ours(decoder.described),
+        "sdpa": lambda: decoder.plainly(some, True),
+        "eager": lambda: decoder.plainly(some, False),
     }
-    found, expected = run(decoder, lambda: ours(decoder, some)), run(decoder, calls["sdpa"])
+    found, expected = run(decoder, lambda: decoder.ours(some)), run(decoder, calls["sdpa"])
     difference = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected) if b.norm() > 1e-6)
     if not difference <= AGREE:
         raise RuntimeError(f"outputs differ by {difference:.1e}, more than {AGREE:.0e}: nothing was timed")
@@ -143,8 +177,8 @@ def measure(decoder: Decoder, rounds: int) -> dict:
             if turn:
                 seconds[name].append(time)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    scaled = decoder.queries.count / some.count
-    row = {"queries": decoder.queries.count, "timed_queries_of_peer": some.count, "difference": difference}
+    scaled = decoder.described.count / some.count
+    row = {"queries": decoder.described.count, "timed_queries_of_peer": some.count, "difference": difference}
     return row | {"ours": median["ours"], **{name: median[name] * scaled for name in ("sdpa", "eager")}}
 
 
@@ -163,12 +197,9 @@ def shown(rows: dict[str, dict]) -> list[Sequence[str]]:
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
-    top = argparse.ArgumentParser(prog="python -m benchmarks.decoders", description=__doc__.split("\n")[0])
+    top = options("decoders", __doc__.split("\n")[0], ROUNDS)
     top.add_argument("--case", action="append", choices=list(CASES), help="repeat for several (default: all)")
     top.add_argument("--quick", action="store_true", help="few queries, one round: does it run")
-    top.add_argument("--threads", type=int, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
-    top.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls of each (default: %(default)s)")
-    top.add_argument("--json", type=Path, help="where to keep the numbers (default: they are only printed)")
     return top
 
 

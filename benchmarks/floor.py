@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.environment import DEFAULT_THREADS, conditions
+from benchmarks.environment import conditions
+from benchmarks.options import options
 from benchmarks.output import save, table
 from benchmarks.statistic import seconds_of
 from benchmarks.suite.models import fast
@@ -78,12 +78,9 @@ def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, floa
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
-    top = argparse.ArgumentParser(prog="python -m benchmarks.floor", description=__doc__.split("\n")[0])
+    top = options("floor", __doc__.split("\n")[0], ROUNDS)
     families = [name for name, geometry in GEOMETRIES.items() if geometry.family == "perceiver"]
     top.add_argument("--geometry", default="readme", choices=families, help="(default: %(default)s)")
-    top.add_argument("--threads", type=int, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
-    top.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls of each (default: %(default)s)")
-    top.add_argument("--json", type=Path, help="where to keep the numbers (default: they are only printed)")
     return top
 
 

@@ -1,4 +1,5 @@
-"""``python docs/make_pictures.py``: the pictures of how-it-works.md, from the package's own codes, tables and counts."""
+"""``python docs/make_pictures.py``: the pictures of how-it-works.md and decoders.md, from the package's own codes, tables
+and counts."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # this checkout's package, and the
 
 import counts
 import torch
+from torch import nn
 
-from perceiver_fast import Perceiver
+from perceiver_fast import Perceiver, PerceiverIO, grid_tokens
 from perceiver_fast.layers import axis_codes
 from perceiver_fast.layers.cross_attention import FusedCrossAttention
+from perceiver_fast.layers.decoding import FusedDecoder
 
 DENSE, FAST = "#c1553b", "#2b6c8f"  # apart for the colour-blind, too
 
@@ -105,6 +108,42 @@ def picture_of_logits(plt):
     return figure
 
 
+def picture_of_a_decoder(plt):
+    """One latent's logits for the queries of a grid: a row of one table, plus a row of the other, times a scale."""
+    torch.manual_seed(5)
+    rows, columns, heads = 48, 64, 1
+    queries = grid_tokens((rows, columns), num_freq_bands=6, max_freq=12.0, embed=nn.Linear(26, 40))
+    model = PerceiverIO(depth=0, dim=4, queries_dim=40, num_latents=5, latent_dim=32, cross_heads=heads).eval()
+    layer, latents = model.decoder_cross_attn, 6 * torch.randn(1, 5, 32)
+    with torch.no_grad():
+        layer.fn.to_q.weight.mul_(6)  # sharper than a model is before training: the picture needs it
+        given = FusedDecoder(layer, None, latents, "cpu")._arguments(queries.describe(latents))
+        table, scale, bias = given["tables"][0, 0], given["scale"][0].view(rows, columns), given["bias"][0, 0]
+        of_rows, of_columns = table.split([rows, columns], -1)
+        logits = scale * (of_rows[:, :, None] + of_columns[:, None, :]) + bias[:, None, None]
+        q = layer.fn.to_q(layer.norm(queries.tensor(latents)))[0]  # the dense way, which has to give the same
+        k = layer.fn.to_kv(layer.norm_context(latents)).chunk(2, -1)[0][0]
+        dense = (q @ k.T).T.view(-1, rows, columns) * layer.fn.scale
+    assert (logits - dense).abs().max() < 1e-4 * dense.abs().max()
+
+    shown = int(logits.softmax(0).flatten(1).var(1).argmax())
+    panels = {
+        "T_1[n, i]\n48 numbers": of_rows[shown][:, None].expand(-1, 4),
+        "T_2[n, j]\n64 numbers": of_columns[shown][None, :].expand(4, -1),
+        "times r: the scale\nof LayerNorm": scale,
+        "S[., n]: 3,072 logits\nof latent n": logits[shown],
+        "its weights,\nof 5 latents": logits.softmax(0)[shown],
+    }
+    figure, axes = plt.subplots(1, 5, figsize=(11, 2.6), constrained_layout=True)
+    most = max(part[shown].abs().max() for part in (of_rows, of_columns)).item()
+    for axis, (title, values) in zip(axes, panels.items()):
+        terms = {"cmap": "RdBu_r", "vmin": -most, "vmax": most} if title.startswith("T_") else {"cmap": "magma"}
+        axis.imshow(values, **terms)
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks([]), axis.set_yticks([])
+    return figure
+
+
 def picture_of_memory(plt):
     """What exists in memory at the geometry cross-only, in both libraries."""
     rows = counts.memory("cross-only")
@@ -149,6 +188,7 @@ def picture_of_work(plt):
 PICTURES = {
     "token": picture_of_a_token,
     "logits": picture_of_logits,
+    "decoder": picture_of_a_decoder,
     "memory": picture_of_memory,
     "work": picture_of_work,
 }

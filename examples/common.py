@@ -18,8 +18,9 @@ console = Console(highlight=False)
 if not console.is_terminal:
     console.width = max(console.width, 120)  # rich assumes 80 columns for a file or a pipe
 
-# draw(batch size) -> the model's positional arguments, and labels [batch]
+# draw(batch size) -> the model's positional arguments, and labels [batch], or what else the loss compares outputs with
 Draw = Callable[[int], tuple[tuple, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def parse(
@@ -77,17 +78,18 @@ class Learner:
         model: from inputs to logits.
         steps: how many there will be; the learning rate follows one cycle over them.
         rate: highest learning rate.
+        loss: of outputs and labels. Default: cross-entropy.
     """
 
-    def __init__(self, model: nn.Module, steps: int, rate: float):
-        self.model = model
+    def __init__(self, model: nn.Module, steps: int, rate: float, loss: Loss = F.cross_entropy):
+        self.model, self.loss = model, loss
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=steps, pct_start=0.1)
         self.losses: list[float] = []
 
     def step(self, inputs: tuple, labels: Tensor) -> None:
         """One step of training: ``inputs`` are the model's positional arguments."""
-        loss = F.cross_entropy(self.model(*inputs), labels)
+        loss = self.loss(self.model(*inputs), labels)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -96,19 +98,22 @@ class Learner:
         self.losses.append(loss.item())
 
 
-def train(model: nn.Module, draw: Draw, steps: int, batch: int, rate: float = 3e-3) -> list[float]:
-    """Minimise the cross-entropy, see :class:`Learner`.
+def train(
+    model: nn.Module, draw: Draw, steps: int, batch: int, rate: float = 3e-3, loss: Loss = F.cross_entropy
+) -> list[float]:
+    """Minimise a loss, see :class:`Learner`.
 
     Args:
-        model: called with the arguments that ``draw`` returns; gives logits.
+        model: called with the arguments that ``draw`` returns.
         draw: draws a batch.
         steps, batch: how often, and how many examples a step.
         rate: highest learning rate.
+        loss: of outputs and labels. Default: cross-entropy.
 
     Returns:
         The loss of every step.
     """
-    learner = Learner(model, steps, rate)
+    learner = Learner(model, steps, rate, loss)
     losses = learner.losses
     start = time.perf_counter()
     model.train()

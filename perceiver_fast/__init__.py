@@ -14,7 +14,7 @@ from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
 from perceiver_fast.ops.linear_choice import use_linear
 from perceiver_fast.ranges import ranges
-from perceiver_fast.tokens import grid_queries, point_queries
+from perceiver_fast.tokens import grid_queries, grid_tokens, point_queries, point_tokens
 from perceiver_fast.version import __version__ as __version__
 
 __all__ = [
@@ -33,10 +33,12 @@ __all__ = [
     "gated",
     "graph",
     "grid_queries",
+    "grid_tokens",
     "mixed_latents",
     "ops",
     "plot_attention_map",
     "point_queries",
+    "point_tokens",
     "ranges",
     "reference",
     "use_backend",

@@ -178,7 +178,8 @@ def test_pictures_are_drawn(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     drawn = {path.name for path in tmp_path.iterdir()}
-    shown = set(re.findall(r"\(pictures/([\w.-]+)\)", (DOCS / "how-it-works.md").read_text()))
+    pages = [(DOCS / page).read_text() for page in ("how-it-works.md", "decoders.md")]
+    shown = {name for page in pages for name in re.findall(r"\(pictures/([\w-]+\.svg)\)", page)}
     assert drawn == shown and all((DOCS / "pictures" / name).exists() for name in shown)
     assert all(path.read_text().count("<path") > 20 for path in tmp_path.iterdir())
 

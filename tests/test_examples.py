@@ -24,7 +24,10 @@ PICTURES = {
     "audio": "attention-audio",
     "point_cloud": "attention-points",
     "audio_video": "attention-multimodal",
+    "shapes": "shapes",
+    "image": "image",
 }
+AUTOENCODERS = ("shapes", "image")  # whose accuracy is no share of labels
 OPTIONS = {"train": ["--compare", "20"]}
 
 
@@ -59,8 +62,10 @@ def test_there_are_examples():
 def test_pictures_of_the_docs_are_small():
     docs = EXAMPLES.parent / "docs"
     shown = re.findall(r"\]\((pictures/attention-[a-z]+\.png)\)", (docs / "attention.md").read_text())
-    assert {Path(name).stem for name in shown} == set(PICTURES.values()) - {"train"}
-    assert all((docs / name).stat().st_size < 200_000 for name in shown)
+    assert {Path(name).stem for name in shown} == set(PICTURES.values()) - {"train", *AUTOENCODERS}
+    decoded = [f"pictures/{name}.png" for name in AUTOENCODERS]
+    assert all(f"({name})" in (docs / "decoders.md").read_text() for name in decoded)
+    assert all((docs / name).stat().st_size < 200_000 for name in [*shown, *decoded])
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -69,9 +74,41 @@ def test_learns_and_draws(name, runs):
     assert process.returncode == 0, process.stderr[-2000:]
     first, last = map(float, re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", process.stdout).groups())
     assert last < 0.85 * first
+    assert (folder / f"{PICTURES[name]}.png").read_bytes().startswith(b"\x89PNG")
+    if name in AUTOENCODERS:
+        return
     right, chance = map(float, re.search(r"accuracy: ([\d.]+)% \(guessing: ([\d.]+)%\)", process.stdout).groups())
     assert right > 1.5 * chance, process.stdout
-    assert (folder / f"{PICTURES[name]}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_autoencoders_say_how_well_they_do(runs):
+    shapes, folder = runs["shapes"]
+    assert re.search(r"accuracy: [\d.]+% \(guessing: [\d.]+%\); new solids overlap by [\d.]+%", shapes.stdout)
+    numpy = pytest.importorskip("numpy")
+    field = numpy.load(folder / "shapes.npy")
+    assert field.shape == (4, 16, 16, 16, 1) and field.min() < 0 and numpy.isfinite(field).all()
+    decibels = re.search(r"accuracy: ([\d.]+) dB .* \(their mean colour: ([\d.]+) dB\)", runs["image"][0].stdout)
+    assert float(decibels[1]) > 15.0
+
+
+def test_solids_are_what_their_formulas_say(example):
+    """Points of the surface are at distance zero; a distance grows by no more than the way gone."""
+    shapes_of = example("shapes")
+    torch.manual_seed(0)
+    shapes = shapes_of.Shapes(40)
+    surface = shapes.surface(64)
+    assert shapes.distance(surface).abs().max() < 0.02
+    a, b = torch.rand(2, 40, 500, 3) * 2 - 1
+    assert ((shapes.distance(a) - shapes.distance(b)).abs() <= (a - b).norm(dim=-1) + 1e-5).all()
+    (points, asked), inside = shapes_of.draw(8)
+    assert points.shape == (8, 256, 3) and asked.shape == (8, 256, 3) and 0.1 < inside.mean() < 0.7
+
+
+def test_tiles_of_an_image_come_together_again(example):
+    image_of = example("image")
+    image = torch.rand(50, 70, 3) * 2 - 1
+    joined = image_of.joined(image_of.tiles(image, 3, 4), 3)
+    torch.testing.assert_close(joined, (image[:48, :64] + 1) / 2)
 
 
 def test_train_shows_the_same_losses(runs):
@@ -91,11 +128,16 @@ def example(monkeypatch):
 
 
 def test_help(example, capsys):
-    for name in ("train", "classify"):
+    for name, option in (
+        ("train", "--checkpoint"),
+        ("classify", "--checkpoint"),
+        ("shapes", "--size"),
+        ("image", "--steps"),
+    ):
         with pytest.raises(SystemExit) as done:
             example(name).main(["--help"])
         shown = capsys.readouterr().out
-        assert done.value.code == 0 and "--quick" in shown and "--checkpoint" in shown
+        assert done.value.code == 0 and "--quick" in shown and option in shown
 
 
 def checkpoint(folder):

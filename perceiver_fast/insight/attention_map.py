@@ -16,7 +16,7 @@ from perceiver_fast.layers.observer import observing
 from perceiver_fast.layers.pre_norm import is_cross_attention
 from perceiver_fast.models import MultimodalPerceiver
 from perceiver_fast.ops.library import compute_dtype, unless_autocast
-from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, TokenGroups, Tokens
+from perceiver_fast.tokens import Description, GridTokens, TokenGroups, Tokens
 
 WEIGHTS = 2**24  # that exist at once where many latents are looked at
 PIECE = 16384  # tokens whose keys exist at once
@@ -219,8 +219,8 @@ def _modalities(model: nn.Module, data) -> Sequence[str]:
 
 def _unflatten(maps: Tensor, data) -> Tensor:
     """Maps ``[.., M]`` on the axes of ``data [B, n_1, .., n_A, F]``, where those are of M tokens."""
-    sizes = data.shape[1:-1] if isinstance(data, Tensor) else ()
-    return maps.unflatten(-1, sizes) if len(sizes) > 1 and sizes.numel() == maps.shape[-1] else maps
+    sizes = data.shape[1:-1] if isinstance(data, Tensor) else data.sizes if isinstance(data, Description) else ()
+    return maps.unflatten(-1, sizes) if len(sizes) > 1 and prod(sizes) == maps.shape[-1] else maps
 
 
 def _weights_shape(seen: Attended) -> tuple[int, int, int]:
@@ -285,10 +285,7 @@ def _keys(layer: nn.Module, tokens: Tokens, piece: slice, plain: bool) -> Tensor
     """Keys of a piece of tokens, ``[B, m, H d]``; where layers are more than their parameters they are called."""
     if not plain:
         return layer.fn.to_kv(layer.norm_context(tokens.tensor()[:, piece])).chunk(2, -1)[0]
-    if isinstance(tokens, PointTokens):
-        tokens = PointTokens(tokens.feat[:, piece], tokens.coords[:, piece], tokens.frequencies)
-    else:
-        tokens = DenseTokens(tokens.feat[:, piece])
+    tokens = tokens.part(piece)
     weight = layer.fn.to_kv.weight
     to_k = SimpleNamespace(weight=weight[: weight.shape[0] // 2])  # values are not needed
     return tokens.keys_values(to_k, layer.norm_context)

@@ -22,7 +22,7 @@ from perceiver_fast.ops.layer_norm import LAYER_NORM
 from perceiver_fast.ops.linear import linear_library, product_dtype
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.ops.work import Work
-from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+from perceiver_fast.tokens import DenseTokens, Description, EmbeddedGrid, GridTokens, Tokens
 
 __all__ = ["Explanation", "LayerPath", "explain"]
 
@@ -126,7 +126,7 @@ def _inputs(recorder: Recorder) -> tuple[LayerPath, ...]:
 
 def _description(tokens: Tokens) -> Choice:
     """What describes tokens for all layers."""
-    if isinstance(tokens, GridTokens):
+    if isinstance(tokens, GridTokens) and not isinstance(tokens, EmbeddedGrid):
         return GRID_SCALE.choose(PointwiseCall(tokens.feat.dtype, tokens.feat.device))
     return Choice("layer_norm" if isinstance(tokens, DenseTokens) else "positions", "torch")
 
@@ -135,6 +135,10 @@ def _in_words(model: nn.Module, data) -> str:
     """Latents and tokens, for people."""
     latents = getattr(model, "latents", None)
     held = f"{latents.shape[0]} latents of {latents.shape[1]} channels; " if isinstance(latents, Tensor) else ""
+    if isinstance(data, Description):
+        return (
+            f"{held}{' x '.join(map(str, data.sizes))} described tokens of {data.channels} channels; batch {data.batch}"
+        )
     if not isinstance(data, Tensor):
         return f"{held}{type(data).__name__} of {len(data)}"
     width = getattr(model, "input_dim", data.shape[-1])

@@ -16,7 +16,7 @@ from perceiver_fast.insight.recording import Row
 from perceiver_fast.insight.work import WorkCounter, total
 from perceiver_fast.layers import Attention, FeedForward
 from perceiver_fast.ops.work import Work
-from perceiver_fast.tokens import GridTokens, PointTokens, Tokens
+from perceiver_fast.tokens import EmbeddedGrid, EmbeddedPoints, GridTokens, PointTokens, Tokens
 
 
 def norm(x: Tensor) -> Tensor:
@@ -132,9 +132,11 @@ def count_tokens(described: list[tuple[Tokens, bool]], own: Work) -> Work:
         own: where tokens are not encoded, both do the same.
     """
     with WorkCounter() as counter:
-        for tokens, grouped in described:
+        for given, grouped in described:
+            embedded = isinstance(given, (EmbeddedGrid, EmbeddedPoints))
+            tokens = given.inner if embedded else given
             if isinstance(tokens, PointTokens):
-                encode(tokens.feat, tokens.coords.to(tokens.feat.dtype), tokens.frequencies.shape[1])
+                built = encode(tokens.feat, tokens.coords.to(tokens.feat.dtype), tokens.frequencies.shape[1])
             elif isinstance(tokens, GridTokens):
                 # A group has its embedding in front, on an axis of one index: to perceiver-pytorch more raw channels.
                 codes = [axis.code for axis in (tokens.codes[1:] if grouped else tokens.codes)]
@@ -143,7 +145,9 @@ def count_tokens(described: list[tuple[Tokens, bool]], own: Work) -> Work:
                 axes = [torch.linspace(-1.0, 1.0, len(code), device=like.device, dtype=like.dtype) for code in codes]
                 positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
                 data = like.new_empty(tokens.batch, *positions.shape[:-1], tokens.channels - width)
-                encode(data, positions, width // len(codes) // 2)
+                built = encode(data, positions, width // len(codes) // 2)
             else:
                 return own
+            if embedded:
+                linear(built, given.channels, given.bias is not None)
     return total(counter.operators)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
+from perceiver_fast.layers.described import describe_keywords
 from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import fusable, is_watched
 from perceiver_fast.layers.pre_norm import PreNorm, add_cross_attention, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ranges import layer_range
-from perceiver_fast.tokens import TokenGroups, Tokens
+from perceiver_fast.tokens import Description, TokenGroups, Tokens
 from perceiver_fast.tracing import trainable
 
 
@@ -76,7 +77,7 @@ class PerceiverBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: Tensor | Tokens | TokenGroups | None = None,
+        context: Tensor | Description | Tokens | TokenGroups | None = None,
         mask: Tensor | None = None,
         inverted_attention: bool = False,
     ) -> Tensor:
@@ -84,8 +85,9 @@ class PerceiverBlock(nn.Module):
 
         Args:
             x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them.
-            context: what is attended to, ``[B, M, C]``. Without cross-attention: ignored. (The models of this package pass
-                a description of the tokens if nobody but this forward sees it.)
+            context: what is attended to, ``[B, M, C]``, or a description of it by :func:`perceiver_fast.grid_tokens` or
+                :func:`perceiver_fast.point_tokens`. Without cross-attention: ignored. (The models of this package pass
+                one of their own if nobody but this forward sees it.)
             mask: bool ``[B, M]`` or ``[B, ..]`` of M elements, True where a token may be attended to. Default: all.
             inverted_attention: softmax over the latents, then normalised over the tokens. Default: False.
 
@@ -105,9 +107,12 @@ class PerceiverBlock(nn.Module):
                     f"{type(self).__name__}: expected context [batch, n_1, channels] to attend to, got None; "
                     "give it, or build the block with has_cross_attn=False"
                 )
+            keywords = dict(context=context, mask=mask, inverted_attention=inverted_attention)
+            if isinstance(context, Description):
+                keywords = describe_keywords(type(self).__name__, self._modules["cross_attn"], x, keywords)
+                context = keywords["context"]
             batch = context.shape[0] if isinstance(context, Tensor) else context.batch
             stream = ResidualStream(trainable(x), batch)
-            keywords = dict(context=context, mask=mask, inverted_attention=inverted_attention)
             add_cross_attention(stream, self._modules["cross_attn"], watched, type(self).__name__, **keywords)
             add_layer(stream, self._modules["cross_ff"], watched)
         for self_attn, self_ff in self.self_attns:

@@ -2,7 +2,8 @@
 
     grid       [K | V] = W' [I_F | E_1^T | .. | E_A^T], W' = W minus its row means (LayerNorm's centring is linear):
                keys and values of the basis [x, onehot, .., onehot];  q = to_q(x) K / sqrt(d);  out = o V^T + b_v
-    absorbed   q = to_q(x) W_k / sqrt(d) attends to the normalised tokens themselves;  out = o W_v^T + b_v
+    absorbed   q = to_q(x) W_k / sqrt(d) attends to the normalised tokens themselves, or to what a linear layer makes
+               them of, times LayerNorm's scale;  out = o W_v^T + b_v
     projected  keys and values are built:  to_kv(norm(tokens))
 
 A bias on keys adds the same to all logits of a query, which a softmax over the tokens does not notice. Inverted
@@ -31,7 +32,7 @@ from perceiver_fast.layers.cross_attention_parameters import CrossAttentionParam
 from perceiver_fast.ops.cross_attention import cross_attention_unchecked
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 from perceiver_fast.ops.library import half_dtype, unless_autocast
-from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens, absorb_norm
+from perceiver_fast.tokens import GridTokens, Tokens
 
 Result = tuple[Tensor, Tensor | None]
 LEAST_SCALE = 2.0**-60
@@ -55,12 +56,14 @@ def attend_grid(
         if inverted:  # the keys' bias: a channel that is one after scaling, and the bias as its query
             feat, scale = with_ones(feat, scale)
             q = torch.cat([q[..., :features], logit_bias.unsqueeze(-1), q[..., features:]], -1)
+        elif features == 0:  # the op takes at least one channel
+            feat, q = feat.new_zeros(*feat.shape[:-1], 1), torch.cat([q.new_zeros(*q.shape[:-1], 1), q], -1)
         q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
         mask = None if mask is None else mask.reshape(feat.shape[:-1])
         dropout = layer.fn.active_dropout
         o, lse, weight_sums = grid_attention_unchecked(q, feat, scale, mask, dropout, inverted, heads, half, backend)
         o = o.unflatten(1, (heads, -1))
-        if inverted:
+        if inverted or features == 0:
             o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)
         out = torch.einsum("bhnl,hld->bnhd", o, values) + layer.weighted_bias(value_bias, weight_sums)
         if not with_lse:
@@ -86,22 +89,24 @@ def with_ones(feat: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 def attend_absorbed(
     layer: CrossAttentionParameters,
     z: Tensor,
-    tokens: DenseTokens,
+    tokens: Tokens,
     mask: Tensor | None,
     inverted: bool,
     with_lse: bool,
     backend: str,
 ) -> Result:
-    """Attend to the normalised tokens ``[B, M, C]`` themselves, as keys and as values of every head."""
+    """Attend to the normalised tokens ``[B, M, C]`` themselves (or their basis), as keys and as values of every head."""
     heads, dropout = layer.fn.heads, layer.fn.active_dropout
     half = half_dtype(z.device, tokens.feat.dtype)
     dtype = tokens.compute
     with unless_autocast(z.device):
-        table = layer.by_head(*absorb_norm(layer.fn.to_kv, layer.norm_context, dtype))
-        keys, key_bias, values, value_bias = table
+        basis = tokens.basis(layer.fn.to_kv, layer.norm_context)
+        keys, key_bias, values, value_bias = layer.by_head(basis.weight, basis.bias)
     q, logit_bias = layer.queries(z, keys, key_bias)
     with unless_autocast(z.device):
-        context = tokens.normalized(layer.norm_context.eps).to(dtype)
+        context = basis.feat.to(dtype)
+        if basis.scale is not None:
+            context = context * basis.scale.to(dtype).unsqueeze(-1)
         # A channel of ones puts the keys' bias into the logits, and its result is what the weights sum to.
         has_ones = inverted or dropout > 0
         if has_ones:

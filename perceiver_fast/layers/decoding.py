@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from perceiver_fast.backends import Choice, forced_backend
 from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
-from perceiver_fast.layers.fusing import are_plain, watcher, why_not
+from perceiver_fast.layers.described import why_not_described
+from perceiver_fast.layers.fusing import watcher, why_not
 from perceiver_fast.layers.plan import FLOAT, Plan
 from perceiver_fast.layers.pre_norm import PreNorm
 from perceiver_fast.ops.cross_attention import CROSS_ATTENTION, CrossAttentionCall
@@ -29,10 +30,10 @@ from perceiver_fast.ops.grid_query_attention import (
 )
 from perceiver_fast.ops.library import autocast_dtype, compute_dtype, unless_autocast
 from perceiver_fast.ops.work import Work, attention_work
-from perceiver_fast.tokens import GridQueries, Queries, Tokens
+from perceiver_fast.tokens import Description, GridDescription, Tokens
 
 
-def why_decoder_modules(layer: nn.Module, queries: Queries) -> str | None:
+def why_decoder_modules(layer: nn.Module, queries: Description) -> str | None:
     """Why :class:`FusedDecoder` may not stand in for a PreNorm with a context, in words; None if it may.
 
     The latents' side (``norm_context``, ``to_kv``) need not be plain: what is not is called.
@@ -55,16 +56,10 @@ def why_decoder_modules(layer: nn.Module, queries: Queries) -> str | None:
         or why_not("fn.to_out", fn._modules["to_out"], nn.Linear)
         or fn.why_weights()
     )
-    if found is None and queries.embed is not None:
-        found = why_not("embed", queries.embed, nn.Linear)
-    if found is None and not are_plain(queries.feat):
-        found = "feat is no plain tensor"
-    if found is None and queries.bare:
-        found = "positions without frequencies: a query may be constant, and LayerNorm needs it as it is"
-    return found
+    return found or why_not_described(queries)
 
 
-def plan_decoder(layer: nn.Module, last: nn.Linear | None, latents: Tensor, queries: Queries) -> Plan:
+def plan_decoder(layer: nn.Module, last: nn.Linear | None, latents: Tensor, queries: Description) -> Plan:
     """Whether a decoder takes the description of its queries, or their tensor: the way with the least counted work.
 
     Args:
@@ -81,14 +76,16 @@ def plan_decoder(layer: nn.Module, last: nn.Linear | None, latents: Tensor, quer
     dim = fn._modules["to_q"].weight.shape[0] // heads
     channels = fn._modules["to_out"].weight.shape[0]
     out = channels if last is None else last.weight.shape[0]
-    on_grid, features = isinstance(queries, GridQueries), 0 if queries.feat is None else queries.feat.shape[-1]
+    on_grid, features = isinstance(queries, GridDescription), 0 if queries.feat is None else queries.feat.shape[-1]
     sizes, count = queries.sizes, queries.count
 
     described = GRID_QUERY_ATTENTION.choose(GridQueryAttentionCall(dtype, device, len(sizes) if on_grid else 0))
     if described.backend == "reference" and forced_backend() == "auto":
         why = "it forms the M x N weights, which attention of built queries need not"
         described = Choice(described.op, None, described.rejected | {"reference": [why]})
-    elements = features if on_grid else queries.code_channels + (queries.embed is not None)
+    elements = features if on_grid else queries.code_channels
+    if not on_grid and queries.embed is not None:
+        elements = min(elements + 1, queries.channels)
     length = elements + (sum(sizes) if on_grid else 0)
     values = out if folds(keys, dim, out) else dim
     work = grid_query_attention_work((batch, heads, keys, length), (1, *sizes, elements), (values,), on_grid)

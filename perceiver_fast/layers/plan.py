@@ -3,7 +3,8 @@
 There are three ways to attend N queries of d channels (H heads) to M tokens of C channels:
 
     grid       tokens ``[x ; e_1(i_1) ; ..]`` on a grid, never built: F raw channels, one table entry per query and index
-    absorbed   the projections move into the queries and results, and attention runs over the C channels themselves
+    absorbed   the projections move into the queries and results, and attention runs over the C channels themselves; over
+               the fewer channels of a description where a linear layer makes tokens of them
     projected  keys and values are built, and attention runs over d channels
 
 The work of each is counted from shapes, as ops declare theirs and as explain counts operators (ops/work.py), and the
@@ -21,7 +22,7 @@ from perceiver_fast.ops.cross_attention import CROSS_ATTENTION, CrossAttentionCa
 from perceiver_fast.ops.grid_attention import GRID_ATTENTION, GridAttentionCall, grid_attention_work
 from perceiver_fast.ops.library import half_dtype, projected_dtype
 from perceiver_fast.ops.work import Work, attention_work
-from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens
+from perceiver_fast.tokens import GridTokens, Tokens
 from perceiver_fast.tracing import known
 
 FLOAT = 4  # bytes
@@ -89,7 +90,8 @@ def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
 
 def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
     sizes = tuple(map(known, tokens.sizes))
-    features = tokens.elements + layer.inverted  # one more channel, with the keys' bias
+    # Inverted, there is one more channel, with the keys' bias; and there is one in any case.
+    features = max(1, tokens.elements + layer.inverted)
     length = features + sum(sizes)
     attention = grid_attention_work((batch, rows, length), (batch, *sizes, features), layer.inverted)
     # The tables of queries and of results are products, written and read; and the tokens are read.
@@ -97,10 +99,11 @@ def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: i
     return attention + Work(tables, bytes=FLOAT * batch * (4 * rows * length + count * (features + 2)))
 
 
-def _absorbed_work(tokens: DenseTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
-    channels = tokens.channels + (layer.inverted or layer.dropout > 0)  # a channel of ones, where weights are counted
+def _absorbed_work(tokens: Tokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
+    # A channel of ones, where weights are counted.
+    channels = tokens.absorbed_channels + (layer.inverted or layer.dropout > 0)
     wide, many = (batch, rows, channels), (batch, count, channels)
-    products = 2 * batch * rows * layer.dim_head * channels
+    products = 2 * batch * rows * layer.dim_head * channels + int(batch * tokens.absorbed_operations())
     return attention_work(wide, many, many, layer.inverted) + Work(products, bytes=FLOAT * 3 * prod(many))
 
 
@@ -129,7 +132,7 @@ def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
     ways = {"projected": _dense_choice("projected", tokens, layer)}
     if grid.backend is not None:
         ways["grid"] = grid
-    if isinstance(tokens, DenseTokens) and not layer.queries_contribute_kv:
+    if tokens.absorbed_channels is not None and not layer.queries_contribute_kv:
         ways["absorbed"] = _dense_choice("absorbed", tokens, layer)
     require(*ways.values(), grid)
     work = {path: count_work(path, tokens, layer) for path, choice in ways.items() if choice.backend is not None}
@@ -149,7 +152,7 @@ def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:
         dtype = projected_dtype(tokens.feat)
     else:  # heads are queries; a channel of ones rides along where weights have to be counted
         dtype = half_dtype(tokens.device, tokens.feat.dtype) or tokens.compute
-        channels = tokens.channels + (layer.inverted or layer.dropout > 0)
+        channels = tokens.absorbed_channels + (layer.inverted or layer.dropout > 0)
         if not layer.inverted:
             heads, queries = 1, heads * queries
     return CROSS_ATTENTION.choose(
@@ -166,7 +169,7 @@ def _grid_choice(tokens: Tokens, layer: Layer) -> Choice:
     if not isinstance(tokens, GridTokens):
         return Choice("grid_attention", None, {"any": [f"{tokens.kind} are no grid"]})
     choice = GRID_ATTENTION.choose(
-        GridAttentionCall(tokens.compute, tokens.device, tokens.sizes, tokens.elements, layer.inverted)
+        GridAttentionCall(tokens.compute, tokens.device, tokens.sizes, max(1, tokens.elements), layer.inverted)
     )
     if forced_backend() != "auto" or choice.backend is None:
         return choice

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.cross_attention import cross_attention_branch, describe_context, why_cross_attention_modules
+from perceiver_fast.layers.described import describe_keywords
 from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, is_watched, watcher, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream, normalize
-from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens
+from perceiver_fast.tokens import DenseTokens, Description, TokenGroups, Tokens
 
 BRANCHES = (Attention, without_dropout.Attention, FeedForward, without_dropout.FeedForward)  # classes with a branch()
 CROSS_KEYWORDS = frozenset(("context", "mask", "inverted_attention"))
@@ -49,8 +50,9 @@ class PreNorm(nn.Module):
 
         Args:
             x: ``[B, N, D]``; with a context also ``[1, N, D]``, when the whole batch shares them.
-            **kwargs: what ``fn`` takes beside them, such as ``context [B, M, C]``. (The models of this package pass a
-                description of the context if nobody but this forward sees it.)
+            **kwargs: what ``fn`` takes beside them, such as ``context [B, M, C]``, or a description of that by
+                :func:`perceiver_fast.grid_tokens` or :func:`perceiver_fast.point_tokens`. (The models of this package
+                pass one of their own if nobody but this forward sees it.)
 
         Returns:
             What ``fn`` returns.
@@ -58,6 +60,8 @@ class PreNorm(nn.Module):
         Raises:
             TypeError, ValueError: in a cross-attention, x, context or mask of wrong dtype, rank, size or device.
         """
+        if isinstance(kwargs.get("context"), Description) and self._modules.get("norm_context") is not None:
+            kwargs = describe_keywords(type(self).__name__, self, x, kwargs)
         watched = is_watched(x)
         if not watched and CROSS_KEYWORDS.issuperset(kwargs):
             branch = _cross_branch(self, ResidualStream(x), **kwargs, who=type(self).__name__)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.layers.checks import check_device, check_real
 from perceiver_fast.layers.decoding import FusedDecoder, plan_decoder, why_decoder_modules
 from perceiver_fast.layers.fusing import is_plain
 from perceiver_fast.layers.observer import observer
-from perceiver_fast.tokens import PointQueries, Queries
+from perceiver_fast.tokens import Description, PointDescription
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,37 +20,7 @@ PART = 2**23  # numbers that describe queries, existing at a time in inference: 
 PLAIN = 4  # of a query on a grid without channels of its own: its scale, in float64, and how that comes about
 
 
-def check_described(who: str, queries: Queries, batch: int, channels: int, like: Tensor) -> None:
-    """Check described queries.
-
-    Args:
-        who: the model's name, for messages.
-        queries: what to check.
-        batch, channels: the expected B and D.
-        like: a parameter of the model, whose dtype and device are expected; of positions the device.
-
-    Raises:
-        TypeError, ValueError: the message says expected, got and what to do.
-    """
-    if queries.channels != channels:
-        raise ValueError(
-            f"{who}: expected queries of {channels} channels (queries_dim={channels}), got {queries.channels}; change "
-            "their frequencies or feat, or give them embed=nn.Linear(.., queries_dim)"
-        )
-    for name in ("feat", "coords"):
-        given = getattr(queries, name, None)
-        if given is not None and given.shape[0] not in (1, batch):
-            raise ValueError(
-                f"{who}: expected queries for a batch of {batch}, like data, got {name} {tuple(given.shape)}; leave out "
-                "the batch if it is shared"
-            )
-        if given is not None:
-            (check_real if name == "feat" else check_device)(who, f"the queries' {name}", given, like)
-    if queries.embed is not None:
-        check_real(who, "the weight of the queries' embed", queries.embed.weight, like)
-
-
-def check_out(who: str, out: Tensor | np.ndarray, batch: int, queries: Queries) -> Tensor:
+def check_out(who: str, out: Tensor | np.ndarray, batch: int, queries: Description) -> Tensor:
     """``[B, Q, O]`` of an ``out`` that has one dimension for the queries, or those of their grid.
 
     Raises:
@@ -75,7 +44,7 @@ def check_out(who: str, out: Tensor | np.ndarray, batch: int, queries: Queries) 
 
 
 def decode_described(
-    queries: Queries,
+    queries: Description,
     latents: Tensor,
     attention: nn.Module,
     to_logits: nn.Module | None,
@@ -106,7 +75,7 @@ def decode_described(
         plan = plan_decoder(attention, last, latents, queries)
     if plan is None or plan.path == "built":
 
-        def decode(part: Queries) -> Tensor:
+        def decode(part: Description) -> Tensor:
             return built(part.tensor(latents).expand(batch, -1, -1))
 
     else:
@@ -117,12 +86,14 @@ def decode_described(
         decoder = FusedDecoder(attention, last, latents, plan.taken.backend)
         done = last is not None or type(to_logits) is nn.Identity
 
-        def decode(part: Queries) -> Tensor:
+        def decode(part: Description) -> Tensor:
             found = decoder.decode(part.describe(latents))
             return found if done else after(found)
 
         if done:
-            numbers = queries.code_channels if isinstance(queries, PointQueries) or queries.feat is not None else PLAIN
+            numbers = (
+                queries.code_channels if isinstance(queries, PointDescription) or queries.feat is not None else PLAIN
+            )
             rows = max(1, PART // numbers)
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     if (whole or rows is None) and out is None:
@@ -151,7 +122,7 @@ def _of_channels(out: Tensor, channels: int) -> Tensor:
     return out
 
 
-def _shown(parts: list[Queries]) -> Iterator[Queries]:
+def _shown(parts: list[Description]) -> Iterator[Description]:
     """The parts, one after the other, with a bar that says how many are done."""
     from rich.console import Console
     from rich.progress import track

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers import PerceiverBlock, PreNorm
 from perceiver_fast.layers.checks import check_data, check_mask
+from perceiver_fast.layers.described import check_described, check_described_mask, described_tokens
 from perceiver_fast.layers.fusing import is_plain, is_watched
 from perceiver_fast.layers.pre_norm import add_layer, keywords_for, why_modules
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.layers.without_dropout import Attention, FeedForward
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
-from perceiver_fast.models.described import check_described, check_out, decode_described
+from perceiver_fast.models.described import check_out, decode_described
 from perceiver_fast.models.inputs import check_ids, check_queries, check_width, context_channels, like, norm_channels
 from perceiver_fast.models.stack import build_blocks, first_hiddens, rows_for, run_blocks, run_checkpointed
-from perceiver_fast.tokens import DenseTokens, Queries, Tokens
+from perceiver_fast.tokens import DenseTokens, Description, Tokens
 from perceiver_fast.tracing import own, trainable
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class PerceiverIO(nn.Module):
         upgrade_io_state_dict(self, state_dict, prefix)  # before the submodules look up their keys
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def check_inputs(self, data: Tensor, mask: Tensor | None) -> Tensor | None:
+    def check_inputs(self, data: Tensor | Description, mask: Tensor | None) -> Tensor | None:
         """Check ``data`` and ``mask``, as the forward takes them.
 
         Returns:
@@ -133,15 +134,20 @@ class PerceiverIO(nn.Module):
         """
         who = type(self).__name__
         channels = self.input_channels
+        if isinstance(data, Description):
+            channels = check_width(channels, data.channels, context_channels(self))
+            check_described(who, "data", data, like(self), batch=None, channels=channels, argument="dim")
+            mask = check_described_mask(who, "data", mask, data, like(self))
+            return None if mask is None else own(mask)
         if isinstance(data, Tensor) and data.dim() > 0 and data.shape[-1] != channels:
             channels = check_width(channels, data.shape[-1], context_channels(self))
         check_data(who, "data", data, like(self), axes=1, channels=channels, channels_argument="dim")
         mask = check_mask(who, mask, "data", data, data.shape[1:-1])
         return None if mask is None else own(mask)
 
-    def _query_channels(self, queries: Tensor | Queries) -> int:
+    def _query_channels(self, queries: Tensor | Description) -> int:
         """The number of channels to expect of ``queries``."""
-        if isinstance(queries, Queries):
+        if isinstance(queries, Description):
             given = queries.channels
         elif isinstance(queries, Tensor) and queries.dim() > 0:
             given = queries.shape[-1]
@@ -150,28 +156,36 @@ class PerceiverIO(nn.Module):
         norm = getattr(self.decoder_cross_attn, "norm", None)
         return check_width(self.queries_dim, given, norm_channels(norm))
 
-    def describe(self, data: Tensor) -> Tokens:
+    def _check_described_queries(self, who: str, queries: Description, batch: int) -> None:
+        """Raise unless described queries are for a batch, and of the channels that the decoder takes."""
+        channels = self._query_channels(queries)
+        check_described(who, "queries", queries, like(self), batch=batch, channels=channels, argument="queries_dim")
+
+    def describe(self, data: Tensor | Description) -> Tokens:
         """The tokens of ``data``."""
+        if isinstance(data, Description):
+            return described_tokens(data, like(self))
         return DenseTokens(trainable(data))
 
     def forward(
         self,
-        data: Tensor,
+        data: Tensor | Description,
         mask: Tensor | None = None,
-        queries: Tensor | Queries | None = None,
+        queries: Tensor | Description | None = None,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
         return_hiddens: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Decode, or embed.
 
         Args:
-            data: ``[B, M, dim]``, the dtype and device of the parameters.
+            data: ``[B, M, dim]``, the dtype and device of the parameters; or a description of them,
+                :func:`perceiver_fast.grid_tokens` or :func:`perceiver_fast.point_tokens`, which gives the numbers of the
+                tensor that it stands for, at the cost of the tokens' positions. (In training with seq_dropout_prob it
+                is built.)
             mask: bool ``[B, M]``, True where a token may be attended to. A row that is all False attends uniformly to
                 all tokens, as in perceiver-pytorch. Default: all True.
             queries: ``[B, Q, queries_dim]``, or ``[Q, queries_dim]`` when the whole batch shares them; or a description of
-                them, :func:`perceiver_fast.grid_queries` or :func:`perceiver_fast.point_queries`, which gives the
-                numbers of the tensor that it stands for, at the cost of the queries' positions. Default: None, return
-                the latents.
+                them, as of ``data``. Default: None, return the latents.
             block_outputs: outputs of earlier blocks, for the attention residual. Default: the latents after the
                 cross-attention.
             return_hiddens: also return the outputs of all blocks. Default: False.
@@ -186,14 +200,14 @@ class PerceiverIO(nn.Module):
             perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
         """
         mask = self.check_inputs(data, mask)
-        batch = data.shape[0]
-        if queries is not None:
-            expected = type(self).__name__, queries, data.shape[0], self._query_channels(queries), like(self)
-            if isinstance(queries, Queries):
-                check_described(*expected)
-            else:
-                queries = check_queries(*expected)
+        batch = data.batch if isinstance(data, Description) else data.shape[0]
+        if isinstance(queries, Description):
+            self._check_described_queries(type(self).__name__, queries, batch)
+        elif queries is not None:
+            queries = check_queries(type(self).__name__, queries, batch, self._query_channels(queries), like(self))
         if self.training and self.seq_dropout_prob > 0.0:
+            if isinstance(data, Description):
+                data = data.tensor(like(self))
             data, mask = drop_tokens(data, mask, self.seq_dropout_prob)
         x = self.latents.unsqueeze(0).expand(batch, -1, -1)
         keywords = dict(context=self.describe(data), mask=mask, inverted_attention=self.inverted_cross_attn)
@@ -204,7 +218,7 @@ class PerceiverIO(nn.Module):
         x = run_blocks(x, self.layers, self.attn_residuals, hiddens, repeat({}), self.checkpoint)
         if queries is None:
             out = x
-        elif isinstance(queries, Queries):
+        elif isinstance(queries, Description):
             out = self._decode_described(queries, x)
         else:
             out = self._decode(trainable(queries).expand(batch, -1, -1), DenseTokens(x))
@@ -214,8 +228,8 @@ class PerceiverIO(nn.Module):
     def decode_into(
         self,
         out: Tensor | np.ndarray,
-        data: Tensor,
-        queries: Queries,
+        data: Tensor | Description,
+        queries: Description,
         mask: Tensor | None = None,
         progress: bool = False,
     ) -> None:
@@ -244,15 +258,16 @@ class PerceiverIO(nn.Module):
             True
         """
         who = f"{type(self).__name__}.decode_into"
-        if not isinstance(queries, Queries):
+        if not isinstance(queries, Description):
             raise TypeError(f"{who}: expected described queries, got {type(queries).__name__}; see grid_queries")
         mask = self.check_inputs(data, mask)
-        check_described(who, queries, data.shape[0], self._query_channels(queries), like(self))
-        out = check_out(who, out, data.shape[0], queries)
+        batch = data.batch if isinstance(data, Description) else data.shape[0]
+        self._check_described_queries(who, queries, batch)
+        out = check_out(who, out, batch, queries)
         self._decode_described(queries, self(data, mask=mask), out, progress)
 
     def _decode_described(
-        self, queries: Queries, latents: Tensor, out: Tensor | None = None, progress: bool = False
+        self, queries: Description, latents: Tensor, out: Tensor | None = None, progress: bool = False
     ) -> Tensor:
         """The output ``[B, Q, logits_dim]`` for described queries, written to ``out`` if that is given."""
         tokens = DenseTokens(latents)

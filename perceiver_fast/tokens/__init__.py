@@ -2,26 +2,40 @@
 
 from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
 from perceiver_fast.tokens.dense import DenseTokens
+from perceiver_fast.tokens.description import (
+    Description,
+    GridDescription,
+    PointDescription,
+    grid_tokens,
+    point_tokens,
+)
 from perceiver_fast.tokens.embedded import EmbeddedGrid, EmbeddedPoints
 from perceiver_fast.tokens.grid import GridTokens
 from perceiver_fast.tokens.groups import TokenGroups, merge_groups
 from perceiver_fast.tokens.points import PointTokens
-from perceiver_fast.tokens.queries import GridQueries, PointQueries, Queries, grid_queries, point_queries
+
+grid_queries = grid_tokens
+"""``grid_tokens`` under the name of what it describes in a decoder."""
+
+point_queries = point_tokens
+"""``point_tokens`` under the name of what it describes in a decoder."""
 
 __all__ = [
     "Basis",
     "DenseTokens",
+    "Description",
     "EmbeddedGrid",
     "EmbeddedPoints",
-    "GridQueries",
+    "GridDescription",
     "GridTokens",
-    "PointQueries",
+    "PointDescription",
     "PointTokens",
-    "Queries",
     "TokenGroups",
     "Tokens",
     "absorb_norm",
     "grid_queries",
+    "grid_tokens",
     "merge_groups",
     "point_queries",
+    "point_tokens",
 ]

@@ -129,6 +129,19 @@ class Tokens:
         """
         raise NotImplementedError
 
+    @property
+    def absorbed_channels(self) -> int | None:
+        """Channels of :meth:`basis`, where attention may run over them in the place of keys and values; else None."""
+        return None
+
+    def absorbed_operations(self) -> float:
+        """Multiply-adds of building :meth:`basis` for one batch element, where attention runs over its channels."""
+        return 0.0
+
+    def part(self, piece: slice) -> Tokens:
+        """Some of the tokens; a grid's are not apart."""
+        raise NotImplementedError
+
     def in_order(self, built: Tensor) -> Tensor:
         """``[.., C]`` in the description's own order, brought into the one that is expected."""
         return built if self.order is None else built[..., self.order]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from perceiver_fast.backends import Choice
 from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
 from perceiver_fast.ops.layer_norm import layer_norm
-from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
-from perceiver_fast.tokens.base import Tokens, absorb_norm
+from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
 
 
 class DenseTokens(Tokens):
@@ -57,6 +57,18 @@ class DenseTokens(Tokens):
             return F.layer_norm(context, context.shape[-1:], eps=eps)
         one = context.new_ones(context.shape[-1])
         return layer_norm(context, one, torch.zeros_like(one), eps)  # F.layer_norm's third derivative is wrong
+
+    @property
+    def absorbed_channels(self) -> int:
+        return self.channels
+
+    def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
+        with unless_autocast(self.device):
+            weight, bias = absorb_norm(projection, norm, self.compute)
+            return Basis(weight, bias, self.normalized(norm.eps), None, False)
+
+    def part(self, piece: slice) -> DenseTokens:
+        return DenseTokens(self.feat[:, piece])
 
     def uses(self, path: str) -> tuple[Choice, ...]:
         return (self._projection(),) if path == "projected" and self._fuses() else ()

@@ -18,6 +18,7 @@ from perceiver_fast.ops.derivatives import differentiable, differentiated_again,
 from perceiver_fast.ops.fourier_projection import centred
 from perceiver_fast.ops.library import projected_dtype, unless_autocast
 from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
+from perceiver_fast.tokens.dense import DenseTokens
 from perceiver_fast.tokens.grid import GridTokens
 from perceiver_fast.tokens.points import PointTokens
 
@@ -34,7 +35,7 @@ class EmbeddedGrid(GridTokens):
 
     def __init__(self, grid: GridTokens, weight: Tensor, bias: Tensor | None):
         super().__init__(grid.feat, grid.codes)
-        self.dtype, self.grid, self.weight, self.bias = grid.dtype, grid, weight, bias
+        self.dtype, self.inner, self.weight, self.bias = grid.dtype, grid, weight, bias
 
     @property
     def channels(self) -> int:
@@ -87,7 +88,7 @@ class EmbeddedGrid(GridTokens):
             feat = self.feat.double()
             meets = sum(over_axis(form[0][1 + a] @ code.T, a, axes) for a, code in enumerate(codes))  # [*sizes, F]
             total = total + (feat * (2 * meets + feat @ form[0][0])).sum(-1)
-        return total.clamp_min(0)
+        return total.clamp_min(0).expand(self.feat.shape[:-1])
 
     def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         weight, bias = absorb_norm(to_kv, norm, self.feat.dtype)
@@ -103,7 +104,7 @@ class EmbeddedGrid(GridTokens):
         return (*super().sources(), self.weight, *(() if self.bias is None else (self.bias,)))
 
     def materialize(self) -> Tensor:
-        return nn.functional.linear(self.grid.materialize(), self.weight, self.bias)
+        return nn.functional.linear(self.inner.materialize(), self.weight, self.bias)
 
 
 def over_axis(table: Tensor, axis: int, axes: int) -> Tensor:
@@ -122,22 +123,32 @@ class EmbeddedPoints(Tokens):
     kind = "embedded points"
 
     def __init__(self, points: PointTokens, weight: Tensor, bias: Tensor | None):
-        self.points, self.feat, self.weight, self.bias = points, points.feat, weight, bias
+        self.inner, self.feat, self.weight, self.bias = points, points.feat, weight, bias
 
     @property
     def channels(self) -> int:
         return self.weight.shape[0]
 
     def uses(self, path: str) -> tuple[Choice, ...]:
-        return self.points.uses(path)
+        return self.inner.uses(path)
+
+    @property
+    def absorbed_channels(self) -> int:
+        return self.inner.channels + (self.bias is not None)
+
+    def absorbed_operations(self) -> float:
+        return self.inner.projection_operations(2 * self.inner.channels)  # codes, and their variance
 
     def projection_operations(self, width: int) -> float:
-        return self.points.projection_operations(width + self.points.channels)
+        return self.inner.projection_operations(width + 2 * self.inner.channels)
+
+    def part(self, piece: slice) -> EmbeddedPoints:
+        return EmbeddedPoints(self.inner.part(piece), self.weight, self.bias)
 
     def basis(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):
             columns = self.weight if self.bias is None else torch.cat([self.weight, self.bias.unsqueeze(1)], 1)
-            codes = self.points.codes(ones=self.bias is not None)  # the bias belongs to the channel of ones
+            codes = self.inner.codes(ones=self.bias is not None)  # the bias belongs to the channel of ones
             dtype = codes.dtype
             weight, bias = absorb_norm(to_kv, norm, dtype)
             variance = variance_of_products(codes, centred(columns.double(), 0).to(dtype))
@@ -150,10 +161,20 @@ class EmbeddedPoints(Tokens):
         return kv.to(projected_dtype(to_kv.weight))
 
     def sources(self) -> tuple[Tensor, ...]:
-        return (*self.points.sources(), self.weight, *(() if self.bias is None else (self.bias,)))
+        return (*self.inner.sources(), self.weight, *(() if self.bias is None else (self.bias,)))
 
     def materialize(self) -> Tensor:
-        return nn.functional.linear(self.points.materialize(), self.weight, self.bias)
+        return nn.functional.linear(self.inner.materialize(), self.weight, self.bias)
+
+
+def embedded_points(points: PointTokens, weight: Tensor, bias: Tensor | None) -> Tokens:
+    """:class:`EmbeddedPoints`; or the result of the layer, where it has no more channels than what it is made of."""
+    if weight.shape[0] > points.channels:
+        return EmbeddedPoints(points, weight, bias)
+    codes = points.codes()
+    tokens = DenseTokens(nn.functional.linear(codes.to(projected_dtype(points.feat)), weight, bias))
+    tokens.kind = "embedded points, built as they have no more channels than their codes,"
+    return tokens
 
 
 def variance_of_products(z: Tensor, weight: Tensor) -> Tensor:

@@ -61,13 +61,19 @@ class PointTokens(Tokens):
         with unless_autocast(self.device):
             feat = self.feat if self.stored_channels else None
             same = torch.eye(width, dtype=self.compute, device=self.device)
-            return fourier_projection_unchecked(
+            codes = fourier_projection_unchecked(
                 feat, self.coords, self.frequencies, same[: self.channels], same[-1] if ones else None, eps
             )
+            return codes.expand(self.batch, -1, -1)
 
     def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):
             return Basis(*absorb_norm(projection, norm, self.compute, self.order), self.codes(norm.eps), None, False)
+
+    def part(self, piece: slice) -> PointTokens:
+        part = PointTokens(self.feat[:, piece], self.coords[:, piece], self.frequencies)
+        part.order = self.order
+        return part
 
     def sources(self) -> tuple[Tensor, ...]:
         return self.feat, self.coords

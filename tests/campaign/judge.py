@@ -62,12 +62,14 @@ class Judge:
         truth: in float64.
         scales: by name, where it is not one.
         rerun: plain PyTorch's results in a dtype, with weights that are off by one rounding; called with a seed.
+        bound: of errors in float64.
     """
 
     outcome: Outcome
     truth: Results
     scales: dict[str, float]
     rerun: Callable[[torch.dtype, int], Results]
+    bound: float = FLOAT64_BOUND
 
     def __post_init__(self):
         self.finite = {name for name, t in self.truth.items() if t.isfinite().all()}
@@ -86,7 +88,7 @@ class Judge:
                 self._size(name),
                 1e-12 * self.whole / self.scales.get(name, 1.0),
             )
-            if error > FLOAT64_BOUND + rest / size and error > 5 * self._swing(name, torch.float64):
+            if error > self.bound + rest / size and error > 5 * self._swing(name, torch.float64):
                 self.outcome.find(FLOAT64, f"{name}: error {error:.1e} in float64")
 
     def low(self, ours: Results, plain: Results, dtype: torch.dtype) -> None:

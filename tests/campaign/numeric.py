@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
-from .judge import Judge, Results, size_of
+from .judge import FLOAT64_BOUND, Judge, Results, size_of
 from .models import PLAIN as PLAIN_MODEL
 from .models import Built, build, draw_model
 from .outcome import Outcome
@@ -90,9 +90,26 @@ def nudge(model: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
 
 def run(case: dict) -> Outcome:
     """Compare ours in float64 and in the case's dtype with the truth."""
-    outcome, dtype = Outcome(), getattr(torch, case["dtype"])
+    outcome, built = Outcome(), build(case, case["seed"])
+    if hasattr(built.ours, "checkpoint"):
+        built.ours.checkpoint = case["checkpoint"]
+    compare(case, built, outcome)
+    outcome.counts[f"{case['family']} models"] += 1
+    return outcome
+
+
+def compare(case: dict, built: Built, outcome: Outcome, bound: float = FLOAT64_BOUND, low: bool = True) -> None:
+    """Judge our model.
+
+    Args:
+        case: says the dtype and the number of threads.
+        built: both models and their inputs.
+        outcome: gets what is found.
+        bound: of errors in float64.
+        low: compare in the case's dtype, too.
+    """
+    dtype = getattr(torch, case["dtype"])
     torch.set_num_threads(case["threads"])
-    built = build(case, case["seed"])
 
     def plainly(dtype: torch.dtype, seed: int | None = None) -> Results:
         plain = copy.deepcopy(built.plain)
@@ -104,10 +121,7 @@ def run(case: dict) -> Outcome:
 
     with right_in_float64():
         truth = plainly(torch.float64)
-    judge = Judge(outcome, truth, scales(built), plainly)
-    if hasattr(built.ours, "checkpoint"):
-        built.ours.checkpoint = case["checkpoint"]
+    judge = Judge(outcome, truth, scales(built), plainly, bound)
     judge.float64(run_model(built.run, built.ours, built.inputs, torch.float64))
-    judge.low(run_model(built.run, built.ours, built.inputs, dtype), plainly(dtype), dtype)
-    outcome.counts[f"{case['family']} models"] += 1
-    return outcome
+    if low:
+        judge.low(run_model(built.run, built.ours, built.inputs, dtype), plainly(dtype), dtype)

@@ -14,12 +14,21 @@ from .sweep import Run, Sweep
 PARTS = {
     "sanitizers": "csrc/core under TSan, ASan and UBSan; ops and raw on an extension built with ASan and UBSan",
     "numeric": "random models against perceiver-pytorch in float64, on every instruction set",
+    "described": "random PerceiverIOs of described data and queries against perceiver-pytorch's on built tensors",
     "ops": "random calls of every public op against the reference in float64, on every instruction set",
     "raw": "registered operators called with changed arguments",
     "staleness": "writes to parameters by every route between inference calls",
     "threads": "one model from four threads, two models trained at once",
 }
-WEIGHTS = {"sanitizers": 3.0, "numeric": 5.0, "ops": 1.5, "raw": 1.0, "staleness": 1.5, "threads": 0.8}
+WEIGHTS = {
+    "sanitizers": 3.0,
+    "numeric": 5.0,
+    "described": 1.0,
+    "ops": 1.5,
+    "raw": 1.0,
+    "staleness": 1.5,
+    "threads": 0.8,
+}
 BUILDING = 0.5  # of the time, at most, for what is built with sanitizers
 
 
@@ -32,7 +41,7 @@ def on_isas(part: str) -> list[Run]:
 
 def runs(part: str) -> list[Run]:
     """The runs of a part on the ordinary build."""
-    return on_isas(part) if part in ("numeric", "ops") else [Run(part)]
+    return on_isas(part) if part in ("numeric", "described", "ops") else [Run(part)]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ def check(seed, *arguments):
 
 # The seeds of staleness are some that once found stale outputs: a cache whose hash read parts of large parameters.
 @pytest.mark.parametrize(
-    "part, cases, seed", [("ops", 80, 1), ("raw", 150, 1), ("staleness", 6, 2000), ("threads", 8, 1)]
+    "part, cases, seed",
+    [("ops", 80, 1), ("described", 16, 1), ("raw", 150, 1), ("staleness", 6, 2000), ("threads", 8, 1)],
 )
 def test_part(part, cases, seed):
     assert f"| {cases} |" in check(seed, "--part", part, "--cases", str(cases))

@@ -218,7 +218,7 @@ def test_wrong_descriptions_are_told():
     model, data, _ = small()
     with pytest.raises(ValueError, match="expected queries of 10 channels.*got 14; change their frequencies"):
         model(data, queries=pf.grid_queries((3, 4), num_freq_bands=3, max_freq=4.0))
-    with pytest.raises(ValueError, match="expected queries for a batch of 2, like data, got feat"):
+    with pytest.raises(ValueError, match="expected queries for a batch of 2, got feat"):
         model(data, queries=pf.grid_queries((3,), num_freq_bands=2, max_freq=4.0, feat=torch.randn(3, 3, 5)))
     with pytest.raises(ValueError, match="expected embed to take 10 channels"):
         pf.grid_queries((3, 4), num_freq_bands=2, max_freq=4.0, embed=nn.Linear(9, 10))
@@ -284,5 +284,5 @@ def test_output_goes_into_a_file(tmp_path, monkeypatch, ff, capsys):
 def test_channels_of_another_dtype_are_not_converted():
     model, data, _ = small()
     queries = pf.grid_queries((3,), num_freq_bands=2, max_freq=4.0, feat=torch.randn(3, 5, dtype=torch.float64))
-    with pytest.raises(TypeError, match="expected the queries' feat of dtype torch.float32, like the model's"):
+    with pytest.raises(TypeError, match="expected feat of queries of dtype torch.float32, like the model's"):
         model(data, queries=queries)

@@ -1,8 +1,8 @@
-"""Queries of a decoder that are described: at every point of a grid, or at points anywhere.
+"""Tokens that a user describes by their positions: at every point of a grid, or at points anywhere.
 
-A tensor of queries ``[B, Q, D]`` is what their positions make of it. A description holds the positions, so attention of
-the queries costs what these do (ops/grid_query_attention.py), and parts of the tensor are built only where somebody
-needs them.
+A tensor ``[B, M, C]`` of them is what their positions make of it. A description holds the positions, so attention costs
+what these do, and parts of the tensor are built only where somebody needs them. One class serves a model as data, which
+latents attend to, and as queries of its decoder, which attend to latents (ops/grid_query_attention.py).
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from torch import Tensor, nn
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.reference.fourier_projection import LAYOUTS
 from perceiver_fast.tokens.base import Tokens
-from perceiver_fast.tokens.embedded import EmbeddedGrid, EmbeddedPoints
+from perceiver_fast.tokens.embedded import EmbeddedGrid, embedded_points
 from perceiver_fast.tokens.fourier import AxisCodes
 from perceiver_fast.tokens.grid import GridTokens
 from perceiver_fast.tokens.points import PointTokens
+from perceiver_fast.tracing import trainable
 
 
 @dataclass(frozen=True, eq=False)
-class Queries:
-    """A description of Q queries of D channels, ``[B, Q, D]``; made by :func:`grid_queries` or :func:`point_queries`.
+class Description:
+    """A description of M tokens of D channels, ``[B, M, D]``; made by :func:`grid_tokens` or :func:`point_tokens`.
 
     Attributes:
-        feat: channels of the queries' own, ``[B, *sizes, F]`` or ``[B, Q, F]``, B = 1 where the whole batch shares them.
+        feat: channels of the tokens' own, ``[B, *sizes, F]`` or ``[B, M, F]``, B = 1 where the whole batch shares them.
         embed: a linear layer, from channels and codes to D; or None.
-        order: where each channel, in the order that ``embed`` or a decoder expects, stands among feat and then, for every
+        order: where each channel, in the order that ``embed`` or a model expects, stands among feat and then, for every
             axis, sines, cosines and the position: int64 ``[C]``. None: that very order.
     """
 
@@ -40,41 +41,53 @@ class Queries:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Sizes of the grid, or ``(Q,)``."""
+        """Sizes of the grid, or ``(M,)``."""
         raise NotImplementedError
 
     @property
+    def batch(self) -> int:
+        """Number of batch elements, B; 1 where all of them share the tokens."""
+        return 1 if self.feat is None else self.feat.shape[0]
+
+    @property
     def count(self) -> int:
-        """Number of queries, Q."""
+        """Number of tokens, M."""
         return math.prod(self.sizes)
 
     @property
     def channels(self) -> int:
-        """Channels of a query, D."""
+        """Channels of a token, D."""
         return self.code_channels if self.embed is None else self.embed.out_features
 
     @property
     def code_channels(self) -> int:
-        """Channels of a query before ``embed``, C."""
+        """Channels of a token before ``embed``, C."""
         raise NotImplementedError
 
     @property
     def bare(self) -> bool:
-        """Whether a query is its channels and positions as they are, without sines or an embedding.
+        """Whether a token is its channels and positions as they are, without sines or an embedding.
 
-        Such a query can be constant, and LayerNorm has to make exact zeros of it: the tensor is needed for that.
+        Such a token can be constant, and LayerNorm has to make exact zeros of it: the tensor is needed for that.
         """
         raise NotImplementedError
 
-    def part(self, start: int, stop: int) -> Queries:
-        """The queries of indices start to stop of the first axis."""
+    def part(self, start: int, stop: int) -> Description:
+        """The tokens of indices start to stop of the first axis."""
         raise NotImplementedError
 
-    def parts(self, most: int) -> Iterator[Queries]:
-        """All queries, in parts of at most so many where a part of one index of the first axis is not more already."""
+    def parts(self, most: int) -> Iterator[Description]:
+        """All tokens, in parts of at most so many where a part of one index of the first axis is not more already."""
         step = max(1, most // max(1, self.count // self.sizes[0]))
         for start in range(0, self.sizes[0], step):
             yield self.part(start, min(start + step, self.sizes[0]))
+
+    def expand(self, batch: int) -> Description:
+        """The same for every element of a batch of another size."""
+        feat = self.feat
+        if feat is None:
+            feat = torch.empty(1, *self.sizes, 0)
+        return replace(self, feat=feat.expand(batch, *feat.shape[1:]))
 
     def describe(self, like: Tensor) -> Tokens:
         """The description that layers work with, in the dtype and on the device of ``like``."""
@@ -86,13 +99,15 @@ class Queries:
         weight, bias = self.embed.weight, self.embed.bias
         if order is not None:
             weight = torch.zeros_like(weight).index_copy(1, order, weight)
-        return (EmbeddedGrid if isinstance(tokens, GridTokens) else EmbeddedPoints)(tokens, weight, bias)
+        if isinstance(tokens, GridTokens):
+            return EmbeddedGrid(tokens, weight, bias)
+        return embedded_points(tokens, weight, bias)
 
     def _codes(self, like: Tensor) -> GridTokens | PointTokens:
         raise NotImplementedError
 
     def tensor(self, like: Tensor) -> Tensor:
-        """The queries themselves, ``[B or 1, Q, D]``, in the dtype and on the device of ``like``."""
+        """The tokens themselves, ``[B or 1, M, D]``, in the dtype and on the device of ``like``."""
         tokens = self._codes(like)
         tokens.order = None if self.order is None else self.order.to(like.device)
         built = tokens.materialize()
@@ -100,8 +115,8 @@ class Queries:
 
 
 @dataclass(frozen=True, eq=False)
-class GridQueries(Queries):
-    """Queries at every point of a grid, in row-major order; see :func:`grid_queries`.
+class GridDescription(Description):
+    """Tokens at every point of a grid, in row-major order; see :func:`grid_tokens`.
 
     Attributes:
         codes: float64 ``[n_a, C_a]`` of every axis.
@@ -121,7 +136,7 @@ class GridQueries(Queries):
     def bare(self) -> bool:
         return self.embed is None and all(code.shape[1] == 1 for code in self.codes)
 
-    def part(self, start: int, stop: int) -> GridQueries:
+    def part(self, start: int, stop: int) -> GridDescription:
         feat = None if self.feat is None else self.feat[:, start:stop]
         return replace(self, codes=(self.codes[0][start:stop], *self.codes[1:]), feat=feat)
 
@@ -135,15 +150,15 @@ class GridQueries(Queries):
         feat = self.feat
         if feat is None:
             feat = torch.empty(1, *self.sizes, 0)
-        return GridTokens(feat.to(device, like.dtype), tuple(codes))
+        return GridTokens(trainable(feat).to(device, like.dtype), tuple(codes))
 
 
 @dataclass(frozen=True, eq=False)
-class PointQueries(Queries):
-    """Queries at points anywhere; see :func:`point_queries`.
+class PointDescription(Description):
+    """Tokens at points anywhere; see :func:`point_tokens`.
 
     Attributes:
-        coords: positions ``[B, Q, A]``, B = 1 where the whole batch shares them.
+        coords: positions ``[B, M, A]``, B = 1 where the whole batch shares them.
         frequencies: float64 ``[A, K]``, in half periods a unit of position.
     """
 
@@ -155,6 +170,11 @@ class PointQueries(Queries):
         return (self.coords.shape[1],)
 
     @property
+    def batch(self) -> int:
+        shared = self.feat is None or self.feat.shape[0] == 1
+        return self.coords.shape[0] if shared else self.feat.shape[0]
+
+    @property
     def code_channels(self) -> int:
         axes, bands = self.frequencies.shape
         return (0 if self.feat is None else self.feat.shape[-1]) + axes * (2 * bands + 1)
@@ -163,7 +183,7 @@ class PointQueries(Queries):
     def bare(self) -> bool:
         return self.embed is None and self.frequencies.shape[1] == 0
 
-    def part(self, start: int, stop: int) -> PointQueries:
+    def part(self, start: int, stop: int) -> PointDescription:
         feat = None if self.feat is None else self.feat[:, start:stop]
         return replace(self, coords=self.coords[:, start:stop], feat=feat)
 
@@ -171,12 +191,12 @@ class PointQueries(Queries):
         feat = self.feat
         if feat is None:
             feat = self.coords.new_empty(*self.coords.shape[:2], 0)
-        coords, frequencies = (t.to(like.device).double() for t in (self.coords, self.frequencies))
-        feat = feat.expand(max(len(feat), len(coords)), -1, -1)
+        coords, frequencies = (t.to(like.device).double() for t in (trainable(self.coords), self.frequencies))
+        feat = trainable(feat).expand(self.batch, -1, -1)
         return PointTokens(feat.to(like.device, like.dtype), coords, frequencies)
 
 
-def grid_queries(
+def grid_tokens(
     sizes: Sequence[int],
     *,
     num_freq_bands: int | None = None,
@@ -186,27 +206,30 @@ def grid_queries(
     feat: Tensor | None = None,
     embed: nn.Linear | None = None,
     layout: str = "perceiver-pytorch",
-) -> GridQueries:
-    """Queries of a decoder at every point of a grid, for ``PerceiverIO(..)(data, queries=grid_queries(..))``.
+) -> GridDescription:
+    """Tokens at every point of a grid, described: what a :class:`PerceiverIO` takes as data and as queries.
 
-    A query is ``[feat ; Fourier code of its position]``, or ``embed`` of that. Along an axis the code has K sines, K
-    cosines and the position itself, ``sin(pi f_k p)``, as in perceiver-pytorch.
+    A token is ``[feat ; Fourier code of its position]``, or ``embed`` of that. Along an axis the code has K sines, K
+    cosines and the position itself, ``sin(pi f_k p)``, as in perceiver-pytorch. ``grid_queries`` is another name of this
+    function, for decoders.
 
     Args:
-        sizes: of the grid, one number an axis; queries are in row-major order.
+        sizes: of the grid, one number an axis; tokens are in row-major order.
         num_freq_bands, max_freq: K frequencies evenly spaced in [1, max_freq / 2].
         frequencies: ``[K]``, in half periods a unit of position, in the place of these two; for 3DShape2VecSet's
             embedding of points ``2.0 ** torch.arange(8)``.
         extent: positions are evenly spaced in [-extent, extent] along every axis, or (a pair for every axis) between two
             numbers, ends included. Default: 1.
-        feat: channels of the queries' own, ``[B, *sizes, F]`` or ``[*sizes, F]``. Default: none.
-        embed: ``nn.Linear(F + A (2 K + 1), D)``, which the queries go through. Default: none, D is what it would take.
+        feat: channels of the tokens' own, ``[B, *sizes, F]`` or ``[*sizes, F]``. Default: none.
+        embed: ``nn.Linear(F + A (2 K + 1), D)``, which the tokens go through; it is trained with what uses them. Default:
+            none, D is what it would take.
         layout: order of the channels after feat. ``"perceiver-pytorch"`` (default): for every axis sines, cosines,
             position. ``"deepmind"``: positions, sines, cosines. ``"vecset"`` (3DShape2VecSet's): sines, cosines,
             positions.
 
     Returns:
-        A description of ``[B, prod(sizes), D]``; its ``tensor(like)`` builds that.
+        A description of ``[B, prod(sizes), D]``; its ``tensor(like)`` builds that, in the dtype and on the device of
+        ``like``.
 
     Raises:
         TypeError, ValueError: a wrong type, size or channels; the message says expected, got and what to do.
@@ -215,14 +238,17 @@ def grid_queries(
         Jaegle et al., "Perceiver IO", ICLR 2022, sec. 3.2; Zhang et al., "3DShape2VecSet", SIGGRAPH 2023.
 
     Example:
-        >>> import perceiver_fast as pf
-        >>> queries = pf.grid_queries((4, 5), num_freq_bands=3, max_freq=8.0)
+        >>> import torch, perceiver_fast as pf
+        >>> queries = pf.grid_tokens((4, 5), num_freq_bands=3, max_freq=8.0)
         >>> queries.count, queries.channels
         (20, 14)
+        >>> model = pf.PerceiverIO(depth=1, dim=9, queries_dim=14, logits_dim=2, num_latents=8, latent_dim=16)
+        >>> model(torch.randn(1, 30, 9), queries=queries).shape
+        torch.Size([1, 20, 2])
     """
     sizes = _check_sizes(sizes)
     axes = len(sizes)
-    frequency = _frequencies("grid_queries", num_freq_bands, max_freq, frequencies)
+    frequency = _frequencies("grid_tokens", num_freq_bands, max_freq, frequencies)
     codes = []
     for (low, high), size in zip(_check_extent(extent, axes), sizes):
         position = torch.linspace(low, high, size, dtype=torch.float64, device="cpu").unsqueeze(1)
@@ -230,13 +256,13 @@ def grid_queries(
         angle = math.pi * (angle - 2 * (angle / 2).round())
         codes.append(torch.cat([angle.sin(), angle.cos(), position], 1))
     if feat is not None:
-        feat = _check_feat("grid_queries", feat, sizes)
-    made = GridQueries(feat, embed, _order(layout, axes, len(frequency), feat), tuple(codes))
-    _check_embed("grid_queries", made)
+        feat = _check_feat("grid_tokens", feat, sizes)
+    made = GridDescription(feat, embed, _order(layout, axes, len(frequency), feat), tuple(codes))
+    _check_embed("grid_tokens", made)
     return made
 
 
-def point_queries(
+def point_tokens(
     coords: Tensor,
     *,
     num_freq_bands: int | None = None,
@@ -245,45 +271,50 @@ def point_queries(
     feat: Tensor | None = None,
     embed: nn.Linear | None = None,
     layout: str = "perceiver-pytorch",
-) -> PointQueries:
-    """Queries of a decoder at given positions, for ``PerceiverIO(..)(data, queries=point_queries(..))``.
+) -> PointDescription:
+    """Tokens at given positions, described: what a :class:`PerceiverIO` takes as data and as queries.
+
+    A token is as in :func:`grid_tokens`; ``point_queries`` is another name of this function, for decoders.
 
     Args:
-        coords: positions ``[B, Q, A]``, or ``[Q, A]`` where the whole batch shares them; floating point.
-        feat: channels of the queries' own, ``[B, Q, F]`` or ``[Q, F]``. Default: none.
-        num_freq_bands, max_freq, frequencies, embed, layout: see :func:`grid_queries`.
+        coords: positions ``[B, M, A]``, or ``[M, A]`` where the whole batch shares them; floating point.
+        feat: channels of the tokens' own, ``[B, M, F]`` or ``[M, F]``. Default: none.
+        num_freq_bands, max_freq, frequencies, embed, layout: see :func:`grid_tokens`.
 
     Returns:
-        A description of ``[B, Q, D]``; its ``tensor(like)`` builds that.
+        A description of ``[B, M, D]``; its ``tensor(like)`` builds that.
 
     Raises:
         TypeError, ValueError: a wrong type, size or channels; the message says expected, got and what to do.
 
     Source:
-        See :func:`grid_queries`.
+        See :func:`grid_tokens`.
 
     Example:
         >>> import torch, perceiver_fast as pf
         >>> embed = torch.nn.Linear(51, 512)
-        >>> points = pf.point_queries(torch.rand(1000, 3), frequencies=2.0 ** torch.arange(8), embed=embed, layout="vecset")
+        >>> points = pf.point_tokens(torch.rand(1000, 3), frequencies=2.0 ** torch.arange(8), embed=embed, layout="vecset")
         >>> points.count, points.channels
         (1000, 512)
+        >>> model = pf.PerceiverIO(depth=1, dim=512, queries_dim=512, num_latents=8, latent_dim=16)
+        >>> model(points).shape  # K and V of 51 channels, not of 512
+        torch.Size([1, 8, 16])
     """
-    who = "point_queries"
+    who = "point_tokens"
     if not isinstance(coords, Tensor) or not coords.is_floating_point():
         got = coords.dtype if isinstance(coords, Tensor) else type(coords).__name__
         raise TypeError(
             f"{who}: expected coords as a tensor of floating point, got {got}; use torch.tensor(..).double()"
         )
     if coords.dim() not in (2, 3) or coords.numel() == 0:
-        raise ValueError(f"{who}: expected coords [Q, A] or [B, Q, A], not empty, got {tuple(coords.shape)}")
+        raise ValueError(f"{who}: expected coords [M, A] or [B, M, A], not empty, got {tuple(coords.shape)}")
     coords = coords if coords.dim() == 3 else coords.unsqueeze(0)
     axes = coords.shape[-1]
     frequency = _frequencies(who, num_freq_bands, max_freq, frequencies)
     if feat is not None:
         feat = _check_feat(who, feat, coords.shape[1:2])
     order = _order(layout, axes, len(frequency), feat)
-    made = PointQueries(feat, embed, order, coords, frequency.expand(axes, -1).contiguous())
+    made = PointDescription(feat, embed, order, coords, frequency.expand(axes, -1).contiguous())
     _check_embed(who, made)
     return made
 
@@ -291,7 +322,7 @@ def point_queries(
 def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"grid_queries: expected sizes of at least one axis, each at least 1, got {sizes}")
+        raise ValueError(f"grid_tokens: expected sizes of at least one axis, each at least 1, got {sizes}")
     return sizes
 
 
@@ -300,7 +331,7 @@ def _check_extent(extent: float | Sequence[tuple[float, float]], axes: int) -> l
         return [(-float(extent), float(extent))] * axes
     pairs = [tuple(map(float, pair)) for pair in extent]
     if len(pairs) != axes or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"grid_queries: expected one number, or (from, to) for each of {axes} axes, got {extent}")
+        raise ValueError(f"grid_tokens: expected one number, or (from, to) for each of {axes} axes, got {extent}")
     return pairs
 
 
@@ -331,7 +362,7 @@ def _check_feat(who: str, feat: Tensor, sizes: Sequence[int]) -> Tensor:
     return feat if feat.dim() == dims + 2 else feat.unsqueeze(0)
 
 
-def _check_embed(who: str, made: Queries) -> None:
+def _check_embed(who: str, made: Description) -> None:
     embed = made.embed
     if embed is None:
         return
@@ -345,7 +376,7 @@ def _check_embed(who: str, made: Queries) -> None:
 
 
 def _order(layout: str, axes: int, bands: int, feat: Tensor | None) -> Tensor | None:
-    """:attr:`Queries.order` of a layout."""
+    """:attr:`Description.order` of a layout."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     if layout == "perceiver-pytorch":

@@ -85,6 +85,8 @@ void exp2_special(T least, T most, T large) {
               {large, -large, inf, 1},
               {-large, large, 0, 1},
               {4 * large, -4 * large, inf, 1},
+              {large + T(0.5), -large, inf, T(1.4142135623730951)},
+              {-large - T(0.5), large, 0, T(0.7071067811865476)},
               {T(NAN), 0, T(NAN), T(NAN)},
               {0, 0, 1, 1},
               {-0.0f, -2, 1, T(0.25)}};

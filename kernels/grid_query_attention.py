@@ -26,7 +26,7 @@ from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.cross_attention import LOWEST, cross_attention_hashes_kernel, power_of_two
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, place, store, zeros
 from perceiver_fast.kernels.dropout import dropout_keep, threshold_bits
-from perceiver_fast.kernels.grid_query_keys import FEW_CHANNELS, Keys, Variant, describe_keys
+from perceiver_fast.kernels.grid_query_keys import DOUBLED, FEW_CHANNELS, FORWARD, Keys, Variant, describe_keys
 from perceiver_fast.kernels.grid_query_tiles import (
     axes_sum,
     grid_rows,
@@ -253,7 +253,7 @@ def forward_launches(
     variant = Variant(v.dtype, feat.shape[-1], channels)
     config = variant.config("forward", arch)
     summed = sum_heads and heads > 1
-    cut_v = Pieces(0, 0, 0) if variant.few_channels else variant.summed(channels, summed)
+    cut_v = Pieces(0, 0, 0) if variant.few_channels else variant.summed(channels, DOUBLED if summed else FORWARD)
     blocks = triton.cdiv(queries, config.queries)
     programs = blocks * cut_v.groups * batch * (1 if summed else heads)
     o_b, o_m, o_h = out_strides(o, sum_heads)
@@ -261,7 +261,9 @@ def forward_launches(
         o=o, lse=lse if need_lse else None, blocks=blocks, o_b=o_b, o_m=o_m, o_h=o_h, GROUPS=cut_v.groups,
         BLOCK_M=config.queries, BLOCK_N=config.tokens, SUM=summed, HOLD=variant.holds(feat.shape[-1]),
     )  # fmt: skip
-    launches.append(Launch(grid_query_attention_fwd_kernel, programs, arguments, config, config.queries * config.tokens))
+    launches.append(
+        Launch(grid_query_attention_fwd_kernel, programs, arguments, config, config.queries * config.tokens)
+    )
     return o, lse, launches
 
 
@@ -279,7 +281,9 @@ def check(tables, feat, scale, bias, v, mask, grid, dropout, seed) -> None:
     CHECK.rank("tables", tables, 4, "[B, H, N, L]")
     CHECK.rank("v", v, 4, "[B, H, N, C]")
     axes = feat.dim() - 2
-    CHECK.expect(axes >= 1 if grid else axes == 1, "feat [B, *sizes, F]" if grid else "feat [B, M, F]", list(feat.shape))
+    CHECK.expect(
+        axes >= 1 if grid else axes == 1, "feat [B, *sizes, F]" if grid else "feat [B, M, F]", list(feat.shape)
+    )
     (batch, heads, keys), (rows, *sizes, features) = tables.shape[:3], feat.shape
     CHECK.expect(not grid or all(sizes), "a grid without empty axes", f"sizes {sizes}")
     CHECK.expect(rows in (batch, 1), f"feat of tables' batch size {batch} or of one", rows)

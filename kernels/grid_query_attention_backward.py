@@ -26,13 +26,13 @@ from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LOG2_E
 from perceiver_fast.kernels.dense_tiles import Pieces, place
 from perceiver_fast.kernels.dropout import dropout_keep
-from perceiver_fast.kernels.grid_query_attention import CHECK, check, common, out_strides, pieces
+from perceiver_fast.kernels.grid_query_attention import CHECK, check, common, out_strides
 from perceiver_fast.kernels.grid_query_attention_gradients import (
     grid_query_attention_axes_kernel,
     grid_query_attention_dkv_kernel,
     grid_query_attention_dq_kernel,
 )
-from perceiver_fast.kernels.grid_query_keys import Keys, Variant, describe_keys, join
+from perceiver_fast.kernels.grid_query_keys import BACKWARD, Keys, Variant, describe_keys, join
 from perceiver_fast.kernels.grid_query_tiles import (
     axes_sum,
     grid_rows,
@@ -43,6 +43,10 @@ from perceiver_fast.kernels.grid_query_tiles import (
 )
 from perceiver_fast.kernels.launch import Launch, share
 
+SIZES = (
+    "heads", "count", "splits", "others", "part_split", "part_other", "part_x", "part_y", "out_x", "out_y", "ys",
+    "blocks",
+)  # fmt: skip
 ROW_PARTS = 2**24  # numbers that the rows of a slab leave, at most, if a slab is more than one index of the first axis
 
 
@@ -136,9 +140,9 @@ def grid_query_attention_terms_kernel(
     tl.store(low + line, rest, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grid_query_attention_sum_kernel(
-    parts, out, blank, heads, count, splits, others, part_split, part_other, part_x, part_y, out_x, out_y, out_n,
+    parts, out, blank, heads, count, splits, others, part_split, part_other, part_x, part_y, out_x, out_y,
     ys, blocks, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out[x, y, n] = sum over splits, then others, of parts``, in order; x is ``b H + h``.
@@ -146,7 +150,7 @@ def grid_query_attention_sum_kernel(
     Grid: ``blocks * ys`` programs for every x. Elements n beyond ``count`` are neither read nor written.
 
         parts   in   fp32; strides part_split, part_other, part_x, part_y, n dense
-        out     out  fp32, fp16 or bf16; strides out_x, out_y, out_n
+        out     out  fp32, fp16 or bf16; strides out_x, out_y, n dense
         blank   in   uint8 [B]: 1 where the sum is to be zero; or None
 
         heads, count, ys, blocks   H, elements n, indices y, and blocks of BLOCK elements n
@@ -165,42 +169,45 @@ def grid_query_attention_sum_kernel(
             total += tl.load(parts + at + n, mask=inside, other=0.0)
     if blank is not None:
         total = tl.where(tl.load(blank + x // heads) != 0, 0.0, total)
-    to = out + x * out_x + y * out_y + n.to(tl.int64) * out_n
+    to = out + x * out_x + y * out_y + n
     if ADD:
         total += tl.load(to, mask=inside, other=0.0).to(tl.float32)
     tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 
 
-def _sum(parts, out, strides, keys, shape, summed=(1, 1), between=(0, 0), at=(0, 0), add=False) -> Launch:
-    """A launch that adds up parts.
+def _sum(
+    parts: Tensor, out: Tensor, keys: Keys | None, shape: tuple[int, int, int], splits: int,
+    others: int = 1, between: int = 0, at: tuple[int, int] | None = None, add: bool = False,
+) -> Launch:  # fmt: skip
+    """A launch that adds up parts ``[splits, x, ..]`` to ``out [x, ..]``, of which y and n are the first, dense elements.
 
     Args:
-        parts, out: what is summed, and to where; ``strides`` are those of out by x, y and n.
         keys: whose blank elements of the batch get zeros; None: all have their sum.
-        shape: x, y and n.
-        summed, between: how many splits and others, and how far apart they are.
-        at: from x to x, and from y to y, in parts.
+        shape: x, y and n, what there is of each.
+        splits, others: what is summed; others are ``between`` apart.
+        at: from y to y, in parts and in out.
         add: to what is there.
     """
     xs, ys, count = shape
+    part_y, out_y = at or (0, 0)
     arguments = dict(
         parts=parts, out=out, blank=None if keys is None else keys.blank, heads=1 if keys is None else keys.v.shape[1],
-        count=count, splits=summed[0], others=summed[1], part_split=between[0], part_other=between[1],
-        part_x=at[0], part_y=at[1], ys=ys, blocks=triton.cdiv(count, 128), ADD=add, BLOCK=128,
+        count=count, splits=splits, others=others, part_split=parts.stride(0), part_other=between,
+        part_x=parts.stride(1), part_y=part_y, out_x=out.stride(0), out_y=out_y, ys=ys,
+        blocks=triton.cdiv(count, 128), ADD=add, BLOCK=128,
     )  # fmt: skip
-    arguments |= dict(zip(("out_x", "out_y", "out_n"), strides))
     return Launch(grid_query_attention_sum_kernel, xs * ys * arguments["blocks"], arguments)
 
 
 def _key_launches(
-    keys: Keys, variant: Variant, arguments: dict, d_tables: Tensor, d_bias: Tensor | None, d_v: Tensor, arch: int
+    keys: Keys, variant: Variant, arguments: dict, d_table: Tensor, d_bias: Tensor | None, d_v: Tensor, arch: int
 ) -> list[Launch]:
-    """What sums over all queries: gradients of the raw channels' table, of biases and of values."""
-    (heads, rows, length), (padded, features, channels) = _shape(d_tables), _sizes(keys, variant)
+    """What sums over all queries: gradients ``[B H, ..]`` of the raw channels' table, of biases and of values."""
+    heads, rows, padded, features, channels = *d_v.shape[:2], keys.bias.shape[-1], variant.features, variant.channels
     config = variant.config("dkv", arch)
     blocks, launches = padded // config.tokens, []
-    cut_f = Pieces(0, 0, 0) if variant.few_features else variant.summed(features)
-    cut_v = Pieces(0, 0, 0) if variant.few_channels else variant.summed(channels)
+    cut_f = Pieces(0, 0, 0) if variant.few_features else variant.summed(features, BACKWARD)
+    cut_v = Pieces(0, 0, 0) if variant.few_channels else variant.summed(channels, BACKWARD)
     of_tables, of_values = features > 0 or d_bias is not None, True
     # Both in one walk if registers hold the sums of both; else P is computed for each.
     both = of_tables and cut_f.count * cut_f.chunk + cut_v.count * cut_v.chunk <= 64 and cut_f.groups == cut_v.groups
@@ -208,9 +215,9 @@ def _key_launches(
         groups = max(cut.groups for cut, wanted in ((cut_f, tables), (cut_v, values)) if wanted)
         programs = heads * blocks * groups
         splits, each = share(arguments["queries"], config.queries, programs, d_v.device)
-        t_parts = d_tables.new_empty(splits, heads, padded, features) if tables and features else None
-        b_parts = d_tables.new_empty(splits, heads, padded) if tables and d_bias is not None else None
-        v_parts = d_tables.new_empty(splits, heads, padded, channels) if values else None
+        t_parts = d_table.new_empty(splits, heads, padded, features) if tables and features else None
+        b_parts = d_table.new_empty(splits, heads, padded) if tables and d_bias is not None else None
+        v_parts = d_table.new_empty(splits, heads, padded, channels) if values else None
         walk = arguments | dict(
             t_parts=t_parts, bias_parts=b_parts, v_parts=v_parts, blocks=blocks, splits=splits,
             queries_per_split=each, GROUPS=groups, BLOCK_M=config.queries, BLOCK_N=config.tokens,
@@ -219,74 +226,48 @@ def _key_launches(
         )  # fmt: skip
         weights = config.queries * config.tokens
         launches.append(Launch(grid_query_attention_dkv_kernel, programs * splits, walk, config, weights))
-        between = heads * padded
         if t_parts is not None:
-            launches.append(
-                _sum(t_parts, d_tables, (rows * length, length, 1), keys, (heads, rows, features), (splits, 1),
-                     (between * features, 0), (padded * features, features))
-            )  # fmt: skip
+            launches.append(_sum(t_parts, d_table, keys, (heads, 1, rows * features), splits))
         if b_parts is not None:
-            launches.append(
-                _sum(b_parts, d_bias, (rows, 0, 1), keys, (heads, 1, rows), (splits, 1), (between, 0), (padded, 0))
-            )
+            launches.append(_sum(b_parts, d_bias, keys, (heads, 1, rows), splits))
         if v_parts is not None:
-            launches.append(
-                _sum(v_parts, d_v, (rows * channels, channels, 1), None, (heads, rows, channels), (splits, 1),
-                     (between * channels, 0), (padded * channels, channels))
-            )  # fmt: skip
+            launches.append(_sum(v_parts, d_v, None, (heads, 1, rows * channels), splits))
     return launches
 
 
-def _shape(d_tables: Tensor) -> tuple[int, int, int]:
-    """Heads of all batch elements, keys and entries of a key."""
-    return d_tables.shape[0] * d_tables.shape[1], *d_tables.shape[2:]
-
-
-def _sizes(keys: Keys, variant: Variant) -> tuple[int, int, int]:
-    return keys.bias.shape[-1], variant.features, variant.channels
-
-
 def _axes_launches(keys: Keys, variant: Variant, arguments: dict, d_joined: Tensor, arch: int) -> list[Launch]:
-    """Gradients of the joined axes' tables, ``[B, H, N, sum]``."""
-    (heads, rows, length), (padded, *_) = _shape(d_joined), _sizes(keys, variant)
+    """Gradients of the joined axes' tables, ``[B H, sum of sizes, padded]``."""
+    heads, length, padded = d_joined.shape
     config = variant.config("axes", arch)
     n1, n2, n3 = [1] * (3 - len(keys.sizes)) + keys.sizes
     blocks, across = padded // config.tokens, triton.cdiv(n3, config.queries)
     slab = max(1, min(n1, ROW_PARTS // (across * heads * n2 * padded)))  # indices of the first axis
     slabs = triton.cdiv(n1, slab)
     splits, each = share(slab * n2, 1, heads * blocks * across, d_joined.device)
-    column_parts = d_joined.new_empty(slabs * splits, heads, n3, padded)
-    row_parts = d_joined.new_empty(across, heads, slab * n2, padded) if len(keys.sizes) > 1 else None
-    strides, launches = (rows * length, 1, length), []
+    column_parts = d_joined.new_empty(slabs * splits, heads, n3 * padded)
+    launches, weights = [], config.queries * config.tokens
     for index in range(slabs):
         first, end = index * slab, min(n1, (index + 1) * slab)
-        count = (end - first) * n2
+        row_parts = None
+        if len(keys.sizes) > 1:
+            row_parts = d_joined.new_empty(across, heads, (end - first) * n2 * padded)
         # A short last slab has splits without rows, which leave zeros.
         walk = arguments | dict(
             column_parts=column_parts[index * splits :], row_parts=row_parts, blocks=blocks, splits=splits,
             rows_per_split=each, first_row=first * n2, end_row=end * n2, across=across,
             BLOCK_M=config.queries, BLOCK_N=config.tokens,
         )  # fmt: skip
-        weights = config.queries * config.tokens
         programs = heads * blocks * across * splits
         launches.append(Launch(grid_query_attention_axes_kernel, programs, walk, config, weights))
-        if row_parts is None:
-            continue
-        between, head = heads * count * padded, count * padded
+        start = 0
         if len(keys.sizes) > 2:
-            launches.append(
-                _sum(row_parts, d_joined[..., first:], strides, keys, (heads, end - first, rows), (across, n2),
-                     (between, padded), (head, n2 * padded))
-            )  # fmt: skip
-        start = n1 if len(keys.sizes) > 2 else 0
-        launches.append(
-            _sum(row_parts, d_joined[..., start:], strides, keys, (heads, n2, rows), (across, end - first),
-                 (between, n2 * padded), (head, padded), add=index > 0)
-        )  # fmt: skip
-    launches.append(
-        _sum(column_parts, d_joined[..., length - n3 :], strides, keys, (heads, n3, rows), (slabs * splits, 1),
-             (heads * n3 * padded, 0), (n3 * padded, padded))
-    )  # fmt: skip
+            to, start = d_joined[:, first:], n1
+            shape, at = (heads, end - first, padded), (n2 * padded, padded)
+            launches.append(_sum(row_parts, to, keys, shape, across, n2, padded, at))
+        if len(keys.sizes) > 1:
+            to, shape = d_joined[:, start:], (heads, 1, n2 * padded)
+            launches.append(_sum(row_parts, to, keys, shape, across, end - first, n2 * padded, add=index > 0))
+    launches.append(_sum(column_parts, d_joined[:, length - n3 :], keys, (heads, 1, n3 * padded), slabs * splits))
     return launches
 
 
@@ -296,7 +277,7 @@ def _query_launches(keys: Keys, variant: Variant, arguments: dict, feat, d_feat,
     if variant.features == 0 and d_scale is None:
         return []
     config = variant.config("dq", arch)
-    cut = Pieces(0, 0, 0) if variant.few_features else variant.summed(variant.features)
+    cut = Pieces(0, 0, 0) if variant.few_features else variant.summed(variant.features, BACKWARD)
     blocks = triton.cdiv(queries, config.queries)
     parts = None
     if d_scale is not None:
@@ -310,18 +291,16 @@ def _query_launches(keys: Keys, variant: Variant, arguments: dict, feat, d_feat,
     programs, weights = blocks * cut.groups * batch, config.queries * config.tokens
     launches = [Launch(grid_query_attention_dq_kernel, programs, walk, config, weights)]
     if parts is not None and cut.groups > 1:
-        launches.append(
-            _sum(parts, d_scale, (queries, 0, 1), None, (batch, 1, queries), (cut.groups, 1), (batch * queries, 0),
-                 (queries, 0))
-        )  # fmt: skip
+        launches.append(_sum(parts, d_scale.flatten(1), None, (batch, 1, queries), cut.groups))
     return launches
 
 
 def backward_launches(
     d_o, tables, feat, scale, bias, v, mask, grid, dropout, seed, sum_heads, lse, token_grads, arch: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Launch]]:
-    """The gradients of the raw channels' table and of what follows it in tables (joined axes), d_feat, d_scale, d_bias
-    and d_v, and the launches that compute them. Those that are not asked for are empty."""
+    """The gradients of the raw channels' table ``[B H, N, F]`` and of those of joined axes ``[B H, sum of sizes, padded]``,
+    d_feat, d_scale, d_bias and d_v, and the launches that compute them. Those that are not asked for are empty.
+    """
     batch, heads = tables.shape[:2]
     features, channels = feat.shape[-1], v.shape[-1]
     feat, d_o, lse = feat.contiguous(), d_o.contiguous(), lse.contiguous()
@@ -340,11 +319,12 @@ def backward_launches(
     )  # fmt: skip
     weights = config.queries * config.tokens
     launches.append(Launch(grid_query_attention_terms_kernel, batch * heads * blocks, terms, config, weights))
-    d_table = tables.new_empty(batch, heads, tables.shape[2], features)
-    d_joined = tables.new_empty(batch, heads, tables.shape[2], sum(keys.sizes))
+    d_table = tables.new_empty(batch * heads, tables.shape[2], features)
+    d_joined = tables.new_empty(batch * heads, sum(keys.sizes), keys.bias.shape[-1])
     d_bias = tables.new_empty(bias.shape) if bias is not None else None
     d_v = v.new_empty(v.shape)
-    launches += _key_launches(keys, variant, arguments, d_table, d_bias, d_v, arch)
+    flat = None if d_bias is None else d_bias.flatten(0, 1)
+    launches += _key_launches(keys, variant, arguments, d_table, flat, d_v.flatten(0, 1), arch)
     if keys.groups:
         launches += _axes_launches(keys, variant, arguments, d_joined, arch)
     d_feat = feat.new_empty((batch, *feat.shape[1:]) if token_grads else (0,))
@@ -356,12 +336,12 @@ def backward_launches(
 
 
 def _apart(d_joined: Tensor, groups: list[tuple[int, ...]]) -> list[Tensor]:
-    """What joined axes collected, summed for every axis of their own."""
+    """What joined axes ``[.., sum of sizes]`` collected, summed for every axis of their own."""
     parts = []
     for part, group in zip(d_joined.split([math.prod(group) for group in groups], -1), groups):
         part = part.unflatten(-1, group)
-        for axis in range(len(group)):
-            others = [3 + other for other in range(len(group)) if other != axis]
+        for axis in range(-len(group), 0):
+            others = [other for other in range(-len(group), 0) if other != axis]
             parts.append(part.sum(others) if others else part)
     return parts
 
@@ -409,5 +389,5 @@ def backward(
     d_table, d_joined, *others, launches = backward_launches(*arguments, architecture(tables.device))
     for launch in launches:
         launch.run()
-    groups = join(tuple(feat.shape[1:-1])) if grid else []
-    return torch.cat([d_table, *_apart(d_joined, groups)], -1), *others
+    axes = _apart(d_joined[..., : tables.shape[2]].mT, join(tuple(feat.shape[1:-1]))) if grid else []
+    return torch.cat([d_table, *axes], -1).view(tables.shape), *others

@@ -21,6 +21,7 @@ MOST_AXES = 3  # that a query's index is taken apart into
 PAD = 64  # keys of the largest tile
 FEW_FEATURES = 8  # up to so many raw channels are multiplied one by one, not as a product of matrices
 FEW_CHANNELS = 4  # likewise, of values
+FORWARD, DOUBLED, BACKWARD = 256, 64, 128  # channels a program sums: with heads added up there are two such sums
 SHORT, JOINED = 32, 4096  # a last axis below the first number is joined with the one before, up to the second
 
 
@@ -124,7 +125,10 @@ class Variant:
 
     @property
     def few_features(self) -> bool:
-        return self.features <= FEW_FEATURES
+        alone = (
+            not self.half or self.few_channels or self.features == 0
+        )  # beside products on tensor cores one more is cheap
+        return alone and self.features <= FEW_FEATURES
 
     @property
     def few_channels(self) -> bool:
@@ -148,10 +152,9 @@ class Variant:
         """How channels that a product sums over are cut."""
         return cut(channels, 64 if channels <= 128 and self.half else 32)
 
-    def summed(self, channels: int, doubled: bool = False) -> Pieces:
-        """How channels of what is summed are cut; ``doubled``: registers hold such sums twice."""
-        chunk, most = (64, 128) if self.half else (32, 64)
-        return cut(channels, chunk, most if doubled else 2 * most)
+    def summed(self, channels: int, most: int) -> Pieces:
+        """How channels of what is summed are cut: groups of at most ``most`` in half precision, half as many in float32."""
+        return cut(channels, 64, most) if self.half else cut(channels, 32, most // 2)
 
     def holds(self, channels: int) -> bool:
         """Whether a tile of so many channels stays in registers."""

@@ -99,7 +99,7 @@ def _backward_outputs(d_o, tables, feat, scale, bias, v, mask, grid, dropout, se
 
 def _sample(
     make, dtype=torch.float32, heads=2, keys=5, features=3, sizes=(4, 6), channels=2, options=False, grid=True, half=None
-):
+):  # fmt: skip
     """With options it has a bias, a mask and dropout, adds the heads up, and its queries have no scale."""
     length, narrow = features + (sum(sizes) if grid else 0), half or dtype
     tables, feat = make(2, heads, keys, length, dtype=dtype), make(2, *sizes, features, dtype=narrow)
@@ -123,16 +123,16 @@ def _instances():
         (torch.float32, 3, image, 3, True),
         (torch.float32, 52, points, 1, False),
         (torch.float32, 258, image, 512, True),
-        (torch.bfloat16, 52, points, 1, True),
         (torch.bfloat16, 258, image, 512, False),
-        (torch.bfloat16, 0, volume, 130, True),
-        (torch.float16, 3, volume, 64, False),
+        (torch.bfloat16, 52, points, 130, True),
+        (torch.float16, 3, image, 64, False),
     ):
-        name = f"{str(dtype).removeprefix('torch.')}, {len(sizes) if len(sizes) > 1 else 'no'} axes, {features} channels, "
-        name += f"{channels} of values{', mask and dropout' if options else ''}"
-        half = None if dtype == torch.float32 else dtype
-        yield name, dict(half=half, features=features, sizes=sizes, grid=len(sizes) > 1, channels=channels, keys=512,
-                         options=options)  # fmt: skip
+        grid, half = len(sizes) > 1, None if dtype == torch.float32 else dtype
+        name = f"{str(dtype).removeprefix('torch.')}, {f'{len(sizes)} axes' if grid else 'points'}, {features} channels"
+        name += f", {channels} of values{', mask and dropout' if options else ''}"
+        yield name, dict(
+            half=half, features=features, sizes=sizes, grid=grid, channels=channels, keys=512, options=options
+        )  # fmt: skip
 
 
 GRID_QUERY_ATTENTION = declare(

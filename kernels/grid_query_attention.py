@@ -26,7 +26,7 @@ from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.cross_attention import LOWEST, cross_attention_hashes_kernel, power_of_two
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, place, store, zeros
 from perceiver_fast.kernels.dropout import dropout_keep, threshold_bits
-from perceiver_fast.kernels.grid_query_keys import DOUBLED, FEW_CHANNELS, FORWARD, Keys, Variant, describe_keys
+from perceiver_fast.kernels.grid_query_keys import DOUBLED, FORWARD, Keys, Variant, describe_keys
 from perceiver_fast.kernels.grid_query_tiles import (
     axes_sum,
     grid_rows,
@@ -199,15 +199,14 @@ def pieces(prefix: str, found: Pieces) -> dict[str, int]:
 
 
 def common(
-    keys: Keys, feat: Tensor, scale: Tensor | None, channels: int, dropout: float, seed: Tensor | None
+    keys: Keys, feat: Tensor, scale: Tensor | None, variant: Variant, dropout: float, seed: Tensor | None
 ) -> tuple[list[Launch], dict[str, object]]:
     """The launches that come first, dropout's hashes, and the arguments that all passes take.
 
     feat ``[B or 1, *sizes, F]`` and scale are dense; C_CHUNK and so on cut the channels of v for a product of rows.
     """
     batch, heads, length, padded = keys.tables.shape
-    features, queries = feat.shape[-1], math.prod(feat.shape[1:-1])
-    variant = Variant(keys.v.dtype, features, channels)
+    features, channels, queries = variant.features, variant.channels, math.prod(feat.shape[1:-1])
     launches, hashes = [], dict(row_hashes=None, key_hashes=None)
     if dropout > 0:
         rows = batch * heads * queries
@@ -217,7 +216,7 @@ def common(
         launches.append(Launch(cross_attention_hashes_kernel, triton.cdiv(max(rows, padded), 256), numbers))
     shared = feat.shape[0] == 1
     n1, n2, n3 = [0] * (3 - len(keys.groups)) + keys.sizes
-    few = channels <= FEW_CHANNELS
+    few = variant.few_channels
     v_h, *between = keys.v.stride()[1:]
     arguments = dict(
         t=keys.tables, x=feat if features else None, scale=scale, bias=keys.bias, v=keys.v, blank=keys.blank,
@@ -249,9 +248,9 @@ def forward_launches(
         return o, lse, []
     feat, scale = feat.contiguous(), None if scale is None else scale.contiguous()
     keys = describe_keys(tables, v, bias, mask, tuple(feat.shape[1:-1]) if grid else (), feat.shape[-1])
-    launches, arguments = common(keys, feat, scale, channels, dropout, seed)
-    variant = Variant(v.dtype, feat.shape[-1], channels)
-    config = variant.config("forward", arch)
+    variant = Variant(v.dtype, feat.shape[-1], channels, arch)
+    launches, arguments = common(keys, feat, scale, variant, dropout, seed)
+    config = variant.config("forward")
     summed = sum_heads and heads > 1
     cut_v = Pieces(0, 0, 0) if variant.few_channels else variant.summed(channels, DOUBLED if summed else FORWARD)
     blocks = triton.cdiv(queries, config.queries)

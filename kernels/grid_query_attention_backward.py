@@ -32,7 +32,7 @@ from perceiver_fast.kernels.grid_query_attention_gradients import (
     grid_query_attention_dkv_kernel,
     grid_query_attention_dq_kernel,
 )
-from perceiver_fast.kernels.grid_query_keys import BACKWARD, Keys, Variant, describe_keys, join
+from perceiver_fast.kernels.grid_query_keys import Keys, Variant, describe_keys, join
 from perceiver_fast.kernels.grid_query_tiles import (
     axes_sum,
     grid_rows,
@@ -200,18 +200,20 @@ def _sum(
 
 
 def _key_launches(
-    keys: Keys, variant: Variant, arguments: dict, d_table: Tensor, d_bias: Tensor | None, d_v: Tensor, arch: int
+    keys: Keys, variant: Variant, arguments: dict, d_table: Tensor, d_bias: Tensor | None, d_v: Tensor
 ) -> list[Launch]:
     """What sums over all queries: gradients ``[B H, ..]`` of the raw channels' table, of biases and of values."""
     heads, rows, padded, features, channels = *d_v.shape[:2], keys.bias.shape[-1], variant.features, variant.channels
-    config = variant.config("dkv", arch)
+    config = variant.config("dkv")
     blocks, launches = padded // config.tokens, []
-    cut_f = Pieces(0, 0, 0) if variant.few_features else variant.summed(features, BACKWARD)
-    cut_v = Pieces(0, 0, 0) if variant.few_channels else variant.summed(channels, BACKWARD)
-    of_tables, of_values = features > 0 or d_bias is not None, True
+    cut_f = Pieces(0, 0, 0) if variant.few_features else variant.summed(features, variant.backward)
+    cut_v = Pieces(0, 0, 0) if variant.few_channels else variant.summed(channels, variant.backward)
+    of_tables = features > 0 or d_bias is not None
     # Both in one walk if registers hold the sums of both; else P is computed for each.
-    both = of_tables and cut_f.count * cut_f.chunk + cut_v.count * cut_v.chunk <= 64 and cut_f.groups == cut_v.groups
-    for tables, values in ((of_tables, of_values),) if both or not of_tables else ((True, False), (False, True)):
+    few = variant.few_features or variant.few_channels
+    held = sum(cut.count * cut.chunk + cut.tail for cut in (cut_f, cut_v))
+    both = cut_f.groups == cut_v.groups and (few or held <= 3 * variant.backward // 4)
+    for tables, values in ((of_tables, True),) if both or not of_tables else ((True, False), (False, True)):
         groups = max(cut.groups for cut, wanted in ((cut_f, tables), (cut_v, values)) if wanted)
         programs = heads * blocks * groups
         splits, each = share(arguments["queries"], config.queries, programs, d_v.device)
@@ -235,10 +237,10 @@ def _key_launches(
     return launches
 
 
-def _axes_launches(keys: Keys, variant: Variant, arguments: dict, d_joined: Tensor, arch: int) -> list[Launch]:
+def _axes_launches(keys: Keys, variant: Variant, arguments: dict, d_joined: Tensor) -> list[Launch]:
     """Gradients of the joined axes' tables, ``[B H, sum of sizes, padded]``."""
     heads, length, padded = d_joined.shape
-    config = variant.config("axes", arch)
+    config = variant.config("axes")
     n1, n2, n3 = [1] * (3 - len(keys.sizes)) + keys.sizes
     blocks, across = padded // config.tokens, triton.cdiv(n3, config.queries)
     slab = max(1, min(n1, ROW_PARTS // (across * heads * n2 * padded)))  # indices of the first axis
@@ -271,13 +273,13 @@ def _axes_launches(keys: Keys, variant: Variant, arguments: dict, d_joined: Tens
     return launches
 
 
-def _query_launches(keys: Keys, variant: Variant, arguments: dict, feat, d_feat, d_scale, arch: int) -> list[Launch]:
+def _query_launches(keys: Keys, variant: Variant, arguments: dict, feat, d_feat, d_scale) -> list[Launch]:
     """Gradients of raw channels and of scales, where there are any."""
     batch, queries = d_feat.shape[0], arguments["queries"]
     if variant.features == 0 and d_scale is None:
         return []
-    config = variant.config("dq", arch)
-    cut = Pieces(0, 0, 0) if variant.few_features else variant.summed(variant.features, BACKWARD)
+    config = variant.config("dq")
+    cut = Pieces(0, 0, 0) if variant.few_features else variant.summed(variant.features, variant.backward)
     blocks = triton.cdiv(queries, config.queries)
     parts = None
     if d_scale is not None:
@@ -306,12 +308,12 @@ def backward_launches(
     feat, d_o, lse = feat.contiguous(), d_o.contiguous(), lse.contiguous()
     scale = None if scale is None else scale.contiguous()
     keys = describe_keys(tables, v, bias, mask, tuple(feat.shape[1:-1]) if grid else (), features)
-    variant = Variant(v.dtype, features, channels)
-    launches, arguments = common(keys, feat, scale, channels, dropout, seed)
+    variant = Variant(v.dtype, features, channels, arch)
+    launches, arguments = common(keys, feat, scale, variant, dropout, seed)
     shift, inverse, delta, low = lse.new_empty(4, lse.numel(), dtype=torch.float32)
     g_b, g_m, g_h = out_strides(d_o, sum_heads)
     arguments |= dict(d_o=d_o, shift=shift, inverse=inverse, delta=delta, low=low, g_b=g_b, g_m=g_m, g_h=g_h)
-    config = variant.config("terms", arch)
+    config = variant.config("terms")
     blocks = triton.cdiv(arguments["queries"], config.queries)
     terms = arguments | dict(
         lse=lse, blocks=blocks, BLOCK_M=config.queries, BLOCK_N=config.tokens, HOLD_F=variant.holds(features),
@@ -324,13 +326,13 @@ def backward_launches(
     d_bias = tables.new_empty(bias.shape) if bias is not None else None
     d_v = v.new_empty(v.shape)
     flat = None if d_bias is None else d_bias.flatten(0, 1)
-    launches += _key_launches(keys, variant, arguments, d_table, flat, d_v.flatten(0, 1), arch)
+    launches += _key_launches(keys, variant, arguments, d_table, flat, d_v.flatten(0, 1))
     if keys.groups:
-        launches += _axes_launches(keys, variant, arguments, d_joined, arch)
+        launches += _axes_launches(keys, variant, arguments, d_joined)
     d_feat = feat.new_empty((batch, *feat.shape[1:]) if token_grads else (0,))
     d_scale = tables.new_empty((batch, *feat.shape[1:-1])) if token_grads and scale is not None else None
     if token_grads:
-        launches += _query_launches(keys, variant, arguments, feat, d_feat, d_scale, arch)
+        launches += _query_launches(keys, variant, arguments, feat, d_feat, d_scale)
     d_scale, d_bias = (tables.new_empty(0) if d is None else d for d in (d_scale, d_bias))
     return d_table, d_joined, d_feat, d_scale, d_bias, d_v, launches
 

@@ -117,11 +117,13 @@ class Variant:
     Args:
         dtype: of raw channels and values.
         features, channels: F and C.
+        arch: the architecture that it is for. From sm_100 on tiles are small, and threads few.
     """
 
     dtype: torch.dtype
     features: int
     channels: int
+    arch: int
 
     @property
     def few_features(self) -> bool:
@@ -143,10 +145,10 @@ class Variant:
         """Of products of matrices, if there are any: on tensor cores, or in float32."""
         return "bf16" if self.half and not (self.few_features and self.few_channels) else "ieee"
 
-    def config(self, kernel: str, arch: int) -> Config:
+    def config(self, kernel: str) -> Config:
         """A kernel's configuration: of what has no products of matrices, of float32 or of half precision."""
         few = self.few_features and self.few_channels
-        return config(f"grid_query_attention_{kernel}[{'few' if few else 'half' if self.half else 'fp32'}]", arch)
+        return config(f"grid_query_attention_{kernel}[{'few' if few else 'half' if self.half else 'fp32'}]", self.arch)
 
     def read(self, channels: int) -> Pieces:
         """How channels that a product sums over are cut."""
@@ -155,6 +157,11 @@ class Variant:
     def summed(self, channels: int, most: int) -> Pieces:
         """How channels of what is summed are cut: groups of at most ``most`` in half precision, half as many in float32."""
         return cut(channels, 64, most) if self.half else cut(channels, 32, most // 2)
+
+    @property
+    def backward(self) -> int:
+        """Channels that a program of the backward sums at most."""
+        return BACKWARD // 2 if self.arch >= 100 else BACKWARD
 
     def holds(self, channels: int) -> bool:
         """Whether a tile of so many channels stays in registers."""

@@ -147,8 +147,12 @@ class Variant:
 
     def config(self, kernel: str) -> Config:
         """A kernel's configuration: of what has no products of matrices, of float32 or of half precision."""
-        few = self.few_features and self.few_channels
-        return config(f"grid_query_attention_{kernel}[{'few' if few else 'half' if self.half else 'fp32'}]", self.arch)
+        kind = "fp32"
+        if self.few_features and self.few_channels:
+            kind = "few"
+        elif self.half:
+            kind = "half" if max(self.features, self.channels) <= 64 else "half, wide"
+        return config(f"grid_query_attention_{kernel}[{kind}]", self.arch)
 
     def read(self, channels: int) -> Pieces:
         """How channels that a product sums over are cut."""

@@ -117,7 +117,7 @@ class Variant:
     Args:
         dtype: of raw channels and values.
         features, channels: F and C.
-        arch: the architecture that it is for. From sm_100 on tiles are small, and threads few.
+        arch: the architecture that it is for.
     """
 
     dtype: torch.dtype
@@ -164,8 +164,8 @@ class Variant:
 
     @property
     def backward(self) -> int:
-        """Channels that a program of the backward sums at most."""
-        return BACKWARD // 2 if self.arch >= 100 else BACKWARD
+        """Channels that a program of the backward sums at most: fewer where products are a warp's, and not sm_90's."""
+        return BACKWARD if 90 <= self.arch < 100 else BACKWARD // 2
 
     def holds(self, channels: int) -> bool:
         """Whether a tile of so many channels stays in registers."""

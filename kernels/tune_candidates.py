@@ -23,9 +23,12 @@ from perceiver_fast.kernels import (
     cross_attention_backward,
     grid_attention,
     grid_attention_backward,
+    grid_query_attention,
+    grid_query_attention_backward,
 )
 from perceiver_fast.kernels.configs import Config, config, overridden
 from perceiver_fast.kernels.grid_attention_tokens import BLOCK
+from perceiver_fast.kernels.grid_query_keys import PAD
 from perceiver_fast.kernels.launch import Launch
 
 BATCH, LATENTS, IMAGE = 8, 512, (224, 224)
@@ -45,16 +48,20 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """A representative call: latents attend to an image's grid, or to as many tokens, or such queries to latents."""
+    """A representative call: latents attend to an image's grid, or to as many tokens, or such queries to latents.
+
+    ``channels`` are the tokens' raw ones, or a head's; described queries have raw ones, and ``values`` has so many.
+    """
 
     op: str
     dtype: torch.dtype
     channels: int
     decoder: bool = False
+    values: int = 0
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.op}, {dtype}, {self.channels} channels{', decoder' if self.decoder else ''}"
+        dtype, more = str(self.dtype).removeprefix("torch."), f", {self.values} of values" if self.values else ""
+        return f"{self.op}, {dtype}, {self.channels} channels{more}{', decoder' if self.decoder else ''}"
 
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -65,6 +72,16 @@ CALLS += [
     for channels in (64, 128, 261, 512)
     for decoder in (False, True)
 ]
+CALLS += [
+    Call("grid_query_attention", dtype, channels, True, values)
+    for dtype, channels, values in ((F32, 0, 1), (F32, 3, 64), (F32, 258, 512), (BF16, 3, 64), (BF16, 258, 512))
+]
+
+
+def described_forward(*arguments) -> tuple:
+    """grid_query_attention's forward as a training step calls it, to a new output; the architecture comes last."""
+    *others, arch = arguments
+    return grid_query_attention.forward_launches(None, *others, True, arch)
 
 
 def prepare(call: Call, name: str, arch: int, device: torch.device) -> Callable[[], tuple]:
@@ -78,6 +95,14 @@ def prepare(call: Call, name: str, arch: int, device: torch.device) -> Callable[
         feat = torch.randn(BATCH, *IMAGE, call.channels, device=device) * call.channels**-0.5
         arguments = (q, feat.to(call.dtype), torch.rand(BATCH, *IMAGE, device=device), None, 0.0, None)
         forward, backward = grid_attention.forward_launches, grid_attention_backward.backward_launches
+    elif call.op == "grid_query_attention":
+        tables, v = (
+            torch.randn(BATCH, 1, LATENTS, n, device=device) for n in (call.channels + sum(IMAGE), call.values)
+        )
+        feat = torch.randn(1, *IMAGE, call.channels, device=device).to(call.dtype) * max(1, call.channels) ** -0.5
+        scale = torch.rand(1, *IMAGE, device=device)
+        arguments = (tables, feat, scale, None, v.to(call.dtype), None, True, 0.0, None, False)
+        forward, backward = described_forward, grid_query_attention_backward.backward_launches
     else:
         queries, tokens = (math.prod(IMAGE), LATENTS) if call.decoder else (LATENTS, math.prod(IMAGE))
         q, k, v = (
@@ -94,6 +119,8 @@ def prepare(call: Call, name: str, arch: int, device: torch.device) -> Callable[
     d_o = torch.randn_like(results[0])
     if call.op == "cross_attention":
         return lambda: backward(d_o, None, *arguments, *results, arch)
+    if call.op == "grid_query_attention":
+        return lambda: backward(d_o, *arguments, results[1], True, arch)
 
     def grid_backward():
         o, lse, kept = results
@@ -128,7 +155,8 @@ def candidates(name: str, shipped: Config) -> list[Config]:
         return sum(a != b for a, b in zip(asdict(c).values(), asdict(shipped).values()))
 
     queries = near(shipped.queries, LARGEST)
-    tokens = near(shipped.tokens, BLOCK if name.startswith("grid") else LARGEST)  # a grid's columns are padded to BLOCK
+    most = {"grid_attention": BLOCK, "grid_query_attention": PAD}  # what columns, and keys, are padded to
+    tokens = near(shipped.tokens, next((size for op, size in most.items() if name.startswith(op)), LARGEST))
     every = itertools.starmap(Config, itertools.product(queries, tokens, WARPS, STAGES, REGISTERS))
     return [shipped, *sorted((c for c in every if 0 < changes(c) <= CHANGES), key=changes)]
 

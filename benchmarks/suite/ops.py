@@ -63,6 +63,29 @@ def cross_attention(geometry: Geometry, batch: int) -> Problem:
     return Problem((q, k, v), {"eager": eager, "sdpa": sdpa, OURS: fast}, wanted=3)
 
 
+def grid_query_attention(geometry: Geometry, batch: int) -> Problem:
+    """A decoder's attention of the grid's queries, with raw channels, to the latents' tables, of one output; and its weights built."""
+    latents, channels, axes = geometry.queries, geometry.channels, len(geometry.sizes)
+    v, t_feat = random(batch, 1, latents, 1), random(batch, 1, latents, channels, seed=5) * channels**-0.5
+    t_axes = [random(batch, 1, latents, size, seed=6 + axis) for axis, size in enumerate(geometry.sizes)]
+    feat = geometry.input(batch).flatten(1, -2)
+
+    def eager(v: Tensor, t_feat: Tensor, *others: Tensor) -> Tensor:
+        *t_axes, feat = others
+        logits = 0.0
+        for axis, table in enumerate(t_axes):  # [B, 1, 1, n_a, 1, N]
+            shape = [1] * axis + [table.shape[-1]] + [1] * (axes - 1 - axis)
+            logits = logits + table.mT.reshape(batch, 1, *shape, latents)
+        weights = (feat.unsqueeze(1) @ t_feat.mT + logits.flatten(2, -2)).softmax(-1)
+        return (weights @ v).transpose(1, 2)
+
+    def fast(v: Tensor, t_feat: Tensor, *others: Tensor) -> Tensor:
+        *t_axes, feat = others
+        return ops.grid_query_attention(t_feat, t_axes, feat, v)
+
+    return Problem((v, t_feat, *t_axes, feat), {"eager": eager, OURS: fast}, wanted=2 + axes)
+
+
 def fourier_projection(geometry: Geometry, batch: int) -> Problem:
     """LayerNorm of encoded positions, projected to keys and values; of points, or of samples on one axis."""
     bands, max_freq, points = geometry.model["num_freq_bands"], geometry.model["max_freq"], geometry.family == "points"
@@ -171,6 +194,7 @@ def op_level(make: Callable[[Geometry, int], Problem], others: tuple[str, ...], 
 
 LEVELS = {
     "cross_attention": op_level(cross_attention, ("eager", "sdpa"), attentions=lambda geometry: 1),
+    "grid_query_attention": op_level(grid_query_attention, ("eager", "compile"), attentions=lambda geometry: 1),
     "fourier_projection": op_level(fourier_projection, ("eager", "compile")),
     "grid_scale": op_level(grid_scale, ("eager", "compile")),
     "layer_norm": op_level(layer_norm, ("eager", "compile"), latents=True),

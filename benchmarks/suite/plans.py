@@ -27,7 +27,7 @@ class Plan:
 
 PLANS = {
     "cross-only": Plan(GRID),
-    "readme": Plan((*GRID, *LATENTS)),
+    "readme": Plan((*GRID, "grid_query_attention", *LATENTS)),
     "imagenet-lucid": Plan(("model",), rounds=3, default=False),
     "imagenet-lucid-1": Plan(("model", "layer", *LATENTS)),
     "imagenet-paper": Plan((*GRID, "cross_attention"), rounds=3, default=False),

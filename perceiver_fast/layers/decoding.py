@@ -28,7 +28,7 @@ from perceiver_fast.ops.grid_query_attention import (
     grid_query_attention_unchecked,
     grid_query_attention_work,
 )
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, unless_autocast
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, half_dtype, unless_autocast
 from perceiver_fast.ops.work import Work, attention_work
 from perceiver_fast.tokens import Description, GridDescription, Tokens
 
@@ -136,6 +136,7 @@ class FusedDecoder:
         self.fn, self.norm, self.backend = layer._modules["fn"], layer._modules["norm"], backend
         self.compute = compute = compute_dtype(latents.dtype)
         self.dtype = autocast_dtype(latents.device) or latents.dtype
+        self.half = half_dtype(latents.device, latents.dtype)  # of values, and of raw channels, on GPUs
         k, v = self.fn.project("to_kv", layer.norm_context(latents)).chunk(2, dim=-1)
         with unless_autocast(latents.device):
             self.k, v = (self.fn.split_heads(t).to(compute) for t in (k, v))  # [B, H, N, d]
@@ -178,6 +179,7 @@ class FusedDecoder:
             bias=torch.einsum("bhnd,hd->bhn", self.k, bias.to(self.compute).unflatten(0, (heads, -1))),
             sum_heads=self.folds,
             grid=basis.grid,
+            half=self.half,
             backend=self.backend,
         )
 
@@ -186,9 +188,9 @@ class FusedDecoder:
         with unless_autocast(self.k.device):
             out = grid_query_attention_unchecked(**self._arguments(queries), dropout=self.fn.active_dropout)
             if not self.folds:
-                out = out.flatten(2) @ self.weight.T
+                out = out.flatten(2) @ self.weight.T.to(out.dtype)
             if self.bias is not None:
-                out = out + self.bias
+                out = out + self.bias.to(out.dtype)
             return out.to(self.dtype)
 
     def decode_into(self, out: Tensor, queries: Tokens) -> None:

@@ -155,7 +155,7 @@ GRID_ATTENTION = declare(
     sample=_sample,
     variants=({}, dict(options=True), dict(inverted=True), dict(token_grads=False)),
     instances=dict(_instances()),
-    kernels="grid_.*_kernel",
+    kernels="grid_(attention|planes|tokens)(_.*)?_kernel",
 )
 
 

@@ -32,9 +32,12 @@ from perceiver_fast.ops.derivatives import differentiable, differentiated_again,
 from perceiver_fast.ops.library import (
     autocast_dtype,
     compute_dtype,
+    cpu_error,
     dropout_seed,
+    half_dtype,
     kernel_reasons,
     learns,
+    triton_reasons,
     unless_autocast,
 )
 from perceiver_fast.ops.work import Shape, Work
@@ -54,10 +57,14 @@ class GridQueryAttentionCall:
 
 
 def _cpu_reasons(call: GridQueryAttentionCall) -> list[str]:
-    reasons = kernel_reasons(extension.error, "cpu", call.device, call.dtype)
+    reasons = kernel_reasons(cpu_error(extension.error), "cpu", call.device, call.dtype)
     if call.axes > 64:
         reasons.append(f"it takes up to 64 axes, not {call.axes}")
     return reasons
+
+
+def _triton_reasons(call: GridQueryAttentionCall) -> list[str]:
+    return triton_reasons(call.device, call.dtype)
 
 
 def grid_query_attention_work(tables: Shape, feat: Shape, v: Shape, grid: bool) -> Work:
@@ -75,7 +82,7 @@ def _backward_work(tables: Shape, feat: Shape, v: Shape, grid: bool, token_grads
 def _forward_outputs(tables, feat, scale, bias, v, mask, grid, dropout, seed, sum_heads, need_lse):
     batch, heads = tables.shape[:2]
     queries, channels = math.prod(feat.shape[1:-1]), v.shape[-1]
-    o = tables.new_empty((batch, queries, channels) if sum_heads else (batch, queries, heads, channels))
+    o = v.new_empty((batch, queries, channels) if sum_heads else (batch, queries, heads, channels))
     return o, tables.new_empty((batch, heads, queries) if need_lse else (0,), dtype=torch.float64)
 
 
@@ -90,11 +97,13 @@ def _backward_outputs(d_o, tables, feat, scale, bias, v, mask, grid, dropout, se
     )
 
 
-def _sample(make, dtype=torch.float32, heads=2, keys=5, features=3, sizes=(4, 6), channels=2, options=False, grid=True):
+def _sample(
+    make, dtype=torch.float32, heads=2, keys=5, features=3, sizes=(4, 6), channels=2, options=False, grid=True, half=None
+):  # fmt: skip
     """With options it has a bias, a mask and dropout, adds the heads up, and its queries have no scale."""
-    length = features + (sum(sizes) if grid else 0)
-    tables, feat = make(2, heads, keys, length, dtype=dtype), make(2, *sizes, features, dtype=dtype)
-    v = make(2, heads, keys, channels, dtype=dtype)
+    length, narrow = features + (sum(sizes) if grid else 0), half or dtype
+    tables, feat = make(2, heads, keys, length, dtype=dtype), make(2, *sizes, features, dtype=narrow)
+    v = make(2, heads, keys, channels, dtype=narrow)
     if options:
         bias, mask = make(2, heads, keys, dtype=dtype), make.mask(2, keys)
         arguments = tables, feat, None, bias, v, mask, grid, 0.1, make.seed(), True
@@ -106,9 +115,33 @@ def _sample(make, dtype=torch.float32, heads=2, keys=5, features=3, sizes=(4, 6)
     return o
 
 
+def _instances():
+    """By dtype, raw channels, sizes (one is of points), values' channels, and with options or without."""
+    volume, image, points = (128, 128, 128), (368, 496), (2048,)
+    for dtype, features, sizes, channels, options in (
+        (torch.float32, 0, volume, 1, False),
+        (torch.float32, 3, image, 3, True),
+        (torch.float32, 52, points, 1, False),
+        (torch.float32, 258, image, 512, True),
+        (torch.bfloat16, 258, image, 512, False),
+        (torch.bfloat16, 52, points, 130, True),
+        (torch.float16, 3, image, 64, False),
+    ):
+        grid, half = len(sizes) > 1, None if dtype == torch.float32 else dtype
+        name = f"{str(dtype).removeprefix('torch.')}, {f'{len(sizes)} axes' if grid else 'points'}, {features} channels"
+        name += f", {channels} of values{', mask and dropout' if options else ''}"
+        yield name, dict(
+            half=half, features=features, sizes=sizes, grid=grid, channels=channels, keys=512, options=options
+        )  # fmt: skip
+
+
 GRID_QUERY_ATTENTION = declare(
     OP,
-    backends=(Backend("cpu", _cpu_reasons), Backend("reference", lambda call: [])),
+    backends=(
+        Backend("cpu", _cpu_reasons),
+        Backend("triton", _triton_reasons),
+        Backend("reference", lambda call: []),
+    ),
     call=GridQueryAttentionCall,
     operators=(
         Operator(
@@ -117,12 +150,14 @@ GRID_QUERY_ATTENTION = declare(
             "-> (Tensor o, Tensor lse)",
             _forward_outputs,
             work=lambda *a: grid_query_attention_work(a[0], a[1], a[4], grid=a[6]),
+            triton="grid_query_attention.forward",
         ),
         Operator(
             "grid_query_attention_into(Tensor(a!) out, Tensor tables, Tensor feat, Tensor? scale, Tensor? bias, Tensor v, "
             "Tensor? mask, bool grid, float dropout, Tensor? seed, bool sum_heads) -> ()",
             lambda *arguments: None,
             work=lambda *a: grid_query_attention_work(a[1], a[2], a[5], grid=a[7]),
+            triton="grid_query_attention.into",
         ),
         Operator(
             "grid_query_attention_backward(Tensor d_o, Tensor tables, Tensor feat, Tensor? scale, Tensor? bias, "
@@ -130,6 +165,7 @@ GRID_QUERY_ATTENTION = declare(
             "bool token_grads) -> (Tensor d_tables, Tensor d_feat, Tensor d_scale, Tensor d_bias, Tensor d_v)",
             _backward_outputs,
             work=lambda *a: _backward_work(a[1], a[2], a[5], grid=a[7], token_grads=a[12]),
+            triton="grid_query_attention_backward.backward",
         ),
     ),
     sample=_sample,
@@ -139,6 +175,8 @@ GRID_QUERY_ATTENTION = declare(
         dict(sizes=(9,), grid=False, channels=5),
         dict(dtype=torch.float64, sizes=(2, 3, 2), features=0, channels=1),
     ),
+    instances=dict(_instances()),
+    kernels="grid_query_.*_kernel|cross_attention_hashes_kernel",
 )
 
 
@@ -175,6 +213,7 @@ class GridQueryAttentionFunction(torch.autograd.Function):
         if differentiated_again():
 
             def form(tables, feat, scale, bias, v):
+                feat, v = feat.to(tables.dtype), v.to(tables.dtype)
                 return blocks.grid_query_attention(tables, feat, scale, bias, v, mask, grid, dropout, seed, sum_heads)
 
             inputs = tables, feat, scale, bias, v
@@ -195,6 +234,7 @@ def grid_query_attention_unchecked(
     dropout: float = 0.0,
     sum_heads: bool = False,
     grid: bool = True,
+    half: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`grid_query_attention` with its tables joined, for callers that hold them so; inputs are not checked.
@@ -208,20 +248,22 @@ def grid_query_attention_unchecked(
         mask: bool ``[B, N]`` or None.
         dropout, sum_heads: see :func:`grid_query_attention`.
         grid: whether the queries stand on a grid; else they are points.
+        half: a half-precision dtype that GPUs round raw channels, weights and values to, for tensor cores; the result
+            has it too. Default: what :func:`~perceiver_fast.ops.library.half_dtype` says of tables.
         backend: what runs it, where that has been chosen already. Default: it is chosen here.
 
     Returns:
         ``[B, M, H, C]``, or ``[B, M, C]`` with sum_heads.
     """
-    result = autocast_dtype(tables.device) or tables.dtype
-    compute = compute_dtype(tables.dtype)
-    plain = transformed()
+    compute, plain = compute_dtype(tables.dtype), transformed()
     if backend is None and not plain:
         axes = feat.dim() - 2 if grid else 0
         backend = GRID_QUERY_ATTENTION.require(GridQueryAttentionCall(compute, tables.device, axes))
+    narrow = half or half_dtype(tables.device, tables.dtype) if backend == "triton" and not plain else None
+    result = narrow or autocast_dtype(tables.device) or tables.dtype
     with unless_autocast(tables.device):
         seed = dropout_seed(dropout, tables.device)
-        given = (None if t is None else t.to(compute) for t in (tables, feat, scale, bias, v))
+        given = _given(tables, feat, scale, bias, v, narrow or compute)
         arguments = (*given, mask, grid, dropout, seed, sum_heads)
         if plain:
             o = blocks.grid_query_attention(*arguments)
@@ -232,7 +274,14 @@ def grid_query_attention_unchecked(
             o = GridQueryAttentionFunction.apply(*arguments[:5], mask, *arguments[6:])
         else:
             o, _ = torch.ops.perceiver_fast.grid_query_attention_forward(*arguments, False)
-    return o if result == compute or tables.dtype == torch.float64 else o.to(result)
+    return o if tables.dtype == torch.float64 else o.to(result)
+
+
+def _given(tables, feat, scale, bias, v, values: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Tensors in the dtypes that a backend computes in: raw channels and values in one of their own."""
+    compute = compute_dtype(tables.dtype)
+    pairs = (tables, compute), (feat, values), (scale, compute), (bias, compute), (v, values)
+    return tuple(None if t is None else t.to(dtype) for t, dtype in pairs)
 
 
 @op_range(OP)
@@ -246,6 +295,7 @@ def grid_query_attention_into(
     mask: Tensor | None = None,
     sum_heads: bool = False,
     grid: bool = True,
+    half: torch.dtype | None = None,
     backend: str | None = None,
 ) -> None:
     """:func:`grid_query_attention_unchecked` for inference, whose result is written into ``out``, of the result's shape.
@@ -257,16 +307,19 @@ def grid_query_attention_into(
     if backend is None:
         axes = feat.dim() - 2 if grid else 0
         backend = GRID_QUERY_ATTENTION.require(GridQueryAttentionCall(compute, tables.device, axes))
+    values = compute
+    if backend == "triton":
+        values = half = half or half_dtype(tables.device, tables.dtype) or compute
     with torch.no_grad():
-        if backend != "cpu" or out.dtype != compute:
+        if backend == "reference" or out.dtype != values:
             out.copy_(
                 grid_query_attention_unchecked(
-                    tables, feat, v, scale, bias, mask, sum_heads=sum_heads, grid=grid, backend=backend
+                    tables, feat, v, scale, bias, mask, sum_heads=sum_heads, grid=grid, half=half, backend=backend
                 )
             )
             return
         with unless_autocast(tables.device):
-            given = (None if t is None else t.to(compute) for t in (tables, feat, scale, bias, v))
+            given = _given(tables, feat, scale, bias, v, values)
             torch.ops.perceiver_fast.grid_query_attention_into(out, *given, mask, grid, 0.0, None, sum_heads)
 
 
@@ -303,9 +356,10 @@ def grid_query_attention(
         sum_heads: add the heads' outputs up, for values that went through the map that follows. Default: False.
 
     Returns:
-        ``[B, M, H, C]``, or ``[B, M, C]`` with sum_heads. float64 inputs are computed in float64, all others in float32;
-        the result has the dtype of the inputs, or of autocast. Differentiable any number of times in all tensors
-        but the mask. There are kernels for CPUs; on other devices plain PyTorch runs, which forms the M x N weights.
+        ``[B, M, H, C]``, or ``[B, M, C]`` with sum_heads. float64 inputs are computed in float64, all others in float32,
+        but that GPUs round raw channels, weights and values to a half-precision dtype of the inputs, or of autocast; the
+        result has that dtype. Differentiable any number of times in all tensors but the mask. There are kernels for
+        CPUs and for GPUs; float64 on GPUs, and other devices, have plain PyTorch, which forms the M x N weights.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, size or device; the message says expected, got and what to do.

@@ -7,6 +7,7 @@ from support import NoSync, grid_inputs
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.ops import add_layer_norm, cross_attention, geglu
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
+from perceiver_fast.ops.grid_query_attention import grid_query_attention_unchecked
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NOT tested here")
 
@@ -17,13 +18,16 @@ def attend(device, dropout=0.2):
     dense = [torch.randn(2, 2, n, 24, device=device) for n in (5, 40, 40)]
     seen = torch.rand(2, 40, device=device) > 0.3
     vectors = [torch.randn(24, device=device) for _ in range(4)]
-    leaves = [t.requires_grad_() for t in (q, feat, scale, *dense, *vectors)]
+    described = [torch.randn(shape, device=device) for shape in ((2, 2, 40, 40), (2, 4, 33, 3), (2, 2, 40, 6))]
+    leaves = [t.requires_grad_() for t in (q, feat, scale, *dense, *vectors, *described)]
 
     def run(*leaves):
         o, lse, _ = grid_attention_unchecked(*leaves[:3], mask, dropout)
         p, sums = cross_attention(*leaves[3:6], seen, dropout, return_lse=True)
         y, z = add_layer_norm(leaves[3], p, *leaves[6:9])
         p = y + geglu(z, leaves[9]).repeat(1, 1, 1, 2)
+        decoded = grid_query_attention_unchecked(*leaves[10:], leaves[2], mask=seen, dropout=dropout)
+        p = p + decoded.square().mean()
         total = o.square().sum() + lse.clamp_min(-1e3).sum() + p.square().sum() + sums.clamp_min(-1e3).sum()
         return torch.autograd.grad(total, leaves)
 

@@ -50,3 +50,36 @@ def test_autocast(device, name):
             fast = model(data)
     assert fast.dtype == plain.dtype
     assert relative_error(fast, exact) <= 2 * relative_error(plain, exact) + 2e-3
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_decoder_of_described_queries(device, grid):
+    """In float32, under autocast, in parts into a tensor, and its gradients; by the description, without the queries."""
+    torch.manual_seed(0)
+    keywords = dict(num_freq_bands=2, max_freq=4.0)
+    queries = pf.grid_queries((4, 9), **keywords) if grid else pf.point_queries(torch.rand(1, 36, 2) * 2 - 1, **keywords)
+    model = pf.PerceiverIO(
+        depth=0, dim=4, queries_dim=queries.channels, logits_dim=2, num_latents=40, latent_dim=8, cross_heads=2,
+        cross_dim_head=16,
+    ).to(device)  # fmt: skip
+    data = torch.randn(2, 6, 4, device=device)
+    (found,) = (row for row in pf.explain(model, data, queries=queries).layers if row.layer == "decoder_cross_attn")
+    assert (found.path, found.choice.op, found.choice.backend) == ("described", "grid_query_attention", "triton")
+
+    def results(function=lambda o: o, **options):
+        o = model(data.to(next(model.parameters())), queries=queries, **options)
+        loss = function(o.double()).square().sum()
+        return [o.detach(), *torch.autograd.grad(loss, list(model.decoder_cross_attn.parameters()))]
+
+    fast = results()
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        rounded = model(data, queries=queries)
+    out = torch.empty(2, 36, 2, device=device)
+    model.decode_into(out, data, queries)
+    with pf.use_backend("reference"):
+        model.double()
+        exact = results()
+    for mine, theirs in zip(fast, exact):
+        assert relative_error(mine, theirs) < 1e-4 and mine.shape == theirs.shape
+    assert relative_error(out, exact[0]) < 1e-5
+    assert rounded.dtype == torch.bfloat16 and 1e-4 < relative_error(rounded, exact[0]) < 2e-2

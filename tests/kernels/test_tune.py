@@ -43,6 +43,8 @@ def stub(monkeypatch, *times):
         ("cross_attention_forward[half, 64]", Call("cross_attention", BF16, 64)),
         ("cross_attention_dq[fp32]", Call("cross_attention", F32, 64, True)),
         ("cross_attention_dkv[fp32]", Call("cross_attention", F32, 128)),
+        ("grid_query_attention_forward[half]", Call("grid_query_attention", BF16, 3, True, 64)),
+        ("grid_query_attention_axes[few]", Call("grid_query_attention", F32, 0, True, 1)),
     ],
 )
 def test_candidates_run_and_the_faster_is_chosen(name, call, device, monkeypatch):

@@ -31,11 +31,13 @@ class StandIn:
         kind: what the module is, for people: "cross-attention".
         way: how the last call was computed, in words; None before the first call and where the class's method ran.
         why: why the class's own method ran in the last call; None if it did not.
+        covers: whether all modules inside are computed with it, where it runs.
         work: multiply-adds, exponentials and bytes of the last call, as the class's method has them and as it was computed.
     """
 
     method = "forward"
     kind = "module"
+    covers = False
     only_accelerates = True  # layers/fusing.py: a module with this forward is as plain as one without
 
     def __init__(self, module: nn.Module):
@@ -81,6 +83,10 @@ class StandIn:
             if why is not None:
                 self.way = self.work = None
         return self.run(**arguments) if why is None else self.original(*args, **kwargs)
+
+    def what(self) -> str:
+        """What the module is, for people."""
+        return self.kind
 
     def note(self, way: str, before: Work | None = None, after: Work | None = None) -> None:
         """Keep for the report how the present call is computed, and the work of the class's method and of this way."""

@@ -124,6 +124,14 @@ class AttentionForward(LayerStandIn):
     """``PerceiverSelfAttention.forward``: attention without its matrix of weights."""
 
     kind = "attention"
+    covers = True
+
+    def what(self) -> str:
+        return "self-attention" if type(self.inner()._modules["layernorm2"]) is nn.Identity else "cross-attention"
+
+    def inner(self) -> nn.Module:
+        """The ``PerceiverSelfAttention``."""
+        return self.module
 
     def why_not(self, **arguments: Any) -> str | None:
         found = why_arguments(**arguments) or why_attention(self.module, arguments.get("inputs"))
@@ -150,6 +158,7 @@ class FeedForwardForward(LayerStandIn):
     """``PerceiverMLP.forward``: two products on the fastest library."""
 
     kind = "feed-forward"
+    covers = True
 
     def why_not(self, hidden_states: Tensor | None = None, **others: Any) -> str | None:
         if hidden_states is None or others:
@@ -182,6 +191,12 @@ class LayerForward(AttentionForward):
 
     def why_not(self, **arguments: Any) -> str | None:
         return why_arguments(**arguments) or self.why_layer(arguments)
+
+    def inner(self) -> nn.Module:
+        return self.module._modules["attention"]._modules["self"]
+
+    def what(self) -> str:
+        return f"layer of {super().what()}"
 
     def why_layer(self, arguments: dict) -> str | None:
         """Why the layers inside have to be called."""
@@ -245,10 +260,3 @@ class LayerForward(AttentionForward):
         z = stream.normalized(self.module._modules["layernorm"])
         stream.add(*feed_forward(self.module._modules["mlp"], z))
         return stream.value()
-
-
-def attention_kind(stand_in: StandIn) -> str:
-    """Which attention a layer is, for the report."""
-    module = stand_in.module
-    inner = module._modules["attention"]._modules["self"] if isinstance(stand_in, LayerForward) else module
-    return "self-attention" if type(inner._modules["layernorm2"]) is nn.Identity else "cross-attention"

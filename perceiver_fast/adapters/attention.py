@@ -13,7 +13,6 @@ its gradient is zero. A bias on values is added afterwards where weights sum to 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +69,24 @@ class Parts:
         return found
 
 
+@dataclass
+class Joint:
+    """Projections of keys and values as one, as a linear layer without bias."""
+
+    weight: Tensor
+    bias: None = None
+
+
+@dataclass
+class Numbers:
+    """What the ways of layers/cross_attention_ways.py read from an attention."""
+
+    heads: int
+    scale: float
+    active_dropout: float
+    to_kv: Joint
+
+
 class Parameters(CrossAttentionParameters):
     """The parameters of a cross-attention whose tokens' side is plain, for the ways of layers/cross_attention_ways.py."""
 
@@ -84,8 +101,8 @@ class Parameters(CrossAttentionParameters):
         if any(b is not None for b in biases):
             bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases)])
         self.bias = bias
-        joint = SimpleNamespace(weight=weights[0] if len(weights) == 1 else torch.cat(weights), bias=None)
-        self.fn = SimpleNamespace(heads=parts.heads, scale=parts.scale, active_dropout=parts.dropout, to_kv=joint)
+        joint = Joint(weights[0] if len(weights) == 1 else torch.cat(weights))
+        self.fn = Numbers(parts.heads, parts.scale, parts.dropout, joint)
         self._q = None
 
     @property

@@ -68,8 +68,10 @@ def keep_of(mask: Tensor | None, batch: int, count: int, dtype: torch.dtype) -> 
     keep = row == 0
     if bool(keep.all()):
         return None, None
-    if not bool((keep | (row <= torch.finfo(mask.dtype).min)).all()) or bool(row.isneginf().all(-1).any()):
+    if not bool((keep | (row <= torch.finfo(mask.dtype).min)).all()):
         return None, "a mask is not of zeros and least numbers"
+    if not bool(keep.any(-1).all()):
+        return None, "a mask leaves an element no token, whose logits then have a gradient"
     if torch.finfo(mask.dtype).min > torch.finfo(dtype).min:
         return None, f"a mask in {mask.dtype} beside logits in {dtype}"
     return keep.expand(batch, count), None

@@ -11,7 +11,7 @@ A stand-in keeps no parameter and nothing computed from one. At every call it fi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,12 +51,12 @@ class StandIn:
     @property
     def __signature__(self) -> inspect.Signature:
         """What ``inspect.signature`` shows: the method's own arguments."""
-        return inspect.signature(self.original)
+        signature = inspect.signature(self.known)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
-    @property
-    def original(self) -> Callable:
-        """The class's method, bound to the module."""
-        return getattr(type(self.module), self.method).__get__(self.module)
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """A call of the class's method."""
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
     def arguments(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """Arguments by their names in the class's method; what it has no name for comes under ``"*"``."""
@@ -76,7 +76,7 @@ class StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.arguments(args, kwargs)
-        why = "its class's method was exchanged" if self.original.__func__ is not self.known else None
+        why = "its class's method was exchanged" if getattr(type(self.module), self.method) is not self.known else None
         why = why or self.why_not(**arguments)
         if not torch.compiler.is_compiling():
             self.why = why

@@ -29,6 +29,8 @@ def why_codes(encoding: nn.Module | None, projection: nn.Module | None, axes: in
         return f"position_embeddings {found}"
     if type(projection) is not nn.Identity or is_called(projection) is not None:
         return "positions are projected"
+    if not encoding.concat_pos:
+        return "positions are not among their codes, which transformers then returns without a batch"
     if len(encoding.max_resolution) != axes or axes == 0:
         return f"a grid of {axes} axes has positions of {len(encoding.max_resolution)}"
     return None
@@ -48,7 +50,7 @@ def grid_codes(
     Returns:
         One :class:`AxisCodes` an axis, float32, or float64 for float64; and int64 ``[C]``.
     """
-    options = encoding.num_bands, tuple(encoding.max_resolution), encoding.concat_pos, encoding.sine_only
+    options = encoding.num_bands, tuple(encoding.max_resolution), encoding.sine_only
     key = (*options, sizes, dtype, device, modeling().generate_fourier_features)
     if key not in _kept:
         with torch.inference_mode(False), torch.no_grad():
@@ -61,7 +63,7 @@ def grid_codes(
 
 def _compute(encoding, sizes, dtype, device) -> tuple[tuple[AxisCodes, ...], Tensor]:
     axes, bands = len(sizes), encoding.num_bands
-    owners = list(range(axes)) if encoding.concat_pos else []
+    owners = list(range(axes))
     for _ in range(1 if encoding.sine_only else 2):
         owners += [axis for axis in range(axes) for _ in range(bands)]
     owner = torch.tensor(owners, device=device)

@@ -34,6 +34,11 @@ LARGE = 2**24  # numbers of a decoder's output, from which on it is computed whe
 _model: ContextVar[nn.Module | None] = ContextVar("model", default=None)  # whose call the present one is in
 
 
+def calling() -> nn.Module | None:
+    """The model whose call the present one is in, and whose tokens are described; None if there is none."""
+    return None if torch.compiler.is_compiling() else _model.get()
+
+
 class ModelForward(LayerStandIn):
     """``PerceiverModel.forward`` itself, with masks that are not written for every latent, and described tokens inside."""
 
@@ -108,7 +113,7 @@ class BuildInputs(LayerStandIn):
         **others: Any,
     ) -> str | None:
         module = self.module
-        if _model.get() is None or others or not network_input_is_1d:
+        if calling() is None or others or not network_input_is_1d:
             return "its result is seen by others than the encoder"
         if module.position_encoding_type != "fourier" or module.concat_or_add_pos != "concat":
             return "positions are learned" if module.position_encoding_type == "trainable" else "positions are added"
@@ -130,7 +135,7 @@ class MultimodalPreprocess(LayerStandIn):
     kind = "preprocessor"
 
     def why_not(self, inputs: Any = None, pos: Tensor | None = None, network_input_is_1d: bool = True, **_: Any) -> str | None:
-        if _model.get() is None or pos is not None or not network_input_is_1d:
+        if calling() is None or pos is not None or not network_input_is_1d:
             return "its result is seen by others than the encoder"
         for name, module in self.module.modalities.items():
             if not is_perceivers(module, *PREPROCESSORS[:2], "PerceiverOneHotPreprocessor") or is_called(module):
@@ -218,7 +223,7 @@ class DecoderForward(LayerStandIn):
         layer, final = self.layer, self.module._modules["final_layer"]
         residual = layer.module._modules["attention"].use_query_residual
         decoder = layer.decoder(query, z)
-        model, count = _model.get(), query.shape[1]
+        model, count = calling(), query.shape[1]
         if decoder is not None:
             self.note("described queries, some at a time")
             logits = self.by_grid(decoder, layer, final, query.build() if residual else None)
@@ -284,7 +289,7 @@ class MultimodalQueries(LayerStandIn):
         subsampled_points: dict | None = None,
         **others: Any,
     ) -> str | None:
-        if _model.get() is None or others or modality_sizes is None:
+        if calling() is None or others or modality_sizes is None:
             return "its result is seen by others than the decoder"
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
             return "in training, all queries at once"

@@ -9,7 +9,7 @@ from torch import nn
 
 from perceiver_fast.adapters.check import check
 from perceiver_fast.adapters.families import match as match_structure
-from perceiver_fast.adapters.forwards import StandIn, install
+from perceiver_fast.adapters.forwards import StandIn, install, stand_ins
 from perceiver_fast.adapters.hugging_face_matches import match as match_hugging_face
 from perceiver_fast.adapters.report import Report, Row
 
@@ -82,16 +82,13 @@ def _match(module: nn.Module) -> tuple[type[StandIn] | None, tuple[str, str] | N
 
 
 def _leave_attention(report: Report) -> None:
-    """Name attention that no family has, or that is inside nothing accelerated."""
-    known = {row.name for row in report.left}
-    covered = [name for name, module in report.model.named_modules() if any(isinstance(v, StandIn) and v.covers for v in module.__dict__.values())]
+    """Name attention that no family has, and that is inside nothing accelerated or named already."""
+    inside = [row.name for row in report.left]
     for name, module in report.model.named_modules():
-        names = set(module._modules)
-        like = type(module) is nn.MultiheadAttention or any(p <= names for p in PROJECTIONS)
-        if not like or name in known or type(module).__module__.startswith("perceiver_fast."):
+        if any(stand_in.covers for stand_in in stand_ins(module).values()):
+            inside.append(name)
+        like = type(module) is nn.MultiheadAttention or any(p <= set(module._modules) for p in PROJECTIONS)
+        if not like or stand_ins(module) or type(module).__module__.startswith("perceiver_fast."):
             continue
-        if any(isinstance(v, StandIn) for v in module.__dict__.values()):
-            continue
-        if any(name == c or name.startswith(f"{c}.") or c == "" for c in covered):
-            continue
-        report.left.append(Row(name, "attention", why=f"{type(module).__name__} is of no known family"))
+        if not any(outer == "" or name == outer or name.startswith(f"{outer}.") for outer in inside):
+            report.left.append(Row(name, "attention", why=f"{type(module).__name__} is of no known family"))

@@ -106,7 +106,6 @@ def parts_of(attention: nn.Module) -> Parts:
         norm_context=None if type(context_norm) is nn.Identity else context_norm,
         to_q=modules["query"],
         to_kv=(modules["key"], modules["value"]),
-        keys=attention.qk_channels,
     )
 
 

@@ -132,7 +132,7 @@ class Report:
         return str(self.check) if self.check else "not checked: pass an example to compare with the original"
 
     def __str__(self) -> str:
-        console = Console(width=120, record=True, file=_Nowhere(), color_system=None)
+        console = Console(width=140, record=True, file=_Nowhere(), color_system=None)
         console.print(self.table())
         console.print(self.summary(), markup=False, highlight=False)
         return "\n".join(line.rstrip() for line in console.export_text().splitlines())

@@ -27,7 +27,7 @@ from benchmarks.environment import DEFAULT_THREADS, conditions
 from benchmarks.output import digits, milliseconds, save, table, times_ours
 from benchmarks.statistic import seconds_of
 from perceiver_fast.adapters.check import tensors_of
-from perceiver_fast.ops.linear_verdict import verdict
+from perceiver_fast.ops.linear_choice import verdict
 
 ROUNDS = 3
 AGREE = 1e-3  # relative difference of outputs that is allowed, in float32
@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         found = measure(name, args.rounds) if args.memory == "none" else memory_and_work(name, args.memory)
         print(json.dumps(found))
         return 0
+    around = conditions(args.threads)
     speeds = verdict("forward").gflops
     rate = max(speeds.values()) * 1e9 / 2 if speeds else None
     rows: dict[str, dict] = {}
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     title = f"transformers' Perceivers, batch 1, {args.threads} threads, float32"
     Console(width=150).print(table(title, headers, [shown(name, row) for name, row in rows.items()]))
     if args.json:
-        save(args.json, {"conditions": conditions(args.threads), "multiply_adds_a_second": rate, "rows": rows})
+        save(args.json, {"conditions": around, "multiply_adds_a_second": rate, "rows": rows})
     return 0
 
 

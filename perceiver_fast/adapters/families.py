@@ -9,7 +9,6 @@ accelerated; for the rest the report says what differed.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.adapters.attention import Parts, cross_attention, project, queries_side, self_attention
-from perceiver_fast.adapters.check import tensors_of
 from perceiver_fast.adapters.conditions import active_dropout, why_dropout, why_not_now
 from perceiver_fast.adapters.described import built
-from perceiver_fast.adapters.forwards import StandIn, restore
+from perceiver_fast.adapters.forwards import StandIn
 from perceiver_fast.adapters.perceiver_pytorch import PerceiverForward, is_perceiver
+from perceiver_fast.adapters.trial import trial
 from perceiver_fast.layers.fusing import is_called, why_not
 from perceiver_fast.layers.residual_stream import normalize
 from perceiver_fast.ops.feed_forward import feed_forward
@@ -158,7 +157,7 @@ def match(module: nn.Module) -> type[StandIn] | tuple[str, str] | None:
         return None
     if type(module).__module__.startswith(TRUSTED) and type(fn).__module__.startswith(TRUSTED):
         return kind
-    why = _trial(module, kind)
+    why = trial(module, kind, _inputs)
     return kind if why is None else ("looks like " + kind(module).what(), why)
 
 
@@ -183,27 +182,6 @@ def _is_feed_forward(fn: nn.Module) -> bool:
     return net[0].out_features == 2 * net[2].in_features
 
 
-def _trial(module: nn.Module, kind: type[PreNormForward]) -> str | None:
-    """What differs between a module's own forward and a stand-in of ``kind`` on random input, in words; None if nothing."""
-    if any(p.device.type == "meta" for p in module.parameters()):
-        return "its parameters are on no device to try it on"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            trial = restore(copy.deepcopy(module)).cpu().double().eval()
-            for inside in trial.modules():  # hooks belong to the user's data, not to a trial
-                for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-                    inside.__dict__[hooks].clear()
-            stand_in = kind(trial)
-            for given in _inputs(trial):
-                wrong = _differs(trial, stand_in, given)
-                if wrong is not None:
-                    return wrong
-        except Exception as error:  # a stranger's forward, on our input
-            return f"tried on random input, it raises {type(error).__name__}: {error}"
-    return None
-
-
 def _inputs(module: nn.Module) -> list[dict]:
     """Random input of two batch elements; with a context also masked."""
     x = torch.randn(2, 5, module.norm.normalized_shape[-1], dtype=torch.float64)
@@ -216,27 +194,3 @@ def _inputs(module: nn.Module) -> list[dict]:
     if "mask" in inspect.signature(type(module._modules["fn"]).forward).parameters:
         found.append(dict(x=x, context=context, mask=mask))
     return found
-
-
-def _differs(module: nn.Module, stand_in: StandIn, given: dict) -> str | None:
-    why = stand_in.why_not(**given)
-    if why is not None:
-        return why
-    results = []
-    for call in (module, stand_in.run):
-        inputs = {k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in given.items()}
-        first, *rest = inputs.items()
-        outputs = call(first[1], **dict(rest)) if call is module else call(**inputs)
-        if not isinstance(outputs, Tensor):
-            return f"its forward returns {type(outputs).__name__}, not a tensor"
-        (outputs * torch.linspace(0.5, 1.5, outputs.numel(), dtype=torch.float64).view_as(outputs)).sum().backward()
-        grads = [p.grad for p in (*module.parameters(), *(v for v in inputs.values() if v.requires_grad))]
-        results.append([*tensors_of(outputs), *(g if g is None else g.clone() for g in grads)])
-        module.zero_grad(set_to_none=True)
-    for a, b in zip(*results):
-        if (a is None) != (b is None):
-            return "tried on random input, gradients are not those of its own forward"
-        if a is not None and (a.shape != b.shape or (a - b).abs().max() > 1e-9 * (1 + a.abs().max())):
-            return "tried on random input, it computes something else"
-    return None
-

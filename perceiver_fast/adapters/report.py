@@ -99,7 +99,7 @@ class Report:
                 continue
             row = _row(name, stand_in)
             whole = stand_in.covers and stand_in.why is None
-            covered = f"{name}." if name and whole else None
+            covered = (f"{name}." if name else "") if whole else None
             if row.way is None and row.why is None and not whole:
                 continue  # inside of something else, or of no use in this model
             found.append(row)

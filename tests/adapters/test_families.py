@@ -127,3 +127,68 @@ def test_a_trial_leaves_no_trace():
     assert torch.equal(generator, torch.get_rng_state()) and not calls
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters()) and "forward" in stand_ins(model.cross)
+
+
+class ModuleOutput(dict):
+    """As perceiver-io's: a dict with attributes."""
+
+    def __init__(self, **values):
+        super().__init__(values)
+        self.__dict__.update(values)
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention with the names, the arguments and the result of perceiver-io 0.11's, written for this test."""
+
+    def __init__(self, heads, q_channels, kv_channels, qk, v, causal=False, power=1):
+        super().__init__()
+        self.num_heads, self.dp_scale, self.causal_attention, self.power = heads, (qk // heads) ** -0.5, causal, power
+        self.q_proj, self.k_proj = nn.Linear(q_channels, qk), nn.Linear(kv_channels, qk)
+        self.v_proj, self.o_proj = nn.Linear(kv_channels, v), nn.Linear(v, q_channels)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x_q, x_kv, pad_mask=None, rot_pos_emb_q=None, rot_pos_emb_k=None, kv_cache=None):
+        q, k, v = self.q_proj(x_q), self.k_proj(x_kv), self.v_proj(x_kv)
+        q, k, v = (rearrange(t, "b n (h c) -> b h n c", h=self.num_heads) for t in (q, k, v))
+        q = q * self.dp_scale
+        attn = q @ k.mT
+        if rot_pos_emb_q is not None:
+            attn = attn * rot_pos_emb_q
+        if pad_mask is not None:
+            attn = attn.masked_fill(pad_mask[:, None, None], -torch.finfo(attn.dtype).max)
+        if self.causal_attention:
+            later = torch.ones(attn.shape[-2:], dtype=torch.bool).triu(1)
+            attn = attn.masked_fill(later, -torch.finfo(attn.dtype).max)
+        out = self.dropout((attn * self.power).softmax(-1)) @ v
+        out = self.o_proj(rearrange(out, "b h n c -> b n (h c)"))
+        return ModuleOutput(last_hidden_state=out, kv_cache=kv_cache)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.attention = MultiHeadAttention(*args, **kwargs)
+        self.q_norm, self.kv_norm = nn.LayerNorm(args[1]), nn.LayerNorm(args[2])
+
+    def forward(self, x_q, x_kv, pad_mask=None, rot_pos_emb_q=None, rot_pos_emb_k=None, kv_cache=None):
+        return self.attention(self.q_norm(x_q), self.kv_norm(x_kv), pad_mask, rot_pos_emb_q, rot_pos_emb_k, kv_cache)
+
+
+def test_projected_attention():
+    for kind in (MultiHeadAttention, CrossAttention):
+        model = kind(2, 8, 12, 16, 4).double().eval()
+        inputs = dict(x_q=torch.randn(2, 5, 8).double(), x_kv=torch.randn(2, 9, 12).double(), pad_mask=torch.rand(2, 9) > 0.7)
+        fast = copy.deepcopy(model)
+        report = pf.accelerate(fast, inputs)
+        assert report.check.gradient_error < 1e-9 and type(fast(**inputs)) is ModuleOutput
+        assert [row.why for row in report.rows] == [None]
+        turned = inputs | dict(rot_pos_emb_q=torch.tensor(0.3).double())
+        assert torch.equal(model(**turned)["last_hidden_state"], fast(**turned)["last_hidden_state"])
+        assert [row.why for row in report.rows] == ["arguments rot_pos_emb_q"]
+
+
+def test_projected_attention_that_is_left_alone():
+    causal, sharper = CrossAttention(2, 8, 8, 8, 8, causal=True), CrossAttention(2, 8, 8, 8, 8, power=2)
+    report = pf.accelerate(nn.ModuleList([causal, sharper]))
+    whys = {(row.name, row.why) for row in report.rows}
+    assert not report and {("0", "it is causal"), ("1", "tried on random input, it computes something else")} <= whys

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_fast as pf
 from benchmarks.environment import DEFAULT_THREADS, conditions
 from benchmarks.output import digits, milliseconds, save, table, times_ours
 from benchmarks.statistic import seconds_of
 from perceiver_fast.adapters.check import tensors_of
+from perceiver_fast.insight.work import WorkCounter, total
 from perceiver_fast.ops.linear_choice import verdict
 
 ROUNDS = 3
@@ -55,7 +55,9 @@ def image(name: str, d_model: int) -> tuple[nn.Module, dict]:
     import transformers
 
     config = transformers.PerceiverConfig(d_model=d_model, **VISION)
-    return getattr(transformers, f"PerceiverForImageClassification{name}")(config), dict(inputs=torch.randn(1, 3, 224, 224))
+    return getattr(transformers, f"PerceiverForImageClassification{name}")(config), dict(
+        inputs=torch.randn(1, 3, 224, 224)
+    )
 
 
 def masked_lm() -> tuple[nn.Module, dict]:
@@ -149,9 +151,13 @@ def memory_and_work(name: str, side: str) -> dict[str, Any]:
     run(model, inputs, trains)
     found = {f"{side}_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if side == "ours" and name not in OURS_ALONE:
-        with FlopCounterMode(display=False) as counter:
-            run(model, inputs, trains)
-        found["multiply_adds"] = counter.get_total_flops() // 2
+        with (
+            torch.no_grad() if not trains else torch.enable_grad(),
+            WorkCounter() as counter,
+            counter.into([]) as operators,
+        ):
+            model(**inputs)
+        found["multiply_adds"] = total(operators).multiply_adds * (3 if trains else 1)
     return found
 
 
@@ -185,8 +191,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--case", action="append", choices=list(CASES), help="repeat for several (default: all)")
     top.add_argument("--threads", type=int, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
     top.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls of each (default: %(default)s)")
-    top.add_argument("--memory", choices=["ours", "theirs", "both", "none"], default="both", help="whose peak is measured")
-    top.add_argument("--json", type=Path, help="where to keep the numbers (default: they are only printed)")
+    top.add_argument(
+        "--memory", choices=["ours", "theirs", "both", "none"], default="both", help="whose peak is measured"
+    )
+    top.add_argument(
+        "--json",
+        type=Path,
+        help="where to keep the numbers; with --case those of others stay (default: they are only printed)",
+    )
     top.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return top
 
@@ -218,6 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     title = f"transformers' Perceivers, batch 1, {args.threads} threads, float32"
     Console(width=150).print(table(title, headers, [shown(name, row) for name, row in rows.items()]))
     if args.json:
+        if args.case and args.json.exists():  # of other cases
+            rows = json.loads(args.json.read_text())["rows"] | rows
         save(args.json, {"conditions": around, "multiply_adds_a_second": rate, "rows": rows})
     return 0
 

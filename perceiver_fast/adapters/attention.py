@@ -131,11 +131,19 @@ class Parameters(CrossAttentionParameters):
     def plan(self, tokens: Tokens, queries: int, lse: bool, masked: bool) -> Plan:
         """The way with the least counted work."""
         layer = Layer(
-            queries, self.fn.heads, self.dim_head, self.fn.active_dropout, lse=lse, masked=masked, dim_value=self.dim_value
+            queries,
+            self.fn.heads,
+            self.dim_head,
+            self.fn.active_dropout,
+            lse=lse,
+            masked=masked,
+            dim_value=self.dim_value,
         )
         return plan_cross_attention(tokens, layer)
 
-    def attend(self, z: Tensor, tokens: Tokens, keep: Tensor | None, with_lse: bool) -> tuple[Tensor, Tensor | None, Plan]:
+    def attend(
+        self, z: Tensor, tokens: Tokens, keep: Tensor | None, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None, Plan]:
         """Attention to one group of tokens: ``[B, N, H, dv]``, the log-sum-exp ``[B, N, H]`` or None, and the plan.
 
         Args:
@@ -233,10 +241,16 @@ def self_attention(parts: Parts, z: Tensor) -> tuple[Tensor, str, tuple[Work, Wo
     else:
         out, name = cross_attention_unchecked(q, k, v, None, parts.dropout, scale=parts.scale), "cross_attention"
     before = eager_work(tuple(q.shape), tuple(k.shape), v.shape[-1], 0)
-    return out.transpose(1, 2).flatten(2), f"self-attention: {name}", (before, attention_work(q.shape, k.shape, v.shape))
+    return (
+        out.transpose(1, 2).flatten(2),
+        f"self-attention: {name}",
+        (before, attention_work(q.shape, k.shape, v.shape)),
+    )
 
 
-def cross_attention(parts: Parts, z: Tensor, context: Tensor, keep: Tensor | None) -> tuple[Tensor, str, tuple[Work, Work]]:
+def cross_attention(
+    parts: Parts, z: Tensor, context: Tensor, keep: Tensor | None
+) -> tuple[Tensor, str, tuple[Work, Work]]:
     """Attention of ``z`` to a context that is a tensor or described.
 
     Args:

@@ -127,7 +127,9 @@ class FeedForwardPreNorm(PreNormForward):
             found = found or (f"fn.net.{at} {is_called(layer)}" if is_called(layer) else None)
         first, _, second = list(net)[:3]
         found = found or why_not("fn.net.0", first, nn.Linear) or why_not("fn.net.2", second, nn.Linear)
-        return found or ("fn.net has a linear layer without bias" if first.bias is None or second.bias is None else None)
+        return found or (
+            "fn.net has a linear layer without bias" if first.bias is None or second.bias is None else None
+        )
 
     def run(self, x: Tensor) -> Tensor:
         wide, _, narrow, *after = self.module._modules["fn"]._modules["net"]

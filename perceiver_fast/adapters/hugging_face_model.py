@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.adapters.conditions import why_not_now
-from perceiver_fast.adapters.described import ROWS, ComputedRows, DescribedTensor, by_rows, described, rows_of
 from perceiver_fast.adapters.decoding import grid_steps
+from perceiver_fast.adapters.described import ROWS, ComputedRows, DescribedTensor, by_rows, described, rows_of
 from perceiver_fast.adapters.forwards import stand_ins
 from perceiver_fast.adapters.hugging_face import MODELING, LayerForward, LayerStandIn, is_perceivers, modeling
 from perceiver_fast.adapters.hugging_face_codes import grid_tokens, why_codes
@@ -80,7 +80,10 @@ class ModelForward(LayerStandIn):
         """Why preprocessors have to build their tokens; None if nobody could tell that they did not."""
         modules = self.module._modules
         encoder, decoder = modules["encoder"], modules.get("decoder")
-        seeing = [("encoder", encoder, ("PerceiverEncoder",)), ("input_preprocessor", modules.get("input_preprocessor"), PREPROCESSORS)]
+        seeing = [
+            ("encoder", encoder, ("PerceiverEncoder",)),
+            ("input_preprocessor", modules.get("input_preprocessor"), PREPROCESSORS),
+        ]
         if decoder is not None:
             seeing.append(("decoder", decoder, DECODERS))
         for name, module, kinds in seeing:
@@ -134,7 +137,9 @@ class MultimodalPreprocess(LayerStandIn):
 
     kind = "preprocessor"
 
-    def why_not(self, inputs: Any = None, pos: Tensor | None = None, network_input_is_1d: bool = True, **_: Any) -> str | None:
+    def why_not(
+        self, inputs: Any = None, pos: Tensor | None = None, network_input_is_1d: bool = True, **_: Any
+    ) -> str | None:
         if calling() is None or pos is not None or not network_input_is_1d:
             return "its result is seen by others than the encoder"
         for name, module in self.module.modalities.items():
@@ -195,7 +200,11 @@ class DecoderForward(LayerStandIn):
     kind = "decoder"
 
     def why_not(
-        self, query: Tensor | None = None, z: Tensor | None = None, output_attentions: bool | None = False, **others: Any
+        self,
+        query: Tensor | None = None,
+        z: Tensor | None = None,
+        output_attentions: bool | None = False,
+        **others: Any,
     ) -> str | None:
         module = self.module._modules
         if output_attentions:
@@ -257,7 +266,9 @@ class DecoderForward(LayerStandIn):
     def goes_to_postprocessor(self, model: nn.Module) -> bool:
         """Whether the output goes through a decoder without hooks to the plain postprocessor of modalities."""
         outer, post = model._modules.get("decoder"), model._modules.get("output_postprocessor")
-        if not is_perceivers(outer, "PerceiverMultimodalDecoder") or not is_perceivers(post, "PerceiverMultimodalPostprocessor"):
+        if not is_perceivers(outer, "PerceiverMultimodalDecoder") or not is_perceivers(
+            post, "PerceiverMultimodalPostprocessor"
+        ):
             return False
         modules = [post, *post.modalities.values(), self.module]
         return outer.decoder is self.module and all(is_called(module) is None for module in modules)

@@ -14,9 +14,9 @@ from perceiver_fast.adapters.conditions import why_not_now
 from perceiver_fast.adapters.described import described
 from perceiver_fast.adapters.forwards import StandIn, stand_ins
 from perceiver_fast.layers.fusing import is_called
+from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tokens import GridTokens
 from perceiver_fast.tokens.fourier import axis_codes
-from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tracing import own
 
 MODULE = "perceiver_pytorch.perceiver_pytorch"

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pf.accelerate was NOT tested on it")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pf.accelerate was NOT tested on it"
+)
 
 from transformers.models.perceiver import modeling_perceiver as perceiver  # noqa: E402
 
@@ -13,7 +15,18 @@ SIZES = dict(
     max_position_embeddings=12, image_size=8, train_size=[4, 6], num_frames=2, audio_samples_per_frame=8,
     samples_per_patch=2, output_shape=[1, 2, 8, 8], output_num_channels=7, _label_trainable_num_channels=16,
 )  # fmt: skip
-NAMES = ("masked lm", "sequence", "learned", "fourier", "conv", "flow", "multimodal", "bare", "fourier decoder", "added")
+NAMES = (
+    "masked lm",
+    "sequence",
+    "learned",
+    "fourier",
+    "conv",
+    "flow",
+    "multimodal",
+    "bare",
+    "fourier decoder",
+    "added",
+)
 
 
 def config(**changes):
@@ -63,7 +76,9 @@ def fourier_decoder(draw, batch, options):
         position_encoding_type="fourier",
         fourier_position_encoding_kwargs=dict(num_bands=3, max_resolution=(5, 9), concat_pos=True, sine_only=False),
     )  # fmt: skip
-    return perceiver.PerceiverModel(options, decoder=decoder, input_preprocessor=preprocessor), images(draw, batch, 3, 7, 9)
+    return perceiver.PerceiverModel(options, decoder=decoder, input_preprocessor=preprocessor), images(
+        draw, batch, 3, 7, 9
+    )
 
 
 def added(draw, batch, options):
@@ -73,7 +88,9 @@ def added(draw, batch, options):
         position_encoding_type="trainable", trainable_position_encoding_kwargs=dict(num_channels=14, index_dims=63),
         fourier_position_encoding_kwargs=None,
     )  # fmt: skip
-    return perceiver.PerceiverModel(options, decoder=None, input_preprocessor=preprocessor), images(draw, batch, 3, 7, 9)
+    return perceiver.PerceiverModel(options, decoder=None, input_preprocessor=preprocessor), images(
+        draw, batch, 3, 7, 9
+    )
 
 
 def build(name, batch=2, dtype=torch.float64, seed=0, **changes):
@@ -107,7 +124,9 @@ def build(name, batch=2, dtype=torch.float64, seed=0, **changes):
         modalities = dict(image=draw(batch, 2, 3, 8, 8), audio=draw(batch, 16, 1), label=draw(batch, 4))
         inputs = dict(inputs=modalities, subsampled_output_points=points)
     else:
-        model, inputs = dict(bare=bare, added=added, **{"fourier decoder": fourier_decoder})[name](draw, batch, config(**changes))
+        model, inputs = dict(bare=bare, added=added, **{"fourier decoder": fourier_decoder})[name](
+            draw, batch, config(**changes)
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

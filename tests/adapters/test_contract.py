@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
+from adapters.perceivers import build, perceiver, transformers
+from adapters.test_transformers import assert_same, pair
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import perceiver_fast as pf
-from adapters.perceivers import build, perceiver, transformers
-from adapters.test_transformers import assert_same, pair
 from perceiver_fast.adapters.check import run
 from perceiver_fast.adapters.forwards import all_stand_ins, stand_ins
 
@@ -39,7 +39,9 @@ def test_twice_is_once_and_restore_undoes():
     assert torch.equal(model(**inputs).logits, fast(**inputs).logits)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 def test_copies_stand_on_their_own(copied):
     model, fast, inputs = pair("flow")
     fast(**inputs)
@@ -171,7 +173,9 @@ def test_quantized():
 
 
 def test_quantized_weights():
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: quantized weights were NOT tested")
+    torchao = pytest.importorskip(
+        "torchao.quantization", reason="torchao is not installed: quantized weights were NOT tested"
+    )
     model, inputs = build("masked lm", dtype=torch.float32)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     fast = copy.deepcopy(model)

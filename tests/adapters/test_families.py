@@ -5,11 +5,11 @@ import copy
 import perceiver_pytorch
 import pytest
 import torch
+from contract_cases import MODELS
 from einops import rearrange
 from torch import nn
 
 import perceiver_fast as pf
-from contract_cases import MODELS
 from perceiver_fast.adapters.check import compare, run
 from perceiver_fast.adapters.forwards import all_stand_ins, stand_ins
 
@@ -33,7 +33,13 @@ def test_perceiver_pytorch(name):
 
 def test_grids_are_described():
     model = perceiver_pytorch.Perceiver(
-        num_freq_bands=4, depth=2, max_freq=8.0, num_latents=5, latent_dim=16, weight_tie_layers=True, attn_residual=True
+        num_freq_bands=4,
+        depth=2,
+        max_freq=8.0,
+        num_latents=5,
+        latent_dim=16,
+        weight_tie_layers=True,
+        attn_residual=True,
     ).double()
     data = torch.randn(2, 6, 5, 3, dtype=torch.float64)
     report = pf.accelerate(model, data)
@@ -177,14 +183,16 @@ class CrossAttention(nn.Module):
 def test_projected_attention():
     for kind in (MultiHeadAttention, CrossAttention):
         model = kind(2, 8, 12, 16, 4).double().eval()
-        inputs = dict(x_q=torch.randn(2, 5, 8).double(), x_kv=torch.randn(2, 9, 12).double(), pad_mask=torch.rand(2, 9) > 0.7)
+        inputs = dict(
+            x_q=torch.randn(2, 5, 8).double(), x_kv=torch.randn(2, 9, 12).double(), pad_mask=torch.rand(2, 9) > 0.7
+        )
         fast = copy.deepcopy(model)
         report = pf.accelerate(fast, inputs)
         assert report.check.gradient_error < 1e-9 and type(fast(**inputs)) is ModuleOutput
         assert [row.why for row in report.rows] == [None]
         turned = inputs | dict(rot_pos_emb_q=torch.tensor(0.3).double())
         assert torch.equal(model(**turned)["last_hidden_state"], fast(**turned)["last_hidden_state"])
-        assert [row.why for row in report.rows] == ["arguments rot_pos_emb_q"]
+        assert {row.why for row in report.rows} == {"arguments rot_pos_emb_q"}
 
 
 def test_projected_attention_that_is_left_alone():

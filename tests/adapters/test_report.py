@@ -3,10 +3,10 @@
 import perceiver_pytorch
 import pytest
 import torch
+from adapters.perceivers import build
 from torch import nn
 
 import perceiver_fast as pf
-from adapters.perceivers import build
 from perceiver_fast.adapters import hugging_face
 from perceiver_fast.adapters.forwards import all_stand_ins
 
@@ -32,7 +32,9 @@ def test_without_example():
     assert "grid: grid_attention on cpu" in {row.way for row in report.rows}
 
 
-@pytest.mark.parametrize("example", [tuple, dict, lambda pairs: list(dict(pairs).values())[0]], ids=["tuple", "dict", "tensor"])
+@pytest.mark.parametrize(
+    "example", [tuple, dict, lambda pairs: list(dict(pairs).values())[0]], ids=["tuple", "dict", "tensor"]
+)
 def test_forms_of_an_example(example):
     model, inputs = build("fourier")
     given = tuple(inputs.values()) if example is tuple else example(inputs.items())

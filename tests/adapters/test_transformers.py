@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from adapters.perceivers import NAMES, build, perceiver, text
 
 import perceiver_fast as pf
-from adapters.perceivers import NAMES, build, perceiver, text
 from perceiver_fast.adapters import described, hugging_face_model
 from perceiver_fast.adapters.check import run, tensors_of
 from perceiver_fast.adapters.forwards import all_stand_ins

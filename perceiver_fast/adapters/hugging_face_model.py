@@ -56,9 +56,12 @@ class ModelForward(LayerStandIn):
     def run(self, **arguments: Any) -> Any:
         model = self.module
         mask = arguments.get("attention_mask")
-        if hasattr(modeling(), "create_bidirectional_mask") and (mask is None or mask.dim() == 2):
+        makes_wide = hasattr(modeling(), "create_bidirectional_mask")
+        if makes_wide and (mask is None or mask.dim() == 2) and not self.mask_is_seen():
             arguments["attention_mask"] = self.narrow_mask(mask)
-        token = _model.set(model if self.why_built() is None else None)
+        why = self.why_built()
+        self.note("tokens are described" if why is None else f"tokens are built: {why}")
+        token = _model.set(model if why is None else None)
         try:
             return self.original(**arguments)
         finally:
@@ -75,6 +78,16 @@ class ModelForward(LayerStandIn):
         return torch.zeros(keep.shape, dtype=like.dtype, device=like.device).masked_fill(
             ~keep, torch.finfo(like.dtype).min
         )
+
+    def mask_is_seen(self) -> bool:
+        """Whether somebody might look at the mask: what is not transformers' own, or a hook."""
+        encoder, decoder = (self.module._modules.get(name) for name in ("encoder", "decoder"))
+        if not is_perceivers(encoder, "PerceiverEncoder"):
+            return True
+        if decoder is not None and not is_perceivers(decoder, *DECODERS):
+            return True
+        inside = [*encoder.modules(), *(() if decoder is None else decoder.modules())]
+        return any(is_called(module) is not None for module in inside)
 
     def why_built(self) -> str | None:
         """Why preprocessors have to build their tokens; None if nobody could tell that they did not."""
@@ -98,7 +111,6 @@ class ModelForward(LayerStandIn):
             for inside, other in () if module is None else module.named_modules():
                 if (found := is_called(other)) is not None:
                     return f"{name}.{inside} {found}"
-        self.note("tokens are described")
         return None
 
 
@@ -117,7 +129,7 @@ class BuildInputs(LayerStandIn):
     ) -> str | None:
         module = self.module
         if calling() is None or others or not network_input_is_1d:
-            return "its result is seen by others than the encoder"
+            return "its result may be seen by others than the encoder"
         if module.position_encoding_type != "fourier" or module.concat_or_add_pos != "concat":
             return "positions are learned" if module.position_encoding_type == "trainable" else "positions are added"
         found = why_not_now(inputs)
@@ -141,7 +153,7 @@ class MultimodalPreprocess(LayerStandIn):
         self, inputs: Any = None, pos: Tensor | None = None, network_input_is_1d: bool = True, **_: Any
     ) -> str | None:
         if calling() is None or pos is not None or not network_input_is_1d:
-            return "its result is seen by others than the encoder"
+            return "its result may be seen by others than the encoder"
         for name, module in self.module.modalities.items():
             if not is_perceivers(module, *PREPROCESSORS[:2], "PerceiverOneHotPreprocessor") or is_called(module):
                 return f"modalities.{name} {is_called(module) or 'is of class ' + type(module).__name__}"
@@ -301,7 +313,7 @@ class MultimodalQueries(LayerStandIn):
         **others: Any,
     ) -> str | None:
         if calling() is None or others or modality_sizes is None:
-            return "its result is seen by others than the decoder"
+            return "its result may be seen by others than the decoder"
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
             return "in training, all queries at once"
         points = [p for p in (subsampled_points or {}).values() if p is not None]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract_cases import MODELS
 from einops import rearrange
+from support import needs_extension
 from torch import nn
 
 import perceiver_fast as pf
@@ -31,6 +32,7 @@ def test_perceiver_pytorch(name):
     assert any(row.way for row in report.rows)
 
 
+@pytest.mark.skipif(**needs_extension)
 def test_grids_are_described():
     model = perceiver_pytorch.Perceiver(
         num_freq_bands=4,

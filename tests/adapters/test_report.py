@@ -4,6 +4,7 @@ import perceiver_pytorch
 import pytest
 import torch
 from adapters.perceivers import build
+from support import needs_extension
 from torch import nn
 
 import perceiver_fast as pf
@@ -11,6 +12,7 @@ from perceiver_fast.adapters import hugging_face
 from perceiver_fast.adapters.forwards import all_stand_ins
 
 
+@pytest.mark.skipif(**needs_extension)
 def test_rows_and_table():
     model, inputs = build("fourier")
     report = pf.accelerate(model, inputs)
@@ -23,6 +25,7 @@ def test_rows_and_table():
     assert bool(report) and report.check.seconds[0] > 0
 
 
+@pytest.mark.skipif(**needs_extension)
 def test_without_example():
     model, inputs = build("fourier")
     report = pf.accelerate(model)

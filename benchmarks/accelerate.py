@@ -172,7 +172,7 @@ def memory_and_work(name: str, side: str) -> dict[str, Any]:
 
 def in_a_process(arguments: list[str]) -> dict[str, Any]:
     """What this program prints as JSON with these arguments."""
-    command = [sys.executable, "-m", "benchmarks.accelerate", *arguments, "--child"]
+    command = [sys.executable, "-m", f"benchmarks.{Path(__file__).stem}", *arguments, "--child"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}:\n{done.stderr[-2000:]}")

@@ -7,6 +7,8 @@ depend on sizes, frequencies and dtype alone, and are kept.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -69,13 +71,20 @@ def _compute(encoding, sizes, dtype, device) -> tuple[tuple[AxisCodes, ...], Ten
     owner = torch.tensor(owners, device=device)
     codes = []
     for axis, size in enumerate(sizes):
-        line = modeling().build_linear_positions([size if a == axis else 1 for a in range(axes)], device=device)
+        line = _positions([size if a == axis else 1 for a in range(axes)], device)
         code = encoding(sizes, 1, device=device, dtype=dtype, pos=line.reshape(1, size, axes))[0]
         code = code[:, owner == axis].double().cpu()
         mean = code.mean(1)
         square = (code - mean.unsqueeze(1)).square().sum(1)
         codes.append(AxisCodes(*(t.to(device, compute_dtype(dtype)) for t in (code, mean, square))))
     return tuple(codes), owner.argsort(stable=True).argsort()
+
+
+def _positions(sizes: list[int], device: torch.device) -> Tensor:
+    """transformers' positions of a grid, ``[*sizes, A]``; older ones make them on the CPU."""
+    build = modeling().build_linear_positions
+    known = {"device": device} if "device" in inspect.signature(build).parameters else {}
+    return build(sizes, **known).to(device)
 
 
 def grid_tokens(encoding: nn.Module, inputs: Tensor) -> GridTokens:

@@ -62,7 +62,7 @@ class ProjectedAttention(StandIn):
         for t in (x_q, x_kv):
             if not isinstance(t, Tensor) or t.dim() != 3 or 0 in t.shape:
                 return "its arguments are of other kinds"
-        if x_q.shape[0] != x_kv.shape[0] or x_q.dtype != x_kv.dtype:
+        if x_q.shape[0] not in (1, x_kv.shape[0]) or x_q.dtype != x_kv.dtype:
             return "queries and tokens differ in batch or dtype"
         if pad_mask is not None:
             if type(pad_mask) is not Tensor or pad_mask.dtype != torch.bool or pad_mask.shape != x_kv.shape[:2]:

@@ -192,6 +192,8 @@ def test_projected_attention():
         report = pf.accelerate(fast, inputs)
         assert report.check.gradient_error < 1e-9 and type(fast(**inputs)) is ModuleOutput
         assert [row.why for row in report.rows] == [None]
+        shared = inputs | dict(x_q=inputs["x_q"][:1])  # the batch shares its latents, as in perceiver-io
+        assert compare(run(model, (), shared, True), run(fast, (), shared, True), torch.float64)[2] is None
         turned = inputs | dict(rot_pos_emb_q=torch.tensor(0.3).double())
         assert torch.equal(model(**turned)["last_hidden_state"], fast(**turned)["last_hidden_state"])
         assert {row.why for row in report.rows} == {"arguments rot_pos_emb_q"}

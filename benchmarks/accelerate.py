@@ -200,7 +200,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.accelerate", description=__doc__.split("\n")[0])
     top.add_argument("--case", action="append", choices=list(CASES), help="repeat for several (default: all)")
     top.add_argument("--threads", type=int, default=DEFAULT_THREADS, help="torch's threads (default: %(default)s)")
-    top.add_argument("--rounds", type=int, default=ROUNDS, help="timed calls of each after the first; 0: that one (default: %(default)s)")
+    top.add_argument(
+        "--rounds",
+        type=int,
+        default=ROUNDS,
+        help="timed calls of each after the first; 0: that one (default: %(default)s)",
+    )
     top.add_argument(
         "--memory", choices=["ours", "theirs", "both", "none"], default="both", help="whose peak is measured"
     )
@@ -236,7 +241,17 @@ def main(argv: list[str] | None = None) -> int:
         if rate and "multiply_adds" in rows[name]:
             rows[name]["floor"] = rows[name]["multiply_adds"] / rate
         print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
-    headers = ("", "as it is", "accelerated", "", "processor time", "floor", "peak as it is", "accelerated", "difference")
+    headers = (
+        "",
+        "as it is",
+        "accelerated",
+        "",
+        "processor time",
+        "floor",
+        "peak as it is",
+        "accelerated",
+        "difference",
+    )
     title = f"transformers' Perceivers, batch 1, {args.threads} threads, float32"
     Console(width=150).print(table(title, headers, [shown(name, row) for name, row in rows.items()]))
     if args.json:

@@ -183,6 +183,8 @@ def test_quantized_weights():
     with torch.no_grad():
         a, b = model(**inputs).logits, fast(**inputs).logits
     assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    check = pf.accelerate(fast, inputs).check
+    assert check.dtype == "float32" and check.gradient_error is None and "cannot be float64" in str(check)
 
 
 def test_offloaded():

@@ -163,7 +163,9 @@ def test_attention_dropout_keeps_its_expectation():
     assert torch.equal(first, fast(**inputs).logits)
 
 
-@pytest.mark.parametrize("name, dtype", [("fourier", torch.float32), ("flow", torch.float32), ("fourier", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "name, dtype", [("fourier", torch.float32), ("flow", torch.float32), ("fourier", torch.bfloat16)]
+)
 def test_error_of_lower_precision(name, dtype):
     """Of outputs and of all gradients, at most twice the error of the model as it is, over some draws."""
     errors = {"ours": [0.0, 0.0], "theirs": [0.0, 0.0]}

@@ -5,6 +5,7 @@
 """
 
 from perceiver_fast import backends, experimental, gated, mixed_latents, ops, reference
+from perceiver_fast.adapters import Report, accelerate, restore
 from perceiver_fast.backends import BackendError, use_backend
 from perceiver_fast.graph import graph
 from perceiver_fast.insight.attention_map import attention_map, contrasting_latents
@@ -25,6 +26,8 @@ __all__ = [
     "PerceiverBlock",
     "PerceiverIO",
     "PerceiverLM",
+    "Report",
+    "accelerate",
     "attention_map",
     "backends",
     "contrasting_latents",
@@ -41,6 +44,7 @@ __all__ = [
     "point_tokens",
     "ranges",
     "reference",
+    "restore",
     "use_backend",
     "use_linear",
 ]

@@ -7,13 +7,14 @@ import os
 import sys
 
 import perceiver_fast
-from perceiver_fast.commands import bench, demo, explain, info, profile
+from perceiver_fast.commands import accelerate, bench, demo, explain, info, profile
 from perceiver_fast.insight.console import CannotRun
 
 # In the order in which a newcomer needs them.
 COMMANDS = {
     "info": (info, "versions, build, instruction set and backends, with reasons"),
     "demo": (demo, "a photograph through perceiver-pytorch and perceiver-fast, side by side"),
+    "accelerate": (accelerate, "a model of transformers or another library, made faster: what is done, and how much faster"),
     "explain": (explain, "which way every layer of a model takes, its counted work and predicted time"),
     "bench": (bench, "time, memory and errors beside the peers; two commits; scaling curves"),
     "profile": (profile, "where a model's time goes: torch's profiler, nsys or ncu"),

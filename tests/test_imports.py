@@ -17,7 +17,7 @@ FLOORS = (
     ("perceiver_fast.ops",),
     ("perceiver_fast.tokens",),
     ("perceiver_fast.layers",),
-    ("perceiver_fast.models", "perceiver_fast.graph"),
+    ("perceiver_fast.models", "perceiver_fast.graph", "perceiver_fast.adapters"),
     (
         "perceiver_fast.perceiver_pytorch",
         "perceiver_fast.perceiver_io",

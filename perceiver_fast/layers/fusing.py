@@ -122,14 +122,15 @@ def _mode() -> str | None:
 def is_called(module: nn.Module) -> str | None:
     """Why ``module`` has to be called, of what is set on the instance; None if nothing is.
 
-    That is a hook, a forward of the instance's own (accelerate sets one), or a compiled call. Hooks that are methods of
-    an Observer (layers/observer.py, its ``only_looks`` says so) change nothing, and are no reason.
+    That is a hook, a forward of the instance's own (Hugging Face's accelerate sets one), or a compiled call. Hooks that are
+    methods of an Observer (layers/observer.py, its ``only_looks`` says so) change nothing, and are no reason; neither is
+    a forward that computes what the class's does (adapters/forwards.py, its ``only_accelerates`` says so).
     """
     state = module.__dict__
     for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         if not all(getattr(getattr(hook, "__self__", None), "only_looks", False) for hook in state[kind].values()):
             return "has a hook"
-    if "forward" in state:
+    if "forward" in state and not getattr(state["forward"], "only_accelerates", False):
         return "has a forward of its own"
     if state.get("_compiled_call_impl") is not None:
         return "is compiled by itself"

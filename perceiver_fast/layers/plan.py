@@ -67,7 +67,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layer:
-    """What the plan depends on beside the tokens: N, H, d and the mode."""
+    """What the plan depends on beside the tokens: N, H, d (of values, where it is another) and the mode."""
 
     queries: int
     heads: int
@@ -77,6 +77,12 @@ class Layer:
     lse: bool = False
     queries_contribute_kv: bool = False
     masked: bool = False
+    dim_value: int | None = None
+
+    @property
+    def dims(self) -> int:
+        """Channels of a head's keys and values together."""
+        return self.dim_head + (self.dim_head if self.dim_value is None else self.dim_value)
 
 
 def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
@@ -95,7 +101,7 @@ def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: i
     length = features + sum(sizes)
     attention = grid_attention_work((batch, rows, length), (batch, *sizes, features), layer.inverted)
     # The tables of queries and of results are products, written and read; and the tokens are read.
-    tables = 2 * batch * rows * layer.dim_head * length
+    tables = batch * rows * layer.dims * length
     return attention + Work(tables, bytes=FLOAT * batch * (4 * rows * length + count * (features + 2)))
 
 
@@ -103,16 +109,17 @@ def _absorbed_work(tokens: Tokens, layer: Layer, batch: int, rows: int, count: i
     # A channel of ones, where weights are counted.
     channels = tokens.absorbed_channels + (layer.inverted or layer.dropout > 0)
     wide, many = (batch, rows, channels), (batch, count, channels)
-    products = 2 * batch * rows * layer.dim_head * channels + int(batch * tokens.absorbed_operations())
+    products = batch * rows * layer.dims * channels + int(batch * tokens.absorbed_operations())
     return attention_work(wide, many, many, layer.inverted) + Work(products, bytes=FLOAT * 3 * prod(many))
 
 
 def _projected_work(tokens: Tokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
-    q, kv = (batch, rows, layer.dim_head), (batch, count, layer.dim_head)
-    width = 2 * layer.heads * layer.dim_head
+    q, k = (batch, rows, layer.dim_head), (batch, count, layer.dim_head)
+    v = (batch, count, layer.dims - layer.dim_head)
+    width = layer.heads * layer.dims
     projection = int(batch * tokens.projection_operations(width))
     # The tokens that exist are read; keys and values are written and read.
-    return attention_work(q, kv, kv, layer.inverted) + Work(
+    return attention_work(q, k, v, layer.inverted) + Work(
         projection, bytes=FLOAT * batch * count * (tokens.stored_channels + 2 * width)
     )
 
@@ -147,18 +154,18 @@ def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
 
 
 def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:
-    heads, queries, channels = layer.heads, layer.queries, layer.dim_head
+    heads, queries, channels, values = layer.heads, layer.queries, layer.dim_head, layer.dims - layer.dim_head
     if path == "projected":
         dtype = projected_dtype(tokens.feat)
     else:  # heads are queries; a channel of ones rides along where weights have to be counted
         dtype = half_dtype(tokens.device, tokens.feat.dtype) or tokens.compute
-        channels = tokens.absorbed_channels + (layer.inverted or layer.dropout > 0)
+        channels = values = tokens.absorbed_channels + (layer.inverted or layer.dropout > 0)
         if not layer.inverted:
             heads, queries = 1, heads * queries
     return CROSS_ATTENTION.choose(
         CrossAttentionCall(
             dtype, tokens.device, layer.dropout, layer.inverted, layer.lse, layer.masked,
-            tokens.batch, heads, queries, channels, channels,
+            tokens.batch, heads, queries, channels, values,
         )
     )  # fmt: skip
 

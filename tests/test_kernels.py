@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from warm_python import python
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
@@ -63,5 +64,5 @@ def test_importing_the_package_imports_no_compiler():
     code = "import sys, torch; known = {'triton', 'torch._dynamo'} - set(sys.modules); import perceiver_fast; "
     code += "import perceiver_fast.kernels; print(sorted(known & set(sys.modules)), torch.cuda.is_initialized())"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = python("-c", code, cwd=ROOT, env=environment)
     assert done.stdout.strip() == "[] False", done.stdout + done.stderr

@@ -1,12 +1,11 @@
 """Named ranges: what a profiler sees of layers and ops, and that nothing else changes."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from support import needs_extension
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import ranges as ranges_class
@@ -198,14 +197,16 @@ def test_nvtx_ranges_are_opened_and_closed_also_by_errors(kind, monkeypatch):
 
 @pytest.mark.parametrize("value, kind", [("1", "auto"), ("0", "off"), ("record_function", "record_function")])
 def test_the_environment_sets_the_initial_kind(value, kind):
-    done = _python("from perceiver_fast.ranges import ranges_kind; print(ranges_kind())", value)
+    done = _said("from perceiver_fast.ranges import ranges_kind; print(ranges_kind())", value)
     assert done.stdout.strip() == kind
-    assert "PERCEIVER_FAST_RANGES: expected one of" in _python("import perceiver_fast", "yes").stderr
 
 
-def _python(code, value):
-    environment = os.environ | {"PERCEIVER_FAST_RANGES": value}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+def test_the_environment_has_to_name_a_kind():
+    assert "PERCEIVER_FAST_RANGES: expected one of" in _said("import perceiver_fast", "yes").stderr
+
+
+def _said(code, value):
+    return python("-c", code, env=os.environ | {"PERCEIVER_FAST_RANGES": value})
 
 
 def test_decorated_functions_keep_their_names_and_signatures():

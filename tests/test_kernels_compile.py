@@ -51,9 +51,10 @@ def test_what_ships_compiles(architecture, record_property, capsys):
     for op in ("grid_attention_forward", "grid_attention_backward", "cross_attention_fwd"):
         for dtype in ("bfloat16", "float16", "float32") if architecture in ALL else ("float32",):
             assert any(report.name.startswith(f"{op}[{dtype}") for report in sweeps), (op, dtype)
+    least = 3 if architecture in ALL else 2
     for name in ("layer_norm_forward", "layer_norm_backward", "geglu_forward", "geglu_backward"):
         passes = [report for report in found if report.name.startswith(f"{name}[")]
-        assert len(passes) > 2 and all("ld.global.v4.b32" in report.compiled.ptx for report in passes), name
+        assert len(passes) >= least and all("ld.global.v4.b32" in report.compiled.ptx for report in passes), name
     mma = "wgmma.mma_async" if architecture == 90 else "mma.sync"
     assert sum(mma in report.compiled.ptx for report in sweeps) > 10
     with capsys.disabled():

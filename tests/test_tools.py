@@ -25,7 +25,6 @@ def test_use_backend_sets_and_restores():
 def test_import_neither_compiles_nor_initialises_cuda():
     code = """
 import sys, torch, perceiver_fast, perceiver_fast.kernels
-from warm_python import python
 print("torch._inductor" in sys.modules, "torch._dynamo" in sys.modules, torch.cuda.is_initialized())
 """
     assert said(code).strip() == "False False False"

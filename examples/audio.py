@@ -55,7 +55,7 @@ def main() -> None:
     args = parse(__doc__)
     model = pf.Perceiver(**MODEL, num_classes=len(NAMES))
     console.print(str(pf.explain(model, draw(1)[0][0])), markup=False)
-    train(model, draw, steps=80 if args.quick else 500, batch=8 if args.quick else 16, rate=5e-3)
+    train(model, draw, steps=80 if args.quick else 500, batch=16, rate=5e-3)
     predicted, true = predict(model, draw, 96 if args.quick else 600, batch=32)
     report(predicted, true, NAMES, "new sounds")
     save(picture(model), args.out / "attention-audio.png")

@@ -82,7 +82,7 @@ def main() -> None:
         missing = [None, "video", "audio"][int(torch.tensor([0.6, 0.2, 0.2]).multinomial(1))]
         return draw(batch, images, missing)
 
-    train(model, draw_training, steps, batch=8 if args.quick else 16)
+    train(model, draw_training, steps, batch=16)
     count = 96 if args.quick else 480
     predicted, true = predict(model, lambda n: draw(n, unseen), count, batch=32)
     report(predicted, true, NAMES)

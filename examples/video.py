@@ -59,7 +59,7 @@ def main() -> None:
 
     model = pf.Perceiver(**MODEL, num_classes=len(names))
     console.print(str(pf.explain(model, draw(1)[0][0])), markup=False)
-    train(model, draw, steps=150 if args.quick else 500, batch=8 if args.quick else 16)
+    train(model, draw, steps=150 if args.quick else 500, batch=16)
     predicted, true = predict(model, lambda count: draw(count, unseen), 200 if args.quick else 600, batch=32)
     report(predicted, true, names, "clips of digits not seen before")
     (of,), labels = draw(64, unseen)

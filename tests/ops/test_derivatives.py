@@ -275,10 +275,10 @@ def leaves(tokens):
     {shape}
     return [t.requires_grad_() for t in (q, k{", s" if operation == "grid" else ""})]
 twice(*leaves(20))  # loads what the first call loads
-given = leaves(150)
+given = leaves(300)
 """
     added, _ = megabytes(prepare, "out = twice(*given)")
-    whole = 256 * 37_500 * 4 / 2**20  # one copy of the weights, of which plain PyTorch holds a dozen at once
+    whole = 256 * 75_000 * 4 / 2**20  # one copy of the weights, of which plain PyTorch holds a dozen at once
     assert added < 2 * whole, (added, whole)
 
 

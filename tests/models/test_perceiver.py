@@ -46,9 +46,10 @@ def check(seeds, prepare=lambda state, data: data, floor=5e-7, exceptions=1 / 30
     )
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", range(4))
 def test_random_configurations(block):
-    check(range(block * 30, block * 30 + 30))  # 240 in all
+    """120 in all; tests/campaign/numeric.py draws others, of all models and with all their options."""
+    check(range(block * 30, block * 30 + 30))
 
 
 def test_constant_input():

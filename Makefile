@@ -24,12 +24,13 @@ SEED ?=
 help:
 	@sed -n 's/^# //p' Makefile | head -7
 
+# Python compiles what it imports; pip would compile all of transformers, torch and others, for more than a minute.
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/cuda/*.cu*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install 'torch>=2.10' 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
-	$(BIN)/python -m pip install --no-build-isolation -e '.[demo,bench,test,docs]'
+	$(BIN)/python -m pip install --no-compile 'torch>=2.10' 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
+	$(BIN)/python -m pip install --no-compile --no-build-isolation -e '.[demo,bench,test,docs]'
 	touch $@
 
 demo: install

@@ -1,21 +1,25 @@
 """Compiles the Triton kernels ahead of time, for architectures that are not there, and reads what they would need.
 
-Needs no GPU: ptxas and cuobjdump come with Triton. What is read is exact (registers, spills, shared memory, instructions);
+Needs no GPU: ptxas, cuobjdump and nvdisasm come with Triton. What is read is exact (registers, spills, shared memory, instructions);
 it does not say how fast a kernel is.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from perceiver_fast.kernels.launch import Instance
 
@@ -52,11 +56,26 @@ class Compiled:
 
 
 def compile_instance(instance: Instance, architecture: int) -> Compiled:
-    """Compile for ``architecture`` (80, 90, 100, ..) and read the binary.
+    """Compile for ``architecture`` (80, 90, 100, ..) and read the binary; many are read faster together.
 
     Raises:
         triton.compiler.errors.CompilationError and others of Triton's: it does not compile.
     """
+    (compiled,) = compile_instances([instance], architecture)
+    return compiled
+
+
+def compile_instances(instances: Sequence[Instance], architecture: int) -> list[Compiled]:
+    """Compile several for one architecture and read the binaries, raising as :func:`compile_instance` does.
+
+    The disassembler takes most of a second to begin, however little there is to read: it runs once for all.
+    """
+    kernels = [_compile(instance, architecture) for instance in instances]
+    usages = (_run_tool("cuobjdump", "-res-usage", kernel.asm["cubin"]) for kernel in kernels)
+    return [_read(*parts) for parts in zip(kernels, usages, _disassemble(kernels))]
+
+
+def _compile(instance: Instance, architecture: int) -> CompiledKernel:
     names = instance.kernel.arg_names
     if missing := [name for name in names if name not in instance.types and name not in instance.constants]:
         raise ValueError(f"{instance.name}: no type or constant for {', '.join(missing)}")
@@ -68,22 +87,55 @@ def compile_instance(instance: Instance, architecture: int) -> Compiled:
     }
     signature = {name: instance.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in instance.constants.items()}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(instance.kernel, signature, constants, attrs),
         target=GPUTarget("cuda", architecture, 32),
         options=instance.config.options | dict(enable_fp_fusion=True),
     )
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+
+
+def _run_tool(name: str, option: str, binary: bytes) -> str:
+    """What one of Triton's CUDA tools prints of a binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(binary)
         file.flush()
-        commands = ([str(tool), option, file.name] for option in ("-res-usage", "-sass"))
-        usage, sass = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+        command = [str(tool), *option.split(), file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _code_of(cubin: bytes) -> bytes:
+    """The instructions of a cubin, an ELF file: its sections ``.text.<function>``."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # Of every section: where its name is, 20 bytes that do not matter, where it is, and how long.
+    sections = [struct.unpack_from("<I20xQQ", cubin, table + index * size) for index in range(count)]
+    starts = [sections[names][1] + name for name, _, _ in sections]
+    found = [
+        cubin[at : at + length]
+        for start, (_, at, length) in zip(starts, sections)
+        if cubin.startswith(b".text.", start)
+    ]
+    return b"".join(found)
+
+
+def _disassemble(kernels: Sequence[CompiledKernel]) -> list[list[tuple[int, str]]]:
+    """Of every kernel its instructions and their addresses, which count on from kernel to kernel, as jumps do."""
+    parts = [_code_of(kernel.asm["cubin"]) for kernel in kernels]
+    targets = {re.search(r"^\.target sm_(\w+)", kernel.asm["ptx"], re.MULTILINE)[1] for kernel in kernels}
+    (target,) = targets
+    sass = _run_tool("nvdisasm", f"--binary SM{target}", b"".join(parts))
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    ends = list(itertools.accumulate(map(len, parts)))
+    cuts = [0, *(bisect.bisect_left(code, (end,)) for end in ends)]
+    return [code[begin:end] for begin, end in itertools.pairwise(cuts)]
+
+
+def _read(kernel: CompiledKernel, usage: str, code: list[tuple[int, str]]) -> Compiled:
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     ops = Counter(_opcode(text) for _, text in code)
-    spills, traps, shared = ops["LDL"] + ops["STL"], ops["BPT"], compiled.metadata.shared
-    return Compiled(registers, shared, stack, spills, traps, _innermost_loop(code), compiled.asm["ptx"])
+    spills, traps, shared = ops["LDL"] + ops["STL"], ops["BPT"], kernel.metadata.shared
+    return Compiled(registers, shared, stack, spills, traps, _innermost_loop(code), kernel.asm["ptx"])
 
 
 def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[str]:

@@ -15,14 +15,14 @@ if INTERPRETED and triton_error is None:
 
 # Files that take minutes, the longest first: `make test` gives files to two workers, and none should begin these last.
 LONGEST = (
-    "test_packaging.py",
     "test_kernels_compile.py",
     "test_kernels.py",
+    "test_packaging.py",
     "test_campaign.py",
     "test_examples.py",
-    "test_compile.py",
     "test_core.py",
     "test_graphs.py",
+    "test_compile.py",
     "test_gpu_battery.py",
     "test_cuda_build.py",
 )

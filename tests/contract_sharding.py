@@ -1,6 +1,6 @@
 """One rank of a sharded run: every unit of every model, equal to the model as it was. Run by tests/contract/test_sharding.py.
 
-Usage: python contract_sharding.py RANK RANKS FILE KIND [UNIT ...]
+Usage: python contract_sharding.py RANK RANKS FILE [UNIT ...]
 """
 
 import copy
@@ -69,14 +69,15 @@ def check(name, unit, kind):
         assert torch.allclose(found[key], mean, atol=1e-12), (name, unit, key, (found[key] - mean).abs().max())
 
 
-def main(rank, ranks, file, kind, *units):
+def main(rank, ranks, file, *units):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=int(ranks))
-    for unit in units:
-        for name in MODELS:
-            check(name, unit, kind)
-        print("ok", unit, flush=True)
+    for kind in ("fsdp2", "fsdp1"):
+        for unit in units:
+            for name in MODELS:
+                check(name, unit, kind)
+            print("ok", kind, unit, flush=True)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may wait for each other at exit
 

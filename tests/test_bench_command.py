@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from warm_python import python
 
 import perceiver_fast
 from perceiver_fast.__main__ import main
@@ -58,8 +58,7 @@ def test_one_thing_at_a_time(calls, capsys):
 
 
 def test_help_shows_all_options():
-    command = [sys.executable, "-m", "perceiver_fast", "bench", "--help"]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = python("-m", "perceiver_fast", "bench", "--help", cwd=ROOT)
     pytest.importorskip("perceiver_pytorch")
     assert done.returncode == 0, done.stderr
     for option in ("--base REV", "--compare OLD NEW", "--scaling", "--quick", "--geometry", "--all", "--only", "--json"):

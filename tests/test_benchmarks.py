@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import operator
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed; a bare `pytest` d
 pytest.importorskip("perceiver_pytorch")
 
 from rich.console import Console  # noqa: E402
+from warm_python import python
 
 from benchmarks import environment, output, statistic  # noqa: E402
 from benchmarks.scaling import plot, record  # noqa: E402
@@ -202,8 +202,7 @@ def test_selection():
 
 
 def collected(*arguments):
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", *arguments]
-    finished = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    finished = python("-m", "pytest", "benchmarks", "--collect-only", "-q", *arguments, cwd=ROOT)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return [line for line in finished.stdout.splitlines() if "::" in line]
 
@@ -269,8 +268,7 @@ def test_examples_of_the_documentation(module):
 
 
 def test_command_line_help():
-    command = [sys.executable, "-m", "benchmarks", "--help"]
-    finished = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    finished = python("-m", "benchmarks", "--help", cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
     assert all(option in finished.stdout for option in ("--quick", "--geometry", "--threads", "--json", "--all"))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import ops, reference
@@ -173,9 +174,7 @@ def test_links_out_of_the_pages_are_mended():
 
 def test_pictures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    done = subprocess.run(
-        [sys.executable, str(DOCS / "make_pictures.py"), "--out", str(tmp_path)], capture_output=True, text=True
-    )
+    done = python(DOCS / "make_pictures.py", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     drawn = {path.name for path in tmp_path.iterdir()}
     pages = [(DOCS / page).read_text() for page in ("how-it-works.md", "decoders.md")]

@@ -3,13 +3,11 @@
 import importlib
 import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from warm_python import python
 
 import perceiver_fast
 
@@ -35,22 +33,17 @@ def run(name, *arguments, cwd=None):
     # The package under test, also where another one is installed.
     root = str(Path(perceiver_fast.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
-        cwd=cwd, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
-    )  # fmt: skip
+    return python(EXAMPLES / f"{name}.py", *arguments, cwd=cwd, env=os.environ | {"PYTHONPATH": path})
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What every example printed, and the folder of its picture; two run at a time, on one thread each."""
+    """What every example printed, and the folder of its picture."""
     folders = {name: tmp_path_factory.mktemp(name) for name in PICTURES}
-
-    def start(name):
-        return run(name, "--quick", "--out", "out", *OPTIONS.get(name, []), cwd=folders[name])
-
-    with ThreadPoolExecutor(2) as pool:
-        return {name: (done, folders[name] / "out") for name, done in zip(PICTURES, pool.map(start, PICTURES))}
+    return {
+        name: (run(name, "--quick", "--out", "out", *OPTIONS.get(name, []), cwd=folder), folder / "out")
+        for name, folder in folders.items()
+    }
 
 
 def test_there_are_examples():

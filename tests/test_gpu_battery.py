@@ -19,6 +19,7 @@ pytest.importorskip("psutil")
 
 import gpu_battery_stub  # noqa: E402
 from rich.console import Console  # noqa: E402
+from warm_python import python
 
 from benchmarks import gpu_battery, output  # noqa: E402
 from benchmarks.gpu import cases, check, clock, measure_case, prepare, record, sides  # noqa: E402
@@ -33,7 +34,7 @@ DRY = ["--device", "cpu", "--no-build", "--no-tests"]
 
 
 def battery(*arguments, code=0):
-    done = subprocess.run([*COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=300)
+    done = python(*COMMAND[1:], *arguments)
     assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support import needs_extension
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import extension
@@ -105,7 +104,7 @@ def run_info(*options, folder=None, **env):
     )
     code += f"from perceiver_fast.__main__ import main; sys.exit(main(['info', *{options}]))"
     env = os.environ | env | ({"PYTHONPATH": str(folder)} if folder else {})
-    return subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True)
+    return python("-c", code, env=env, cwd=folder)
 
 
 @pytest.mark.skipif(**needs_extension)

@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU: what ships compiles for every architecture, spills nothing, keeps to its budgets.
 
-For one architecture that is everything, for the others a variant of every kernel with every configuration and dtype, the
-last that has dropout. PERCEIVER_FAST_TEST_ALL_KERNELS=1 compiles all for all; so does
+For one architecture that is everything, for the others a variant of every kernel with every configuration and width of
+dtype, the last that has dropout. PERCEIVER_FAST_TEST_ALL_KERNELS=1 compiles all for all; so does
 ``python -m perceiver_fast info --kernels``.
 
 What a kernel needs of a multiprocessor decides how many of its blocks share it, and the compiler says it exactly; so does
@@ -21,11 +21,14 @@ ALL = ARCHITECTURES if os.environ.get("PERCEIVER_FAST_TEST_ALL_KERNELS") == "1" 
 
 
 def sample(instances):
-    """Indices of one variant of every kernel, configuration and dtypes: of the last that drops weights, if one does."""
+    """Indices of one variant of every kernel, configuration and widths: of the last that drops weights, if one does.
+
+    Both half-precision dtypes count as one: where more than a conversion differs, so does PRECISION.
+    """
     chosen = {}
     for index, instance in enumerate(instances):
-        dtypes = frozenset(instance.types.values()) & {"*fp32", "*fp16", "*bf16"}
-        key = instance.kernel.__name__, instance.config, instance.constants.get("PRECISION"), dtypes
+        widths = frozenset(dtype[-2:] for dtype in instance.types.values() if dtype in ("*fp32", "*fp16", "*bf16"))
+        key = instance.kernel.__name__, instance.config, instance.constants.get("PRECISION"), widths
         drops = "dropout" in instance.name
         if key not in chosen or drops or not chosen[key][1]:
             chosen[key] = index, drops
@@ -37,8 +40,8 @@ def test_what_ships_compiles(architecture, record_property, capsys):
     from perceiver_fast.insight import gpu_kernels
 
     found, faults = [], {}
-    indices = None if architecture in ALL else sample(gpu_kernels.instances(architecture))
-    for report in gpu_kernels.compile_all(architecture, indices=indices):
+    indices = None if architecture in ALL else sample(gpu_kernels.shipped(architecture))
+    for report in gpu_kernels.compile_all(architecture, jobs=1, indices=indices):  # the other core has other tests
         found.append(report)
         if report.faults:
             faults[report.name] = report.faults
@@ -46,11 +49,12 @@ def test_what_ships_compiles(architecture, record_property, capsys):
     assert not faults
     sweeps = [report for report in found if report.exponentials]
     for op in ("grid_attention_forward", "grid_attention_backward", "cross_attention_fwd"):
-        for dtype in ("bfloat16", "float16", "float32"):
+        for dtype in ("bfloat16", "float16", "float32") if architecture in ALL else ("float32",):
             assert any(report.name.startswith(f"{op}[{dtype}") for report in sweeps), (op, dtype)
+    least = 3 if architecture in ALL else 2
     for name in ("layer_norm_forward", "layer_norm_backward", "geglu_forward", "geglu_backward"):
         passes = [report for report in found if report.name.startswith(f"{name}[")]
-        assert len(passes) > 2 and all("ld.global.v4.b32" in report.compiled.ptx for report in passes), name
+        assert len(passes) >= least and all("ld.global.v4.b32" in report.compiled.ptx for report in passes), name
     mma = "wgmma.mma_async" if architecture == 90 else "mma.sync"
     assert sum(mma in report.compiled.ptx for report in sweeps) > 10
     with capsys.disabled():
@@ -65,7 +69,7 @@ def test_faults_are_named():
     from perceiver_fast.insight import gpu_kernels
     from perceiver_fast.kernels import aot
 
-    shipped = next(i for i in gpu_kernels.instances(90) if i.name.startswith("grid_attention_forward[bfloat16, 3"))
+    shipped = next(i for i in gpu_kernels.shipped(90) if i.name.startswith("grid_attention_forward[bfloat16, 3"))
     starved = replace(shipped, config=replace(shipped.config, registers=64), registers=64)
     (fault,) = aot.faults(starved, aot.compile_instance(starved, 90), 90)
     assert "local loads and stores" in fault

@@ -3,11 +3,10 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_python import python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,10 +16,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def tune(*arguments):
-    command = [sys.executable, "-m", "perceiver_fast.kernels.tune", *arguments]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
     environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return python("-m", "perceiver_fast.kernels.tune", *arguments, cwd=ROOT, env=environment)
 
 
 def test_help_names_the_options():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from warm_python import python
 
 ROOT = Path(__file__).resolve().parent.parent
 IGNORED = shutil.ignore_patterns(
@@ -73,14 +74,15 @@ def torch_of_this_environment(tmp_path_factory):
     constraint = wheels / "torch.txt"
     constraint.write_text(f"torch=={version}\n")
     constraints = {"PIP_CONSTRAINT": str(constraint), "PIP_BUILD_CONSTRAINT": str(constraint)}
-    return constraints | {"PIP_FIND_LINKS": str(wheels), "PIP_NO_COMPILE": "1"}
+    return constraints | {"PIP_FIND_LINKS": str(wheels), "PIP_NO_COMPILE": "0"}  # false is yes
 
 
-def build_wheel(source, to, isolated, **env):
-    isolation = [] if isolated else ["--no-build-isolation"]
-    output = run(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *isolation, "-w", to, ".", cwd=source, **env)
-    (wheel,) = Path(to).glob("*.whl")
-    return wheel, output
+def build_wheel(source, to, expect=0, **env):
+    """What pip asks of the build without isolation, in a process that begins with torch: the wheel, if any, and output."""
+    code = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    done = python("-c", code, to, cwd=source, env=os.environ | env)
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
+    return next(Path(to).glob("*.whl"), None), done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,8 @@ def test_isolated_wheel_in_an_empty_environment(sdist, torch_of_this_environment
         archive.extractall(tmp_path, **safely)
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     env = torch_of_this_environment | {"PERCEIVER_FAST_FORCE_BUILD": "1", "CXXFLAGS": "-O0"}
-    wheel, output = build_wheel(source, tmp_path / "wheel", isolated=True, **env)
+    run(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", tmp_path / "wheel", ".", cwd=source, **env)
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("perceiver_fast/_C") for name in names)
     assert {"perceiver_fast/kernels/__init__.py", "perceiver_fast/kernels/configs.json"} <= set(names)
@@ -137,7 +140,7 @@ def test_isolated_wheel_in_an_empty_environment(sdist, torch_of_this_environment
 
 
 def test_without_a_compiler_it_installs_pure_python(checkout, tmp_path):
-    wheel, output = build_wheel(checkout, tmp_path, isolated=False, CXX="no-such-compiler")
+    wheel, output = build_wheel(checkout, tmp_path, CXX="no-such-compiler")
     (line,) = [line for line in output.splitlines() if "installing pure Python" in line]
     assert "no-such-compiler was not found" in line
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
@@ -146,19 +149,19 @@ def test_without_a_compiler_it_installs_pure_python(checkout, tmp_path):
     code += "import perceiver_fast as pf, torch; from perceiver_fast import extension; print(extension.error)\n"
     code += "model = pf.Perceiver(num_freq_bands=2, depth=1, max_freq=4., num_latents=3, latent_dim=8)\n"
     code += "print(pf.explain(model, torch.randn(1, 4, 4, 3)))"
-    shown = run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
+    done = python("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")})
+    shown = done.stdout + done.stderr
     assert "was not built: CXX=no-such-compiler was not found" in shown and "cross_attention on sdpa" in shown
 
 
 def test_skip_build_is_said(checkout, tmp_path):
-    _, output = build_wheel(checkout, tmp_path, isolated=False, PERCEIVER_FAST_SKIP_BUILD="1")
+    _, output = build_wheel(checkout, tmp_path, PERCEIVER_FAST_SKIP_BUILD="1")
     assert "without the C++ kernels: PERCEIVER_FAST_SKIP_BUILD is set" in output
 
 
 def test_forced_build_fails_loudly(checkout, tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
     env = {"PERCEIVER_FAST_FORCE_BUILD": "1", "CXX": "no-such-compiler"}
-    output = run(*command, cwd=checkout, expect=1, **env)
+    _, output = build_wheel(checkout, tmp_path, expect=1, **env)
     assert "PERCEIVER_FAST_FORCE_BUILD is set, but CXX=no-such-compiler was not found" in output
 
 
@@ -167,10 +170,10 @@ def test_broken_source_is_an_error_only_when_forced(checkout, tmp_path):
     shutil.copytree(checkout, source)
     for path in source.glob("csrc/*/*.cpp"):  # that it compiles is other tests' to show
         path.write_text("this is not C++\n")
-    _, output = build_wheel(source, tmp_path / "wheel", isolated=False, MAX_JOBS="1")
+    _, output = build_wheel(source, tmp_path / "wheel", MAX_JOBS="1")
     assert "compiling failed" in output and "-j 1" in output
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
-    assert "compiling failed" in run(*command, cwd=source, expect=1, PERCEIVER_FAST_FORCE_BUILD="1")
+    _, output = build_wheel(source, tmp_path, expect=1, PERCEIVER_FAST_FORCE_BUILD="1")
+    assert "compiling failed" in output
 
 
 FAKE_COMPILER = """#!/bin/sh
@@ -192,7 +195,7 @@ def fake_compiler(file, action='for last; do :; done; touch "$last"'):
 def build_with_fake_compilers(checkout, folder, nvcc_action=None, **env):
     env |= {"CXX": fake_compiler(folder / "cxx"), "PERCEIVER_FAST_FORCE_CUDA_BUILD": "1"}
     env["CUDACXX"] = fake_compiler(folder / "nvcc", *([nvcc_action] if nvcc_action else []))
-    wheel, output = build_wheel(checkout, folder / "wheel", isolated=False, **env)
+    wheel, output = build_wheel(checkout, folder / "wheel", **env)
     archive = zipfile.ZipFile(wheel)
     return archive.namelist(), json.loads(archive.read("perceiver_fast/_build.json")), output
 
@@ -217,7 +220,6 @@ def test_cuda_build_can_be_left_out(checkout, tmp_path):
 
 
 def test_failing_cuda_kernels_are_an_error_when_forced(checkout, tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
     env = {"CXX": fake_compiler(tmp_path / "cxx"), "CUDACXX": fake_compiler(tmp_path / "nvcc", "exit 1")}
     env |= {"PERCEIVER_FAST_FORCE_BUILD": "1", "PERCEIVER_FAST_FORCE_CUDA_BUILD": "1"}
-    assert "compiling failed" in run(*command, cwd=checkout, expect=1, **env)
+    assert "compiling failed" in build_wheel(checkout, tmp_path / "wheel", expect=1, **env)[1]

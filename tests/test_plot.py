@@ -1,8 +1,5 @@
 """plot_attention_map: what is drawn of every kind of input, on which colour scales; and its errors."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,6 +8,7 @@ import perceiver_fast as pf
 pytest.importorskip("matplotlib")
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from warm_python import python
 
 
 def maps_of(*sizes, latents=3):
@@ -195,11 +193,11 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert "pip install -e '.[demo]'" in done.stdout, done.stderr
 
 
 def test_importing_the_package_does_not_import_matplotlib():
     code = "import sys, perceiver_fast; print('matplotlib' in sys.modules, 'rich' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert done.stdout.strip() == "False False", done.stderr

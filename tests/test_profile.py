@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from support import needs_extension
 from torch.autograd import DeviceType
+from warm_python import python
 
 from perceiver_fast import __main__ as command_line
 from perceiver_fast.commands import profile_workload
@@ -284,7 +284,7 @@ def test_cuda_profilers_are_told_where_the_region_is(monkeypatch):
 
 def test_the_process_that_tools_look_at_runs():
     command = Workload(tiny=True, iterations=1, pass_name="step").command()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = python(*command[1:], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "readme-step-float32-b1-cpu-tiny: 1 iterations" in done.stderr
 

@@ -1,12 +1,11 @@
 """Named ranges: what a profiler sees of layers and ops, and that nothing else changes."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from support import needs_extension
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import ranges as ranges_class
@@ -126,7 +125,7 @@ def test_results_are_the_same_to_the_bit(train):
 
 
 def test_compiled_models_neither_break_nor_recompile_nor_have_ranges():
-    model, data = pf.Perceiver(**SMALL), torch.randn(2, 6, 5, 3)
+    model, data = pf.Perceiver(**SMALL | dict(depth=2)), torch.randn(2, 6, 5, 3)
     expected = model(data)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     step = stepper(compiled, data)
@@ -141,7 +140,7 @@ def test_compiled_models_neither_break_nor_recompile_nor_have_ranges():
 
 
 def test_a_compiled_layer_has_no_ranges():
-    model, data = pf.Perceiver(**SMALL), torch.randn(2, 6, 5, 3)
+    model, data = pf.Perceiver(**SMALL | dict(depth=1)), torch.randn(2, 6, 5, 3)
     latents, tokens = torch.randn(1, 4, 16), [model.describe(data) for _ in range(2)]
     with pf.ranges(model):
         block = torch.compile(model.layers[0], fullgraph=True, backend="aot_eager")
@@ -151,7 +150,7 @@ def test_a_compiled_layer_has_no_ranges():
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_graphs_have_no_ranges(strict):
-    model, data = pf.Perceiver(**SMALL).eval(), torch.randn(2, 6, 5, 3)
+    model, data = pf.Perceiver(**SMALL | dict(depth=1)).eval(), torch.randn(2, 6, 5, 3)
     with pf.ranges(model):
         exported = torch.export.export(model, (data,), strict=strict)
     assert not [node for node in exported.graph.nodes if "record_function" in str(node.target)]
@@ -198,14 +197,16 @@ def test_nvtx_ranges_are_opened_and_closed_also_by_errors(kind, monkeypatch):
 
 @pytest.mark.parametrize("value, kind", [("1", "auto"), ("0", "off"), ("record_function", "record_function")])
 def test_the_environment_sets_the_initial_kind(value, kind):
-    done = _python("from perceiver_fast.ranges import ranges_kind; print(ranges_kind())", value)
+    done = _said("from perceiver_fast.ranges import ranges_kind; print(ranges_kind())", value)
     assert done.stdout.strip() == kind
-    assert "PERCEIVER_FAST_RANGES: expected one of" in _python("import perceiver_fast", "yes").stderr
 
 
-def _python(code, value):
-    environment = os.environ | {"PERCEIVER_FAST_RANGES": value}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+def test_the_environment_has_to_name_a_kind():
+    assert "PERCEIVER_FAST_RANGES: expected one of" in _said("import perceiver_fast", "yes").stderr
+
+
+def _said(code, value):
+    return python("-c", code, env=os.environ | {"PERCEIVER_FAST_RANGES": value})
 
 
 def test_decorated_functions_keep_their_names_and_signatures():

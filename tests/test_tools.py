@@ -1,14 +1,14 @@
 """The backend switch, and what importing the package does."""
 
 import os
-import subprocess
-import sys
+
+from warm_python import python
 
 import perceiver_fast as pf
 
 
-def python(code, **env):
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
+def said(code, **env):
+    done = python("-c", code, env=os.environ | env)
     return done.stdout + done.stderr
 
 
@@ -18,8 +18,8 @@ def test_use_backend_sets_and_restores():
         assert pf.backends.forced_backend() == "cpu"
     assert pf.backends.forced_backend() == "reference"
     show = "import perceiver_fast as pf; print(pf.backends.forced_backend())"
-    assert python(show, PERCEIVER_FAST_BACKEND="reference").strip() == "reference"
-    assert "expected one of 'auto'" in python(show, PERCEIVER_FAST_BACKEND="fast")
+    assert said(show, PERCEIVER_FAST_BACKEND="reference").strip() == "reference"
+    assert "expected one of 'auto'" in said(show, PERCEIVER_FAST_BACKEND="fast")
 
 
 def test_import_neither_compiles_nor_initialises_cuda():
@@ -27,4 +27,4 @@ def test_import_neither_compiles_nor_initialises_cuda():
 import sys, torch, perceiver_fast, perceiver_fast.kernels
 print("torch._inductor" in sys.modules, "torch._dynamo" in sys.modules, torch.cuda.is_initialized())
 """
-    assert python(code).strip() == "False False False"
+    assert said(code).strip() == "False False False"

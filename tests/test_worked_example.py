@@ -4,12 +4,11 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support import needs_extension
+from warm_python import python
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/adding-an-op.md"
@@ -61,11 +60,10 @@ def checkout(tmp_path_factory):
     return root
 
 
-def run(checkout, *arguments, timeout=600, **environment):
-    command = [sys.executable, "-c", RUN, *arguments]
+def run(checkout, *arguments, **environment):
     # What is installed in place would be found first: the copy's own folder goes before it.
     environment = os.environ | {"PYTHONPATH": f"{checkout}:{checkout / 'tests'}"} | environment
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = python("-c", RUN, *arguments, cwd=checkout, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -16,6 +16,8 @@ from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.launch import Instance, collected
 from perceiver_fast.ops.declaration import OPS, replaced
 
+TOGETHER = 8  # kernels that are read at a time
+
 
 def instances(architecture: int) -> Iterator[Instance]:
     """What the declared samples of all ops launch on an architecture, found by running them on tensors without content.
@@ -58,26 +60,41 @@ class Report:
 
 
 @functools.cache
-def _instances(architecture: int) -> list[Instance]:
+def shipped(architecture: int) -> list[Instance]:
+    """All of :func:`instances`, found once a process."""
     return list(instances(architecture))
 
 
-def _report(architecture: int, index: int) -> Report:
-    """On the index-th instance of an architecture: in a process of its own, to which kernels do not travel."""
-    instance = _instances(architecture)[index]
-    compiled = aot.compile_instance(instance, architecture)
-    found = aot.faults(instance, compiled, architecture)
-    return Report(instance.name, instance.config, compiled, instance.exponentials, found)
+def _reports(architecture: int, indices: Sequence[int]) -> list[Report]:
+    """On some instances of an architecture: by their indices, since kernels do not travel to another process."""
+    chosen = [shipped(architecture)[index] for index in indices]
+    return [
+        Report(
+            instance.name,
+            instance.config,
+            compiled,
+            instance.exponentials,
+            aot.faults(instance, compiled, architecture),
+        )
+        for instance, compiled in zip(chosen, aot.compile_instances(chosen, architecture))
+    ]
 
 
 def compile_all(architecture: int, jobs: int | None = None, indices: Sequence[int] | None = None) -> Iterator[Report]:
     """Compile all that ships for an architecture, in ``jobs`` processes: as many as there are cores, if not said.
 
     Args:
-        indices: those of :func:`instances` to compile, if not all.
+        jobs: with 1 this process does it.
+        indices: those of :func:`shipped` to compile, if not all.
     """
     if indices is None:
-        indices = range(sum(1 for _ in instances(architecture)))
+        indices = range(len(shipped(architecture)))
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    parts = [indices[at : at + TOGETHER] for at in range(0, len(indices), TOGETHER)]
+    if jobs == 1:
+        for part in parts:
+            yield from _reports(architecture, part)
+        return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_report, itertools.repeat(architecture, len(indices)), indices)
+        for reports in pool.map(_reports, itertools.repeat(architecture, len(parts)), parts):
+            yield from reports

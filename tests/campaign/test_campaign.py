@@ -4,35 +4,41 @@ Cases are few and the same in every run; `make campaign` draws others, and runs 
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support import needs_extension
+from warm_python import python
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(**needs_extension)
 
 
-def command(*arguments, **env):
-    """Run the campaign as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "tests.campaign", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_WAIT_POLICY": "passive"} | env,
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """The campaign as a user runs it, but for the process: its exit status and what it prints."""
+    from campaign.__main__ import main
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+
+    def run(*arguments):
+        code = main([*arguments])
+        return code, capsys.readouterr().out
+
+    return run
 
 
-def check(seed, *arguments):
+@pytest.fixture
+def check(command):
     """It finds nothing, and says what it tried."""
-    done = command("--seed", str(seed), "--minutes", "20", "--jobs", "1", *arguments)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    print(done.stdout)
-    return done.stdout
+
+    def run(seed, *arguments):
+        code, out = command("--seed", str(seed), "--minutes", "20", "--jobs", "1", *arguments)
+        assert code == 0, out[-6000:]
+        print(out)
+        return out
+
+    return run
 
 
 # The seeds of staleness are some that once found stale outputs: a cache whose hash read parts of large parameters.
@@ -40,11 +46,11 @@ def check(seed, *arguments):
     "part, cases, seed",
     [("ops", 80, 1), ("described", 16, 1), ("raw", 150, 1), ("staleness", 6, 2000), ("threads", 8, 1)],
 )
-def test_part(part, cases, seed):
+def test_part(part, cases, seed, check):
     assert f"| {cases} |" in check(seed, "--part", part, "--cases", str(cases))
 
 
-def test_numeric():
+def test_numeric(check):
     assert "| 24 |" in check(1, "--part", "numeric", "--cases", "24")
 
 
@@ -61,17 +67,17 @@ def test_core_under_the_thread_sanitizer():
     assert sweep.cases == 120 and sweep.failures == []
 
 
-def test_one_case_runs_again_by_its_seed_and_by_its_file(tmp_path):
-    done = command("--part", "ops", "--case", "7")
-    assert done.returncode == 0 and '"seed": 7' in done.stdout
+def test_one_case_runs_again_by_its_seed_and_by_its_file(command, tmp_path):
+    code, out = command("--part", "ops", "--case", "7")
+    assert code == 0 and '"seed": 7' in out
     file = tmp_path / "case.json"
-    case = json.loads(done.stdout[: done.stdout.index("}") + 1])
+    case = json.loads(out[: out.index("}") + 1])
     file.write_text(json.dumps({"part": "ops", "env": {}, "case": case}))
-    assert command("--file", str(file)).stdout == done.stdout
+    assert command("--file", str(file)) == (0, out)
 
 
 def test_a_wrong_call_is_told():
-    done = command("--case", "7")
+    done = python("-m", "tests.campaign", "--case", "7", cwd=ROOT)
     assert done.returncode == 2 and "expected one --part that the seed is of" in done.stderr
 
 

@@ -92,8 +92,12 @@ def resized(call, dims):
     return out
 
 
+# Exported models take seconds each; traced, all are looked at. "io" holds what is left out, dense tokens and PerceiverBlock.
+EXPORTED = [name for name in MODELS if name not in ("perceiver dense", "block")]
+
+
 @pytest.mark.parametrize(
-    "name, strict", [*((name, False) for name in MODELS), ("perceiver", True), ("io", True), ("experimental", True)]
+    "name, strict", [*((name, False) for name in EXPORTED), ("perceiver", True), ("io", True), ("experimental", True)]
 )
 def test_exported_for_any_batch_and_length(name, strict):
     _, ours = pair(name)
@@ -104,7 +108,7 @@ def test_exported_for_any_batch_and_length(name, strict):
         agree([program(**other), ours(**other)])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_onnx_computes_the_same(name):
     onnx = pytest.importorskip("onnx.reference")
     _, ours = pair(name)

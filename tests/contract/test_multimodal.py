@@ -54,12 +54,16 @@ def test_called_or_fused(masked):
 def test_a_hook_on_one_module(masked):
     names = [n for n, m in build().named_modules() if n and not isinstance(m, (nn.ModuleList, nn.ParameterDict))]
     assert len(names) > 50
+    models, given = (build(), watched(build())), call(masked)
     for name in names:
         results, fired = [], []
-        for model in (build(), watched(build())):
+        for model in models:
             module = model.get_submodule(name)
-            module.register_forward_hook(lambda module, args, out: (fired.append((type(out), out.shape)), out * 0.5)[1])
-            results.append(step(model, **call(masked)))
+            handle = module.register_forward_hook(
+                lambda module, args, out: (fired.append((type(out), out.shape)), out * 0.5)[1]
+            )
+            results.append(step(model, **given))
+            handle.remove()
         agree(results, where=name)
         assert len(fired) == 2 and fired[0] == fired[1] and fired[0][0] is torch.Tensor, name
 

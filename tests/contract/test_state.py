@@ -3,13 +3,13 @@
 import copy
 import io
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
 from contract_cases import MODELS, agree, inputs, pair, step
 from torch import nn
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import experimental, gated, mixed_latents, perceiver_io, perceiver_pytorch
@@ -156,7 +156,7 @@ assert torch.equal(second(data), out)
 
 
 def test_it_can_be_imported_again():
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    done = python("-c", CODE)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -182,7 +182,7 @@ from perceiver_pytorch.experimental import LinearAttention
 
 
 def test_import_paths():
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    done = python("-c", IMPORTS)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -1,12 +1,11 @@
 """torch's FlopCounterMode counts our attention and products as it counts its own."""
 
-import subprocess
-import sys
 
 import pytest
 import torch
 from support import grid_inputs, needs_extension
 from torch.utils.flop_counter import FlopCounterMode
+from warm_python import python
 
 from perceiver_fast.ops import cross_attention, feed_forward
 from perceiver_fast.ops.declaration import OPS
@@ -65,9 +64,9 @@ def test_the_counter_is_not_imported_before_it_is_asked_for():
         "from torch.utils.flop_counter import flop_registry\n"
         "assert torch.ops.perceiver_fast.geglu_forward in flop_registry\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     code = "import torch.utils.flop_counter, perceiver_fast; " + code
     code = code.replace("assert 'torch.utils.flop_counter' not in sys.modules; ", "")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr

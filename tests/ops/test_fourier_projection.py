@@ -10,6 +10,7 @@ import perceiver_pytorch.perceiver_pytorch as theirs
 import pytest
 import torch
 from support import check_over_draws, needs_extension, relative_error
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import extension, reference
@@ -180,10 +181,19 @@ def test_every_instruction_set(isa):
         pytest.skip(f"this CPU has no {isa}")
     if isa == extension.module.active_isa():
         return  # what this process runs
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "exact or plain_pytorch or encoding or active_isa"]
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "exact or plain_pytorch or encoding or active_isa",
+    ]
     env = os.environ | {"PERCEIVER_FAST_CPU_ISA": isa, "PYTHONPATH": os.path.dirname(os.path.dirname(pf.__file__))}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=os.path.dirname(__file__))
+    done = python(*command, env=env, cwd=os.path.dirname(__file__))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

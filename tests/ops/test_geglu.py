@@ -2,12 +2,11 @@
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from support import check_over_draws, needs_extension, relative_error
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import extension, reference
@@ -204,5 +203,5 @@ def test_every_instruction_set(isa):
     package = os.path.dirname(os.path.dirname(pf.__file__))
     path = os.pathsep.join([here, os.path.dirname(here), package, os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PERCEIVER_FAST_CPU_ISA": isa, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", ON_ANOTHER_ISA], check=False, env=env, capture_output=True, text=True)
+    done = python("-c", ON_ANOTHER_ISA, env=env)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,12 +2,11 @@
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from support import check_over_draws, grid_inputs, needs_extension, relative_error
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import extension, reference
@@ -107,10 +106,9 @@ def test_every_instruction_set(isa):
         pytest.skip(f"this CPU has no {isa}")
     if isa == extension.module.active_isa():
         return  # what this process runs
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "exact or plain_pytorch or extreme or bound or active_isa or uniform"]
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "exact or plain_pytorch or extreme or bound or active_isa or uniform"]
     env = os.environ | {"PERCEIVER_FAST_CPU_ISA": isa}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=os.path.dirname(__file__))
+    done = python(*command, env=env, cwd=os.path.dirname(__file__))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -123,7 +121,7 @@ def test_active_isa_is_the_one_asked_for():
 def test_unknown_isa_is_a_reason_not_a_crash():
     code = "import perceiver_fast as pf; from perceiver_fast import extension; print(extension.error)"
     env = os.environ | {"PERCEIVER_FAST_CPU_ISA": "sse9"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = python("-c", code, env=env)
     assert "expected one of baseline" in done.stdout and "sse9" in done.stdout
     assert "failed to load" in done.stderr  # and it is said once, aloud
 

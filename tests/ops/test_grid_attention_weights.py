@@ -2,12 +2,11 @@
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from support import check_over_draws, grid_inputs, needs_extension, relative_error
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import reference
@@ -92,7 +91,7 @@ def test_every_instruction_set(isa):
     here = os.path.dirname(os.path.abspath(__file__))
     path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PERCEIVER_FAST_CPU_ISA": isa, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = python("-c", code, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

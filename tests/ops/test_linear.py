@@ -1,13 +1,13 @@
 """Linear layers on every library against torch's in float64, and which library is taken."""
 
 import importlib
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import relative_error
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast.ops import linear, linear_choice, linear_libraries
@@ -123,7 +123,5 @@ def test_bad_input_is_explained(monkeypatch):
     with pytest.raises(ValueError, match="torch was built without oneDNN; take 'auto'"):
         pf.use_linear("onednn")
     code = "import perceiver_fast"
-    found = subprocess.run(
-        [sys.executable, "-c", code], env={"PERCEIVER_FAST_LINEAR": "blas", "PATH": ""}, capture_output=True, text=True
-    )
+    found = python("-c", code, env=os.environ | {"PERCEIVER_FAST_LINEAR": "blas"})
     assert "PERCEIVER_FAST_LINEAR: expected one of" in found.stderr

@@ -7,13 +7,13 @@ is not refused has the shapes that it is to have, and nothing in it is left unwr
 import faulthandler
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support import needs_extension
+from warm_python import python
 
 from perceiver_fast.gpu import INTERPRETED, triton_error
 from perceiver_fast.ops.declaration import OPERATORS, OPS
@@ -193,10 +193,7 @@ def run(names, **environment):
     path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
     found, left = {}, list(names)
     while left:
-        done = subprocess.run(
-            [sys.executable, __file__, *left], capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": path} | environment,
-        )  # fmt: skip
+        done = python(__file__, *left, env=os.environ | {"PYTHONPATH": path} | environment)
         lines = done.stdout.splitlines()
         for line in lines:
             if line.startswith("refused "):

@@ -42,7 +42,7 @@ def build(tmp_path_factory):
         pytest.skip(f"the tests in C++ were NOT run: {reason}")
     folder = tmp_path_factory.mktemp("core")
     # GCC warns about its own intrinsics where it optimises less.
-    flags = [flag for flag in setup.FLAGS if flag != "-O3"] + ["-Og", "-Wno-uninitialized"]
+    flags = [flag for flag in setup.FLAGS if flag != "-O3"] + ["-O1", "-Wno-uninitialized"]
     setup.run_ninja(folder, folder / "core_tests", compiler, flags, [], sources())
     return folder
 

@@ -14,7 +14,10 @@ from perceiver_fast.insight.console import CannotRun
 COMMANDS = {
     "info": (info, "versions, build, instruction set and backends, with reasons"),
     "demo": (demo, "a photograph through perceiver-pytorch and perceiver-fast, side by side"),
-    "accelerate": (accelerate, "a model of transformers or another library, made faster: what is done, and how much faster"),
+    "accelerate": (
+        accelerate,
+        "a model of transformers or another library, made faster: what is done, and how much faster",
+    ),
     "explain": (explain, "which way every layer of a model takes, its counted work and predicted time"),
     "bench": (bench, "time, memory and errors beside the peers; two commits; scaling curves"),
     "profile": (profile, "where a model's time goes: torch's profiler, nsys or ncu"),

@@ -37,7 +37,11 @@ def calls(monkeypatch):
         (["--quick", "--threads", "1"], "benchmarks.__main__", ["--quick", "--threads", "1"]),
         (["--only", "not (sdpa or compile)"], "benchmarks.__main__", ["--only", "not (sdpa or compile)"]),
         (["--base", "HEAD~3", "--quick"], "benchmarks.base.__main__", ["HEAD~3", "--quick"]),
-        (["--quick", "--base=main", "--pass", "step"], "benchmarks.base.__main__", ["main", "--quick", "--pass", "step"]),
+        (
+            ["--quick", "--base=main", "--pass", "step"],
+            "benchmarks.base.__main__",
+            ["main", "--quick", "--pass", "step"],
+        ),
         (["--compare", "a.json", "b.json", "--fail"], "benchmarks.compare", ["a.json", "b.json", "--fail"]),
         (["--threshold", "0.2", "--compare", "a", "b"], "benchmarks.compare", ["a", "b", "--threshold", "0.2"]),
         (["--base", ""], "benchmarks.base.__main__", [""]),  # as an empty variable of a script is handed on
@@ -61,7 +65,16 @@ def test_help_shows_all_options():
     done = python("-m", "perceiver_fast", "bench", "--help", cwd=ROOT)
     pytest.importorskip("perceiver_pytorch")
     assert done.returncode == 0, done.stderr
-    for option in ("--base REV", "--compare OLD NEW", "--scaling", "--quick", "--geometry", "--all", "--only", "--json"):
+    for option in (
+        "--base REV",
+        "--compare OLD NEW",
+        "--scaling",
+        "--quick",
+        "--geometry",
+        "--all",
+        "--only",
+        "--json",
+    ):
         assert option in done.stdout
 
 

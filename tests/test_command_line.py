@@ -19,7 +19,10 @@ def test_help(command, capsys):
     shown = capsys.readouterr().out
     assert done.value.code == 0 and shown.startswith("usage: " + " ".join(["perceiver-fast", *command]))
     if not command:
-        assert all(re.search(rf"^    {name}\s", shown, re.MULTILINE) for name in ("info", "demo", "accelerate", "explain", "bench", "profile"))
+        assert all(
+            re.search(rf"^    {name}\s", shown, re.MULTILINE)
+            for name in ("info", "demo", "accelerate", "explain", "bench", "profile")
+        )
         assert "examples:" in shown and "exit codes:" in shown
 
 

@@ -146,7 +146,14 @@ def test_profile_runs_one_side_in_a_loop(capsys, monkeypatch):
 
 
 def test_geometries_are_the_published_ones():
-    channels = {"imagenet-lucid": 261, "imagenet-paper": 261, "readme": 29, "video": 390, "flow": 322, "hf-fourier": 261}
+    channels = {
+        "imagenet-lucid": 261,
+        "imagenet-paper": 261,
+        "readme": 29,
+        "video": 390,
+        "flow": 322,
+        "hf-fourier": 261,
+    }
     assert {name: GEOMETRIES[name].token_channels for name in cases.NAMES} == channels
     assert GEOMETRIES["flow"].tokens == 182_528 and GEOMETRIES["video"].tokens == 802_816
     assert all(GEOMETRIES[a].one_layer().arguments == GEOMETRIES[b].one_layer().arguments | {"weight_tie_layers": False}

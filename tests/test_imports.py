@@ -10,7 +10,13 @@ ROOT = Path(__file__).parents[1]
 
 # The floors of the house, from the ground up. A file may import from floors below its own, and from its own.
 FLOORS = (
-    ("perceiver_fast.gpu", "perceiver_fast.settings", "perceiver_fast.tracing", "perceiver_fast.ranges", "perceiver_fast.version"),
+    (
+        "perceiver_fast.gpu",
+        "perceiver_fast.settings",
+        "perceiver_fast.tracing",
+        "perceiver_fast.ranges",
+        "perceiver_fast.version",
+    ),
     ("perceiver_fast.reference",),
     ("perceiver_fast.kernels",),
     ("perceiver_fast.extension", "perceiver_fast.backends"),
@@ -38,7 +44,11 @@ ABOVE_KERNELS = {"perceiver_fast.gpu", "perceiver_fast.reference", "perceiver_fa
 def files() -> dict[str, Path]:
     """Every module of the package, the kernels and the benchmarks, by the name it is imported by."""
     found = {}
-    for folder, name in (("perceiver_fast", "perceiver_fast"), ("kernels", "perceiver_fast.kernels"), ("benchmarks", "benchmarks")):
+    for folder, name in (
+        ("perceiver_fast", "perceiver_fast"),
+        ("kernels", "perceiver_fast.kernels"),
+        ("benchmarks", "benchmarks"),
+    ):
         for path in sorted((ROOT / folder).rglob("*.py")):
             if folder == "perceiver_fast" and "kernels" in path.relative_to(ROOT / folder).parts:
                 continue  # a link to the kernels, where they are installed in place

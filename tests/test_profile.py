@@ -182,7 +182,9 @@ def test_ncu_filters_ours_unless_it_looks_at_the_peer():
 
     assert f"regex:{kernel_filter(None)}" in record()
     theirs = record(peer="perceiver-pytorch")
-    assert "--kernel-name" not in theirs and "a folder/readme-forward-float32-b1-cpu-perceiver-pytorch.ncu-rep" in theirs
+    assert (
+        "--kernel-name" not in theirs and "a folder/readme-forward-float32-b1-cpu-perceiver-pytorch.ncu-rep" in theirs
+    )
     assert kernel_filter("sgemm.*") == "sgemm.*"
 
 

@@ -16,9 +16,7 @@ from perceiver_fast.tracing import known, own
 ONE_AXIS_LIMIT = 1024  # positions; on one axis a grid's tables have an entry for every query and token, as logits do
 
 
-def describe_grid(
-    data: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None
-) -> Tokens:
+def describe_grid(data: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None) -> Tokens:
     """Describe the tokens of data on a grid: raw channels, and Fourier codes of their positions.
 
     Args:
@@ -74,6 +72,4 @@ def describe_points(
     frequency = torch.linspace(1.0, max_freq / 2, num_freq_bands, dtype=torch.float64, device="cpu").to(data.device)
     if embedding is not None:
         data = torch.cat([data, embedding.expand(*data.shape[:-1], -1)], -1)
-    return _with_frequencies(
-        PointTokens(data, coords.double(), frequency.expand(coords.shape[-1], -1)), num_freq_bands
-    )
+    return _with_frequencies(PointTokens(data, coords.double(), frequency.expand(coords.shape[-1], -1)), num_freq_bands)

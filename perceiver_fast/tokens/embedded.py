@@ -148,11 +148,18 @@ class EmbeddedPoints(Tokens):
     def basis(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):
             columns = self.weight if self.bias is None else torch.cat([self.weight, self.bias.unsqueeze(1)], 1)
-            codes = self.inner.codes(ones=self.bias is not None)  # the bias belongs to the channel of ones
-            dtype = codes.dtype
+            middle = centred(columns.double(), 0)
+            dtype, channels = self.inner.compute, self.inner.channels
             weight, bias = absorb_norm(to_kv, norm, dtype)
-            variance = variance_of_products(codes, centred(columns.double(), 0).to(dtype))
-            return Basis(centred(weight, 1) @ columns.to(dtype), bias, codes, (variance + norm.eps).rsqrt(), False)
+            if transformed() or (torch.is_grad_enabled() and self.learns()):
+                feat = self.inner.codes(ones=self.bias is not None)  # the bias belongs to the channel of ones
+                variance, root = variance_of_products(feat, middle.to(dtype)), columns.to(dtype)
+            else:  # W_c z = Q R z: one product gives R z, whose length is that of W_c z
+                root, triangle = torch.linalg.qr(middle)
+                root, triangle = root.to(dtype), triangle.T.to(dtype)
+                feat = self.inner.products(triangle[:channels], None if self.bias is None else triangle[-1])
+                variance = torch.linalg.vector_norm(feat, dim=-1).square() / self.channels
+            return Basis(centred(weight, 1) @ root, bias, feat, (variance + norm.eps).rsqrt(), False)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         basis = self.basis(to_kv, norm)

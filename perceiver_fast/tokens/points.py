@@ -57,14 +57,15 @@ class PointTokens(Tokens):
             eps: of a LayerNorm without affine part that they go through. Default: none.
             ones: with one more channel, which is one: ``[B, M, C + 1]``.
         """
-        width = self.channels + ones
         with unless_autocast(self.device):
-            feat = self.feat if self.stored_channels else None
-            same = torch.eye(width, dtype=self.compute, device=self.device)
-            codes = fourier_projection_unchecked(
-                feat, self.coords, self.frequencies, same[: self.channels], same[-1] if ones else None, eps
-            )
-            return codes.expand(self.batch, -1, -1)
+            same = torch.eye(self.channels + ones, dtype=self.compute, device=self.device)
+            return self.products(same[: self.channels], same[-1] if ones else None, eps)
+
+    def products(self, weight: Tensor, bias: Tensor | None, eps: float | None = None) -> Tensor:
+        """The tokens, after a LayerNorm without affine part if there is an ``eps``, times ``weight [C, D]``: ``[B, M, D]``."""
+        feat = self.feat if self.stored_channels else None
+        found = fourier_projection_unchecked(feat, self.coords, self.frequencies, weight, bias, eps)
+        return found.expand(self.batch, -1, -1)
 
     def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):

@@ -134,7 +134,8 @@ def test_same_result_every_time(device):
     q, feat, scale, mask = (t.to(device) for t in grid_inputs(2, 33, 3, (9, 40), torch.float32, masked=True))
     weights = [torch.randn_like(q), torch.randn(q.shape[:2], dtype=torch.float64, device=device)]
     first, second = (
-        gradients(lambda *inputs: grid_attention_unchecked(*inputs, mask)[:2], (q, feat, scale), weights) for _ in range(2)
+        gradients(lambda *inputs: grid_attention_unchecked(*inputs, mask)[:2], (q, feat, scale), weights)
+        for _ in range(2)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -57,7 +57,9 @@ def test_decoder_of_described_queries(device, grid):
     """In float32, under autocast, in parts into a tensor, and its gradients; by the description, without the queries."""
     torch.manual_seed(0)
     keywords = dict(num_freq_bands=2, max_freq=4.0)
-    queries = pf.grid_queries((4, 9), **keywords) if grid else pf.point_queries(torch.rand(1, 36, 2) * 2 - 1, **keywords)
+    queries = (
+        pf.grid_queries((4, 9), **keywords) if grid else pf.point_queries(torch.rand(1, 36, 2) * 2 - 1, **keywords)
+    )
     model = pf.PerceiverIO(
         depth=0, dim=4, queries_dim=queries.channels, logits_dim=2, num_latents=40, latent_dim=8, cross_heads=2,
         cross_dim_head=16,

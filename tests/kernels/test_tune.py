@@ -61,7 +61,9 @@ def test_a_small_gain_changes_nothing(device, monkeypatch):
     name, call = "grid_attention_forward[fma]", Call("grid_attention", F32, 3)
     shipped = config(name, 90)
     stub(monkeypatch, 1.01, 1.0, runs=2)
-    chosen, gain, _ = tune_candidates.choose(name, [call], [shipped, replace(shipped, queries=16)], 90, device, math.inf)
+    chosen, gain, _ = tune_candidates.choose(
+        name, [call], [shipped, replace(shipped, queries=16)], 90, device, math.inf
+    )
     assert chosen is shipped and gain == pytest.approx(0.01)
 
 

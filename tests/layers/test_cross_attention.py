@@ -177,9 +177,12 @@ def test_caches_know_the_grad_mode(way):
 
 KINDS = {
     "grid": lambda dtype: GridTokens(
-        torch.randn(2, 40, 41, 3, dtype=dtype), tuple(axis_codes(n, 4, 8.0, compute_dtype(dtype), CPU) for n in (40, 41))
+        torch.randn(2, 40, 41, 3, dtype=dtype),
+        tuple(axis_codes(n, 4, 8.0, compute_dtype(dtype), CPU) for n in (40, 41)),
     ),
-    "points": lambda dtype: describe_points(torch.randn(2, 1500, 3, dtype=dtype), torch.rand(2, 1500, 2).double(), 4, 8.0),
+    "points": lambda dtype: describe_points(
+        torch.randn(2, 1500, 3, dtype=dtype), torch.rand(2, 1500, 2).double(), 4, 8.0
+    ),
     "dense": lambda dtype: DenseTokens(torch.randn(2, 300, 48, dtype=dtype)),
     "narrow": lambda dtype: DenseTokens(torch.randn(2, 300, 4, dtype=dtype)),
 }

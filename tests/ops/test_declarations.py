@@ -26,7 +26,11 @@ def recorded(name, **options):
 
 
 def test_every_registered_operator_is_declared():
-    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "perceiver_fast::" in name}
+    names = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if "perceiver_fast::" in name
+    }
     names.discard("axis_codes")  # the tokens': position codes that a graph does not compute again
     assert names == set(OPERATORS)
 

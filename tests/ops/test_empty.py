@@ -14,14 +14,18 @@ pytestmark = pytest.mark.skipif(**needs_extension)
 def cross(batch, **options):
     mask = torch.ones(batch, 7, dtype=torch.bool) if options.pop("masked", False) else None
     shapes = (batch, 2, 3, 4), (batch, 2, 7, 4), (batch, 2, 7, 5)
-    return (lambda q, k, v: ops.cross_attention(q, k, v, None if mask is None else mask.to(q.device), **options)), shapes
+    return (
+        lambda q, k, v: ops.cross_attention(q, k, v, None if mask is None else mask.to(q.device), **options)
+    ), shapes
 
 
 def grid(batch, heads=1, **options):
     mask = torch.ones(batch, 2, 4, dtype=torch.bool) if options.pop("masked", False) else None
 
     def run(q, feat, scale):
-        return grid_attention_unchecked(q, feat, scale, None if mask is None else mask.to(q.device), heads=heads, **options)
+        return grid_attention_unchecked(
+            q, feat, scale, None if mask is None else mask.to(q.device), heads=heads, **options
+        )
 
     return run, ((batch, 3 * heads, 2 + 6), (batch, 2, 4, 2), (batch, 2, 4))
 
@@ -43,9 +47,7 @@ def add_norm(x, branch, branch_bias, weight, bias):
 
 def projection(feat, weight, bias):
     coords = torch.zeros(6, 1, device=feat.device)
-    return ops.fourier_projection(
-        coords, weight, feat=feat, bias=bias, num_freq_bands=2, max_freq=4.0, norm_eps=1e-5
-    )
+    return ops.fourier_projection(coords, weight, feat=feat, bias=bias, num_freq_bands=2, max_freq=4.0, norm_eps=1e-5)
 
 
 def projection_on_grid(feat, weight, bias):

@@ -1,6 +1,5 @@
 """torch's FlopCounterMode counts our attention and products as it counts its own."""
 
-
 import pytest
 import torch
 from support import grid_inputs, needs_extension
@@ -36,7 +35,10 @@ def test_attention_counts_as_torchs():
 def test_declared_work_is_what_shapes_say():
     """Of the samples: 2 x 7 tokens of 3 raw and 14 position channels to 8; 6 rows of 17 gates; by hand."""
     forward, backward = (op.count(args) for op, args in OPS["fourier_projection"].recorded_calls("cpu"))
-    assert forward == Work(2 * 7 * (3 + 2 * 7) * 8, 2 * (2 * 7) * 2 * 3) and backward.multiply_adds == 2 * forward.multiply_adds
+    assert (
+        forward == Work(2 * 7 * (3 + 2 * 7) * 8, 2 * (2 * 7) * 2 * 3)
+        and backward.multiply_adds == 2 * forward.multiply_adds
+    )
     forward, _ = (op.count(args) for op, args in OPS["geglu"].recorded_calls("cpu"))
     assert forward == Work(0, 6 * 17)
     forward, _ = (op.count(args) for op, args in OPS["grid_attention"].recorded_calls("cpu", inverted=True))

@@ -106,7 +106,17 @@ def test_every_instruction_set(isa):
         pytest.skip(f"this CPU has no {isa}")
     if isa == extension.module.active_isa():
         return  # what this process runs
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "exact or plain_pytorch or extreme or bound or active_isa or uniform"]
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "exact or plain_pytorch or extreme or bound or active_isa or uniform",
+    ]
     env = os.environ | {"PERCEIVER_FAST_CPU_ISA": isa}
     done = python(*command, env=env, cwd=os.path.dirname(__file__))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -158,7 +168,9 @@ def test_nan_and_infinity_propagate(value):
     mask[0, 2, 2] = True
     o, *_ = grid_attention_unchecked(q, feat, scale, mask)
     assert torch.equal(o.isnan(), reference.grid_attention(q, feat, scale, mask)[0].isnan())
-    mask[0, 2, 2] = False  # a masked value is multiplied by zero, which keeps a NaN: it reaches every query, in its channel
+    mask[0, 2, 2] = (
+        False  # a masked value is multiplied by zero, which keeps a NaN: it reaches every query, in its channel
+    )
     o, *_ = grid_attention_unchecked(q, feat, scale, mask)
     assert torch.equal(o.isnan(), reference.grid_attention(q, feat, scale, mask)[0].isnan()) and o[..., 1].isnan().all()
 
@@ -175,7 +187,8 @@ def test_strides_and_shared_queries():
     )
     reversed_axis = feat.flip(1), scale.flip(1)
     assert torch.equal(
-        grid_attention_unchecked(shared, *reversed_axis)[1], grid_attention_unchecked(shared.contiguous(), *reversed_axis)[1]
+        grid_attention_unchecked(shared, *reversed_axis)[1],
+        grid_attention_unchecked(shared.contiguous(), *reversed_axis)[1],
     )
 
 
@@ -204,7 +217,9 @@ def test_deterministic_for_a_thread_count(threads, queries):
 
 def test_one_axis_split_by_columns():
     q, feat, scale, _ = grid_inputs(1, 3, 3, (9001,))
-    assert relative_error(grid_attention_unchecked(q, feat, scale)[0], reference.grid_attention(q, feat, scale)[0]) < 1e-13
+    assert (
+        relative_error(grid_attention_unchecked(q, feat, scale)[0], reference.grid_attention(q, feat, scale)[0]) < 1e-13
+    )
 
 
 def test_more_than_two_to_the_31_pairs():

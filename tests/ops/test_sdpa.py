@@ -88,7 +88,9 @@ def test_nan_is_never_hidden(dtype, grad):
                         inputs = [t.detach() for t in qkv(queries, tokens, dtype, False)]
                         rows = inputs[name].shape[2]
                         inputs[name][1, 2, slice(None) if everywhere else rows // 2, 3] = value
-                        expected = plain(*(t.float() if dtype in (torch.bfloat16, torch.float16) else t for t in inputs))
+                        expected = plain(
+                            *(t.float() if dtype in (torch.bfloat16, torch.float16) else t for t in inputs)
+                        )
                         out = sdpa(*(t.requires_grad_(grad) for t in inputs))
                         where = dtype, queries, tokens, name, value, everywhere
                         assert not (expected.isnan() & ~out.isnan()).any(), where

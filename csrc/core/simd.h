@@ -155,11 +155,11 @@ PF_INLINE typename Simd<T>::Vec exp2(typename Simd<T>::Vec t, typename Simd<T>::
     t = t > B::most ? S::set(B::most) : t;
   }
   if (Shifted) {
-    t = t < -B::huge ? S::set(-B::huge) : t;  // -inf, a masked token: t - k would be NaN
     // Too large to be rounded so, a half or an integer: here the shift costs no digit of a sum that is no zero.
     const auto large = (t > B::large) | (t < -B::large);
     t = large ? t + shift : t;
     shift = large ? V{} : shift;
+    t = t < -B::huge ? S::set(-B::huge) : t;  // -inf, a masked token: t - k would be NaN
   }
   V k = (t + B::round) - B::round;
   const V p = exp2_polynomial<T>(t - k);

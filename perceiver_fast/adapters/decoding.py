@@ -16,7 +16,7 @@ from perceiver_fast.ops.grid_query_attention import (
     grid_query_attention_unchecked,
     grid_query_attention_work,
 )
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, unless_autocast
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, half_dtype, unless_autocast
 from perceiver_fast.ops.work import Work, attention_work
 from perceiver_fast.tokens import GridTokens
 
@@ -37,6 +37,7 @@ class DescribedDecoder(FusedDecoder):
         self.fn = SimpleNamespace(_modules=modules, heads=parts.heads, scale=parts.scale, active_dropout=parts.dropout)
         self.compute = compute_dtype(latents.dtype)
         self.dtype = autocast_dtype(latents.device) or latents.dtype
+        self.half = half_dtype(latents.device, latents.dtype)
         context = normalized(parts.norm_context, latents)
         k, v = (project(layer, context) for layer in parts.to_kv)
         with unless_autocast(latents.device):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
 from perceiver_fast.adapters.forwards import StandIn, all_stand_ins
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NOT_YET = "not called yet"
 
@@ -107,6 +107,10 @@ class Report:
 
     def table(self) -> Table:
         """The rows, equal ones of numbered modules as one, as a table of rich."""
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("module", no_wrap=True)
         table.add_column("", justify="right")
@@ -132,6 +136,8 @@ class Report:
         return str(self.check) if self.check else "not checked: pass an example to compare with the original"
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=140, record=True, file=_Nowhere(), color_system=None)
         console.print(self.table())
         console.print(self.summary(), markup=False, highlight=False)

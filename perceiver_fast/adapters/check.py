@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -110,14 +110,14 @@ def check(model: nn.Module, example: Any) -> tuple[Check, list[Row]]:
     Returns:
         What was found, and a row for every module that was put back.
     """
-    args, kwargs = arguments_of(example)
+    args, kwargs = own = arguments_of(example)
     original, fast = restore(copy.deepcopy(model)).eval(), copy.deepcopy(model).eval()
+    with torch.no_grad():
+        original(*args, **kwargs)  # an example that the original does not take raises as it would
+    untouched = original
     numbers = sum(p.numel() for p in model.parameters())
     sizes: list[int] = []
     tree_map_only(Tensor, lambda t: sizes.append(t.numel()), (args, kwargs))
-    seconds = _times(original, fast, args, kwargs)
-    for name, stand_in in all_stand_ins(fast):
-        _copy_notes(stand_in, stand_ins(model.get_submodule(name))[stand_in.method])
     small = numbers <= SMALL and sum(sizes) <= SMALL / 100
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     doubled = _doubled(original, fast) if small else None
@@ -126,18 +126,41 @@ def check(model: nn.Module, example: Any) -> tuple[Check, list[Row]]:
         dtype, (original, fast) = torch.float64, doubled
         args, kwargs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
     expected = run(original, args, kwargs, small)
-    output, gradient, wrong = compare(expected, run(fast, args, kwargs, small), dtype)
+    output, gradient, wrong = _tried(expected, fast, args, kwargs, small, dtype)
     back: list[Row] = []
     if wrong is not None:
         back = _put_back(model, fast, expected, args, kwargs, small, dtype)
-        output, gradient, wrong = compare(expected, run(fast, args, kwargs, small), dtype)
+        output, gradient, wrong = _tried(expected, fast, args, kwargs, small, dtype)
         if wrong is not None:  # nothing alone, but something together
             for name, stand_in in [*all_stand_ins(model)]:
-                back.append(Row(name, stand_in.what(), why=f"with others, {wrong}"))
+                back.append(Row(name, stand_in.what(), why=f"put back: with others, {wrong}"))
             restore(model)
-            output, gradient = 0.0, 0.0 if small else None
+            output, gradient, _ = _tried(expected, restore(fast), args, kwargs, small, dtype)
+    del fast
+    left = copy.deepcopy(model).eval()
+    seconds = _times(untouched, left, *own)
+    for name, stand_in in all_stand_ins(left):
+        _copy_notes(stand_in, stand_ins(model.get_submodule(name))[stand_in.method])
     note = None if small else "It is large, or its weights cannot be float64: gradients were not compared"
     return Check(str(dtype).removeprefix("torch."), output, gradient, seconds, note), back
+
+
+def _raises(call: Callable[[], object]) -> str | None:
+    """What a call raises, in words; None if nothing."""
+    try:
+        call()
+    except Exception as error:  # whatever a stand-in of a family that only looked like one does
+        return f"it raises {type(error).__name__}: {error}"
+    return None
+
+
+def _tried(
+    expected: Result, fast: nn.Module, args: tuple, kwargs: dict, small: bool, dtype: torch.dtype
+) -> tuple[float, float | None, str | None]:
+    """:func:`compare` of a run of ``fast``; one that raises is wrong by what it raises."""
+    found: list[Result] = []
+    wrong = _raises(lambda: found.append(run(fast, args, kwargs, small)))
+    return compare(expected, found[0], dtype) if wrong is None else (float("inf"), None, wrong)
 
 
 def _doubled(*models: nn.Module) -> tuple[nn.Module, ...] | None:
@@ -180,10 +203,7 @@ def _put_back(
         restore(fast)
         module = fast.get_submodule(name)
         install(kind(module))
-        try:
-            wrong = compare(expected, run(fast, args, kwargs, small), dtype)[2]
-        except Exception as error:  # whatever a stand-in of a family that only looked like one does
-            wrong = f"it raises {type(error).__name__}: {error}"
+        wrong = _tried(expected, fast, args, kwargs, small, dtype)[2]
         if wrong is None:
             good.append((name, kind))
             continue

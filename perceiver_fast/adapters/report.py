@@ -132,6 +132,8 @@ class Report:
     def summary(self) -> str:
         """The last line: what the check found, or how to get one."""
         if not self:
+            if any(row.why is not None and row.why.startswith("put back") for row in self.left):
+                return "nothing is accelerated: all of it was put back, since it differed from the original"
             return "nothing was accelerated: no attention of a known family was found"
         return str(self.check) if self.check else "not checked: pass an example to compare with the original"
 

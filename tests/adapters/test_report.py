@@ -4,11 +4,12 @@ import perceiver_pytorch
 import pytest
 import torch
 from adapters.perceivers import build
-from support import needs_extension
+from support import needs_extension, relative_error
 from torch import nn
 
 import perceiver_fast as pf
 from perceiver_fast.adapters import hugging_face
+from perceiver_fast.adapters.families import AttentionPreNorm
 from perceiver_fast.adapters.forwards import all_stand_ins
 
 
@@ -85,3 +86,17 @@ def test_an_example_that_does_not_fit():
     model = perceiver_pytorch.Perceiver(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)
     with pytest.raises(AssertionError, match="right number of axis"):
         pf.accelerate(model, torch.randn(1, 6, 3))
+
+
+def test_a_stand_in_that_raises_is_put_back(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(AttentionPreNorm, "run", broken)
+    model = perceiver_pytorch.Perceiver(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)
+    x = torch.randn(1, 6, 6, 3)
+    expected = model(x)
+    report = pf.accelerate(model, x)
+    named = {row.name for row in report.rows if row.why and "put back: it raises RuntimeError" in row.why}
+    assert named == {"layers.0.cross_attn", "layers.0.self_attns.0.0"}
+    assert relative_error(model(x), expected) < 1e-5

@@ -13,10 +13,9 @@ from perceiver_fast.layers.decoding import FusedDecoder, folds
 from perceiver_fast.ops.grid_query_attention import (
     GRID_QUERY_ATTENTION,
     GridQueryAttentionCall,
-    grid_query_attention_unchecked,
     grid_query_attention_work,
 )
-from perceiver_fast.ops.library import autocast_dtype, compute_dtype, half_dtype, unless_autocast
+from perceiver_fast.ops.library import compute_dtype, unless_autocast
 from perceiver_fast.ops.work import Work, attention_work
 from perceiver_fast.tokens import GridTokens
 
@@ -35,21 +34,11 @@ class DescribedDecoder(FusedDecoder):
         self.norm, self.backend, self.tokens = parts.norm, "cpu", tokens
         modules = {"to_q": parts.to_q, "to_out": dense}
         self.fn = SimpleNamespace(_modules=modules, heads=parts.heads, scale=parts.scale, active_dropout=parts.dropout)
-        self.compute = compute_dtype(latents.dtype)
-        self.dtype = autocast_dtype(latents.device) or latents.dtype
-        self.half = half_dtype(latents.device, latents.dtype)
         context = normalized(parts.norm_context, latents)
-        k, v = (project(layer, context) for layer in parts.to_kv)
+        k, v = (split_heads(project(layer, context), parts.heads) for layer in parts.to_kv)
+        self._prepare(latents, k, v, None)
         with unless_autocast(latents.device):
-            k, v = (split_heads(t, parts.heads).to(self.compute) for t in (k, v))
-            self.k = k * parts.scale
-            self.weight, self.bias = self._after(None)
-            self.folds = folds(v.shape[2], v.shape[3], len(self.weight))
-            if self.folds:
-                v = torch.einsum("bhnd,ohd->bhno", v, self.weight.unflatten(1, (parts.heads, -1)))
-            self.v = v
             self.arguments = self._arguments(tokens)
-            del self.arguments["grid"]
 
     def rows(self, start: int, stop: int) -> Tensor:
         """:meth:`decode` of the indices start to stop of the grid's first axis, ``[B, queries, O]``."""
@@ -60,13 +49,7 @@ class DescribedDecoder(FusedDecoder):
         arguments["feat"] = arguments["feat"][:, start:stop]
         if arguments["scale"] is not None:
             arguments["scale"] = arguments["scale"][:, start:stop]
-        with unless_autocast(self.k.device):
-            out = grid_query_attention_unchecked(**arguments, grid=True, dropout=self.fn.active_dropout)
-            if not self.folds:
-                out = out.flatten(2) @ self.weight.T
-            if self.bias is not None:
-                out = out + self.bias
-            return out.to(self.dtype)
+        return self._attended(arguments)
 
     def all_rows(self) -> Tensor:
         """The attention's result for the whole grid, ``[B, M, O]``."""

@@ -134,19 +134,21 @@ class FusedDecoder:
 
     def __init__(self, layer: nn.Module, last: nn.Linear | None, latents: Tensor, backend: str):
         self.fn, self.norm, self.backend = layer._modules["fn"], layer._modules["norm"], backend
-        self.compute = compute = compute_dtype(latents.dtype)
+        k, v = self.fn.project("to_kv", layer.norm_context(latents)).chunk(2, dim=-1)
+        self._prepare(latents, self.fn.split_heads(k), self.fn.split_heads(v), last)
+
+    def _prepare(self, latents: Tensor, k: Tensor, v: Tensor, last: nn.Linear | None) -> None:
+        """What all queries share, from keys ``[B, H, N, d]`` and values ``[B, H, N, dv]`` of the latents."""
+        self.compute = compute_dtype(latents.dtype)
         self.dtype = autocast_dtype(latents.device) or latents.dtype
         self.half = half_dtype(latents.device, latents.dtype)  # of values, and of raw channels, on GPUs
-        k, v = self.fn.project("to_kv", layer.norm_context(latents)).chunk(2, dim=-1)
         with unless_autocast(latents.device):
-            self.k, v = (self.fn.split_heads(t).to(compute) for t in (k, v))  # [B, H, N, d]
-            self.k = self.k * self.fn.scale
-            weight, self.bias = self._after(last)
-            heads, keys, dim = self.k.shape[1:]
-            self.folds = folds(keys, dim, len(weight))
+            self.k, v = k.to(self.compute) * self.fn.scale, v.to(self.compute)
+            self.weight, self.bias = self._after(last)
+            self.folds = folds(v.shape[2], v.shape[3], len(self.weight))
             if self.folds:
-                v = torch.einsum("bhnd,ohd->bhno", v, weight.unflatten(1, (heads, dim)))
-            self.v, self.weight = v, weight
+                v = torch.einsum("bhnd,ohd->bhno", v, self.weight.unflatten(1, (v.shape[1], -1)))
+            self.v = v
 
     @property
     def channels(self) -> int:
@@ -186,7 +188,12 @@ class FusedDecoder:
     def decode(self, queries: Tokens) -> Tensor:
         """The attention's result after all linear layers that follow, ``[B, Q, O]``."""
         with unless_autocast(self.k.device):
-            out = grid_query_attention_unchecked(**self._arguments(queries), dropout=self.fn.active_dropout)
+            return self._attended(self._arguments(queries))
+
+    def _attended(self, arguments: dict) -> Tensor:
+        """The op's result for :meth:`_arguments`, ``[B, Q, O]``, after all linear layers that follow."""
+        with unless_autocast(self.k.device):
+            out = grid_query_attention_unchecked(**arguments, dropout=self.fn.active_dropout)
             if not self.folds:
                 out = out.flatten(2) @ self.weight.T.to(out.dtype)
             if self.bias is not None:

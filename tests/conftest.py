@@ -4,6 +4,8 @@ Tests run on one thread: their tensors are small, and a busy machine makes every
 Those that are about threads ask for more.
 """
 
+import sys
+
 import pytest
 import torch
 
@@ -44,6 +46,13 @@ def nan_filled_allocations():
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_compiled():
+    """Graphs that an earlier file compiled for the same functions would make a later one's calls recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)  # the stable ABI the bindings target; one build runs on this torch and every later one
 GIGABYTES_PER_JOB = 1.0
+INPLACE = ROOT / "build/inplace"  # objects of a checkout's extension: what has not changed is not compiled again
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall".split()
 CUDA_ARCHS = ("80", "90", "100")
 CUDA_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA".split()
@@ -220,7 +221,7 @@ class BuildWithNinja(build_ext):
         link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         link += [shlex.quote(f"-L{Path(torch.__file__).parent / 'lib'}"), "-ltorch_cpu", os.environ.get("LDFLAGS", "")]
         flags = [*FLAGS, os.environ.get("CXXFLAGS", "")]
-        folder = (Path(self.build_temp) / "ninja").resolve()
+        folder = INPLACE if self.inplace else (Path(self.build_temp) / "ninja").resolve()
         run_ninja(folder, target, compiler, flags, link, extension_sources(torch, pybind11))
         return {"compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
 

@@ -1,10 +1,12 @@
 """csrc/core by itself, in C++, on every instruction set that this machine has: its parts, and its ops against loops.
 
-Files named here are compiled like those of csrc/core: vectors, functions and tiles once for every instruction set.
+Files named here are compiled like those of csrc/core: vectors, functions and tiles once for every instruction set. Where
+this checkout's extension has been built, as `make install` does, its objects of csrc/core are those under test.
 """
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,9 +25,17 @@ ONCE_AN_ISA = ("functions", "tiles", "vectors")
 ONCE = ("attention", "main", "rows")
 
 
-def sources():
-    """(name of the object, source, flags) of core and of its tests."""
-    yield from (source for source in setup.core_sources() if "roofs" not in source[0])
+def core_of_the_extension(ninja):
+    """The objects of csrc/core that the extension was linked from, none older than its source; empty where they are not."""
+    objects = [setup.INPLACE / f"{name}.o" for name, *_ in setup.core_sources()]
+    if not (setup.INPLACE / "build.ninja").exists():
+        return []
+    subprocess.run([ninja, "-C", setup.INPLACE, *objects], check=True)
+    return objects
+
+
+def sources_of_tests():
+    """(name of the object, source, flags) of the tests."""
     yield from ((f"test_{name}", HERE / f"{name}.cpp", []) for name in ONCE)
     for name in ONCE_AN_ISA:
         yield from ((f"test_{name}_{isa}", HERE / f"{name}.cpp", flags) for isa, flags in setup.isa_flags().items())
@@ -43,7 +53,9 @@ def build(tmp_path_factory):
     folder = tmp_path_factory.mktemp("core")
     # GCC warns about its own intrinsics where it optimises less.
     flags = [flag for flag in setup.FLAGS if flag != "-O3"] + ["-O1", "-Wno-uninitialized"]
-    setup.run_ninja(folder, folder / "core_tests", compiler, flags, [], sources())
+    objects = core_of_the_extension(ninja)
+    sources = [*sources_of_tests(), *([] if objects else setup.core_sources())]
+    setup.run_ninja(folder, folder / "core_tests", compiler, flags, [shlex.quote(str(o)) for o in objects], sources)
     return folder
 
 
@@ -68,7 +80,10 @@ def test_an_instruction_set_keeps_to_itself(build):
     if nm is None:
         pytest.skip("nm was not found: the symbols were NOT looked at")
     for isa in setup.isa_flags():
-        for file in build.glob(f"*_{isa}.o"):
+        core = setup.INPLACE if not list(build.glob("core_*.o")) else build
+        files = [*build.glob(f"test_*_{isa}.o"), *core.glob(f"core_*_{isa}.o")]
+        assert len(files) > len(ONCE_AN_ISA)
+        for file in files:
             lines = subprocess.run([nm, "-C", "--defined-only", "-g", file], capture_output=True, text=True).stdout
             symbols = [line.split(maxsplit=2)[2] for line in lines.splitlines()]
             strangers = [name for name in symbols if f"perceiver_fast::{isa}::" not in name and "DW.ref" not in name]

@@ -12,9 +12,10 @@ from perceiver_fast.adapters.families import match as match_structure
 from perceiver_fast.adapters.forwards import StandIn, install, stand_ins
 from perceiver_fast.adapters.hugging_face_matches import match as match_hugging_face
 from perceiver_fast.adapters.projected import match as match_projected
+from perceiver_fast.adapters.query_key_value import match as match_query_key_value
 from perceiver_fast.adapters.report import Report, Row
 
-MATCHERS = (match_hugging_face, match_structure, match_projected)
+MATCHERS = (match_hugging_face, match_structure, match_projected, match_query_key_value)
 # Names of the projections of attention in libraries, to say of what was not accelerated.
 PROJECTIONS = ({"query", "key", "value"}, {"to_q", "to_kv"}, {"to_q", "to_k", "to_v"}, {"q_proj", "k_proj", "v_proj"})
 

@@ -52,7 +52,7 @@ def _differs(module: nn.Module, stand_in: StandIn, given: dict[str, Any]) -> str
         return why
     results, kinds = [], []
     for run in (module, stand_in.run):
-        keywords = {k: v.clone().requires_grad_() if _learns(v) else v for k, v in given.items()}
+        keywords = {k: v.clone().requires_grad_() if _learns(k, v) else v for k, v in given.items()}
         if run is module:  # forwards of PreNorm take their first argument by its place alone
             (_, first), *rest = keywords.items()
             output = run(first, **dict(rest))
@@ -62,7 +62,7 @@ def _differs(module: nn.Module, stand_in: StandIn, given: dict[str, Any]) -> str
         kinds.append(type(output))
         weights = (torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view_as(t) for t in outputs)
         sum((t * weight).sum() for t, weight in zip(outputs, weights)).backward()
-        leaves = [*module.parameters(), *(v for v in keywords.values() if _learns(v))]
+        leaves = [*module.parameters(), *(v for k, v in keywords.items() if _learns(k, v))]
         results.append([*outputs, *(None if t.grad is None else t.grad.clone() for t in leaves)])
         module.zero_grad(set_to_none=True)
     if kinds[0] is not kinds[1] or len(results[0]) != len(results[1]):
@@ -75,5 +75,5 @@ def _differs(module: nn.Module, stand_in: StandIn, given: dict[str, Any]) -> str
     return None
 
 
-def _learns(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _learns(name: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name

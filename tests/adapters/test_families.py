@@ -204,3 +204,49 @@ def test_projected_attention_that_is_left_alone():
     report = pf.accelerate(nn.ModuleList([causal, sharper]))
     whys = {(row.name, row.why) for row in report.rows}
     assert not report and {("0", "it is causal"), ("1", "tried on random input, it computes something else")} <= whys
+
+
+def copied_from_transformers(power=1):
+    """A class with the structure of transformers' PerceiverSelfAttention, as a copy of its file has it."""
+
+    class PerceiverSelfAttention(nn.Module):
+        def __init__(self, width, context, qk, v, heads):
+            super().__init__()
+            self.num_heads, self.qk_channels_per_head = heads, qk // heads
+            self.layernorm1 = nn.LayerNorm(width)
+            self.layernorm2 = nn.LayerNorm(context) if context else nn.Identity()
+            self.query, self.key = nn.Linear(width, qk), nn.Linear(context or width, qk)
+            self.value, self.dropout = nn.Linear(context or width, v), nn.Dropout(0.1)
+
+        def forward(
+            self, hidden_states, attention_mask=None, inputs=None, inputs_mask=None, output_attentions=False
+        ):  # fmt: skip
+            x, tokens = self.layernorm1(hidden_states), self.layernorm2(inputs)
+            tokens, mask = (x, attention_mask) if tokens is None else (tokens, inputs_mask)
+            q, k, v = self.query(x), self.key(tokens), self.value(tokens)
+            q, k, v = (rearrange(t, "b n (h c) -> b h n c", h=self.num_heads) for t in (q, k, v))
+            logits = q @ k.mT / self.qk_channels_per_head**0.5
+            weights = self.dropout(((logits if mask is None else logits + mask) * power).softmax(-1))
+            out = rearrange(weights @ v, "b h n c -> b n (h c)")
+            return (out, weights) if output_attentions else (out,)
+
+    return PerceiverSelfAttention
+
+
+def test_copies_of_transformers_attention():
+    kind = copied_from_transformers()
+    model = nn.ModuleList([kind(8, 12, 16, 4, 2), kind(8, None, 8, 8, 4)]).double().eval()
+    fast = copy.deepcopy(model)
+    report = pf.accelerate(fast)
+    assert [row.kind for row in report.rows] == ["cross-attention", "self-attention"]
+    x, tokens = torch.randn(2, 5, 8).double(), torch.randn(2, 9, 12).double()
+    mask = x.new_zeros(2, 1, 1, 9).masked_fill(torch.rand(2, 1, 1, 9) > 0.7, torch.finfo(x.dtype).min)
+    for at, inputs in ((0, dict(inputs=tokens)), (0, dict(inputs=tokens, inputs_mask=mask)), (1, {})):
+        inputs = dict(hidden_states=x) | inputs
+        results = (run(m[at], (), inputs, True) for m in (model, fast))
+        assert compare(*results, torch.float64)[2] is None and stand_ins(fast[at])["forward"].way
+    asked = dict(hidden_states=x, inputs=tokens, output_attentions=True)
+    assert torch.equal(model[0](**asked)[1], fast[0](**asked)[1])
+    sharper = copied_from_transformers(power=2)(8, 12, 16, 4, 2)
+    report = pf.accelerate(sharper)
+    assert not report and report.rows[0].why == "tried on random input, it computes something else"

@@ -15,6 +15,8 @@ from perceiver_fast.gpu import INTERPRETED, triton_error
 if INTERPRETED and triton_error is None:
     import fast_interpreter  # noqa: F401
 
+collect_ignore = ["adapters/suite"]  # for transformers' own test folder
+
 # Files that take minutes, the longest first: `make test` gives files to two workers, and none should begin these last.
 LONGEST = (
     "test_kernels_compile.py",

@@ -45,7 +45,10 @@ def test_layers_and_ops_are_named_in_forward_and_backward_and_only_when_asked_fo
         names = seen(step)
     layers = {f"layers.{i}{part}" for i in range(3) for part in LAYERS}
     forward = {"describe", "grid_attention", "grid_scale", "layer_norm", "linear", "feed_forward", "to_logits"}
-    backward = {f"{op}.backward" for op in ("grid_attention", "grid_scale", "layer_norm", "feed_forward")}
+    forward.add("self_attention")  # its backward is cross_attention's
+    backward = {
+        f"{op}.backward" for op in ("grid_attention", "cross_attention", "grid_scale", "layer_norm", "feed_forward")
+    }
     assert names == layers | forward | backward
     assert seen(step) == set()
     with pf.ranges():

@@ -142,14 +142,20 @@ void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse
   if (in.inverted) token_statistics(blocking, token_lse, parallel);
   const TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   const ForwardState<T> at(blocking);
-  const int64_t group = blocking.group_size((in.dim + in.dim_v + 2) * blocking.width),
-                groups = ceil_div(blocking.blocks, group);
-  const int64_t tasks = blocking.heads() * groups, size = group * at.block_size();
+  int64_t group = blocking.group_size((in.dim + in.dim_v + 2) * blocking.width),
+          groups = ceil_div(blocking.blocks, group), tasks = blocking.heads() * groups, parts = 1;
   if (tasks == 0) return;
-  // Few tasks: split the tokens too. Depends on shape and thread count alone: the same run gives the same bits.
-  int64_t parts = 1;
-  if (tasks % parallel.threads != 0 && tasks < 8 * parallel.threads)
+  // Few tasks: split the tokens too, or where these are few, the queries. Depends on shape and thread count alone: the
+  // same run gives the same bits.
+  if (tasks % parallel.threads != 0 && tasks < 8 * parallel.threads) {
     parts = std::max<int64_t>(1, std::min(ceil_div(4 * parallel.threads, tasks), blocking.tiles / 4));
+    if (parts == 1) {
+      group = ceil_div(blocking.blocks, std::min(blocking.blocks, ceil_div(4 * parallel.threads, blocking.heads())));
+      groups = ceil_div(blocking.blocks, group);
+      tasks = blocking.heads() * groups;
+    }
+  }
+  const int64_t size = group * at.block_size();
   const auto first = [&](int64_t task) { return task % groups * group; };
   const auto last = [&](int64_t task) { return std::min(first(task) + group, blocking.blocks); };
   if (parts == 1) {

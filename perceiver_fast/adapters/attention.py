@@ -26,7 +26,8 @@ from perceiver_fast.layers.residual_stream import normalize, shared_rows
 from perceiver_fast.ops.cross_attention import cross_attention_unchecked
 from perceiver_fast.ops.library import learns
 from perceiver_fast.ops.linear import linear, product_dtype
-from perceiver_fast.ops.sdpa import sdpa
+from perceiver_fast.ops.self_attention import self_attention as latents_attention
+from perceiver_fast.ops.self_attention import self_attention_backend
 from perceiver_fast.ops.work import Work, attention_work
 from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, merge_groups
 from perceiver_fast.tracing import trainable
@@ -234,12 +235,8 @@ def self_attention(parts: Parts, z: Tensor) -> tuple[Tensor, str, tuple[Work, Wo
     else:
         k, v = (project(layer, z) for layer in parts.to_kv)
     q, k, v = (split_heads(t, parts.heads) for t in (q, k, v))
-    if q.shape[2] == 1:
-        q = q * 0  # a softmax over one row is constant: this makes its gradient exactly zero, as it should be
-    if q.shape[-1] == v.shape[-1]:
-        out, name = sdpa(q, k, v, dropout=parts.dropout, scale=parts.scale), "torch's fused attention"
-    else:
-        out, name = cross_attention_unchecked(q, k, v, None, parts.dropout, scale=parts.scale), "cross_attention"
+    out = latents_attention(q, k, v, parts.dropout, parts.scale)
+    name = {"cpu": "streamed on cpu", "sdpa": "torch's fused attention"}[self_attention_backend(q.dtype, q.device)]
     before = eager_work(tuple(q.shape), tuple(k.shape), v.shape[-1], 0)
     return (
         out.transpose(1, 2).flatten(2),

@@ -21,6 +21,7 @@ from perceiver_fast.ops.grid_scale import GRID_SCALE
 from perceiver_fast.ops.layer_norm import LAYER_NORM
 from perceiver_fast.ops.linear import linear_library, product_dtype
 from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.self_attention import self_attention_backend
 from perceiver_fast.ops.work import Work
 from perceiver_fast.tokens import DenseTokens, Description, EmbeddedGrid, GridTokens, Tokens
 
@@ -81,7 +82,8 @@ def _plan(row: Row, like: Tensor) -> Plan:
         return row.plan
     layer, op, backend = row.inner, type(row.inner).__name__, "torch"
     if isinstance(layer, Attention):
-        op, backend = "self_attention", "sdpa"
+        x = _stream(row, like)
+        op, backend = "self_attention", self_attention_backend(product_dtype(x), x.device)
     elif isinstance(layer, FeedForward):
         op = "feed_forward"
     why = why_modules(row.module) if isinstance(row.module, PreNorm) else None

@@ -10,7 +10,7 @@ from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, is_watche
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.linear import linear, product_dtype
-from perceiver_fast.ops.sdpa import sdpa
+from perceiver_fast.ops.self_attention import self_attention
 from perceiver_fast.ranges import layer_range
 
 
@@ -201,9 +201,7 @@ class Attention(nn.Module):
         if not is_self or mask is not None or inverted:
             out = cross_attention(q, k, v, mask, self.active_dropout, inverted, scale=self.scale)
             return out.transpose(1, 2).flatten(2)
-        if q.shape[2] == 1:
-            q = q * 0  # a softmax over one latent is constant: this makes its gradient exactly zero, as it should be
-        out = sdpa(q, k, v, dropout=self.active_dropout, scale=self.scale)
+        out = self_attention(q, k, v, self.active_dropout, self.scale)
         return out.transpose(1, 2).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, inverted: bool) -> Tensor:

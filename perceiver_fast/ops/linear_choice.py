@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES, NAMES, reasons
-from perceiver_fast.ops.linear_prior import multiplies_bfloat16, prior_of, prior_of_bfloat16, vendor, versions
+from perceiver_fast.ops.linear_prior import avx512, multiplies_bfloat16, prior_of, prior_of_bfloat16, vendor, versions
 from perceiver_fast.ops.linear_probe import probe
 from perceiver_fast.ops.linear_verdict import Prior, Runs, Verdict, decide
 from perceiver_fast.settings import Setting, Use
@@ -131,7 +131,7 @@ def _compared(name: str) -> tuple[dict, str, torch.dtype, Prior]:
         }
         return calls, "forward", torch.bfloat16, prior_of_bfloat16(multiplies_bfloat16())
     calls = {library: LIBRARIES[library].products()[name] for library in ("torch", "onednn")}
-    return calls, name, torch.float32, prior_of(name, vendor(), versions())
+    return calls, name, torch.float32, prior_of(name, vendor(), versions(), avx512())
 
 
 _comparisons: dict[str, _Comparison] = {name: _Comparison() for name in COMPARISONS}

@@ -12,8 +12,9 @@ import torch
 from perceiver_fast.ops.linear_verdict import Prior
 
 VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
-# Where oneDNN is at least as fast as MKL; elsewhere torch's own product is the favourite.
-ONEDNN = {("AMD", "forward")}
+# Where oneDNN is at least as fast as MKL, by vendor and whether there is AVX-512; elsewhere torch's own product is the
+# favourite. Measured by `python -m benchmarks.choice`: benchmarks/results/amd-epyc-*-choice.json.
+ONEDNN = {("AMD", False, "forward"), ("AMD", True, "forward"), ("AMD", True, "grad_input")}
 MEASURED_WITH = {"MKL": "2024", "oneDNN": "3"}  # the versions, as far as given, that this was measured with
 MARGIN = 0.05  # by which share another than the favourite has to be faster
 MARGIN_ELSEWHERE = 0.02  # with other versions, or on processors of which nothing is known
@@ -41,13 +42,19 @@ def versions() -> dict[str, str]:
     return {name: found.group(1) for name, pattern in patterns.items() if (found := re.search(pattern, text))}
 
 
-def prior_of(kind: str, vendor: str, versions: dict[str, str]) -> Prior:
+def avx512() -> bool:
+    """Whether torch's libraries find AVX-512 on this CPU."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def prior_of(kind: str, vendor: str, versions: dict[str, str], avx512: bool = False) -> Prior:
     """The favourite of float32's products.
 
     Args:
         kind: of product, one of KINDS.
         vendor: of the processor.
         versions: of MKL and oneDNN.
+        avx512: whether the processor has AVX-512. Default: False.
 
     Example:
         >>> from perceiver_fast.ops.linear_prior import prior_of
@@ -56,7 +63,7 @@ def prior_of(kind: str, vendor: str, versions: dict[str, str]) -> Prior:
         >>> prior_of("forward", "Intel", {"MKL": "2027.1", "oneDNN": "3.12.0"}).margin
         0.02
     """
-    favourite = "onednn" if (vendor, kind) in ONEDNN else "torch"
+    favourite = "onednn" if (vendor, avx512, kind) in ONEDNN else "torch"
     known = vendor in VENDORS.values() and all(
         versions.get(name, "").split(".")[0] == version for name, version in MEASURED_WITH.items()
     )

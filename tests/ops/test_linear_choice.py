@@ -386,7 +386,10 @@ def test_what_is_known():
     assert prior_of("forward", "AMD", measured).favourite == "onednn"
     for kind in linear_libraries.KINDS:
         for vendor in ("Intel", "CentaurHauls"):
-            assert prior_of(kind, vendor, measured).favourite == "torch"
+            assert prior_of(kind, vendor, measured, avx512=True).favourite == "torch"
+    assert prior_of("grad_input", "AMD", measured).favourite == "torch"
+    assert prior_of("grad_input", "AMD", measured, avx512=True).favourite == "onednn"
+    assert prior_of("grad_weight", "AMD", measured, avx512=True).favourite == "torch"
     assert prior_of("forward", "AMD", measured).margin > prior_of("forward", "AMD", {"oneDNN": "4.0"}).margin > 0
     assert prior_of("forward", "CentaurHauls", measured).margin == linear_prior.MARGIN_ELSEWHERE
     assert "nothing is known of CentaurHauls" in prior_of("forward", "CentaurHauls", measured).why

@@ -35,7 +35,9 @@ struct Blocking {
         tiles(in.position_batch * ((in.tokens + kFourierTile - 1) / kFourierTile)) {}
 };
 
-// The weight's rows for the channels as they are stored, [R][D].
+// The weight's rows for the channels as they are stored, [R][D]. Rounded, a centred weight's rows do not quite add up to
+// zero, and a token's mean, features' and positions', times what they add up to is to be taken out: of the shift's row,
+// for the features' share of the mean.
 template <class T>
 Aligned<T> stored_weight(const FourierProjectionInput<T>& in, const FourierChannels& channels) {
   const int64_t D = in.outputs, F = channels.features, P = channels.axis_channels;
@@ -43,9 +45,10 @@ Aligned<T> stored_weight(const FourierProjectionInput<T>& in, const FourierChann
   std::copy_n(in.weight, F * D, weight.get());
   std::copy_n(in.weight + F * D, P * D, weight.get() + channels.elements() * D);
   for (int64_t x = 0; channels.has_shift && x < D; ++x) {
-    double sum = 0;
-    for (int64_t c = F; c < F + P; ++c) sum += in.weight[c * D + x];
-    weight.get()[F * D + x] = T(-sum);
+    double features = 0, positions = 0;
+    for (int64_t c = 0; c < F; ++c) features += in.weight[c * D + x];
+    for (int64_t c = F; c < F + P; ++c) positions += in.weight[c * D + x];
+    weight.get()[F * D + x] = T((P * features - F * positions) / (F + P));
   }
   return weight;
 }

@@ -8,7 +8,7 @@
 // With LayerNorm a token's features are stored less their mean s, its shift: far from zero, products of the features
 // themselves would lose the digits that LayerNorm is there to keep. The weight is centred, so all channels may be
 // shifted alike, z W = (z - s) W. The positions' codes are not, as batch elements share them: what they lack is one more
-// channel, s itself, with the row - sum(W_positions). Channels of a tile are then
+// channel, s itself, with the row - sum(W_positions) = sum(W_features). Channels of a tile are then
 //
 //   features less s [F] ; s (with LayerNorm, features and positions) ; positions' codes [A (2 K + 1)]
 //

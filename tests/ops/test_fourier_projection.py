@@ -87,6 +87,30 @@ def test_float32_error_is_that_of_plain_pytorch(case):
     check_over_draws((row for _ in range(16 if case[2] == 1 else 2) for row in float32_errors(case)), 2e-7)
 
 
+@pytest.mark.parametrize("features, mean, deviation", [(1, 13.0, 1.0), (1, 8600.0, 1.0), (1, 1e6, 0.0), (4, 47.0, 1.0)])
+def test_few_channels_far_from_zero(features, mean, deviation):
+    """Rounded, the rows of a centred weight do not add up to zero: a large mean times that is to be no error."""
+
+    def plain(feat, coords, frequencies, weight, bias, eps):
+        codes = reference.fourier_encode(coords, frequencies).to(weight.dtype)
+        tokens = torch.cat([feat, codes], -1)
+        return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=eps) @ weight + bias
+
+    def rows():
+        for _ in range(6):
+            feat, coords, frequencies, weight, bias, d_out = inputs_of(
+                (1, 1, 85, 2, 13, features, 16, 1e-5), torch.float32
+            )
+            inputs = (feat * deviation + mean, coords, frequencies, weight, bias * 0, d_out)
+            exact = run(plain, *inputs, 1e-5, dtype=torch.float64)
+            found = [run(function, *inputs, 1e-5) for function in (fourier_projection_unchecked, plain)]
+            for name in ("out", "d_feat"):  # half of plain PyTorch's error, or one rounding
+                kernel, theirs = (relative_error(results[name], exact[name]) for results in found)
+                yield name, kernel, theirs / 2
+
+    check_over_draws(rows(), 3e-8)
+
+
 def test_float32_sums_stay_short_over_many_tokens():
     case = (1, 1, 60_000, 1, 4, 1, 16, 1e-5)
     inputs = inputs_of(case, torch.float32)

@@ -23,6 +23,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -203,7 +204,7 @@ class BuildWithNinja(build_ext):
             print(f"perceiver-fast: installing pure Python, without the C++ kernels: {reason}", file=sys.stderr)
             for built in (extension, cuda):  # of an earlier build
                 built.unlink(missing_ok=True)
-            self.extensions = []
+            self.extensions = self.distribution.ext_modules = []
             record = {"skipped": str(reason), "cuda": {"skipped": str(reason)}}
         package = ROOT / "perceiver_fast" if self.inplace else Path(self.build_lib) / "perceiver_fast"
         package.mkdir(parents=True, exist_ok=True)
@@ -252,8 +253,17 @@ class BuildWithNinja(build_ext):
             return {"skipped": str(reason)}
 
 
+class Wheel(bdist_wheel):
+    """Without an extension it is a wheel for any machine, and says so in its name."""
+
+    def run(self):
+        self.run_command("build")  # what there is to pack is known afterwards
+        self.skip_build, self.root_is_pure = True, not self.distribution.has_ext_modules()
+        super().run()
+
+
 if __name__ == "__main__":  # tests import the flags
     setup(
         ext_modules=[Extension("perceiver_fast._C", sources=[])],
-        cmdclass={"build_ext": BuildWithNinja},
+        cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": Wheel},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,6 +44,29 @@ def _load():
 
 module, error = _load()
 """The extension module or None, and why it is None (a str) or None."""
+
+MEND = "pip install --no-cache-dir --force-reinstall --no-deps perceiver-fast"
+_warned = False
+
+
+class MissingKernelsWarning(UserWarning):
+    """The C++ kernels are not there, and plain PyTorch runs in their place."""
+
+
+def warn_missing() -> None:
+    """Warn, once a process, that a call on the CPU had no C++ kernels, why, and what to do."""
+    global _warned
+    if error is None or _warned or torch.compiler.is_compiling():
+        return
+    _warned = True
+    warnings.warn(
+        f"perceiver_fast runs on plain PyTorch, many times slower than its kernels: {error}. When that is mended (it needs a "
+        f"C++ compiler, the Python headers and the package pybind11), install it again with `{MEND}`, or with `.` for the "
+        "last word in a checkout; without these options pip takes the wheel that it kept. `python -m perceiver_fast info` "
+        "says what was built. PERCEIVER_FAST_BACKEND=reference asks for plain PyTorch, without this warning",
+        MissingKernelsWarning,
+        stacklevel=2,
+    )
 
 
 def _why_cuda_missing() -> str:

@@ -142,16 +142,19 @@ def test_isolated_wheel_in_an_empty_environment(sdist, torch_of_this_environment
 def test_without_a_compiler_it_installs_pure_python(checkout, tmp_path):
     wheel, output = build_wheel(checkout, tmp_path, CXX="no-such-compiler")
     (line,) = [line for line in output.splitlines() if "installing pure Python" in line]
-    assert "no-such-compiler was not found" in line
+    assert "no-such-compiler was not found" in line and wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if ".data/" in name]
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     assert not list((tmp_path / "installed").glob("**/_C*"))
     code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"  # not this checkout
     code += "import perceiver_fast as pf, torch; from perceiver_fast import extension; print(extension.error)\n"
     code += "model = pf.Perceiver(num_freq_bands=2, depth=1, max_freq=4., num_latents=3, latent_dim=8)\n"
-    code += "print(pf.explain(model, torch.randn(1, 4, 4, 3)))"
+    code += "print(pf.explain(model, torch.randn(1, 4, 4, 3))); model(torch.randn(1, 4, 4, 3))\n"
+    code += "with pf.use_backend('reference'): model(torch.randn(1, 4, 4, 3))"
     done = python("-c", code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")})
     shown = done.stdout + done.stderr
     assert "was not built: CXX=no-such-compiler was not found" in shown and "cross_attention on sdpa" in shown
+    assert shown.count("pip install --no-cache-dir --force-reinstall --no-deps perceiver-fast") == 1, shown
 
 
 def test_skip_build_is_said(checkout, tmp_path):
@@ -203,6 +206,8 @@ def build_with_fake_compilers(checkout, folder, nvcc_action=None, **env):
 def test_cuda_kernels_are_in_the_wheel(checkout, tmp_path):
     names, record, _ = build_with_fake_compilers(checkout, tmp_path)
     assert "perceiver_fast/_cuda.so" in names and record["cuda"]["archs"] == ["80", "90"]
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")  # of this Python and this kind of machine
+    assert not wheel.name.endswith("any.whl") and f"-cp{sys.version_info.major}{sys.version_info.minor}-" in wheel.name
     assert record["cuda"]["compiler"] == "fake compiler 1.0" and "skipped" not in record
 
 

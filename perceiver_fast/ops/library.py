@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from perceiver_fast import extension
 from perceiver_fast.gpu import INTERPRETED, architecture, triton_error
 
 
@@ -90,6 +91,8 @@ def kernel_reasons(
 ) -> list[str]:
     """Why compiled kernels cannot run a call: they are not there (``error``), or it is of another device or dtype."""
     reasons = [] if error is None else [error]
+    if error is not None and error is extension.error and device.type == kind == "cpu":
+        extension.warn_missing()
     if device.type != kind:
         reasons.append(f"it runs on {kind} tensors, not {device.type}")
     if dtype not in dtypes:

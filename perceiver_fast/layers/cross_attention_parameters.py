@@ -13,6 +13,14 @@ from perceiver_fast.ops.library import unless_autocast
 from perceiver_fast.tokens import GridTokens
 
 
+def times_tables(x: Tensor, table: Tensor) -> Tensor:
+    """``x [B, H, N, K]`` times every head's table ``[H, K, L]``: ``[B, H, N, L]``, one product a head for the whole batch."""
+    batch, heads, rows, _ = x.shape
+    if batch == 1:
+        return torch.bmm(x[0], table).unsqueeze(0)
+    return torch.bmm(x.transpose(0, 1).flatten(1, 2), table).unflatten(1, (batch, rows)).transpose(0, 1)
+
+
 class CrossAttentionParameters:
     """The parameters of a PreNorm with a context, and products of them, for one call of the layer.
 
@@ -37,21 +45,22 @@ class CrossAttentionParameters:
             self._q = self.fn.project("to_q", z)
         return self._q
 
-    def queries(self, z: Tensor, keys: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(self, z: Tensor, keys: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Queries moved to the columns of a table of keys, so that they attend to the columns themselves.
 
         Args:
             z: normalised latents ``[B, N, D]``.
             keys: ``[H, d, L]``, times the scale of the logits.
-            key_bias: ``[H, d]``, times the same scale.
+            key_bias: ``[H, d]``, times the same scale; None where it does not matter.
 
         Returns:
             ``to_q(z)`` times the keys ``[B, H, N, L]``, and times their bias ``[B, H, N]``: what it adds to the logits.
         """
         q = self.to_q(z)
         with unless_autocast(z.device):
-            q = q.to(keys.dtype).unflatten(-1, (self.fn.heads, -1))
-            return torch.einsum("bnhd,hdl->bhnl", q, keys), torch.einsum("bnhd,hd->bhn", q, key_bias)
+            q = q.to(keys.dtype).unflatten(-1, (self.fn.heads, -1)).transpose(1, 2)
+            moved = times_tables(q, keys)
+            return moved, None if key_bias is None else times_tables(q, key_bias.unsqueeze(-1)).squeeze(-1)
 
     def by_head(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A projection of tokens to keys and values, taken apart.
@@ -68,17 +77,24 @@ class CrossAttentionParameters:
         (keys, values), (key_bias, value_bias) = weight.unflatten(0, heads), bias.unflatten(0, heads)
         return keys * fn.scale, key_bias * fn.scale, values, value_bias
 
-    def grid_tables(self, z: Tensor, tokens: GridTokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def grid_tables(
+        self, z: Tensor, tokens: GridTokens, biased: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """What grid attention needs of normalised latents ``z [B, N, D]``, in the dtype that it computes in.
 
+        Args:
+            z: normalised latents.
+            tokens: what is attended to.
+            biased: whether it matters what the keys' bias adds to the logits. Default: True.
+
         Returns:
-            Queries ``[B, H, N, L]``, L = elements + sum(sizes); what the keys' bias adds to the logits ``[B, H, N]``; values
+            Queries ``[B, H, N, L]``, L = elements + sum(sizes); what the keys' bias adds to the logits ``[B, H, N]``, or None; values
             ``[H, L, d]`` and their bias ``[H, d]``. B is 1 where the whole batch shares the latents.
         """
         with unless_autocast(z.device):
             table = self.by_head(*tokens.project(self.fn.to_kv, self.norm_context))
         keys, key_bias, values, value_bias = table
-        q, logit_bias = self.queries(z, keys, key_bias)
+        q, logit_bias = self.queries(z, keys, key_bias if biased else None)
         return q, logit_bias, values.transpose(1, 2), value_bias
 
     def weighted_bias(self, value_bias: Tensor, weight_sums: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perceiver_fast.layers.cross_attention_parameters import CrossAttentionParameters
+from perceiver_fast.layers.cross_attention_parameters import CrossAttentionParameters, times_tables
 from perceiver_fast.ops.cross_attention import cross_attention_unchecked
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 from perceiver_fast.ops.library import half_dtype, unless_autocast
@@ -50,7 +50,7 @@ def attend_grid(
     """Attend to raw channels and one table entry an axis and index; no token, key or value is built."""
     feat, heads, features = tokens.shifted(), layer.fn.heads, tokens.elements
     half = half_dtype(z.device, tokens.dtype)
-    q, logit_bias, values, value_bias = layer.grid_tables(z, tokens)
+    q, logit_bias, values, value_bias = layer.grid_tables(z, tokens, biased=inverted or with_lse)
     with unless_autocast(z.device):
         scale = tokens.scale(layer.norm_context.eps)
         if inverted:  # the keys' bias: a channel that is one after scaling, and the bias as its query
@@ -65,7 +65,7 @@ def attend_grid(
         o = o.unflatten(1, (heads, -1))
         if inverted or features == 0:
             o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)
-        out = torch.einsum("bhnl,hld->bnhd", o, values) + layer.weighted_bias(value_bias, weight_sums)
+        out = times_tables(o, values).transpose(1, 2) + layer.weighted_bias(value_bias, weight_sums)
         if not with_lse:
             return out, None
         return out, lse.unflatten(1, (heads, -1)).transpose(1, 2) + logit_bias.transpose(1, 2)
@@ -102,13 +102,13 @@ def attend_absorbed(
     with unless_autocast(z.device):
         basis = tokens.basis(layer.fn.to_kv, layer.norm_context)
         keys, key_bias, values, value_bias = layer.by_head(basis.weight, basis.bias)
-    q, logit_bias = layer.queries(z, keys, key_bias)
+    # A channel of ones puts the keys' bias into the logits, and its result is what the weights sum to.
+    has_ones = inverted or dropout > 0
+    q, logit_bias = layer.queries(z, keys, key_bias if has_ones or with_lse else None)
     with unless_autocast(z.device):
         context = basis.feat.to(dtype)
         if basis.scale is not None:
             context = context * basis.scale.to(dtype).unsqueeze(-1)
-        # A channel of ones puts the keys' bias into the logits, and its result is what the weights sum to.
-        has_ones = inverted or dropout > 0
         if has_ones:
             context = torch.cat([context, context.new_ones(1).expand(*context.shape[:-1], 1)], -1)
             q = torch.cat([q, logit_bias.unsqueeze(-1)], -1)
@@ -127,7 +127,7 @@ def attend_absorbed(
         weight_sums = None
         if has_ones:
             o, weight_sums = o[..., :-1], o[..., -1].flatten(1)
-        out = torch.einsum("bhnc,hdc->bnhd", o, values) + layer.weighted_bias(value_bias, weight_sums)
+        out = times_tables(o, values.transpose(1, 2)).transpose(1, 2) + layer.weighted_bias(value_bias, weight_sums)
         if not with_lse:
             return out, None
         lse = lse.view(o.shape[:3]).transpose(1, 2)

@@ -78,7 +78,8 @@ class ResidualStream:
 
     def add(self, branch: Tensor, bias: Tensor | None = None) -> None:
         """Add ``branch [B, N, D]`` and ``bias [D]``, as late as possible."""
-        self._x = self._added().expand_as(branch)
+        x = self._added()
+        self._x = x if x.shape == branch.shape else x.expand_as(branch)
         bias = bias if bias is None or bias.dtype == self._x.dtype else bias.to(self._x.dtype)
         self._whole, self._branch, self._bias = None, branch, bias
 

@@ -25,9 +25,11 @@ LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every l
 
 def is_large(rows: int, channels: int, out_channels: int, device: torch.device) -> bool:
     """Whether it matters which library runs a product; only then is one chosen."""
-    if device.type != "cpu" or forced_backend() == "reference" or torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling():
         return False
-    if intercepted():
+    if type(rows) is int and rows * channels * out_channels < LARGE:  # first, since most calls of small models end here
+        return False
+    if device.type != "cpu" or forced_backend() == "reference" or transformed() or intercepted():
         return False
     return rows * channels * out_channels >= LARGE
 
@@ -134,16 +136,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"linear: expected x [.., {weight.shape[-1]}] for weight {tuple(weight.shape)}, got {tuple(x.shape)}; "
             "the last dimension of x is multiplied with the last of weight"
         )
-    check_memory(OP, weight, bias)
+    if autocast_dtype(x.device) is None:
+        return _linear(x, weight, bias)
     with unless_autocast(x.device):  # the dtype is that of x
         return _linear(x, weight, bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
-    cast = weight.to(x.dtype)
+    cast = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     if not is_large(rows, *weight.shape, x.device):
-        return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, cast, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+    check_memory(OP, weight, bias)
     flat = x.reshape(rows, x.shape[-1]).contiguous()
     kinds = KINDS if learns(x, weight) else KINDS[:1]  # what only infers compares no libraries for training
     torchs = all(library_of(kind, x.dtype) == "torch" for kind in kinds)

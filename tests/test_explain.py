@@ -197,7 +197,7 @@ def test_a_batch_shares_what_it_can():
     one, two = (pf.explain(model, torch.empty(batch, 5, 6, 3)) for batch in (1, 2))
     assert one.multiply_adds < two.multiply_adds < 2 * one.multiply_adds
     shared, own = two.layers[0].counts, next(p for p in two.layers if p.layer == "layers.1.cross_attn").counts
-    assert own.multiply_adds - shared.multiply_adds == N * (D * H * HEAD + H * HEAD * (3 + 5 + 6) + H * HEAD)
+    assert own.multiply_adds - shared.multiply_adds == N * (D * H * HEAD + H * HEAD * (3 + 5 + 6))
 
 
 def test_decoding_in_parts_is_one_layer():

@@ -17,7 +17,7 @@ def times_tables(x: Tensor, table: Tensor) -> Tensor:
     """``x [B, H, N, K]`` times every head's table ``[H, K, L]``: ``[B, H, N, L]``, one product a head for the whole batch."""
     batch, heads, rows, _ = x.shape
     if batch == 1:
-        return torch.bmm(x[0], table).unsqueeze(0)
+        return torch.bmm(x.squeeze(0), table).unsqueeze(0)
     return torch.bmm(x.transpose(0, 1).flatten(1, 2), table).unflatten(1, (batch, rows)).transpose(0, 1)
 
 

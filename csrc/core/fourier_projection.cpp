@@ -117,11 +117,15 @@ void fourier_projection_backward(const FourierProjectionInput<T>& in, const T* s
     for (int64_t part = 0; part < parts; ++part) sum += totals.get()[part * size + channel * blocking.row + x];
     return sum;
   };
+  // All rows are in the shift's: see stored_weight.
+  const double F = double(channels.features), P = double(channels.axis_channels);
   parallel.run(channels.token(), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      const bool shifted = channels.has_shift && c >= channels.features;  // a position's row is in the shift's, too
+      const bool position = c >= channels.features;
+      const double share = !channels.has_shift ? 0 : (position ? -F : P) / (F + P);
+      const int64_t stored = position ? c + channels.has_shift : c;
       for (int64_t x = 0; x < in.outputs; ++x)
-        dweight[c * in.outputs + x] = T(shifted ? total(c + 1, x) - total(channels.features, x) : total(c, x));
+        dweight[c * in.outputs + x] = T(total(stored, x) + (share == 0 ? 0 : share * total(channels.features, x)));
     }
   });
 }

@@ -104,9 +104,18 @@ def test_few_channels_far_from_zero(features, mean, deviation):
             inputs = (feat * deviation + mean, coords, frequencies, weight, bias * 0, d_out)
             exact = run(plain, *inputs, 1e-5, dtype=torch.float64)
             found = [run(function, *inputs, 1e-5) for function in (fourier_projection_unchecked, plain)]
+            centred = (results["d_weight"] - results["d_weight"].mean(0) for results in (exact, *found))
+            exact["d_weight"], *gradients = centred  # up to a row that is the same for every channel
+            for results, gradient in zip(found, gradients):
+                results["d_weight"] = gradient
             for name in ("out", "d_feat"):  # half of plain PyTorch's error, or one rounding
                 kernel, theirs = (relative_error(results[name], exact[name]) for results in found)
                 yield name, kernel, theirs / 2
+            kernel, theirs = (relative_error(results["d_weight"], exact["d_weight"]) for results in found)
+            yield "d_weight", kernel, theirs
+            codes = [results["d_weight"][features:] for results in (*found, exact)]
+            kernel, theirs = (relative_error(found, codes[-1]) for found in codes[:-1])
+            yield "d_weight of the codes", kernel, theirs
 
     check_over_draws(rows(), 3e-8)
 

@@ -236,7 +236,8 @@ def self_attention(parts: Parts, z: Tensor) -> tuple[Tensor, str, tuple[Work, Wo
         k, v = (project(layer, z) for layer in parts.to_kv)
     q, k, v = (split_heads(t, parts.heads) for t in (q, k, v))
     out = latents_attention(q, k, v, parts.dropout, parts.scale)
-    name = {"cpu": "streamed on cpu", "sdpa": "torch's fused attention"}[self_attention_backend(q.dtype, q.device)]
+    own = q.shape[-1] != v.shape[-1] or self_attention_backend(q.dtype, q.device) == "cpu"
+    name = "streamed" if own else "torch's fused attention"
     before = eager_work(tuple(q.shape), tuple(k.shape), v.shape[-1], 0)
     return (
         out.transpose(1, 2).flatten(2),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perceiver_fast import extension
 from perceiver_fast.backends import forced_backend
-from perceiver_fast.ops.cross_attention import CrossAttentionFunction
+from perceiver_fast.ops.cross_attention import CrossAttentionFunction, cross_attention_unchecked
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.library import FLOATING, compute_dtype, cpu_error, dropout_seed, learns, unless_autocast
 from perceiver_fast.ops.sdpa import HALF, sdpa
@@ -57,6 +57,8 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale:
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.shape[2] == 1:
         q = q * 0  # a softmax over one latent is constant: this makes its gradient exactly zero, as it should be
+    if q.shape[-1] != v.shape[-1]:  # torch's fused kernels want as many channels, and would form the N x N weights
+        return cross_attention_unchecked(q, k, v, None, dropout, scale=scale)
     if torch.compiler.is_compiling() or type(q) not in PLAIN or intercepted() or transformed():
         return sdpa(q, k, v, dropout=dropout, scale=scale)
     if self_attention_backend(q.dtype, q.device) == "sdpa":

@@ -146,7 +146,10 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def normed(d_z, y, at, middle, scale, weights, there):
-    """``d_z``, ``hat`` and ``g`` at a tile ``[ROWS, COLS]``; all zero where nothing is ``there``, but hat."""
+    """``d_z``, ``hat`` and ``g`` at a tile ``[ROWS, COLS]``; all zero where nothing is ``there``, but hat.
+
+    hat is off by what the row's mean was rounded by as it was stored, times ``scale``: its own mean over the row.
+    """
     grad = tl.load(d_z + at, mask=there, other=0.0).to(tl.float32)
     hat = (tl.load(y + at, mask=there, other=0.0).to(tl.float32) - middle) * scale
     return grad, hat, grad * weights
@@ -156,7 +159,7 @@ def normed(d_z, y, at, middle, scale, weights, there):
 def layer_norm_terms_kernel(
     d_z, y, mean, rstd, weight, terms, rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """``mean(g)`` and ``mean(g hat)`` of rows that are wider than a tile.
+    """``mean(g)``, ``mean(g hat)`` and what the means of rows that are wider than a tile were rounded by, times rstd.
 
     Grid: a program for ROWS rows; rows beyond the last read as zeros and are not written.
 
@@ -164,7 +167,7 @@ def layer_norm_terms_kernel(
         y           [rows, D]  in   fp32, fp16 or bf16
         mean, rstd  [rows]     in   fp32
         weight      [D]        in   fp32, fp16 or bf16
-        terms       [2, rows]  out  fp32
+        terms       [3, rows]  out  fp32
 
         rows        number of rows
         ROWS, COLS  tile, at a time
@@ -173,14 +176,18 @@ def layer_norm_terms_kernel(
     middle, scale = tl.load(mean + row, mask=row < rows, other=0.0), tl.load(rstd + row, mask=row < rows, other=0.0)
     plain = tl.zeros([ROWS, COLS], tl.float32)
     along = tl.zeros([ROWS, COLS], tl.float32)
+    rest = tl.zeros([ROWS, COLS], tl.float32)
     for first in tl.range(0, D, COLS):
         column, inside, there, at = tile_at(first, row, rows, D, COLS)
         weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         _, hat, g = normed(d_z, y, at, middle, scale, weights, there)
         plain += g
         along += g * hat
-    tl.store(terms + row, tl.sum(plain, 1, keep_dims=True) / D, mask=row < rows)
-    tl.store(terms + rows + row, tl.sum(along, 1, keep_dims=True) / D, mask=row < rows)
+        rest += tl.where(there, hat, 0.0)
+    off, g_mean = tl.sum(rest, 1, keep_dims=True) / D, tl.sum(plain, 1, keep_dims=True) / D
+    tl.store(terms + row, g_mean, mask=row < rows)
+    tl.store(terms + rows + row, tl.sum(along, 1, keep_dims=True) / D - off * g_mean, mask=row < rows)
+    tl.store(terms + 2 * rows + row, off, mask=row < rows)
 
 
 @triton.jit
@@ -209,7 +216,7 @@ def layer_norm_backward_kernel(
         y           [rows, D]           in   fp32, fp16 or bf16
         mean, rstd  [rows]              in   fp32
         weight      [D]                 in   fp32, fp16 or bf16
-        terms       [2, rows]           in   fp32, of layer_norm_terms_kernel; or None
+        terms       [3, rows]           in   fp32, of layer_norm_terms_kernel; or None
         d_x         [rows, D]           out  dtype of y
         d_branch    [rows, D]           out  dtype of d_z; None where that is y's, and d_x serves for both
         parts       [shares, KINDS, D]  out  fp32: sums of the gradients of weight, bias and, of 3 kinds, branch_bias
@@ -235,10 +242,12 @@ def layer_norm_backward_kernel(
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
         grad, hat, g = normed(d_z, y, at, middle, scale, weights, there)
         if terms is None:
+            hat -= tl.sum(tl.where(there, hat, 0.0), 1, keep_dims=True) / D
             plain, along = tl.sum(g, 1, keep_dims=True) / D, tl.sum(g * hat, 1, keep_dims=True) / D
         else:
             plain = tl.load(terms + row, mask=row < rows, other=0.0)
             along = tl.load(terms + rows + row, mask=row < rows, other=0.0)
+            hat -= tl.load(terms + 2 * rows + row, mask=row < rows, other=0.0)
         stream = scale * (g - plain - hat * along)
         if d_y is not None:
             stream += tl.load(d_y + at, mask=there, other=0.0).to(tl.float32)
@@ -300,7 +309,7 @@ def backward_launches(d_y, d_z, y, mean, rstd, weight, branch_bias: bool) -> tup
     arguments = dict(zip(inputs, dense(d_y, d_z, y, mean, rstd, weight))) | dict(terms=None, rows=rows, D=width)
     launches = []
     if tile.blocks > 1:
-        arguments["terms"] = y.new_empty(2, rows, dtype=torch.float32)
+        arguments["terms"] = y.new_empty(3, rows, dtype=torch.float32)
         height = dict(ROWS=1, COLS=FORWARD_WIDE.tokens)
         first = {name: arguments[name] for name in (*inputs[1:], "terms", "rows", "D")} | height
         launches.append(Launch(layer_norm_terms_kernel, rows, first, FORWARD_WIDE))

@@ -6,34 +6,38 @@
 namespace perceiver_fast {
 namespace PF_ISA {
 
-// The mean of the squares of what `mean` leaves of a row.
+// Statistics of a row. Its mean is shift + left: what a mean of one number is rounded by is not small where the mean is
+// large and the deviations from it are not. row - shift is exact where that matters.
+template <class T>
+struct Statistics {
+  T shift, left, variance;
+};
+
+// The mean of the squares of what the mean shift + left leaves of a row.
 template <class T, class X>
-T variance_about(const X* row, int64_t n, T mean) {
+T variance_about(const X* row, int64_t n, T shift, T left) {
   Sum<T> square;
   for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
-    const auto off = at.inside(at.load(row + i) - mean);
+    const auto off = at.inside(at.load(row + i) - shift - left);
     square.chain[chain] += off * off;
   });
   return square.total() / T(n);
 }
 
-// Mean and variance of a row whose sum overflowed, or whose squares did: divided first, and then summed.
+// Of a row whose sum overflowed, or whose squares did: divided first, and then summed.
 template <class T, class X>
-void large_statistics(const X* row, int64_t n, T* mean, T* variance) {
+Statistics<T> large_statistics(const X* row, int64_t n) {
   Sum<T> middle;
   for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
     middle.chain[chain] += at.load(row + i) / T(n);
   });
-  *mean = middle.total();
-  *variance = variance_about(row, n, *mean);
+  const T mean = middle.total();
+  return {mean, T(0), variance_about(row, n, mean, T(0))};
 }
 
-// Mean and variance of the n values of a row, given their sum.
-//
-// sum / n is rounded, and where the mean is large beside the deviations from it, that error matters: so the mean of the
-// deviations from it is computed too, and corrects it.
+// Of the n values of a row, given their sum: `left` is the mean of the deviations from the rounded sum / n.
 template <class T, class X>
-PF_INLINE void statistics(const X* row, int64_t n, T sum, T* mean, T* variance) {
+PF_INLINE Statistics<T> statistics(const X* row, int64_t n, T sum) {
   const T shift = sum / T(n);
   Sum<T> rest, square;
   for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
@@ -42,10 +46,10 @@ PF_INLINE void statistics(const X* row, int64_t n, T sum, T* mean, T* variance) 
     square.chain[chain] += off * off;
   });
   const T left = rest.total() / T(n), spread = square.total() / T(n) - left * left;
-  if (!(spread - spread == 0)) return large_statistics(row, n, mean, variance);
-  *mean = shift + left;
-  *variance = spread;
-  if (spread < left * left / 64) *variance = variance_about(row, n, *mean);  // nothing but the rounding of sum / n
+  if (!(spread - spread == 0)) return large_statistics<T>(row, n);
+  if (spread < left * left / 64)  // nothing but the rounding of sum / n
+    return {shift, left, variance_about(row, n, shift, left)};
+  return {shift, left, spread};
 }
 
 template <class D>
@@ -73,19 +77,20 @@ void layer_norm_rows(const LayerNormForward<D>& call, int64_t begin, int64_t end
       });
       x = y;
     }
-    T mean, variance;
-    statistics(x, n, sum.total(), &mean, &variance);
+    const auto [shift, left, variance] = statistics(x, n, sum.total());
     const T rstd = T(1 / __builtin_sqrt(double(variance) + call.eps));
     auto* z = call.z + r * n;
     const S *weight = call.weight, *bias = call.bias;
     for_vectors<T, kChains>(n, [&](int64_t i, int, auto at) PF_INLINE_LAMBDA {
-      at.store(z + i, (at.load(x + i) - mean) * rstd * at.load(weight + i) + at.load(bias + i));
+      at.store(z + i, (at.load(x + i) - shift - left) * rstd * at.load(weight + i) + at.load(bias + i));
     });
-    call.mean[r] = mean;
+    call.mean[r] = shift + left;
     call.rstd[r] = rstd;
   }
 }
 
+// The mean of a row is stored as one number; what it was rounded by, `left`, is computed again.
+//
 // With xhat = (y - mean) rstd and g = d_z weight, the gradient of y is rstd (g - mean(g) - xhat mean(g xhat)) + d_y.
 template <class D>
 void layer_norm_gradient_rows(const LayerNormBackward<D>& call, int64_t begin, int64_t end, typename D::T* sums) {
@@ -97,18 +102,21 @@ void layer_norm_gradient_rows(const LayerNormBackward<D>& call, int64_t begin, i
     const T mean = call.mean[r], rstd = call.rstd[r];
     const auto* d_z = call.d_z + r * n;
     const auto *y = call.y + r * n, *d_y = call.d_y == nullptr ? nullptr : call.d_y + r * n;
-    Sum<T> sum, slope;
+    Sum<T> sum, slope, rest;
     for_vectors<T, kChains>(n, [&](int64_t i, int chain, auto at) PF_INLINE_LAMBDA {
-      const auto g = at.load(d_z + i) * at.load(weight + i);
+      const auto g = at.load(d_z + i) * at.load(weight + i), off = at.inside(at.load(y + i) - mean);
+      rest.chain[chain] += off;
       sum.chain[chain] += g;
-      slope.chain[chain] += g * ((at.load(y + i) - mean) * rstd);
+      slope.chain[chain] += g * (off * rstd);
     });
-    const T g_mean = sum.total() / T(n), g_slope = slope.total() / T(n);
+    T left = rest.total() / T(n);
+    if (!(left - left == 0)) left = 0;  // the sum overflowed: of such numbers nothing smaller is left
+    const T g_mean = sum.total() / T(n), g_slope = slope.total() / T(n) - left * rstd * g_mean;
     auto* d_x = call.d_x + r * n;
     auto* d_branch = call.d_branch == nullptr ? nullptr : call.d_branch + r * n;
     const bool branch_bias = call.d_branch_bias != nullptr;
     for_vectors<T, kChains>(n, [&](int64_t i, int, auto at) PF_INLINE_LAMBDA {
-      const auto d = at.load(d_z + i), xhat = (at.load(y + i) - mean) * rstd;
+      const auto d = at.load(d_z + i), xhat = (at.load(y + i) - mean - left) * rstd;
       auto gradient = (d * at.load(weight + i) - g_mean - xhat * g_slope) * rstd;
       if (d_y != nullptr) gradient += at.load(d_y + i);
       at.store(d_x + i, gradient);

@@ -139,6 +139,17 @@ def test_rows_far_from_zero(width, offset, device):
     check_norm(*norm_inputs((5, width, True, True, True), FP32, FP32, device, offset), FP32)
 
 
+@pytest.mark.parametrize("width", [64, 1000])
+def test_deviations_of_few_steps(width, narrow_blocks, device):
+    """Rows whose values are few representable numbers around a large mean, which no float32 is near enough to."""
+    given, d_y, d_z = norm_inputs((5, width, False, False, False), FP32, FP32, device)
+    steps = torch.randint(3, (5, width), generator=torch.Generator().manual_seed(0))
+    given["x"] = (1000 + steps * 2.0**-14).to(device, FP32)
+    found, truth = check_norm(given, d_y, d_z, FP32)
+    for name, value in truth.items():
+        assert (found[name].double() - value).norm() < 2e-6 * value.norm(), name
+
+
 @pytest.mark.parametrize("case", GATES, ids=str)
 def test_geglus_errors_are_those_of_plain_pytorch(case, device):
     h, bias, d_u = gate_inputs(*case, device)

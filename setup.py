@@ -1,4 +1,8 @@
-"""Builds perceiver_fast._C and perceiver_fast/_cuda.so with ninja, or says in one line why not.
+"""Builds with ninja what is compiled, into perceiver_fast/, or says in one line why not.
+
+    libperceiver_fast.so   torch's operators and their CPU kernels; needs torch, but no Python
+    _C                     the Python module that loads it
+    _cuda.so               the CUDA kernels
 
 Environment variables:
     PERCEIVER_FAST_SKIP_BUILD=1        install pure Python.
@@ -12,6 +16,7 @@ Environment variables:
     CUDACXX, CUDA_HOME                 nvcc, or the toolkit that holds it; default: the nvcc on PATH.
 """
 
+import ast
 import json
 import os
 import platform
@@ -29,6 +34,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)  # the stable ABI the bindings target; one build runs on this torch and every later one
 GIGABYTES_PER_JOB = 1.0
+LIBRARY = "libperceiver_fast.so"
 INPLACE = ROOT / "build/inplace"  # objects of a checkout's extension: what has not changed is not compiled again
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall".split()
 CUDA_ARCHS = ("80", "90", "100")
@@ -113,11 +119,34 @@ def core_sources():
             yield f"core_{source.stem}", source, []
 
 
-def extension_sources(torch, pybind11):
-    """(name of the object, source, flags) of the extension."""
+def schemas():
+    """The schemas of the operators that perceiver_fast/ops declares, read without importing it."""
+    for path in sorted((ROOT / "perceiver_fast/ops").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Operator":
+                yield ast.literal_eval(node.args[0])
+
+
+def write_definitions(folder):
+    """A source that defines the operators for processes without Python; it is touched only where it changes."""
+    lines = [f"  m.def({json.dumps(schema)});" for schema in schemas()]
+    header = "#include <torch/csrc/stable/library.h>\n\nSTABLE_TORCH_LIBRARY_FRAGMENT(perceiver_fast, m) {"
+    source, text = folder / "definitions.cpp", "\n".join([header, *lines, "}", ""])
+    folder.mkdir(parents=True, exist_ok=True)
+    if not source.exists() or source.read_text() != text:
+        source.write_text(text)
+    return source
+
+
+def library_sources(torch, folder):
+    """(name of the object, source, flags) of the library."""
     yield from core_sources()
-    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+    for source in (*sorted((ROOT / "csrc/cpu").glob("*.cpp")), write_definitions(folder)):
         yield f"cpu_{source.stem}", source, torch_flags(torch)
+
+
+def module_sources(torch, pybind11):
+    """(name of the object, source, flags) of the Python module."""
     includes = [shlex.quote(f"-I{path}") for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     info = {"PF_TORCH_VERSION": torch.__version__, "PF_TORCH_TARGET": ".".join(map(str, OLDEST_TORCH))}
     yield "module", ROOT / "csrc/module.cpp", [*includes, *(f'-D{name}=\\"{value}\\"' for name, value in info.items())]
@@ -202,7 +231,7 @@ class BuildWithNinja(build_ext):
             if flag("PERCEIVER_FAST_FORCE_BUILD"):
                 raise SystemExit(f"perceiver-fast: PERCEIVER_FAST_FORCE_BUILD is set, but {reason}") from reason
             print(f"perceiver-fast: installing pure Python, without the C++ kernels: {reason}", file=sys.stderr)
-            for built in (extension, cuda):  # of an earlier build
+            for built in (extension, extension.with_name(LIBRARY), cuda):  # of an earlier build
                 built.unlink(missing_ok=True)
             self.extensions = self.distribution.ext_modules = []
             record = {"skipped": str(reason), "cuda": {"skipped": str(reason)}}
@@ -219,11 +248,19 @@ class BuildWithNinja(build_ext):
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
         need(version >= OLDEST_TORCH, f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
         pybind11 = import_needed("pybind11", "pybind11")
-        link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        link += [shlex.quote(f"-L{Path(torch.__file__).parent / 'lib'}"), "-ltorch_cpu", os.environ.get("LDFLAGS", "")]
-        flags = [*FLAGS, os.environ.get("CXXFLAGS", "")]
+        flags, more = [*FLAGS, os.environ.get("CXXFLAGS", "")], os.environ.get("LDFLAGS", "")
         folder = INPLACE if self.inplace else (Path(self.build_temp) / "ninja").resolve()
-        run_ninja(folder, target, compiler, flags, link, extension_sources(torch, pybind11))
+        library = target.with_name(LIBRARY)
+        if sys.platform == "darwin":
+            shared = ["-dynamiclib", f"-install_name @rpath/{LIBRARY}"]
+            module = ["-bundle", "-undefined dynamic_lookup", "-Wl,-rpath,@loader_path"]
+        else:
+            shared = ["-shared", f"-Wl,-soname,{LIBRARY}"]
+            module = ["-shared", "'-Wl,-rpath,$$ORIGIN'"]
+        shared += [shlex.quote(f"-L{Path(torch.__file__).parent / 'lib'}"), "-ltorch_cpu", more]
+        run_ninja(folder, library, compiler, flags, shared, library_sources(torch, folder))
+        module += [shlex.quote(str(library)), more]
+        run_ninja(folder / "module", target, compiler, flags, module, module_sources(torch, pybind11))
         return {"compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
 
     def compile_cuda(self, target):

@@ -1,5 +1,5 @@
-// The Python module perceiver_fast._C: importing it registers the torch operators of csrc/cpu; what it
-// exports itself says how it was built and what it runs on.
+// The Python module perceiver_fast._C: importing it loads libperceiver_fast.so, and with it the torch operators of
+// csrc/cpu; what it exports itself says how they were built and what they run on.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -95,9 +95,18 @@ def _exchanged() -> str | None:
     for kind, forward in _forwards.items():
         if kind.forward is not forward:
             return f"{kind.__name__}.forward was exchanged"
-        if kind.__call__ is not _call:
+        if not _is_own(kind.__call__):
             return f"{kind.__name__}.__call__ was exchanged"
     return None
+
+
+def _is_own(call: Callable) -> bool:
+    """Whether a call is nn.Module's, or what torch.export puts in its place to note which module it is in."""
+    return (
+        call is _call
+        or torch.compiler.is_exporting()
+        and call.__globals__["__name__"].startswith(("torch.fx.", "torch.export."))
+    )
 
 
 def _global_hook() -> str | None:
@@ -196,7 +205,7 @@ def hides_keywords(module: nn.Module, forward: Callable) -> bool:
         forward: the forward of a class that takes descriptions.
     """
     kind = type(module)
-    if kind.forward is not forward or kind.__call__ is not _call:
+    if kind.forward is not forward or not _is_own(kind.__call__):
         return False
     state = module.__dict__
     if "forward" in state or state.get("_compiled_call_impl") is not None:

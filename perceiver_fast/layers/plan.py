@@ -95,7 +95,7 @@ def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
 
 
 def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
-    sizes = tuple(map(known, tokens.sizes))
+    sizes = tuple(known(size, len(tokens.sizes)) for size in tokens.sizes)
     # Inverted, there is one more channel, with the keys' bias; and there is one in any case.
     features = max(1, tokens.elements + layer.inverted)
     length = features + sum(sizes)

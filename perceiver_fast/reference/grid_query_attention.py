@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perceiver_fast.float64 import lse_of
 from perceiver_fast.reference.dropout import apply_dropout
 from perceiver_fast.reference.softmax import attention_weights
 
@@ -70,4 +71,4 @@ def grid_query_attention(
     weight, lse = attention_weights(logits, None if mask is None else mask[:, None, None, :], False)
     if dropout > 0:
         weight = apply_dropout(weight, seed, dropout, rows=rows)
-    return torch.einsum("bhmn,bhnc->bmc" if sum_heads else "bhmn,bhnc->bmhc", weight, v), lse.double()
+    return torch.einsum("bhmn,bhnc->bmc" if sum_heads else "bhmn,bhnc->bmhc", weight, v), lse_of(lse)

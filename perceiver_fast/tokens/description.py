@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.float64 import float64_device
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.reference.fourier_projection import LAYOUTS
 from perceiver_fast.tokens.base import Tokens
@@ -191,7 +192,8 @@ class PointDescription(Description):
         feat = self.feat
         if feat is None:
             feat = self.coords.new_empty(*self.coords.shape[:2], 0)
-        coords, frequencies = (t.to(like.device).double() for t in (trainable(self.coords), self.frequencies))
+        where = float64_device(like.device)
+        coords, frequencies = (t.to(where).double() for t in (trainable(self.coords), self.frequencies))
         feat = trainable(feat).expand(self.batch, -1, -1)
         return PointTokens(feat.to(like.device, like.dtype), coords, frequencies)
 

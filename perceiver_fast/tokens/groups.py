@@ -87,7 +87,7 @@ def merge_groups(outs: Sequence[Tensor], lses: Sequence[Tensor], counts: Sequenc
         ``[B, N, H, d]``.
     """
     # A group that is all masked has weight 0; if all groups are, each is weighted by its number of tokens.
-    size = torch.tensor(counts, dtype=torch.float64).log().to(lses[0].device)
+    size = torch.tensor(counts, dtype=torch.float64).log().to(lses[0])
     lse = torch.stack(tuple(lses), -1)
     empty = lse < -1e30
     weight = torch.where(empty.all(-1, keepdim=True), size, lse.masked_fill(empty, -torch.inf)).softmax(-1)

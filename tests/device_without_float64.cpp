@@ -2,6 +2,7 @@
 // are the CPU's. Nothing of ours knows it, as nothing of ours knows Apple's MPS; and it, too, refuses float64.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
 #include <ATen/native/TensorFactories.h>
@@ -26,7 +27,38 @@ struct HostMemory final : c10::Allocator {
 
 HostMemory memory;
 REGISTER_ALLOCATOR(kDevice, &memory);
-C10_REGISTER_GUARD_IMPL(PrivateUse1, c10::impl::NoOpDeviceGuardImpl<kDevice>);
+
+// Everything is done as it is asked for: there is nothing to wait for.
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  static constexpr c10::DeviceType static_type = kDevice;
+  Guard() = default;
+  explicit Guard(c10::DeviceType) {}
+  c10::DeviceType type() const override { return kDevice; }
+  c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
+  c10::Device getDevice() const override { return {kDevice, 0}; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); }
+  c10::Stream getDefaultStream(c10::Device) const override { return c10::Stream(c10::Stream::DEFAULT, getDevice()); }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
+};
+
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+};
+
+const bool registered = (at::RegisterPrivateUse1HooksInterface(new Hooks), true);
 
 c10::ScalarType checked(std::optional<c10::ScalarType> dtype) {
   const c10::ScalarType type = c10::dtype_or_default(dtype);
@@ -67,6 +99,10 @@ at::Tensor as_strided(const at::Tensor& t, c10::IntArrayRef size, c10::IntArrayR
   return at::native::as_strided_tensorimpl(t, size, stride, offset);
 }
 
+at::Tensor reshape_alias(const at::Tensor& t, c10::IntArrayRef size, c10::IntArrayRef stride) {
+  return at::native::as_strided_tensorimpl(t, size, stride, t.storage_offset());
+}
+
 at::Tensor view(const at::Tensor& t, c10::IntArrayRef size) { return at::native::view(t, size); }
 
 at::Scalar local_scalar_dense(const at::Tensor& t) { return on_host(t).item(); }
@@ -87,6 +123,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("as_strided", as_strided);
+  m.impl("_reshape_alias", reshape_alias);
   m.impl("view", view);
   m.impl("_local_scalar_dense", local_scalar_dense);
   m.impl("resize_", resize);

@@ -9,6 +9,9 @@ Environment variables:
     PERCEIVER_FAST_FORCE_BUILD=1       fail when the extension cannot be built, or the CUDA kernels do not compile.
     PERCEIVER_FAST_SKIP_CUDA_BUILD=1   leave the CUDA kernels out.
     PERCEIVER_FAST_FORCE_CUDA_BUILD=1  want them beside a torch without CUDA too; there they are not loaded.
+    PERCEIVER_FAST_MANYLINUX=1         take symbols that old releases of Linux have, too: for wheels to publish.
+    PERCEIVER_FAST_MACHINE             kind of machine to build for; default: this one. With aarch64, on an x86_64
+                                       Linux, CXX is aarch64-linux-gnu-g++ unless set.
     PERCEIVER_FAST_CUDA_ARCHS          compute capabilities; default: "80;90;100", those that nvcc knows.
     MAX_JOBS                           parallel compile jobs; default: what cores and free memory allow.
     CXX                                the C++ compiler; default: c++, g++ or clang++.
@@ -67,12 +70,24 @@ def need(condition, what):
     return condition
 
 
+def machine():
+    """The kind of machine to build for."""
+    return os.environ.get("PERCEIVER_FAST_MACHINE") or platform.machine()
+
+
+def is_foreign():
+    return machine() != platform.machine()
+
+
 def find_compiler():
     """The compiler's command as a list: CXX may hold a wrapper and arguments."""
     wish = shlex.split(os.environ.get("CXX", ""))
     if wish:
         need(shutil.which(wish[0]), f"CXX={wish[0]} was not found")
         return wish
+    if is_foreign():
+        cross = f"{machine()}-linux-gnu-g++"
+        return [need(shutil.which(cross), f"{cross}, which compiles for {machine()}, was not found")]
     found = [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
     need(found, "no C++ compiler (c++, g++ or clang++) was found")
     return found[:1]
@@ -83,6 +98,17 @@ def import_needed(name, install):
         return __import__(name)
     except ImportError as error:
         raise CannotBuild(f"the Python package {install} is missing ({error})") from error
+
+
+def torch_library(torch, folder, compiler):
+    """Flags that link to torch's library: this one, or, for another kind of machine, an empty one of its name."""
+    if not is_foreign():
+        return [shlex.quote(f"-L{Path(torch.__file__).parent / 'lib'}"), "-ltorch_cpu"]
+    folder.mkdir(parents=True, exist_ok=True)
+    empty = ["-shared", "-Wl,-soname,libtorch_cpu.so", "-x", "c++", os.devnull, "-o", str(folder / "libtorch_cpu.so")]
+    if subprocess.run([*compiler, *empty]).returncode != 0:
+        raise CompilingFailed(f"{shlex.join(compiler)} cannot link an empty library")
+    return [shlex.quote(f"-L{folder}"), "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"]
 
 
 def max_jobs():
@@ -100,9 +126,15 @@ def torch_flags(torch):
     return [shlex.quote(f"-I{Path(torch.__file__).parent / 'include'}"), target]
 
 
+def manylinux_flags():
+    if not flag("PERCEIVER_FAST_MANYLINUX"):
+        return []
+    return ["-include", shlex.quote(str(ROOT / "csrc/manylinux.h"))]
+
+
 def isa_flags():
     """Flags of every instruction set for this kind of machine, by name."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = machine().lower() in ("x86_64", "amd64")
     return {
         isa: [f"-DPF_ISA={isa}", f"-DPF_VECTOR_BYTES={vector_bytes}", *flags]
         for isa, (vector_bytes, flags) in ISAS.items()
@@ -141,6 +173,7 @@ def write_definitions(folder):
 def library_sources(torch, folder):
     """(name of the object, source, flags) of the library."""
     yield from core_sources()
+    yield "about", ROOT / "csrc/about.cpp", []
     for source in (*sorted((ROOT / "csrc/cpu").glob("*.cpp")), write_definitions(folder)):
         yield f"cpu_{source.stem}", source, torch_flags(torch)
 
@@ -219,6 +252,10 @@ def version_of(compiler, line):
 class BuildWithNinja(build_ext):
     """Compiles what changed; without a compiler it leaves the extension out and writes down why."""
 
+    def get_ext_filename(self, fullname):
+        filename = super().get_ext_filename(fullname)
+        return filename.replace(platform.machine(), machine()) if is_foreign() else filename
+
     def run(self):
         (ext,) = self.extensions
         extension = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -248,7 +285,7 @@ class BuildWithNinja(build_ext):
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
         need(version >= OLDEST_TORCH, f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
         pybind11 = import_needed("pybind11", "pybind11")
-        flags, more = [*FLAGS, os.environ.get("CXXFLAGS", "")], os.environ.get("LDFLAGS", "")
+        flags, more = [*FLAGS, *manylinux_flags(), os.environ.get("CXXFLAGS", "")], os.environ.get("LDFLAGS", "")
         folder = INPLACE if self.inplace else (Path(self.build_temp) / "ninja").resolve()
         library = target.with_name(LIBRARY)
         if sys.platform == "darwin":
@@ -257,11 +294,13 @@ class BuildWithNinja(build_ext):
         else:
             shared = ["-shared", f"-Wl,-soname,{LIBRARY}"]
             module = ["-shared", "'-Wl,-rpath,$$ORIGIN'"]
-        shared += [shlex.quote(f"-L{Path(torch.__file__).parent / 'lib'}"), "-ltorch_cpu", more]
+        shared += [*torch_library(torch, folder, compiler), more]
         run_ninja(folder, library, compiler, flags, shared, library_sources(torch, folder))
         module += [shlex.quote(str(library)), more]
+        if flag("PERCEIVER_FAST_MANYLINUX"):  # nothing of C++ passes between it and the library
+            module += ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
         run_ninja(folder / "module", target, compiler, flags, module, module_sources(torch, pybind11))
-        return {"compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
+        return {"machine": machine(), "compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
 
     def compile_cuda(self, target):
         """A library of its own, since it loads only beside a torch with CUDA; the CPU kernels do without it."""
@@ -292,6 +331,11 @@ class BuildWithNinja(build_ext):
 
 class Wheel(bdist_wheel):
     """Without an extension it is a wheel for any machine, and says so in its name."""
+
+    def finalize_options(self):
+        if is_foreign():
+            self.plat_name = f"linux_{machine()}"
+        super().finalize_options()
 
     def run(self):
         self.run_command("build")  # what there is to pack is known afterwards

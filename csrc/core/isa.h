@@ -5,20 +5,17 @@
 #include <string>
 #include <vector>
 
-// What the Python module, a library of its own, calls; all else is hidden.
-#define PF_EXPORT __attribute__((visibility("default")))
-
 namespace perceiver_fast {
 
 enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
 
-PF_EXPORT const char* isa_name(Isa isa);
+const char* isa_name(Isa isa);
 
 // Instruction sets that were compiled in and that this CPU can run, slowest first.
-PF_EXPORT std::vector<Isa> available_isas();
+std::vector<Isa> available_isas();
 
 // The instruction set in use. Throws std::runtime_error when PERCEIVER_FAST_CPU_ISA names one that
 // is unknown, was not compiled in, or that this CPU lacks.
-PF_EXPORT Isa active_isa();
+Isa active_isa();
 
 }  // namespace perceiver_fast

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "isa.h"
 #include "kernel_tables.h"
 
 namespace perceiver_fast {
@@ -25,6 +24,6 @@ struct RoofsKernels {
 PF_KERNEL_TABLES(RoofsKernels, roofs)
 
 // Of `threads` threads together; takes about half a second. Throws std::invalid_argument below one thread.
-PF_EXPORT Roofs measure_roofs(Isa isa, int threads);
+Roofs measure_roofs(Isa isa, int threads);
 
 }  // namespace perceiver_fast

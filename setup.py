@@ -297,8 +297,6 @@ class BuildWithNinja(build_ext):
         shared += [*torch_library(torch, folder, compiler), more]
         run_ninja(folder, library, compiler, flags, shared, library_sources(torch, folder))
         module += [shlex.quote(str(library)), more]
-        if flag("PERCEIVER_FAST_MANYLINUX"):  # nothing of C++ passes between it and the library
-            module += ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
         run_ninja(folder / "module", target, compiler, flags, module, module_sources(torch, pybind11))
         return {"machine": machine(), "compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
 

@@ -92,7 +92,7 @@ class ranges:
     def __enter__(self) -> ranges:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         _set(*self._previous)
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from perceiver_fast.ops.work import Work
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class StandIn:
@@ -115,7 +117,7 @@ def all_stand_ins(model: nn.Module) -> Iterator[tuple[str, StandIn]]:
             yield name, stand_in
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Take all that :func:`perceiver_fast.accelerate` put on ``model`` off again.
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -28,7 +30,7 @@ from perceiver_fast.tokens import DenseTokens, Description, EmbeddedGrid, GridTo
 __all__ = ["Explanation", "LayerPath", "explain"]
 
 
-def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
+def explain(model: nn.Module, data: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Name the path each layer of ``model`` takes on an input, in its current mode and backend setting, and its work.
 
     The model's forward is run on tensors that have shapes and no content, so nothing is computed. Work is counted by

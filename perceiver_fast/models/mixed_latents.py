@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, PreNorm, mixer
@@ -55,7 +57,7 @@ class Perceiver(PooledPerceiver):
         ff_dropout: float = 0.0,
         weight_tie_layers: bool = False,
         checkpoint: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim)
 

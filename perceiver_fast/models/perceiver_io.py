@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -346,7 +346,7 @@ class PerceiverLM(nn.Module):
         torch.Size([2, 30, 50])
     """
 
-    def __init__(self, *, dim: int, num_tokens: int, max_seq_len: int, **kwargs):
+    def __init__(self, *, dim: int, num_tokens: int, max_seq_len: int, **kwargs: Any):
         super().__init__()
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb = nn.Embedding(max_seq_len, dim)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, floor, log10
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -16,15 +16,51 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure, SubFigure
 
+    Given = TypeVar("Given", Figure, SubFigure)
+
 WHO = "plot_attention_map"
 SCALES = ("linear", "log")
 ALPHA = 0.65  # of a map over a picture
 AREA = 5.0  # square inches of a panel
 
 
+@overload
 def plot_attention_map(
     maps: Tensor | Mapping[str, Tensor],
-    data=None,
+    data: Tensor | Mapping[str, Any] | None = None,
+    coords: Tensor | None = None,
+    *,
+    latents: Sequence[int] | None = None,
+    scale: str = "linear",
+    shared: bool = True,
+    frames: int = 8,
+    columns: int = 4,
+    title: str = "",
+    caption: str = "",
+    figure: None = None,
+) -> Figure: ...
+
+
+@overload
+def plot_attention_map(
+    maps: Tensor | Mapping[str, Tensor],
+    data: Tensor | Mapping[str, Any] | None = None,
+    coords: Tensor | None = None,
+    *,
+    latents: Sequence[int] | None = None,
+    scale: str = "linear",
+    shared: bool = True,
+    frames: int = 8,
+    columns: int = 4,
+    title: str = "",
+    caption: str = "",
+    figure: Given,
+) -> Given: ...
+
+
+def plot_attention_map(
+    maps: Tensor | Mapping[str, Tensor],
+    data: Tensor | Mapping[str, Any] | None = None,
     coords: Tensor | None = None,
     *,
     latents: Sequence[int] | None = None,

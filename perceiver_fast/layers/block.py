@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
@@ -119,3 +121,6 @@ class PerceiverBlock(nn.Module):
             add_layer(stream, self_attn, watched)
             add_layer(stream, self_ff, watched)
         return stream.value()
+
+    if TYPE_CHECKING:  # torch leaves open what a call takes and returns
+        __call__ = forward

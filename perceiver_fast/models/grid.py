@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -154,3 +155,6 @@ class PooledPerceiver(GridPerceiver):
         for index in range(len(self.layers)):
             x, tokens = run_checkpointed(self.run_layer, self.checkpoint, index, x, tokens, mask)
         return self.to_logits(x.mean(dim=-2))
+
+    if TYPE_CHECKING:  # torch leaves open what a call takes and returns
+        __call__ = forward

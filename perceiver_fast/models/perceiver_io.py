@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,28 @@ class PerceiverIO(nn.Module):
             return described_tokens(data, like(self))
         return DenseTokens(trainable(data))
 
+    @overload
+    def forward(
+        self,
+        data: Tensor | Description,
+        mask: Tensor | None = None,
+        queries: Tensor | Description | None = None,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        return_hiddens: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        data: Tensor | Description,
+        mask: Tensor | None = None,
+        queries: Tensor | Description | None = None,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        *,
+        return_hiddens: Literal[True],
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    @overload
     def forward(
         self,
         data: Tensor | Description,
@@ -174,7 +196,16 @@ class PerceiverIO(nn.Module):
         queries: Tensor | Description | None = None,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
         return_hiddens: bool = False,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    ) -> Tensor | tuple[Tensor, list[Tensor]]: ...
+
+    def forward(
+        self,
+        data: Tensor | Description,
+        mask: Tensor | None = None,
+        queries: Tensor | Description | None = None,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        return_hiddens: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor] | None]:
         """Decode, or embed.
 
         Args:
@@ -223,6 +254,9 @@ class PerceiverIO(nn.Module):
         else:
             out = self._decode(trainable(queries).expand(batch, -1, -1), DenseTokens(x))
         return (out, hiddens) if return_hiddens else out
+
+    if TYPE_CHECKING:  # torch leaves open what a call takes and returns
+        __call__ = forward
 
     @torch.no_grad()
     def decode_into(
@@ -387,3 +421,6 @@ class PerceiverLM(nn.Module):
         mask = self.check_inputs(x, mask)
         x = self.embed(trainable(x))
         return self.perceiver_io(x, mask=mask, queries=x)
+
+    if TYPE_CHECKING:  # torch leaves open what a call takes and returns
+        __call__ = forward

@@ -42,7 +42,7 @@ class Setting:
             return self._value()
 
         # Dynamo, which cannot trace a ContextVar, then calls the function while it traces, and takes its result.
-        constant._dynamo_marked_constant = True
+        setattr(constant, "_dynamo_marked_constant", True)
         self._constant = constant
 
     def value(self) -> str:

@@ -128,9 +128,10 @@ def attention_map(
     if not seen.grouped:
         return _unflatten(maps, data) if seen.groups else maps
     parts = maps.split([group.count for group in seen.groups], -1)
-    names = _modalities(model, data) or range(len(parts))
-    given = [data[name] if isinstance(data, Mapping) else None for name in names]
-    return {name: _unflatten(part, of) for name, part, of in zip(names, parts, given)}
+    names = _modalities(model, data)
+    if not names:
+        return dict(enumerate(parts))
+    return {name: _unflatten(part, data[name]) for name, part in zip(names, parts)}
 
 
 @torch.no_grad()
@@ -210,7 +211,7 @@ class _Look(LayerObserver):
             if isinstance(tokens, TokenGroups) and (inverted or layer.fn.queries_contribute_kv):  # as its forward does
                 raise ValueError("PreNorm: expected plain attention to groups of tokens")
             self.seen = Attended.of(layer, z, tokens, mask, inverted)
-        elif name == self.wanted:
+        elif name == self.wanted and self.seen is not None:
             self.seen.parts.append(z)
         if self.seen is not None and (name != self.wanted or (self.last is not None and self.seen.count > self.last)):
             raise _Stop
@@ -325,18 +326,19 @@ def _pieces(seen: Attended, z: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]
             yield of_piece, None if mask is None else mask[:, piece]
 
 
-def _keys(layer: nn.Module, tokens: Tokens, piece: slice, plain: bool) -> Tensor:
+def _keys(layer: Any, tokens: Tokens, piece: slice, plain: bool) -> Tensor:
     """Keys of a piece of tokens, ``[B, m, H d]``; where layers are more than their parameters they are called."""
     if not plain:
         return layer.fn.to_kv(layer.norm_context(tokens.tensor()[:, piece])).chunk(2, -1)[0]
     tokens = tokens.part(piece)
     weight = layer.fn.to_kv.weight
-    to_k = SimpleNamespace(weight=weight[: weight.shape[0] // 2])  # values are not needed
+    to_k: Any = SimpleNamespace(weight=weight[: weight.shape[0] // 2])  # values are not needed
     return tokens.keys_values(to_k, layer.norm_context)
 
 
-def _grid_logits(layer: nn.Module, z: Tensor, tokens: GridTokens, pieces: Sequence[slice]) -> Iterator[Tensor]:
+def _grid_logits(layer: Any, z: Tensor, tokens: GridTokens, pieces: Sequence[slice]) -> Iterator[Tensor]:
     """Logits over pieces of a grid, whose keys are not formed."""
+    constant: Any  # asked for, so it is there
     q, constant, *_ = FusedCrossAttention(layer).grid_tables(z, tokens)
     q_feat, *q_axes = q.split([tokens.elements, *tokens.sizes], -1)
     feat = tokens.shifted().flatten(1, -2).unsqueeze(1)

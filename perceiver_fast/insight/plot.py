@@ -125,10 +125,10 @@ def plot_attention_map(
     uniform = joined.shape[1]  # what a weight is divided by one of, to be relative to uniform attention
     norms = [_norm(joined * uniform, scale)] * len(latents) if shared else [_norm(v * uniform, scale) for v in joined]
     names = [f"latent {latent}" for latent in latents]
-    kinds = []
+    kinds: list[Kind] = []
     for values, given, where in parts.values():
-        kind = PointsKind if where is not None else (SoundKind, ImageKind, VideoKind)[values.dim() - 2]
-        kinds.append(kind(values * uniform, given, where, names, norms, frames, columns))
+        new: type[Kind] = PointsKind if where is not None else (SoundKind, ImageKind, VideoKind)[values.dim() - 2]
+        kinds.append(new(values * uniform, given, where, names, norms, frames, columns))
 
     width, heights = max(kind.size[0] for kind in kinds), [kind.size[1] for kind in kinds]
     lines = textwrap.wrap(caption, int(13 * width))  # about 13 characters an inch
@@ -136,7 +136,7 @@ def plot_attention_map(
         height = sum(heights) + 0.2 * len(lines) + 0.4 * bool(title)
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     alone = len(kinds) == 1
-    rooms = [figure] if alone else figure.subfigures(len(kinds), 1, height_ratios=heights)
+    rooms: Any = [figure] if alone else figure.subfigures(len(kinds), 1, height_ratios=heights)
     for room, kind, (name, (values, *_)) in zip(rooms, kinds, parts.items()):
         drawn = kind.draw(room)
         for mappable, axes in [(drawn[0][0], room.axes)] if shared else drawn:
@@ -240,6 +240,13 @@ class Kind:
     norms: list
     frames: int
     columns: int
+
+    @property
+    def size(self) -> tuple[float, float]:
+        raise NotImplementedError
+
+    def draw(self, figure: Any) -> list[tuple]:
+        raise NotImplementedError
 
     @cached_property
     def picture(self) -> np.ndarray | None:
@@ -355,10 +362,12 @@ class PointsKind(Kind):
         return 2.8 * columns, 2.8 * rows
 
     def draw(self, figure) -> list[tuple]:
-        where, solid, drawn = [as_array(axis) for axis in self.coords.T], self.coords.shape[1] == 3, []
+        coords: Any = self.coords  # points have them
+        where, solid, drawn = [as_array(axis) for axis in coords.T], coords.shape[1] == 3, []
         if len(where) == 1:  # points on a line are drawn at the height of their first channel, if they have one
-            has_channels = self.data is not None and self.data.shape[-1] > 0
-            where.append(as_array(self.data[:, 0] if has_channels else torch.zeros(len(self.coords))))
+            data = self.data
+            has_channels = data is not None and data.shape[-1] > 0
+            where.append(as_array(data[:, 0] if data is not None and has_channels else torch.zeros(len(coords))))
         for latent, (name, values) in enumerate(zip(self.names, self.maps)):
             panel = figure.add_subplot(*self.grid(len(self.names)), latent + 1, projection="3d" if solid else None)
             shading = {"depthshade": False} if solid else {}  # colours say attention alone
@@ -367,7 +376,7 @@ class PointsKind(Kind):
             panel.set(xticks=[], yticks=[])
             if solid:
                 panel.set(zticks=[], box_aspect=(1, 1, 1))
-            elif self.coords.shape[1] == 2:
+            elif coords.shape[1] == 2:
                 panel.set_aspect("equal")
             drawn.append((mapped, [panel]))
         return drawn

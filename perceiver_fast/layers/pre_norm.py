@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +73,7 @@ class PreNorm(nn.Module):
         looks = observer()
         if looks is not None:
             looks.begins(self, x.shape, residual=False)
-        fn = self._modules["fn"]
+        fn: Any = self._modules["fn"]
         fused = not watched and why_not("fn", fn, *BRANCHES) is None and fn.why_modules() is None
         z = normalize(self.norm, x) if fused else self.norm(x)
         if self.norm_context is not None:
@@ -85,7 +87,7 @@ class PreNorm(nn.Module):
 
 
 def _cross_branch(
-    layer: PreNorm,
+    layer: nn.Module,
     stream: ResidualStream,
     context: Tensor | Tokens | TokenGroups | None = None,
     mask: Tensor | None = None,
@@ -109,7 +111,7 @@ def _cross_branch(
     if context is None or layer._modules.get("norm_context") is None:
         return None
     if isinstance(context, Tensor):
-        sources = (context,)
+        sources: tuple[Tensor, ...] = (context,)
     else:
         if isinstance(context, Tokens) and not torch.compiler.is_compiling() and context.was_changed():
             context = DenseTokens(context.tensor())
@@ -177,12 +179,13 @@ def add_layer(stream: ResidualStream, layer: nn.Module, watched: bool, **keyword
         watched: whether modules have to be called in any case: see :func:`perceiver_fast.layers.fusing.is_watched`.
         **keywords: of the layer.
     """
-    if watched or why_not("layer", layer, PreNorm) is not None or layer._modules.get("norm_context") is not None:
+    modules: dict[str, Any] = layer._modules
+    if watched or why_not("layer", layer, PreNorm) is not None or modules.get("norm_context") is not None:
         stream.add_output(layer(stream.value(), **keywords))
         return
     if (looks := observer()) is not None:
         looks.begins(layer, stream.shape, residual=True)
-    fn, norm = layer._modules["fn"], layer._modules["norm"]
+    fn, norm = modules["fn"], modules["norm"]
     if not keywords and why_not("fn", fn, *BRANCHES) is None and fn.why_modules() is None:
         stream.add(*fn.branch(stream.normalized(norm)))
     else:

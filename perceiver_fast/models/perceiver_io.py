@@ -92,7 +92,7 @@ class PerceiverIO(nn.Module):
         self.has_attn_residual = attn_residual
         self.inverted_cross_attn = inverted_cross_attn
         self.checkpoint = checkpoint
-        heads = dict(
+        heads: dict[str, Any] = dict(
             cross_heads=cross_heads,
             latent_heads=latent_heads,
             cross_dim_head=cross_dim_head,
@@ -116,7 +116,8 @@ class PerceiverIO(nn.Module):
         super().__setstate__(state)
         if "input_dim" not in self.__dict__:  # pickled by perceiver-pytorch
             self.input_axis = 1
-            self.input_channels = self.input_dim = context_channels(self)
+            channels: Any = context_channels(self)  # its norms say
+            self.input_channels = self.input_dim = channels
             self.queries_dim = self.decoder_cross_attn.norm.normalized_shape[0]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
@@ -323,7 +324,7 @@ class PerceiverIO(nn.Module):
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if whole or not self._decodes_in_parts(queries):
             return self._decode_part(queries, latents)
-        out = None
+        out: Any = None
         for start in range(0, queries.shape[1], DECODER_ROWS):
             part = self._decode_part(queries[:, start : start + DECODER_ROWS], latents)
             if out is None:
@@ -337,10 +338,12 @@ class PerceiverIO(nn.Module):
 
     def _has_plain_decoder(self) -> bool:
         """Whether every layer of the decoder is plain: then no query's output hangs on another's."""
-        layers = [self.decoder_cross_attn] if self.decoder_ff is None else [self.decoder_cross_attn, self.decoder_ff]
+        layers: list[Any] = (
+            [self.decoder_cross_attn] if self.decoder_ff is None else [self.decoder_cross_attn, self.decoder_ff]
+        )
         if any(why_modules(layer) is not None or not is_plain(layer.norm, nn.LayerNorm) for layer in layers):
             return False
-        fn = self.decoder_cross_attn.fn
+        fn: Any = self.decoder_cross_attn.fn
         if not (is_plain(fn.to_q, nn.Linear) and is_plain(fn.to_out, nn.Linear)):
             return False
         return is_plain(self.to_logits, nn.Linear, nn.Identity)

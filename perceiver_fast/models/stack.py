@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ def build_blocks(
         return block, None if attn_residual_rank is None else EnformerAttentionResidual(dim, rank=attn_residual_rank)
 
     layers = build_layers(layer, depth, shared)
-    return nn.ModuleList(block for block, _ in layers), nn.ModuleList(residual for _, residual in layers)
+    residuals: list[Any] = [residual for _, residual in layers]  # torch takes None for a module, but does not say so
+    return nn.ModuleList(block for block, _ in layers), nn.ModuleList(residuals)
 
 
 def first_hiddens(x: Tensor, block_outputs: Sequence[Tensor] | Tensor | None, needed: bool) -> list[Tensor] | None:

@@ -162,7 +162,7 @@ CROSS_ATTENTION = declare(
             "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float dropout, "
             "Tensor? seed, bool inverted) -> (Tensor o, Tensor lse, Tensor token_lse)",
             _forward_outputs,
-            work=lambda *a: attention_work(*a[:3], inverted=a[7]),
+            work=lambda *a: attention_work(a[0], a[1], a[2], inverted=a[7]),
             triton="cross_attention.forward",
         ),
         Operator(
@@ -170,7 +170,7 @@ CROSS_ATTENTION = declare(
             "float scale, float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor token_lse) "
             "-> (Tensor dq, Tensor dk, Tensor dv)",
             _backward_outputs,
-            work=lambda *a: _backward_work(*a[2:5], inverted=a[9]),
+            work=lambda *a: _backward_work(a[2], a[3], a[4], inverted=a[9]),
             triton="cross_attention_backward.backward",
         ),
     ),

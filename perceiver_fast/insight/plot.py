@@ -297,7 +297,7 @@ class ImageKind(Kind):
         width = (AREA / aspect) ** 0.5
         return columns * (width + 0.3), rows * (width * aspect + 0.3)
 
-    def draw(self, figure) -> list[tuple]:
+    def draw(self, figure: Any) -> list[tuple]:
         panels, picture = figure.subplots(*self.grid(self.panels), squeeze=False).flatten(), self.picture
         for panel in panels:
             panel.set_axis_off()
@@ -314,7 +314,7 @@ class VideoKind(Kind):
     def size(self) -> tuple[float, float]:
         return 1.3 * min(self.maps.shape[1], self.frames) + 1.2, 1.3 * aspect_of(self.maps) * self.panels + 0.3
 
-    def draw(self, figure) -> list[tuple]:
+    def draw(self, figure: Any) -> list[tuple]:
         count, picture = self.maps.shape[1], self.picture
         chosen = torch.linspace(0, count - 1, min(count, self.frames)).round().int().tolist()
         rows = figure.subplots(self.panels, len(chosen), squeeze=False)
@@ -334,7 +334,7 @@ class SoundKind(Kind):
     def size(self) -> tuple[float, float]:
         return 10.0, 1.3 * len(self.names) + 0.3
 
-    def draw(self, figure) -> list[tuple]:
+    def draw(self, figure: Any) -> list[tuple]:
         panels = figure.subplots(len(self.names), 1, sharex=True, squeeze=False)[:, 0]
         count, drawn = self.maps.shape[1], []
         wave = None if self.picture is None else scaled(self.picture)
@@ -361,7 +361,7 @@ class PointsKind(Kind):
         rows, columns = self.grid(len(self.names))
         return 2.8 * columns, 2.8 * rows
 
-    def draw(self, figure) -> list[tuple]:
+    def draw(self, figure: Any) -> list[tuple]:
         coords: Any = self.coords  # points have them
         where, solid, drawn = [as_array(axis) for axis in coords.T], coords.shape[1] == 3, []
         if len(where) == 1:  # points on a line are drawn at the height of their first channel, if they have one

@@ -47,7 +47,7 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.norm_context = None if context_dim is None else nn.LayerNorm(context_dim)
 
-    def forward(self, x: Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Normalise, and call ``fn``.
 
         Args:
@@ -151,7 +151,7 @@ def keywords_for(module: nn.Module, kind: type[nn.Module], keywords: dict) -> di
     return keywords if watcher() is None and hides_keywords(module, kind.forward) else as_tensors(keywords)
 
 
-def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **keywords) -> None:
+def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **keywords: Any) -> None:
     """Add ``layer(x, context=context, ..)`` to a stream x: by a fused op if ``layer`` is plain, else it is called.
 
     Args:
@@ -170,7 +170,7 @@ def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool,
     stream.add_output(layer(stream.value(), **keywords_for(layer, PreNorm, keywords)))
 
 
-def add_layer(stream: ResidualStream, layer: nn.Module, watched: bool, **keywords) -> None:
+def add_layer(stream: ResidualStream, layer: nn.Module, watched: bool, **keywords: Any) -> None:
     """Add ``layer(x, ..)`` to a stream x: by a fused op if ``layer`` is a plain :class:`PreNorm`, else it is called.
 
     Args:
@@ -211,7 +211,7 @@ class Residual(nn.Module):
         super().__init__()
         self.fn = fn
 
-    def forward(self, x: Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """``[B, N, D]`` to ``[B, N, D]``; ``kwargs`` are what ``fn`` takes beside x."""
         stream = ResidualStream(x)
         add_layer(stream, self.fn, is_watched(x), **kwargs)

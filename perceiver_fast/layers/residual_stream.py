@@ -25,9 +25,8 @@ def fits(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     """
     if not is_plain(norm, nn.LayerNorm):
         return False
-    parameters: dict[str, Any] = (
-        norm._parameters
-    )  # read directly: nn.Module's attribute access would take as long as all of this
+    # Read directly: nn.Module's attribute access would take as long as all of this.
+    parameters: dict[str, Any] = norm._parameters
     weight = parameters["weight"]
     return parameters["bias"] is not None and weight.dtype == x.dtype and weight.shape == x.shape[-1:]
 

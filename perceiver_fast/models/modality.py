@@ -42,7 +42,7 @@ class Modality:
     num_freq_bands: int
     max_freq: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         name = self.name
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ParameterDict(), name):
             raise ValueError(

@@ -34,7 +34,7 @@ def build_layers(build: Callable[[], T], depth: int, shared: int | None) -> list
 
 
 def build_blocks(
-    depth: int, shared: int | None, attn_residual_rank: int | None = None, *, dim: int, **arguments
+    depth: int, shared: int | None, attn_residual_rank: int | None = None, *, dim: int, **arguments: Any
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
     """Blocks, and an attention residual for each.
 
@@ -81,7 +81,7 @@ def _forcing(backend: str) -> Iterator[None]:
         yield
 
 
-def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args, **keywords) -> T:
+def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args: Any, **keywords: Any) -> T:
     """``layer(*args, **keywords)``; with ``checkpoint`` the backward computes its activations again, rather than save them.
 
     That is torch.utils.checkpoint without reentry, so the second forward draws the same random numbers as the first. It

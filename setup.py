@@ -23,6 +23,7 @@ import ast
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -341,8 +342,19 @@ class Wheel(bdist_wheel):
         super().run()
 
 
+def readme():
+    """README.md for those who have no checkout beside it: links to its files become their paths.
+
+    They come with the source distribution, and the project has no public address yet that links could lead to.
+    """
+    links = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)([^)\s]+)\)")
+    return links.sub(r"\1 (`\2`)", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 if __name__ == "__main__":  # tests import the flags
     setup(
+        long_description=readme(),
+        long_description_content_type="text/markdown",
         ext_modules=[Extension("perceiver_fast._C", sources=[])],
         cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": Wheel},
     )

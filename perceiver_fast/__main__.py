@@ -57,7 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     top = parser()
     args = top.parse_args(argv)
     try:
-        code = COMMANDS[args.command][0].run(args) if args.command else top.print_help() or 0
+        code = 0
+        if args.command:
+            code = COMMANDS[args.command][0].run(args)
+        else:
+            top.print_help()
         sys.stdout.flush()  # what a closed pipe does not take shows here, not when Python exits
         return code
     except CannotRun as reason:

@@ -28,7 +28,7 @@ def exports_onnx() -> bool:
 
 
 # As torch.compiler.assume_constant_result would set it; but calling that imports torch._dynamo, which takes seconds.
-exports_onnx._dynamo_marked_constant = True
+setattr(exports_onnx, "_dynamo_marked_constant", True)
 
 
 def known(size: int, axes: int = 1) -> int:

@@ -80,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def workload_from(args: argparse.Namespace, iterations: int = 3, device: str | None = None) -> Workload:
     """The workload that options of :func:`add_arguments` describe, with these defaults; a GPU's where there is one."""
-    defaults = {"iterations": iterations, "device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    defaults: dict[str, Any] = {
+        "iterations": iterations,
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
     options = {option.name: getattr(args, option.name) for option in fields(Workload)}
     return Workload(**defaults | {name: value for name, value in options.items() if value is not None})
 
@@ -103,7 +106,7 @@ class Prepared:
         geometry = geometry.tiny() if workload.tiny else geometry
         self.workload, self.dtype = workload, getattr(torch, workload.dtype)
         self.autocast = self.dtype in (torch.bfloat16, torch.float16)
-        where = {"device": workload.device, "dtype": torch.float32 if self.autocast else self.dtype}
+        where: dict[str, Any] = {"device": workload.device, "dtype": torch.float32 if self.autocast else self.dtype}
         model = geometry.build() if workload.peer == "fast" else _named_peer(geometry)
         self.model, self.data = model.to(**where), geometry.input(workload.batch).to(**where)
         self.model.train(workload.pass_name == "step")

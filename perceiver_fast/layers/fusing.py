@@ -23,7 +23,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ FUSABLE_TENSORS = frozenset((*PLAIN, FakeTensor, FunctionalTensor))
 DIMENSIONS = {nn.Linear: 2, nn.LayerNorm: 1}  # how many the weight of each class has
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
+Of = TypeVar("Of", bound=nn.Module)
 
 # The original forward of every class that fused ops stand in for. If a class has another one by now, it has to be called.
 _forwards: dict[type[nn.Module], Callable] = {
@@ -85,7 +86,7 @@ def _tracing_watcher() -> str | None:
 
 # Dynamo then evaluates the call once, while tracing. torch.compiler.assume_constant_result would set the same, but it
 # imports torch._dynamo, which takes seconds.
-_tracing_watcher._dynamo_marked_constant = True
+setattr(_tracing_watcher, "_dynamo_marked_constant", True)
 
 
 def _exchanged() -> str | None:
@@ -161,7 +162,7 @@ def why_not(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> str
         state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
         or "forward" in state or "_compiled_call_impl" in state
     ):  # fmt: skip
-        found = is_called(module)
+        found = None if module is None else is_called(module)
         if found is not None:
             return f"{name} {found}"
     if type(module) in DIMENSIONS:
@@ -176,7 +177,7 @@ def why_not(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> str
     return None
 
 
-def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, *kinds: type[Of]) -> TypeGuard[Of]:
     """Whether ``module`` is of one of ``kinds`` and an op on its parameters may stand in for it: see :func:`why_not`."""
     return why_not("", module, *kinds) is None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def block_size(rows: int) -> int:
     return max(LEAST, ELEMENTS // max(rows, 1))
 
 
-def _blocks(size: int, axis: int, *tensors: Tensor | None) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
+def _blocks(size: int, axis: int, *tensors: Tensor | None) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Start of every block along an axis, and its part of every tensor; their gradients come together in one piece."""
     count = -(-next(t for t in tensors if t is not None).shape[axis] // size)
     parts = [(None,) * count if t is None else t.split(size, axis) for t in tensors]

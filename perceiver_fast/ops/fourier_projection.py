@@ -88,7 +88,7 @@ FOURIER_PROJECTION = declare(
             "fourier_projection_backward(Tensor d_out, Tensor? feat, Tensor coords, Tensor frequencies, Tensor weight, "
             "Tensor scale, float? eps, bool token_grads) -> (Tensor dweight, Tensor dfeat, Tensor dcoords)",
             _backward_outputs,
-            work=lambda *a: _backward_work(*a[1:5], token_grads=a[7]),
+            work=lambda *a: _backward_work(a[1], a[2], a[3], a[4], token_grads=a[7]),
         ),
     ),
     sample=_sample,
@@ -170,7 +170,8 @@ def fourier_projection_unchecked(
     result = projected_dtype(weight)
     backend = "blocks" if transformed() else FOURIER_PROJECTION.require(PointwiseCall(weight.dtype, device))
     with unless_autocast(device):
-        feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
+        feat, bias = (None if t is None else t.to(compute) for t in (feat, bias))
+        weight = weight.to(compute)
         if backend == "blocks":
             out = blocks.fourier_projection(feat, coords, frequencies, weight, bias, eps)
         elif backend == "reference":
@@ -301,5 +302,6 @@ def fourier_projection(
     compute = compute_dtype(weight.dtype)
     result = projected_dtype(weight)
     with unless_autocast(device):
-        feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
+        feat, bias = (None if t is None else t.to(compute) for t in (feat, bias))
+        weight = weight.to(compute)
         return _on_grid(feat, positions, frequencies, weight, bias, norm_eps).to(result)

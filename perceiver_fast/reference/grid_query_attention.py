@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def grid_query_logits(
     # Scaled first: the products of a query of 1e38 overflow, and its scale is zero.
     x = feat if scale is None else feat * scale.unsqueeze(-1)
     logits = x.flatten(1, -2).unsqueeze(1) @ table_feat.mT
-    axes = 0.0
+    axes: Any = 0.0  # a tensor, where there are axes
     for axis, table in enumerate(table_axes):
         shape = [1] * len(sizes)
         shape[axis] = sizes[axis]

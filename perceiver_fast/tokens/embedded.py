@@ -10,6 +10,8 @@ of them. On a grid that form is a sum over pairs of axes, of one table each. Sou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -164,8 +166,9 @@ class EmbeddedPoints(Tokens):
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         basis = self.basis(to_kv, norm)
+        scale: Any = basis.scale  # that basis has one
         with unless_autocast(self.device):
-            kv = basis.feat @ basis.weight.T * basis.scale.unsqueeze(-1) + basis.bias
+            kv = basis.feat @ basis.weight.T * scale.unsqueeze(-1) + basis.bias
         return kv.to(projected_dtype(to_kv.weight))
 
     def sources(self) -> tuple[Tensor, ...]:

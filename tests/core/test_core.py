@@ -4,7 +4,6 @@ Files named here are compiled like those of csrc/core: vectors, functions and ti
 this checkout's extension has been built, as `make install` does, its objects of csrc/core are those under test.
 """
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -13,16 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from core_build import ONCE_AN_ISA, setup, sources_of_tests
 
 pytest.importorskip("setuptools", reason="setuptools is missing: the tests in C++ were NOT run")
-
-HERE = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("perceiver_fast_setup", HERE.parents[1] / "setup.py")
-setup = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(setup)
-
-ONCE_AN_ISA = ("functions", "tiles", "vectors")
-ONCE = ("attention", "main", "rows")
 
 
 def core_of_the_extension(ninja):
@@ -32,13 +24,6 @@ def core_of_the_extension(ninja):
         return []
     subprocess.run([ninja, "-C", setup.INPLACE, *objects], check=True)
     return objects
-
-
-def sources_of_tests():
-    """(name of the object, source, flags) of the tests."""
-    yield from ((f"test_{name}", HERE / f"{name}.cpp", []) for name in ONCE)
-    for name in ONCE_AN_ISA:
-        yield from ((f"test_{name}_{isa}", HERE / f"{name}.cpp", flags) for isa, flags in setup.isa_flags().items())
 
 
 @pytest.fixture(scope="module")

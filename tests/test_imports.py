@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     (
         "perceiver_fast.gpu",
+        "perceiver_fast.installation",
         "perceiver_fast.settings",
         "perceiver_fast.tracing",
         "perceiver_fast.ranges",

@@ -98,7 +98,12 @@ def test_roofs_are_measured_when_asked_for(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["roofs"] == stored
     assert main(["info", "--roofs"]) == 0
     shown = capsys.readouterr().out
-    assert "Roofs" in shown and "2, together" in shown and "100 G a second" in shown and "16.0 GiB a second" in shown
+    assert (
+        "Roofs" in shown
+        and "2, measured together" in shown
+        and "100 G a second" in shown
+        and "16.0 GiB a second" in shown
+    )
     monkeypatch.setattr(roofs, "measure_roofs", lambda: None)
     assert main(["info", "--roofs"]) == 0
     assert "not measured" in capsys.readouterr().out

@@ -95,7 +95,7 @@ def _show(console: Console, info: dict) -> None:
     if not gpu:
         console.print("There is no GPU, so what would run on one is left out: --json has it.\n", highlight=False)
     _show_products(console, info["linear"])
-    _pairs(console, "Environment variables", info["environment"] or {"none": "of those that matter is set"})
+    _pairs(console, "Environment variables", info["environment"] or {"none": "is set that changes what runs"})
     if "roofs" in info:
         _show_roofs(console, info["roofs"])
 
@@ -142,5 +142,5 @@ def _show_roofs(console: Console, roofs: dict | None) -> None:
         return
     rates = {"multiply-adds": decimal(roofs["multiply_adds"]), "exponentials": decimal(roofs["exponentials"])}
     rates["copied bytes"] = binary(roofs["copied_bytes"])
-    threads = {"threads": f"{roofs['threads']}, together"}
+    threads = {"threads": f"{roofs['threads']}, measured together"}
     _pairs(console, "Roofs, float32", {name: f"{rate} a second" for name, rate in rates.items()} | threads)

@@ -17,11 +17,12 @@ from perceiver_fast.version import __version__
 
 EPILOG = """\
 examples:
-  perceiver-fast info                            what is installed, and what runs what
-  perceiver-fast explain --geometry readme       the model of perceiver-pytorch's README, layer by layer
-  perceiver-fast explain mymodels:build          your own: a function that returns it, and an example input
-  perceiver-fast explain --list                  the models that have a name
-  perceiver-fast COMMAND --help                  all options of a command
+  perceiver-fast info                        what is installed, and what runs
+  perceiver-fast explain mymodels:build      your model, layer by layer: a function
+                                             returns it, and an example input
+  perceiver-fast explain --geometry readme   a published model
+  perceiver-fast explain --list              the names of the published ones
+  perceiver-fast COMMAND --help              all options of a command
 
 exit codes:
   0  it ran, and all is well
@@ -53,12 +54,18 @@ def run(args: argparse.Namespace) -> int:
     return importlib.import_module(f"{__package__}.commands.{args.command}").run(args)
 
 
+def helped(top: argparse.ArgumentParser) -> int:
+    """Print the help, which is what a command line without a command asks for."""
+    top.print_help()
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Without a command it prints the help."""
     top = parser()
     args = top.parse_args(argv)
     try:
-        code = run(args) if args.command else top.print_help() or 0
+        code = run(args) if args.command else helped(top)
         sys.stdout.flush()  # what a closed pipe does not take shows here, not when Python exits
         return code
     except CannotRun as reason:

@@ -63,10 +63,11 @@ def warn_missing() -> None:
         return
     _warned = True
     warnings.warn(
-        f"perceiver_fast runs on plain PyTorch, without the kernels that make it faster: {error}. When that is mended (it needs a "
-        f"C++ compiler, the Python headers and the package pybind11), install it again with `{MEND}`, or with `.` for the "
-        "last word in a checkout; without these options pip takes the wheel that it kept. `python -m perceiver_fast info` "
-        "says what was built. PERCEIVER_FAST_BACKEND=reference asks for plain PyTorch, without this warning",
+        f"perceiver_fast runs on plain PyTorch, without the kernels that make it faster: {error}. When that is mended "
+        f"(it needs a C++ compiler, the Python headers and the package pybind11), install it again with `{MEND}`, or "
+        "with `.` for the last word in a checkout; without these options pip installs its cached wheel again. `python "
+        "-m perceiver_fast info` says what was built. PERCEIVER_FAST_BACKEND=reference asks for plain PyTorch, without "
+        "this warning",
         MissingKernelsWarning,
         stacklevel=2,
     )

@@ -21,7 +21,7 @@ ABSENT = (
     "the benchmarks come with the source, not with the installed package: clone the repository, and run this command "
     "in its folder"
 )
-# What the suite takes, for its help: the suite itself needs torch and pytest. A test holds them against the suite's own.
+# What the suite takes, for its help: the suite itself needs torch and pytest. A test compares them with the suite's.
 SUITE_OPTIONS = {
     "--quick": "one geometry in float32, done in three minutes; nothing is kept but what --json asks for",
     "--geometry NAME": "one to measure, also by torch.compile of the original; repeat for several",

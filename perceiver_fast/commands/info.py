@@ -124,9 +124,9 @@ def _show_ops(console: Console, ops: dict[str, dict[str, dict[str, list[str]]]],
                     kept_from.setdefault((name, device, "; ".join(reasons)), []).append(op)
         table.add_row(op, *cells)
     console.print(table)
-    for (name, device, reasons), kept in kept_from.items():
+    for (name, device, why), kept in kept_from.items():
         which = "every op" if len(kept) == len(ops) else ", ".join(kept)
-        text = f"not {name} on {device}: {reasons} ({which})"
+        text = f"not {name} on {device}: {why} ({which})"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -73,8 +73,8 @@ def accelerate(parser: argparse.ArgumentParser) -> None:
 def explain(parser: argparse.ArgumentParser) -> None:
     """What runs every layer of a model on an input, its predicted time, and the work it saves.
 
-    The model is your own (MODULE:CALLABLE, or --arguments of a class of this package, with --checkpoint if you like), or
-    a published one (--geometry). Nothing is computed: tensors have shapes and no content. Times are what the counted
+    The model is your own (MODULE:CALLABLE, or --arguments of a class of this package, with or without a --checkpoint),
+    or a published one (--geometry). Nothing is computed: tensors have shapes and no content. Times are what the counted
     work takes at the rates that this CPU was measured to reach at most; a real forward takes longer.
     """
     which = parser.add_argument_group("which model")
@@ -83,7 +83,7 @@ def explain(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         metavar="MODULE:CALLABLE",
         help="such as mymodels:build. Called without arguments, it returns a model, or a model and an example of what "
-        "the model is called with: a tensor, a tuple of arguments or a dict of keywords. The current folder is searched too",
+        "the model is called with: a tensor, a tuple or a dict of keywords. The current folder is searched, too",
     )
     which.add_argument(
         "--arguments",

@@ -59,4 +59,4 @@ docs-serve: install
 	$(BIN)/python -m mkdocs serve
 
 clean:
-	rm -rf $(VENV) build dist out site *.egg-info perceiver_fast/_C*.so perceiver_fast/_cuda.so perceiver_fast/_build.json
+	rm -rf $(VENV) build dist out site *.egg-info perceiver_fast/*.so perceiver_fast/_build.json

@@ -1,10 +1,17 @@
-"""Builds perceiver_fast._C and perceiver_fast/_cuda.so with ninja, or says in one line why not.
+"""Builds with ninja what is compiled, into perceiver_fast/, or says in one line why not.
+
+    libperceiver_fast.so   torch's operators and their CPU kernels; needs torch, but no Python
+    _C                     the Python module that loads it
+    _cuda.so               the CUDA kernels
 
 Environment variables:
     PERCEIVER_FAST_SKIP_BUILD=1        install pure Python.
     PERCEIVER_FAST_FORCE_BUILD=1       fail when the extension cannot be built, or the CUDA kernels do not compile.
     PERCEIVER_FAST_SKIP_CUDA_BUILD=1   leave the CUDA kernels out.
     PERCEIVER_FAST_FORCE_CUDA_BUILD=1  want them beside a torch without CUDA too; there they are not loaded.
+    PERCEIVER_FAST_MANYLINUX=1         take symbols that old releases of Linux have, too: for wheels to publish.
+    PERCEIVER_FAST_MACHINE             kind of machine to build for; default: this one. With aarch64, on an x86_64
+                                       Linux, CXX is aarch64-linux-gnu-g++ unless set.
     PERCEIVER_FAST_CUDA_ARCHS          compute capabilities; default: "80;90;100", those that nvcc knows.
     MAX_JOBS                           parallel compile jobs; default: what cores and free memory allow.
     CXX                                the C++ compiler; default: c++, g++ or clang++.
@@ -12,9 +19,11 @@ Environment variables:
     CUDACXX, CUDA_HOME                 nvcc, or the toolkit that holds it; default: the nvcc on PATH.
 """
 
+import ast
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,6 +38,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)  # the stable ABI the bindings target; one build runs on this torch and every later one
 GIGABYTES_PER_JOB = 1.0
+LIBRARY = "libperceiver_fast.so"
 INPLACE = ROOT / "build/inplace"  # objects of a checkout's extension: what has not changed is not compiled again
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall".split()
 CUDA_ARCHS = ("80", "90", "100")
@@ -61,12 +71,24 @@ def need(condition, what):
     return condition
 
 
+def machine():
+    """The kind of machine to build for."""
+    return os.environ.get("PERCEIVER_FAST_MACHINE") or platform.machine()
+
+
+def is_foreign():
+    return machine() != platform.machine()
+
+
 def find_compiler():
     """The compiler's command as a list: CXX may hold a wrapper and arguments."""
     wish = shlex.split(os.environ.get("CXX", ""))
     if wish:
         need(shutil.which(wish[0]), f"CXX={wish[0]} was not found")
         return wish
+    if is_foreign():
+        cross = f"{machine()}-linux-gnu-g++"
+        return [need(shutil.which(cross), f"{cross}, which compiles for {machine()}, was not found")]
     found = [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
     need(found, "no C++ compiler (c++, g++ or clang++) was found")
     return found[:1]
@@ -77,6 +99,17 @@ def import_needed(name, install):
         return __import__(name)
     except ImportError as error:
         raise CannotBuild(f"the Python package {install} is missing ({error})") from error
+
+
+def torch_library(torch, folder, compiler):
+    """Flags that link to torch's library: this one, or, for another kind of machine, an empty one of its name."""
+    if not is_foreign():
+        return [shlex.quote(f"-L{Path(torch.__file__).parent / 'lib'}"), "-ltorch_cpu"]
+    folder.mkdir(parents=True, exist_ok=True)
+    empty = ["-shared", "-Wl,-soname,libtorch_cpu.so", "-x", "c++", os.devnull, "-o", str(folder / "libtorch_cpu.so")]
+    if subprocess.run([*compiler, *empty]).returncode != 0:
+        raise CompilingFailed(f"{shlex.join(compiler)} cannot link an empty library")
+    return [shlex.quote(f"-L{folder}"), "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"]
 
 
 def max_jobs():
@@ -94,9 +127,15 @@ def torch_flags(torch):
     return [shlex.quote(f"-I{Path(torch.__file__).parent / 'include'}"), target]
 
 
+def manylinux_flags():
+    if not flag("PERCEIVER_FAST_MANYLINUX"):
+        return []
+    return ["-include", shlex.quote(str(ROOT / "csrc/manylinux.h"))]
+
+
 def isa_flags():
     """Flags of every instruction set for this kind of machine, by name."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = machine().lower() in ("x86_64", "amd64")
     return {
         isa: [f"-DPF_ISA={isa}", f"-DPF_VECTOR_BYTES={vector_bytes}", *flags]
         for isa, (vector_bytes, flags) in ISAS.items()
@@ -113,11 +152,35 @@ def core_sources():
             yield f"core_{source.stem}", source, []
 
 
-def extension_sources(torch, pybind11):
-    """(name of the object, source, flags) of the extension."""
+def schemas():
+    """The schemas of the operators that perceiver_fast/ops declares, read without importing it."""
+    for path in sorted((ROOT / "perceiver_fast/ops").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Operator":
+                yield ast.literal_eval(node.args[0])
+
+
+def write_definitions(folder):
+    """A source that defines the operators for processes without Python; it is touched only where it changes."""
+    lines = [f"  m.def({json.dumps(schema)});" for schema in schemas()]
+    header = "#include <torch/csrc/stable/library.h>\n\nSTABLE_TORCH_LIBRARY_FRAGMENT(perceiver_fast, m) {"
+    source, text = folder / "definitions.cpp", "\n".join([header, *lines, "}", ""])
+    folder.mkdir(parents=True, exist_ok=True)
+    if not source.exists() or source.read_text() != text:
+        source.write_text(text)
+    return source
+
+
+def library_sources(torch, folder):
+    """(name of the object, source, flags) of the library."""
     yield from core_sources()
-    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+    yield "about", ROOT / "csrc/about.cpp", []
+    for source in (*sorted((ROOT / "csrc/cpu").glob("*.cpp")), write_definitions(folder)):
         yield f"cpu_{source.stem}", source, torch_flags(torch)
+
+
+def module_sources(torch, pybind11):
+    """(name of the object, source, flags) of the Python module."""
     includes = [shlex.quote(f"-I{path}") for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     info = {"PF_TORCH_VERSION": torch.__version__, "PF_TORCH_TARGET": ".".join(map(str, OLDEST_TORCH))}
     yield "module", ROOT / "csrc/module.cpp", [*includes, *(f'-D{name}=\\"{value}\\"' for name, value in info.items())]
@@ -190,6 +253,10 @@ def version_of(compiler, line):
 class BuildWithNinja(build_ext):
     """Compiles what changed; without a compiler it leaves the extension out and writes down why."""
 
+    def get_ext_filename(self, fullname):
+        filename = super().get_ext_filename(fullname)
+        return filename.replace(platform.machine(), machine()) if is_foreign() else filename
+
     def run(self):
         (ext,) = self.extensions
         extension = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -202,7 +269,7 @@ class BuildWithNinja(build_ext):
             if flag("PERCEIVER_FAST_FORCE_BUILD"):
                 raise SystemExit(f"perceiver-fast: PERCEIVER_FAST_FORCE_BUILD is set, but {reason}") from reason
             print(f"perceiver-fast: installing pure Python, without the C++ kernels: {reason}", file=sys.stderr)
-            for built in (extension, cuda):  # of an earlier build
+            for built in (extension, extension.with_name(LIBRARY), cuda):  # of an earlier build
                 built.unlink(missing_ok=True)
             self.extensions = self.distribution.ext_modules = []
             record = {"skipped": str(reason), "cuda": {"skipped": str(reason)}}
@@ -219,12 +286,20 @@ class BuildWithNinja(build_ext):
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
         need(version >= OLDEST_TORCH, f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
         pybind11 = import_needed("pybind11", "pybind11")
-        link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        link += [shlex.quote(f"-L{Path(torch.__file__).parent / 'lib'}"), "-ltorch_cpu", os.environ.get("LDFLAGS", "")]
-        flags = [*FLAGS, os.environ.get("CXXFLAGS", "")]
+        flags, more = [*FLAGS, *manylinux_flags(), os.environ.get("CXXFLAGS", "")], os.environ.get("LDFLAGS", "")
         folder = INPLACE if self.inplace else (Path(self.build_temp) / "ninja").resolve()
-        run_ninja(folder, target, compiler, flags, link, extension_sources(torch, pybind11))
-        return {"compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
+        library = target.with_name(LIBRARY)
+        if sys.platform == "darwin":
+            shared = ["-dynamiclib", f"-install_name @rpath/{LIBRARY}"]
+            module = ["-bundle", "-undefined dynamic_lookup", "-Wl,-rpath,@loader_path"]
+        else:
+            shared = ["-shared", f"-Wl,-soname,{LIBRARY}"]
+            module = ["-shared", "'-Wl,-rpath,$$ORIGIN'"]
+        shared += [*torch_library(torch, folder, compiler), more]
+        run_ninja(folder, library, compiler, flags, shared, library_sources(torch, folder))
+        module += [shlex.quote(str(library)), more]
+        run_ninja(folder / "module", target, compiler, flags, module, module_sources(torch, pybind11))
+        return {"machine": machine(), "compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
 
     def compile_cuda(self, target):
         """A library of its own, since it loads only beside a torch with CUDA; the CPU kernels do without it."""
@@ -256,14 +331,30 @@ class BuildWithNinja(build_ext):
 class Wheel(bdist_wheel):
     """Without an extension it is a wheel for any machine, and says so in its name."""
 
+    def finalize_options(self):
+        if is_foreign():
+            self.plat_name = f"linux_{machine()}"
+        super().finalize_options()
+
     def run(self):
         self.run_command("build")  # what there is to pack is known afterwards
         self.skip_build, self.root_is_pure = True, not self.distribution.has_ext_modules()
         super().run()
 
 
+def readme():
+    """README.md for those who have no checkout beside it: links to its files become their paths.
+
+    They come with the source distribution, and the project has no public address yet that links could lead to.
+    """
+    links = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)([^)\s]+)\)")
+    return links.sub(r"\1 (`\2`)", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 if __name__ == "__main__":  # tests import the flags
     setup(
+        long_description=readme(),
+        long_description_content_type="text/markdown",
         ext_modules=[Extension("perceiver_fast._C", sources=[])],
         cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": Wheel},
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING or not installation.deferred():
     from perceiver_fast import backends, experimental, gated, mixed_latents, ops, reference
     from perceiver_fast.adapters import Report, accelerate, restore
     from perceiver_fast.backends import BackendError, use_backend
+    from perceiver_fast.extension import shared_library
     from perceiver_fast.graph import graph
     from perceiver_fast.insight.attention_map import attention_map, contrasting_latents
     from perceiver_fast.insight.explain import explain
@@ -52,6 +53,7 @@ __all__ = [
     "ranges",
     "reference",
     "restore",
+    "shared_library",
     "use_backend",
     "use_linear",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from perceiver_fast.settings import Setting, Use
 
@@ -24,7 +25,7 @@ class Backend:
     """One implementation of an op: its name and ``reasons(call) -> list[str]``, why it cannot run a call."""
 
     name: str
-    reasons: Callable[[object], list[str]]
+    reasons: Callable[[Any], list[str]]
 
 
 @dataclass(frozen=True)

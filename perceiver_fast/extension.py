@@ -1,4 +1,5 @@
-"""Loading of what was compiled: ``perceiver_fast._C`` and the CUDA kernels, or what stands in the way of either."""
+"""Loading of what was compiled: the operators' library, by ``perceiver_fast._C``, and the CUDA kernels; or what stands in
+the way of either."""
 
 from __future__ import annotations
 
@@ -96,6 +97,26 @@ def _load_cuda() -> str | None:
         log.warning("the CUDA kernels failed to load, plain PyTorch runs instead: %s", error)
         return f"the CUDA kernels failed to load: {error}"
     return None
+
+
+def shared_library() -> Path:
+    """The library of the operators and their CPU kernels, for processes without Python: loading it registers them.
+
+    It needs torch's C++ libraries, of any release from 2.10 on, and nothing else. Programs written by
+    ``torch._inductor.aoti_compile_and_package`` call its operators.
+
+    Raises:
+        FileNotFoundError: the package was installed without it; the message says why.
+
+    Example:
+        >>> import perceiver_fast as pf
+        >>> pf.shared_library().name
+        'libperceiver_fast.so'
+    """
+    file = Path(__file__).with_name("libperceiver_fast.so")
+    if not file.exists():
+        raise FileNotFoundError(f"expected {file.name} in the package, but {error or 'it is not there'}; {MEND}")
+    return file
 
 
 def build_record() -> dict:

@@ -49,4 +49,5 @@ def multiprocessors(device: torch.device) -> int:
 
 
 # What torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which takes seconds.
-architecture._dynamo_marked_constant = multiprocessors._dynamo_marked_constant = True
+setattr(architecture, "_dynamo_marked_constant", True)
+setattr(multiprocessors, "_dynamo_marked_constant", True)

@@ -7,6 +7,7 @@ them. A graph records them once, on fixed memory, and replays them with one laun
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class Graph:
         with torch.cuda.device(next(t for t in self._inputs if isinstance(t, Tensor)).device):
             self._replay, self._output = _capture(run)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for these inputs; without gradients.
 
         Raises:
@@ -120,7 +121,7 @@ class Graph:
             )
 
 
-def graph(model: nn.Module, *args, copy: bool = True, **kwargs) -> Graph:
+def graph(model: nn.Module, *args: Any, copy: bool = True, **kwargs: Any) -> Graph:
     """Record ``model``'s inference on an example, to be replayed on other inputs of the same shapes.
 
     The recording follows in-place changes of the weights (optimizer steps, load_state_dict), and is made again when

@@ -4,7 +4,8 @@ from perceiver_fast.layers import GEGLU, EnformerAttentionResidual, PerceiverBlo
 from perceiver_fast.layers.without_dropout import Attention, FeedForward
 from perceiver_fast.models.helpers import LinearNoBias, default, dropout_seq, exists, l1norm
 from perceiver_fast.models.helpers import cache_once as cache_fn
-from perceiver_fast.models.perceiver_io import PerceiverIO, PerceiverLM
+from perceiver_fast.models.perceiver_io import PerceiverIO
+from perceiver_fast.models.perceiver_lm import PerceiverLM
 
 __all__ = [
     "Attention",

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -83,7 +83,7 @@ class ranges:
 
     def __init__(self, model: nn.Module | None = None, kind: str = "auto"):
         opener = _opener(kind, "ranges")
-        names = WeakKeyDictionary()
+        names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         for name, module in () if model is None else model.named_modules():
             names[module] = name
         self._previous = _kind, _open, _names
@@ -92,7 +92,7 @@ class ranges:
     def __enter__(self) -> ranges:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         _set(*self._previous)
 
 
@@ -128,7 +128,7 @@ def op_range(name: str) -> Callable[[F], F]:
             with _open(name):
                 return function(*args, **keywords)
 
-        return run
+        return cast(F, run)
 
     return decorate
 
@@ -143,7 +143,7 @@ def layer_range(forward: F) -> F:
         with _open(_names.get(self) or type(self).__name__):
             return forward(self, *args, **keywords)
 
-    return run
+    return cast(F, run)
 
 
 def _initial(value: str) -> str:

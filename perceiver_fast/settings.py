@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Setting:
@@ -38,7 +42,7 @@ class Setting:
             return self._value()
 
         # Dynamo, which cannot trace a ContextVar, then calls the function while it traces, and takes its result.
-        constant._dynamo_marked_constant = True
+        setattr(constant, "_dynamo_marked_constant", True)
         self._constant = constant
 
     def value(self) -> str:
@@ -106,9 +110,9 @@ class Use:
         self._setting, self._forced = setting, setting.force(value)
         self._forced.bare = True
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._forced.bare = False
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._setting.release(self._forced)

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-ANY_SIZE = 4096  # stands in for a size that is not known
+ANY_SIZE = 4096  # stands in for a number of tokens that is not known
 
 # Types of plain tensors. On a subclass (quantized, sharded, of masked values) an operator may mean something else.
 PLAIN = (Tensor, nn.Parameter)
@@ -28,13 +28,17 @@ def exports_onnx() -> bool:
 
 
 # As torch.compiler.assume_constant_result would set it; but calling that imports torch._dynamo, which takes seconds.
-exports_onnx._dynamo_marked_constant = True
+setattr(exports_onnx, "_dynamo_marked_constant", True)
 
 
-def known(size: int) -> int:
-    """``size``, or ANY_SIZE where a graph for any size is being traced: a comparison would tie the graph to some sizes."""
+def known(size: int, axes: int = 1) -> int:
+    """``size``, or a usual one where a graph for any size is being traced: a comparison would tie the graph to some sizes.
+
+    Args:
+        size: a number of tokens, or of places on one of ``axes`` axes, which then are ANY_SIZE tokens together.
+    """
     if torch.compiler.is_exporting() and (torch.compiler.is_dynamo_compiling() or type(size) is not int):
-        return ANY_SIZE
+        return round(ANY_SIZE ** (1 / axes))
     return size
 
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # The floors of the house, from the ground up. A file may import from floors below its own, and from its own.
 FLOORS = (
     (
+        "perceiver_fast.float64",
         "perceiver_fast.gpu",
         "perceiver_fast.installation",
         "perceiver_fast.settings",

@@ -2,22 +2,27 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_bytes
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from packaging.requirements import Requirement
 from warm_python import python
 
+from perceiver_fast.version import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 IGNORED = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "_C*.so", "_cuda.so", "_build.json", "out"
+    ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build.json", "out"
 )
 
 
@@ -105,6 +110,8 @@ def test_sdist_holds_the_sources(sdist):
         ROOT / "setup.py",
         ROOT / "LICENSE",
         ROOT / "README.md",
+        ROOT / "CITATION.cff",
+        ROOT / "perceiver_fast/py.typed",
     ]
     assert len(needed) > 40
     assert {str(path.relative_to(ROOT)) for path in needed} <= names
@@ -125,6 +132,7 @@ def test_isolated_wheel_in_an_empty_environment(sdist, torch_of_this_environment
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("perceiver_fast/_C") for name in names)
+    assert "perceiver_fast/libperceiver_fast.so" in names
     assert {"perceiver_fast/kernels/__init__.py", "perceiver_fast/kernels/configs.json"} <= set(names)
     assert "perceiver_fast/_build.json" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/")) for name in names)
@@ -145,7 +153,7 @@ def test_without_a_compiler_it_installs_pure_python(checkout, tmp_path):
     assert "no-such-compiler was not found" in line and wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if ".data/" in name]
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    assert not list((tmp_path / "installed").glob("**/_C*"))
+    assert not list((tmp_path / "installed").glob("**/*.so"))
     code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"  # not this checkout
     code += "import perceiver_fast as pf, torch; from perceiver_fast import extension; print(extension.error)\n"
     code += "model = pf.Perceiver(num_freq_bands=2, depth=1, max_freq=4., num_latents=3, latent_dim=8)\n"
@@ -157,9 +165,61 @@ def test_without_a_compiler_it_installs_pure_python(checkout, tmp_path):
     assert shown.count("pip install --no-cache-dir --force-reinstall --no-deps perceiver-fast") == 1, shown
 
 
-def test_skip_build_is_said(checkout, tmp_path):
-    _, output = build_wheel(checkout, tmp_path, PERCEIVER_FAST_SKIP_BUILD="1")
-    assert "without the C++ kernels: PERCEIVER_FAST_SKIP_BUILD is set" in output
+@pytest.fixture(scope="module")
+def pure_wheel(checkout, tmp_path_factory):
+    """The wheel of a build that was skipped, and what the build said."""
+    wheel, output = build_wheel(checkout, tmp_path_factory.mktemp("pure"), PERCEIVER_FAST_SKIP_BUILD="1")
+    return zipfile.ZipFile(wheel), output
+
+
+def test_skip_build_is_said(pure_wheel):
+    assert "without the C++ kernels: PERCEIVER_FAST_SKIP_BUILD is set" in pure_wheel[1]
+
+
+@pytest.fixture(scope="module")
+def described(pure_wheel):
+    """What the wheel says of itself: fields, and the long description as the message's text."""
+    (name,) = (name for name in pure_wheel[0].namelist() if name.endswith(".dist-info/METADATA"))
+    return message_from_bytes(pure_wheel[0].read(name))
+
+
+def test_metadata_is_there(described):
+    assert described["Name"] == "perceiver-fast" and described["License-Expression"] == "MIT"
+    assert described["Author"] == "The perceiver-fast authors" and "perceiver" in described["Keywords"].split(",")
+    classifiers = described.get_all("Classifier")
+    assert {"Typing :: Typed", "Programming Language :: C++"} <= set(classifiers)
+    # With "Private :: Do Not Upload" or a license's classifier beside the license, an index refuses the package.
+    assert not [name for name in classifiers if name.startswith(("Private ::", "License ::"))]
+
+
+def test_wheel_says_that_it_has_types(pure_wheel):
+    assert "perceiver_fast/py.typed" in pure_wheel[0].namelist()
+
+
+def test_one_version_everywhere(described):
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert described["Version"] == cited["version"] == __version__
+
+
+def test_citation_has_what_its_format_asks_for(described):
+    """The fields that cff-version 1.2.0 requires, of the software and of what it refers to."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= set(cited)
+    assert [author["name"] for author in cited["authors"]] == [described["Author"]]
+    assert cited["license"] == described["License-Expression"]
+    assert all({"type", "title", "authors"} <= set(reference) for reference in cited["references"])
+    assert "https://arxiv.org/abs/2103.03206" in [reference["url"] for reference in cited["references"]]
+
+
+def test_long_description_has_no_link_into_the_checkout(described):
+    """Where an index shows it, nothing is beside it; in the checkout the same links lead to files."""
+    link = re.compile(r"\]\(([^)]+)\)")
+    shown, text = described.get_payload(), (ROOT / "README.md").read_text()
+    relative = [to for to in link.findall(text) if "://" not in to]
+    assert len(relative) > 10 and all((ROOT / to.partition("#")[0]).exists() for to in relative)
+    assert described["Description-Content-Type"] == "text/markdown"
+    assert link.findall(shown) == [to for to in link.findall(text) if "://" in to] != []
+    assert "[Drop-in](docs/drop-in.md)" in text and "Drop-in (`docs/drop-in.md`)" in shown
 
 
 def test_forced_build_fails_loudly(checkout, tmp_path):

@@ -12,7 +12,9 @@ its gradient is zero. A bias on values is added afterwards where weights sum to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +54,10 @@ class Parts:
     heads: int
     scale: float
     dropout: float
-    norm: nn.Module | None
-    norm_context: nn.Module | None
-    to_q: nn.Module
-    to_kv: tuple[nn.Module, ...]
+    norm: Any  # modules of any library: what they have is asked, not declared
+    norm_context: Any
+    to_q: Any
+    to_kv: tuple[Any, ...]
     keys: int | None = None
 
     def why_tokens(self) -> str | None:
@@ -103,7 +105,8 @@ class Parameters(CrossAttentionParameters):
             bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases)])
         self.bias = bias
         joint = Joint(weights[0] if len(weights) == 1 else torch.cat(weights))
-        self.fn = Numbers(parts.heads, parts.scale, parts.dropout, joint)
+        numbers: Any = Numbers(parts.heads, parts.scale, parts.dropout, joint)  # stand in for an Attention
+        self.fn = numbers
         self._q = None
 
     @property
@@ -154,8 +157,7 @@ class Parameters(CrossAttentionParameters):
             with_lse: whether the log-sum-exp is needed.
         """
         plan = self.plan(tokens, z.shape[1], with_lse, keep is not None)
-        way = {"grid": attend_grid, "absorbed": attend_absorbed, "projected": attend_projected}[plan.path]
-        out, lse = way(self, z, tokens, keep, False, with_lse, plan.taken.backend)
+        out, lse = WAYS[plan.path](self, z, tokens, keep, False, with_lse, plan.taken.backend)
         return out, lse, plan
 
 
@@ -180,14 +182,23 @@ def attend_projected(
     if with_lse and layer.bias is not None:  # other groups may come by ways that count it
         key_bias = layer.bias[: layer.keys].to(q.dtype).unflatten(0, (layer.fn.heads, -1))
         by_keys = torch.einsum("bhnd,hd->bnh", q, key_bias) * layer.fn.scale
-    out = cross_attention_unchecked(q, k, v, keep, layer.fn.active_dropout, False, layer.fn.scale, with_lse, backend)
-    out, lse = out if with_lse else (out, None)
+    dropout, scale = layer.fn.active_dropout, layer.fn.scale
+    found: Any = cross_attention_unchecked(q, k, v, keep, dropout, False, scale, with_lse, backend)
+    lse: Any  # None where nobody needs it
+    out, lse = found if with_lse else (found, None)
     out = out.transpose(1, 2)
     if bias is not None:
         out = out + bias.unflatten(0, (layer.fn.heads, -1))
     if not with_lse:
         return out, None
     return out, lse.transpose(1, 2) if by_keys is None else lse.transpose(1, 2) + by_keys
+
+
+WAYS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "grid": attend_grid,
+    "absorbed": attend_absorbed,
+    "projected": attend_projected,
+}
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
@@ -271,6 +282,7 @@ def cross_attention(
         for group in groups:
             part = None if keep is None else keep[:, start : start + group.count]
             start += group.count
+            lse: Any  # asked for, so it is there
             out, lse, plan = layer.attend(z, group, part, True)
             outs.append(out)
             lses.append(lse)
@@ -301,7 +313,7 @@ def _called(parts: Parts, z: Tensor, context: Tensor, keep: Tensor | None) -> tu
         k, v = (project(layer, context) for layer in parts.to_kv)
     q = project(parts.to_q, z).expand(context.shape[0], -1, -1)
     q, k, v = (split_heads(t, parts.heads) for t in (q, k, v))
-    out = cross_attention_unchecked(q, k.to(q.dtype), v.to(q.dtype), keep, parts.dropout, scale=parts.scale)
+    out: Any = cross_attention_unchecked(q, k.to(q.dtype), v.to(q.dtype), keep, parts.dropout, scale=parts.scale)
     before = eager_work(tuple(q.shape), tuple(k.shape), v.shape[-1], 0)
     way = "streamed: keys and values by their modules"
     return out.transpose(1, 2).flatten(2), way, (before, attention_work(q.shape, k.shape, v.shape))

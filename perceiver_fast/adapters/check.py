@@ -58,7 +58,7 @@ def run(model: nn.Module, args: tuple, kwargs: dict, gradients: bool) -> Result:
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
         torch.manual_seed(0)
         outputs = list(tensors_of(model(*args, **kwargs)))
-        loss = 0.0
+        loss: Any = 0.0  # a tensor, where there is an output with a gradient
         for at, output in enumerate(outputs):
             if gradients and output.requires_grad:
                 generator = torch.Generator().manual_seed(at)
@@ -79,9 +79,9 @@ def compare(expected: Result, actual: Result, dtype: torch.dtype) -> tuple[float
     error = 0.0
     for a, b in zip(expected.outputs, actual.outputs):
         if a.numel():
-            difference = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-300)
+            relative = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-300)
             same = torch.equal(a, b)
-            error = max(error, 0.0 if same else float("inf") if difference.isnan() else difference.item())
+            error = max(error, 0.0 if same else float("inf") if relative.isnan() else relative.item())
     wrong = None if error <= OUTPUTS[dtype] else f"outputs differ by {error:.1e}"
     if not expected.gradients and not actual.gradients:
         return error, None, wrong

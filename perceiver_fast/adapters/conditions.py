@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ def why_not_now(*tensors: object) -> str | None:
         return "autocast decides the dtype of every operator"
     if transformed():
         return "a transform of torch.func looks on"
+    tensor: Any  # after the next lines, a tensor
     for tensor in tensors:
         if tensor is None:
             continue
@@ -29,7 +32,7 @@ def why_not_now(*tensors: object) -> str | None:
     return None
 
 
-def why_dropout(dropout: nn.Module | None) -> str | None:
+def why_dropout(dropout: Any) -> str | None:
     """Why attention weights have to be given to ``dropout``, in words; None if they need not."""
     if dropout is None or type(dropout) is nn.Identity:
         return None if dropout is None or why_not("dropout", dropout, nn.Identity) is None else "dropout has a hook"
@@ -37,7 +40,7 @@ def why_dropout(dropout: nn.Module | None) -> str | None:
     return "dropout drops all weights" if found is None and dropout.p >= 1 and dropout.training else found
 
 
-def active_dropout(dropout: nn.Module | None) -> float:
+def active_dropout(dropout: Any) -> float:
     """Probability of dropping a weight in the current mode."""
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,13 @@ class DescribedDecoder(FusedDecoder):
     """
 
     def __init__(self, parts: Parts, dense: nn.Linear, latents: Tensor, tokens: GridTokens):
-        self.norm, self.backend, self.tokens = parts.norm, "cpu", tokens
-        modules = {"to_q": parts.to_q, "to_out": dense}
-        self.fn = SimpleNamespace(_modules=modules, heads=parts.heads, scale=parts.scale, active_dropout=parts.dropout)
+        fn: Any = SimpleNamespace(  # stands in for an Attention: nothing else of one is read
+            _modules={"to_q": parts.to_q, "to_out": dense},
+            heads=parts.heads,
+            scale=parts.scale,
+            active_dropout=parts.dropout,
+        )
+        self.fn, self.norm, self.backend, self.tokens = fn, parts.norm, "cpu", tokens
         context = normalized(parts.norm_context, latents)
         k, v = (split_heads(project(layer, context), parts.heads) for layer in parts.to_kv)
         self._prepare(latents, k, v, None)

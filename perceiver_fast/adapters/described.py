@@ -46,7 +46,7 @@ class TokenSource(Source):
     """Rows that are described tokens."""
 
     def __init__(self, tokens: Tokens | TokenGroups):
-        self.tokens = tokens
+        self.tokens: Tokens | TokenGroups = tokens
 
     def build(self) -> Tensor:
         return self.tokens.materialize()
@@ -152,12 +152,13 @@ class DescribedTensor(Tensor):
         return func(*args, **kwargs)
 
 
+DESCRIPTORS: Any = Tensor  # holds them, though its annotations tell of values
+ASKED = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse")
 QUESTIONS = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,
-    Tensor.is_cuda.__get__, Tensor.is_sparse.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__,
+    *(getattr(DESCRIPTORS, name).__get__ for name in ASKED), Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__,
     Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel,
 }  # fmt: skip
-LEARNS = Tensor.requires_grad.__get__
+LEARNS = DESCRIPTORS.requires_grad.__get__
 
 
 def built(value: Any) -> Any:
@@ -186,7 +187,7 @@ def by_rows(compute: Callable[[int, int], Tensor], count: int, rows: int = ROWS)
     """``[B, count, C]`` from a function that computes some rows; memory beside the result is that of some rows."""
     if count <= rows:
         return compute(0, count)
-    out = None
+    out: Any = None
     for start in range(0, count, rows):
         stop = min(count, start + rows)
         part = compute(start, stop)
@@ -209,9 +210,14 @@ def _slice(value: DescribedTensor, index: Any) -> Any:
     return DescribedTensor((batch, stop - start, channels), value.dtype, value.device, source)
 
 
-def _linear(value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def _linear(value: DescribedTensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """A linear layer of rows that are computed some at a time."""
     batch, count, _ = value.shape
     if count == 0 or value.source.rows(0, 1) is None:
         return NotImplemented
-    return by_rows(lambda start, stop: F.linear(rows_of(value, start, stop), weight, bias), count)
+
+    def compute(start: int, stop: int) -> Tensor:
+        rows: Any = rows_of(value, start, stop)  # as there is one, there are all
+        return F.linear(rows, weight, bias)
+
+    return by_rows(compute, count)

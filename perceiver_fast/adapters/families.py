@@ -37,7 +37,7 @@ class PreNormForward(StandIn):
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
-        fn = module._modules["fn"]
+        fn: Any = module._modules["fn"]
         self.inner = type(fn), type(fn).forward
 
     def why_modules(self) -> str | None:
@@ -184,7 +184,7 @@ def _is_feed_forward(fn: nn.Module) -> bool:
     return net[0].out_features == 2 * net[2].in_features
 
 
-def _inputs(module: nn.Module) -> list[dict]:
+def _inputs(module: Any) -> list[dict]:
     """Random input of two batch elements; with a context also masked."""
     x = torch.randn(2, 5, module.norm.normalized_shape[-1], dtype=torch.float64)
     norm_context = module._modules.get("norm_context")

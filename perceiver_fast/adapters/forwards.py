@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from perceiver_fast.ops.work import Work
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class StandIn:
@@ -41,7 +43,7 @@ class StandIn:
     only_accelerates = True  # layers/fusing.py: a module with this forward is as plain as one without
 
     def __init__(self, module: nn.Module):
-        self.module = module
+        self.module: Any = module  # of another library: what it has is asked, not declared
         self.way: str | None = None
         self.why: str | None = None
         self.work: tuple[Work, Work] | None = None
@@ -66,11 +68,11 @@ class StandIn:
         named.update(kwargs)
         return named
 
-    def why_not(self, **arguments: Any) -> str | None:
+    def why_not(self, *_: Any, **arguments: Any) -> str | None:
         """Why the class's method has to run, in words; None if :meth:`run` may stand in for it."""
         raise NotImplementedError
 
-    def run(self, **arguments: Any) -> Any:
+    def run(self, *_: Any, **arguments: Any) -> Any:
         """What the class's method returns, computed faster."""
         raise NotImplementedError
 
@@ -115,7 +117,7 @@ def all_stand_ins(model: nn.Module) -> Iterator[tuple[str, StandIn]]:
             yield name, stand_in
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Take all that :func:`perceiver_fast.accelerate` put on ``model`` off again.
 
     Args:

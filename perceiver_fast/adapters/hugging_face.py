@@ -22,6 +22,7 @@ from perceiver_fast.adapters.forwards import StandIn
 from perceiver_fast.layers.fusing import is_called, is_plain, why_not
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ops.linear import linear
+from perceiver_fast.tokens import GridTokens
 
 MODELING = "transformers.models.perceiver.modeling_perceiver"
 
@@ -94,7 +95,7 @@ def why_arguments(
     return found
 
 
-def parts_of(attention: nn.Module) -> Parts:
+def parts_of(attention: Any) -> Parts:
     """The parts of a ``PerceiverSelfAttention``."""
     modules = attention._modules
     context_norm = modules["layernorm2"]
@@ -136,7 +137,8 @@ class AttentionForward(LayerStandIn):
         found = why_arguments(**arguments) or why_attention(self.module, arguments.get("inputs"))
         if found is None and arguments.get("inputs") is not None:
             hidden, inputs = arguments["hidden_states"], arguments["inputs"]
-            found = keep_of(arguments.get("inputs_mask"), *inputs.shape[:2], hidden.dtype)[1]
+            batch, count = inputs.shape[:2]
+            found = keep_of(arguments.get("inputs_mask"), batch, count, hidden.dtype)[1]
         return found
 
     def run(self, hidden_states: Tensor, inputs: Tensor | None = None, inputs_mask: Tensor | None = None, **_: Any):
@@ -147,7 +149,8 @@ class AttentionForward(LayerStandIn):
         if inputs is None:
             out, way, work = self_attention(parts, queries_side(parts, x).expand(x.shape[0], -1, -1))
         else:
-            keep, _ = keep_of(inputs_mask, *inputs.shape[:2], x.dtype)
+            batch, count = inputs.shape[:2]
+            keep, _ = keep_of(inputs_mask, batch, count, x.dtype)
             out, way, work = cross_attention(parts, queries_side(parts, x), inputs, keep)
         self.note(way, *work)
         return out
@@ -170,7 +173,7 @@ class FeedForwardForward(LayerStandIn):
         return out if bias is None else out + bias
 
 
-def feed_forward(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def feed_forward(mlp: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A ``PerceiverMLP`` without its last bias, and the bias; None where that layer has to be called."""
     modules = mlp._modules
     hidden = modules["dense1"]
@@ -214,7 +217,8 @@ class LayerForward(AttentionForward):
         if found is None and (layer.chunk_size_feed_forward or "feed_forward_chunk" in layer.__dict__):
             found = "its feed-forward runs in chunks"
         if found is None and inputs is not None:
-            found = keep_of(arguments.get("inputs_mask"), *inputs.shape[:2], arguments["hidden_states"].dtype)[1]
+            batch, count = inputs.shape[:2]
+            found = keep_of(arguments.get("inputs_mask"), batch, count, arguments["hidden_states"].dtype)[1]
         return found
 
     def run(self, hidden_states: Tensor, inputs: Tensor | None = None, inputs_mask: Tensor | None = None, **_: Any):
@@ -243,8 +247,8 @@ class LayerForward(AttentionForward):
         found = found or why_not("dense", dense, nn.Linear) or parts.why_tokens()
         if found is not None or parts.norm._parameters["bias"] is None:
             return None
-        why, work = plan_described(parts, dense, latents, tokens)
-        if why is not None:
+        _, work = plan_described(parts, dense, latents, tokens)
+        if work is None or not isinstance(tokens, GridTokens):
             return None
         self.note("described queries: grid_query_attention on cpu", *work)
         return DescribedDecoder(parts, dense, latents, tokens)

@@ -8,6 +8,7 @@ depend on sizes, frequencies and dtype alone, and are kept.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ _MOST = 32
 _kept: dict[tuple, tuple[tuple[AxisCodes, ...], Tensor]] = {}
 
 
-def why_codes(encoding: nn.Module | None, projection: nn.Module | None, axes: int) -> str | None:
+def why_codes(encoding: Any, projection: nn.Module | None, axes: int) -> str | None:
     """Why position codes have to be built, in words; None if :func:`grid_codes` says them for a grid of so many axes."""
     if encoding is None or not is_perceivers(encoding, "PerceiverFourierPositionEncoding"):
         return f"positions are of class {type(encoding).__name__}"
@@ -39,7 +40,7 @@ def why_codes(encoding: nn.Module | None, projection: nn.Module | None, axes: in
 
 
 def grid_codes(
-    encoding: nn.Module, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    encoding: Any, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[AxisCodes, ...], Tensor]:
     """The codes of every axis, and where each channel of transformers' code stands among them.
 

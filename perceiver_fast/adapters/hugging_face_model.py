@@ -72,7 +72,7 @@ class ModelForward(LayerStandIn):
         like = self.module.embeddings.latents
         if mask is None:
             zeros = torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device)
-            zeros.says_nothing = True
+            setattr(zeros, "says_nothing", True)
             return zeros
         keep = mask.to(device=like.device, dtype=torch.bool)[:, None, None, :]
         return torch.zeros(keep.shape, dtype=like.dtype, device=like.device).masked_fill(
@@ -162,7 +162,9 @@ class MultimodalPreprocess(LayerStandIn):
         return why_not_now(*self.module.padding.values(), *self.module.mask.values())
 
     def run(self, inputs: Any, **_: Any) -> tuple[Tensor, dict, dict]:
-        module, groups, sizes, without = self.module, {}, {}, {}
+        module, sizes, without = self.module, {}, {}
+        groups: dict[str, Tokens] = {}
+        mask: Any  # None for modalities that are never masked
         for name, preprocessor in module.modalities.items():
             output, _, without[name] = preprocessor(inputs[name], pos=None, network_input_is_1d=True)
             batch, count, _ = output.shape
@@ -238,9 +240,10 @@ class DecoderForward(LayerStandIn):
     @property
     def layer(self) -> LayerForward:
         """The stand-in of the decoder's layer."""
-        return stand_ins(self.module._modules["decoding_cross_attention"])["forward"]
+        found: Any = stand_ins(self.module._modules["decoding_cross_attention"])["forward"]
+        return found
 
-    def run(self, query: Tensor, z: Tensor, **_: Any) -> Any:
+    def run(self, query: Any, z: Tensor, **_: Any) -> Any:
         layer, final = self.layer, self.module._modules["final_layer"]
         residual = layer.module._modules["attention"].use_query_residual
         decoder = layer.decoder(query, z)
@@ -266,7 +269,7 @@ class DecoderForward(LayerStandIn):
 
     def by_grid(self, decoder: Any, layer: LayerForward, final: nn.Module, residual: Tensor | None) -> Tensor:
         """The output for queries on a grid, some indices of the first axis at a time."""
-        out = None
+        out: Any = None
         for start, stop, first, last in grid_steps(decoder.tokens, 2 * ROWS):
             part = None if residual is None else residual[:, first:last]
             part = final(layer.after(decoder.rows(start, stop), None, part))
@@ -277,13 +280,14 @@ class DecoderForward(LayerStandIn):
 
     def goes_to_postprocessor(self, model: nn.Module) -> bool:
         """Whether the output goes through a decoder without hooks to the plain postprocessor of modalities."""
-        outer, post = model._modules.get("decoder"), model._modules.get("output_postprocessor")
-        if not is_perceivers(outer, "PerceiverMultimodalDecoder") or not is_perceivers(
-            post, "PerceiverMultimodalPostprocessor"
-        ):
+        modules: dict[str, Any] = model._modules
+        outer, post = modules.get("decoder"), modules.get("output_postprocessor")
+        if outer is None or not is_perceivers(outer, "PerceiverMultimodalDecoder"):
             return False
-        modules = [post, *post.modalities.values(), self.module]
-        return outer.decoder is self.module and all(is_called(module) is None for module in modules)
+        if post is None or not is_perceivers(post, "PerceiverMultimodalPostprocessor"):
+            return False
+        inside = [post, *post.modalities.values(), self.module]
+        return outer.decoder is self.module and all(is_called(module) is None for module in inside)
 
 
 def why_rows(layer: nn.Module) -> str | None:
@@ -322,7 +326,8 @@ class MultimodalQueries(LayerStandIn):
         return why_not_now(inputs)
 
     def run(self, inputs: Tensor, modality_sizes: dict, inputs_without_pos=None, subsampled_points=None) -> Tensor:
-        module, parts, start = self.module, [], 0
+        module, start = self.module, 0
+        parts: list[tuple[Any, ...]] = []
         for name in sorted(module.modalities):
             points = subsampled_points.get(name)
             if points is None or len(points) == 0:

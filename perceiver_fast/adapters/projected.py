@@ -30,7 +30,7 @@ class ProjectedAttention(StandIn):
     covers = True
 
     @property
-    def attention(self) -> nn.Module:
+    def attention(self) -> Any:
         """The module with the four projections."""
         return self.module
 
@@ -94,11 +94,11 @@ class NormedCrossAttention(ProjectedAttention):
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
-        inner = module._modules["attention"]
+        inner: Any = module._modules["attention"]
         self.inner = type(inner), type(inner).forward
 
     @property
-    def attention(self) -> nn.Module:
+    def attention(self) -> Any:
         return self.module._modules["attention"]
 
     def parts(self) -> Parts:
@@ -106,13 +106,13 @@ class NormedCrossAttention(ProjectedAttention):
         parts.norm, parts.norm_context = modules["q_norm"], modules["kv_norm"]
         return parts
 
-    def why_not(self, x_q: Any = None, x_kv: Any = None, **others: Any) -> str | None:
+    def why_not(self, x_q: Any = None, x_kv: Any = None, pad_mask: Any = None, **others: Any) -> str | None:
         attention, (kind, forward) = self.attention, self.inner
         if type(attention) is not kind or kind.forward is not forward:
             return f"attention is of class {type(attention).__name__}, or its forward was exchanged"
         if (found := is_called(attention)) is not None:
             return f"attention {found}"
-        return super().why_not(x_q, x_kv, **others)
+        return super().why_not(x_q, x_kv, pad_mask, **others)
 
 
 def match(module: nn.Module) -> type[StandIn] | tuple[str, str] | None:
@@ -128,7 +128,7 @@ def match(module: nn.Module) -> type[StandIn] | tuple[str, str] | None:
     return kind if why is None else (f"looks like {kind.kind}", why)
 
 
-def _fits(attention: nn.Module) -> bool:
+def _fits(attention: Any) -> bool:
     names = list(inspect.signature(type(attention).forward).parameters)[1:]
     linear = all(isinstance(attention._modules[name], nn.Module) for name in PROJECTIONS)
     has = hasattr(attention, "num_heads") and hasattr(attention, "dp_scale") and not attention._parameters
@@ -136,7 +136,8 @@ def _fits(attention: nn.Module) -> bool:
 
 
 def _is_cross(module: nn.Module) -> bool:
-    attention, names = module._modules["attention"], list(inspect.signature(type(module).forward).parameters)[1:]
+    attention: Any = module._modules["attention"]
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
     if not PROJECTIONS <= set(attention._modules) <= PROJECTIONS | {"dropout"} or not _fits(attention):
         return False
     return all(type(module._modules[n]) is nn.LayerNorm for n in ("q_norm", "kv_norm")) and names[:2] == ["x_q", "x_kv"]
@@ -144,7 +145,7 @@ def _is_cross(module: nn.Module) -> bool:
 
 def _inputs(module: nn.Module) -> list[dict]:
     """Random input of two batch elements, without and with padding."""
-    attention = module._modules.get("attention", module)
+    attention: Any = module._modules.get("attention", module)
     x_q = torch.randn(2, 5, attention.q_proj.in_features, dtype=torch.float64)
     x_kv = torch.randn(2, 7, attention.k_proj.in_features, dtype=torch.float64)
     found = [dict(x_q=x_q, x_kv=x_kv)]

@@ -7,6 +7,7 @@ one is tried first (trial.py).
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def match(module: nn.Module) -> type[StandIn] | tuple[str, str] | None:
     return AttentionForward if why is None else ("looks like attention", why)
 
 
-def _inputs(module: nn.Module) -> list[dict]:
+def _inputs(module: Any) -> list[dict]:
     """Random input of two batch elements; with tokens also masked."""
     x = torch.randn(2, 5, module.query.in_features, dtype=torch.float64)
     if type(module.layernorm2) is nn.Identity:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -140,7 +140,8 @@ class Report:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=140, record=True, file=_Nowhere(), color_system=None)
+        nowhere: Any = _Nowhere()
+        console = Console(width=140, record=True, file=nowhere, color_system=None)
         console.print(self.table())
         console.print(self.summary(), markup=False, highlight=False)
         return "\n".join(line.rstrip() for line in console.export_text().splitlines())

@@ -61,7 +61,8 @@ def _differs(module: nn.Module, stand_in: StandIn, given: dict[str, Any]) -> str
         outputs = list(tensors_of(output))
         kinds.append(type(output))
         weights = (torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view_as(t) for t in outputs)
-        sum((t * weight).sum() for t, weight in zip(outputs, weights)).backward()
+        loss: Any = sum((t * weight).sum() for t, weight in zip(outputs, weights))
+        loss.backward()
         leaves = [*module.parameters(), *(v for k, v in keywords.items() if _learns(k, v))]
         results.append([*outputs, *(None if t.grad is None else t.grad.clone() for t in leaves)])
         module.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -122,7 +123,7 @@ def compare(geometry: Geometry, photo: Tensor, repeats: int, threads: int, say: 
 def draw_attention(photo: Tensor, path: Path, say: Report) -> Path:
     """Save where six of the first 64 latents look; returns the path."""
     say("picture", "making the weights")
-    model = demo_process.build(FAST, GEOMETRIES[PICTURED])
+    model: Any = demo_process.build(FAST, GEOMETRIES[PICTURED])
     channels = model.input_dim - model.input_channels
     say("picture", "looking for latents of contrast")
     latents = pf.contrasting_latents(model, photo, candidates=64, count=6)

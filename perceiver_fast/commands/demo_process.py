@@ -95,7 +95,7 @@ def measure(model: str, geometry: Geometry, data: Tensor, repeats: int, threads:
         torch.save((model, geometry, data, repeats, threads), Path(folder) / "task.pt")
         command, line = [sys.executable, "-m", __name__, folder], ""
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 say(line.strip())
         code = process.returncode
         if code < 0:

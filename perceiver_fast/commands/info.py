@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -62,7 +63,7 @@ def _kernels(architectures: list[int] | None, as_json: bool) -> int:
         with progress() as say:
             for at, report in enumerate(gpu_kernels.compile_all(arch)):
                 say(f"compiling for sm_{arch}", f"{at + 1} of {total}")
-                row = report.as_dict()
+                row: dict[str, Any] = report.as_dict()
                 found.append(row | {"architecture": arch})
                 name, *numbers, faults = row.values()
                 cells = ("" if number is None else str(number) for number in numbers)

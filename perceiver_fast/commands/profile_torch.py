@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.markup import escape
@@ -78,12 +79,12 @@ def range_times(events: Iterable[FunctionEvent], iterations: int, cuda: bool) ->
         name, elapsed = event.name, event.time_range.elapsed_us() / iterations
         kernels = event.device_time_total / iterations if cuda else 0.0
         kind = "pass" if name in PASSES else "op" if name in OPS else "layer"
-        time = times.setdefault(name, RangeTime(name, kind))
+        time: Any = times.setdefault(name, RangeTime(name, kind))
         time.calls += 1
         time.self_us += elapsed
         time.cuda_self_us += kernels
         if around:
-            outer = times[around[-1].name]
+            outer: Any = times[around[-1].name]
             outer.self_us -= elapsed
             if around[-1].thread == event.thread:  # what another thread launches is not in its kernels' time
                 outer.cuda_self_us -= kernels

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,10 @@ WARM_UP = 3  # calls: Triton compiles, libraries are measured
 
 def workload_from(args: argparse.Namespace, iterations: int = 3, device: str | None = None) -> Workload:
     """The workload that options of :func:`add_arguments` describe, with these defaults; a GPU's where there is one."""
-    defaults = {"iterations": iterations, "device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    defaults: dict[str, Any] = {
+        "iterations": iterations,
+        "device": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
     options = {option.name: getattr(args, option.name) for option in fields(Workload)}
     return Workload(**defaults | {name: value for name, value in options.items() if value is not None})
 
@@ -52,7 +56,7 @@ class Prepared:
         geometry = geometry.tiny() if workload.tiny else geometry
         self.workload, self.dtype = workload, getattr(torch, workload.dtype)
         self.autocast = self.dtype in (torch.bfloat16, torch.float16)
-        where = {"device": workload.device, "dtype": torch.float32 if self.autocast else self.dtype}
+        where: dict[str, Any] = {"device": workload.device, "dtype": torch.float32 if self.autocast else self.dtype}
         model = geometry.build() if workload.peer == "fast" else _named_peer(geometry)
         self.model, self.data = model.to(**where), geometry.input(workload.batch).to(**where)
         self.model.train(workload.pass_name == "step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from types import SimpleNamespace
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from perceiver_fast.layers.cross_attention import FusedCrossAttention, why_cross
 from perceiver_fast.layers.observer import observing
 from perceiver_fast.layers.pre_norm import is_cross_attention
 from perceiver_fast.models import MultimodalPerceiver
+from perceiver_fast.models.modality import ModalityInput
 from perceiver_fast.ops.library import compute_dtype, unless_autocast
 from perceiver_fast.tokens import Description, GridTokens, TokenGroups, Tokens
 
@@ -22,17 +24,56 @@ WEIGHTS = 2**24  # that exist at once where many latents are looked at
 PIECE = 16384  # tokens whose keys exist at once
 
 
+@overload
+def attention_map(
+    model: nn.Module,
+    data: Tensor | Description,
+    layer: int | str = 0,
+    latents: Iterable[int] | None = None,
+    mask: Tensor | None = None,
+    *,
+    heads: str | None = None,
+    **inputs: Any,
+) -> Tensor: ...
+
+
+@overload
+def attention_map(
+    model: MultimodalPerceiver,
+    data: Mapping[str, ModalityInput],
+    layer: int = 0,
+    latents: Iterable[int] | None = None,
+    mask: Mapping[str, Tensor | None] | None = None,
+    *,
+    heads: str | None = None,
+    **inputs: Any,
+) -> dict[str, Tensor]: ...
+
+
+@overload
+def attention_map(
+    model: nn.Module,
+    data: Any,
+    layer: int | str = 0,
+    latents: Iterable[int] | None = None,
+    mask: Any = None,
+    *,
+    heads: str | None = None,
+    **inputs: Any,
+) -> Tensor | dict[str, Tensor]: ...
+
+
 @torch.no_grad()
 def attention_map(
     model: nn.Module,
-    data,
+    data: Any,
     layer: int | str = 0,
     latents: Iterable[int] | None = None,
-    mask=None,
+    mask: Any = None,
     *,
     heads: str | None = None,
-    **inputs,
-) -> Tensor | dict[str | int, Tensor]:
+    **inputs: Any,
+) -> Tensor | dict[str, Tensor] | dict[int, Tensor]:
     """Attention of chosen latents of one layer over what it attends to.
 
     The model runs up to that layer on its ordinary path; weights are formed for the chosen latents alone, so memory is
@@ -50,8 +91,11 @@ def attention_map(
         ``[B, H, len(latents), n_1, .., n_A]`` where the layer attends to the tokens of the input, ``[.., M]`` where it
         attends to other ones (latents; with queries_contribute_kv to N latents and then the tokens); without H for
         ``heads="mean"``. At least float32; each map sums to one, and is what the layer takes means of values with (inverted
-        attention: after its normalisation over the tokens). Of several modalities a dict from their names to such maps,
-        which sum to one together (groups of tokens without names: from their indices).
+        attention: after its normalisation over the tokens).
+
+        A dict from names of modalities to such maps, which sum to one together, where the layer attends to several
+        modalities: a :class:`MultimodalPerceiver`'s cross-attentions do, its latents' self-attention does not, and what a
+        hook has called with the joined tokens does not. (Of groups of tokens without names: from their indices.)
 
     Raises:
         TypeError: the model has no attention layer of this package.
@@ -84,21 +128,22 @@ def attention_map(
     if not seen.grouped:
         return _unflatten(maps, data) if seen.groups else maps
     parts = maps.split([group.count for group in seen.groups], -1)
-    names = _modalities(model, data) or range(len(parts))
-    given = [data[name] if isinstance(data, Mapping) else None for name in names]
-    return {name: _unflatten(part, of) for name, part, of in zip(names, parts, given)}
+    names = _modalities(model, data)
+    if not names:
+        return dict(enumerate(parts))
+    return {name: _unflatten(part, data[name]) for name, part in zip(names, parts)}
 
 
 @torch.no_grad()
 def contrasting_latents(
     model: nn.Module,
-    data,
+    data: Any,
     layer: int | str = 0,
     count: int = 6,
-    mask=None,
+    mask: Any = None,
     *,
     candidates: int | None = None,
-    **inputs,
+    **inputs: Any,
 ) -> list[int]:
     """The latents whose attention varies most over what they attend to: those worth a look.
 
@@ -166,7 +211,7 @@ class _Look(LayerObserver):
             if isinstance(tokens, TokenGroups) and (inverted or layer.fn.queries_contribute_kv):  # as its forward does
                 raise ValueError("PreNorm: expected plain attention to groups of tokens")
             self.seen = Attended.of(layer, z, tokens, mask, inverted)
-        elif name == self.wanted:
+        elif name == self.wanted and self.seen is not None:
             self.seen.parts.append(z)
         if self.seen is not None and (name != self.wanted or (self.last is not None and self.seen.count > self.last)):
             raise _Stop
@@ -281,18 +326,19 @@ def _pieces(seen: Attended, z: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]
             yield of_piece, None if mask is None else mask[:, piece]
 
 
-def _keys(layer: nn.Module, tokens: Tokens, piece: slice, plain: bool) -> Tensor:
+def _keys(layer: Any, tokens: Tokens, piece: slice, plain: bool) -> Tensor:
     """Keys of a piece of tokens, ``[B, m, H d]``; where layers are more than their parameters they are called."""
     if not plain:
         return layer.fn.to_kv(layer.norm_context(tokens.tensor()[:, piece])).chunk(2, -1)[0]
     tokens = tokens.part(piece)
     weight = layer.fn.to_kv.weight
-    to_k = SimpleNamespace(weight=weight[: weight.shape[0] // 2])  # values are not needed
+    to_k: Any = SimpleNamespace(weight=weight[: weight.shape[0] // 2])  # values are not needed
     return tokens.keys_values(to_k, layer.norm_context)
 
 
-def _grid_logits(layer: nn.Module, z: Tensor, tokens: GridTokens, pieces: Sequence[slice]) -> Iterator[Tensor]:
+def _grid_logits(layer: Any, z: Tensor, tokens: GridTokens, pieces: Sequence[slice]) -> Iterator[Tensor]:
     """Logits over pieces of a grid, whose keys are not formed."""
+    constant: Any  # asked for, so it is there
     q, constant, *_ = FusedCrossAttention(layer).grid_tables(z, tokens)
     q_feat, *q_axes = q.split([tokens.elements, *tokens.sizes], -1)
     feat = tokens.shifted().flatten(1, -2).unsqueeze(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -28,7 +30,7 @@ from perceiver_fast.tokens import DenseTokens, Description, EmbeddedGrid, GridTo
 __all__ = ["Explanation", "LayerPath", "explain"]
 
 
-def explain(model: nn.Module, data, *args, **kwargs) -> Explanation:
+def explain(model: nn.Module, data: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Name the path each layer of ``model`` takes on an input, in its current mode and backend setting, and its work.
 
     The model's forward is run on tensors that have shapes and no content, so nothing is computed. Work is counted by
@@ -81,7 +83,8 @@ def _plan(row: Row, like: Tensor) -> Plan:
     """Which way a layer takes and what runs it."""
     if row.plan is not None:
         return row.plan
-    layer, op, backend = row.inner, type(row.inner).__name__, "torch"
+    layer: Any = row.inner
+    op, backend = type(layer).__name__, "torch"
     if isinstance(layer, Attention):
         x = _stream(row, like)
         op, backend = "self_attention", self_attention_backend(product_dtype(x), x.device)
@@ -91,19 +94,21 @@ def _plan(row: Row, like: Tensor) -> Plan:
     if why is not None:
         return Plan("", Choice(op, "torch", {"fused": [why]}))
     if op == "feed_forward" and wide_channels(layer):
-        backend = _linear(row, _stream(row, like)).backend.split(" ")[0]
+        backend = (_linear(row, _stream(row, like)).backend or "").split(" ")[0]
     return Plan("", Choice(op, backend))
 
 
 def _stream(row: Row, like: Tensor) -> Tensor:
     """Something with the shape, dtype and device of what a layer is called with, in no memory."""
-    return like.new_empty(1).expand(row.calls[0].shape)
+    shape: Any = row.calls[0].shape  # layers with a norm say it
+    return like.new_empty(1).expand(shape)
 
 
 def _linear(row: Row, x: Tensor) -> Choice:
     """What runs the first product of a feed-forward on ``x``."""
-    count, channels = x.shape[:-1].numel(), x.shape[-1]
-    return linear_library(count, channels, 2 * wide_channels(row.inner), product_dtype(x), x.device)
+    layer: Any = row.inner
+    count, channels, wide = x.shape[:-1].numel(), x.shape[-1], wide_channels(layer) or 0
+    return linear_library(count, channels, 2 * wide, product_dtype(x), x.device)
 
 
 def _latents(rows: list[Row], like: Tensor) -> tuple[Choice, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from perceiver_fast.backends import Choice
 from perceiver_fast.insight.roofs import Roofs
@@ -68,7 +68,10 @@ class LayerPath:
 class Layers:
     """Several layers, ``rows``, and what they count together."""
 
-    rows: tuple[LayerPath, ...]
+    if TYPE_CHECKING:  # a subclass has a field or a property of this name
+
+        @property
+        def rows(self) -> tuple[LayerPath, ...]: ...
 
     @property
     def counts(self) -> Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Attended:
         grouped: whether the groups came as :class:`TokenGroups`.
     """
 
-    layer: nn.Module
+    layer: Any
     parts: list[Tensor]
     groups: Sequence[Tokens]
     masks: Sequence[Tensor | None]
@@ -80,7 +81,8 @@ class Attended:
     @property
     def attention(self) -> Attention:
         """The layer without its norms."""
-        return self.layer.fn if isinstance(self.layer, PreNorm) else self.layer
+        found: Any = self.layer.fn if isinstance(self.layer, PreNorm) else self.layer
+        return found
 
     @property
     def count(self) -> int:

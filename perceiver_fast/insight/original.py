@@ -7,6 +7,7 @@ call the same operators on tensors of the same shapes. Their results mean nothin
 from __future__ import annotations
 
 from math import pi
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,9 @@ def wide_channels(layer: FeedForward) -> int | None:
 
 def feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
     """PreNorm(FeedForward) of ``x [B, N, D]``."""
-    value, gates = linear(norm(x), 2 * wide_channels(layer), bias=True).chunk(2, dim=-1)
-    dropout = layer.net[3].p if len(layer.net) > 3 and layer.net[3].training else 0.0
+    net: Any = layer.net
+    value, gates = linear(norm(x), 2 * net[2].in_features, bias=True).chunk(2, dim=-1)
+    dropout = net[3].p if len(net) > 3 and net[3].training else 0.0
     return F.dropout(linear(value * F.gelu(gates), x.shape[-1], bias=True), dropout)
 
 
@@ -100,6 +102,7 @@ def count_layer(row: Row, like: Tensor) -> Work:
         if row.attended:
             _cross_attention(row, like)
         elif has_norm and (isinstance(layer, Attention) or (isinstance(layer, FeedForward) and wide_channels(layer))):
+            shape: Any  # layers with a norm say it
             for shape, residual in row.calls:
                 x = like.new_empty(shape)
                 out = attention(layer, x) if isinstance(layer, Attention) else feed_forward(layer, x)
@@ -112,6 +115,7 @@ def count_layer(row: Row, like: Tensor) -> Work:
 
 def _cross_attention(row: Row, like: Tensor) -> None:
     """What a row's latents do with its group of tokens, or with all of them."""
+    layer: Any = row.inner
     for seen in row.attended:
         batch, _, channels = seen.parts[0].shape
         for group, (tokens, given) in enumerate(zip(seen.groups, seen.masks)):
@@ -119,7 +123,7 @@ def _cross_attention(row: Row, like: Tensor) -> None:
                 x = like.new_empty(batch, seen.count, channels).expand(tokens.batch, -1, -1)
                 context = like.new_empty(tokens.batch, tokens.count, tokens.channels)
                 mask = None if given is None else x.new_empty(context.shape[:2], dtype=torch.bool)
-                out = attention(row.inner, x, context, mask, seen.inverted, ends=row.last)
+                out = attention(layer, x, context, mask, seen.inverted, ends=row.last)
                 if row.calls[0].residual and row.last:
                     x + out  # for it to be counted
 
@@ -133,8 +137,7 @@ def count_tokens(described: list[tuple[Tokens, bool]], own: Work) -> Work:
     """
     with WorkCounter() as counter:
         for given, grouped in described:
-            embedded = isinstance(given, (EmbeddedGrid, EmbeddedPoints))
-            tokens = given.inner if embedded else given
+            tokens = given.inner if isinstance(given, (EmbeddedGrid, EmbeddedPoints)) else given
             if isinstance(tokens, PointTokens):
                 built = encode(tokens.feat, tokens.coords.to(tokens.feat.dtype), tokens.frequencies.shape[1])
             elif isinstance(tokens, GridTokens):
@@ -148,6 +151,6 @@ def count_tokens(described: list[tuple[Tokens, bool]], own: Work) -> Work:
                 built = encode(data, positions, width // len(codes) // 2)
             else:
                 return own
-            if embedded:
+            if isinstance(given, (EmbeddedGrid, EmbeddedPoints)):
                 linear(built, given.channels, given.bias is not None)
     return total(counter.operators)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, floor, log10
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -18,15 +18,51 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure, SubFigure
 
+    Given = TypeVar("Given", Figure, SubFigure)
+
 WHO = "plot_attention_map"
 SCALES = ("linear", "log")
 ALPHA = 0.65  # of a map over a picture
 AREA = 5.0  # square inches of a panel
 
 
+@overload
 def plot_attention_map(
     maps: Tensor | Mapping[str, Tensor],
-    data=None,
+    data: Tensor | Mapping[str, Any] | None = None,
+    coords: Tensor | None = None,
+    *,
+    latents: Sequence[int] | None = None,
+    scale: str = "linear",
+    shared: bool = True,
+    frames: int = 8,
+    columns: int = 4,
+    title: str = "",
+    caption: str = "",
+    figure: None = None,
+) -> Figure: ...
+
+
+@overload
+def plot_attention_map(
+    maps: Tensor | Mapping[str, Tensor],
+    data: Tensor | Mapping[str, Any] | None = None,
+    coords: Tensor | None = None,
+    *,
+    latents: Sequence[int] | None = None,
+    scale: str = "linear",
+    shared: bool = True,
+    frames: int = 8,
+    columns: int = 4,
+    title: str = "",
+    caption: str = "",
+    figure: Given,
+) -> Given: ...
+
+
+def plot_attention_map(
+    maps: Tensor | Mapping[str, Tensor],
+    data: Tensor | Mapping[str, Any] | None = None,
     coords: Tensor | None = None,
     *,
     latents: Sequence[int] | None = None,
@@ -91,10 +127,10 @@ def plot_attention_map(
     uniform = joined.shape[1]  # what a weight is divided by one of, to be relative to uniform attention
     norms = [_norm(joined * uniform, scale)] * len(latents) if shared else [_norm(v * uniform, scale) for v in joined]
     names = [f"latent {latent}" for latent in latents]
-    kinds = []
+    kinds: list[Kind] = []
     for values, given, where in parts.values():
-        kind = PointsKind if where is not None else (SoundKind, ImageKind, VideoKind)[values.dim() - 2]
-        kinds.append(kind(values * uniform, given, where, names, norms, frames, columns))
+        new: type[Kind] = PointsKind if where is not None else (SoundKind, ImageKind, VideoKind)[values.dim() - 2]
+        kinds.append(new(values * uniform, given, where, names, norms, frames, columns))
 
     width, heights = max(kind.size[0] for kind in kinds), [kind.size[1] for kind in kinds]
     lines = textwrap.wrap(caption, int(13 * width))  # about 13 characters an inch
@@ -102,7 +138,7 @@ def plot_attention_map(
         height = sum(heights) + 0.2 * len(lines) + 0.4 * bool(title)
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     alone = len(kinds) == 1
-    rooms = [figure] if alone else figure.subfigures(len(kinds), 1, height_ratios=heights)
+    rooms: Any = [figure] if alone else figure.subfigures(len(kinds), 1, height_ratios=heights)
     for room, kind, (name, (values, *_)) in zip(rooms, kinds, parts.items()):
         drawn = kind.draw(room)
         for mappable, axes in [(drawn[0][0], room.axes)] if shared else drawn:
@@ -207,6 +243,13 @@ class Kind:
     frames: int
     columns: int
 
+    @property
+    def size(self) -> tuple[float, float]:
+        raise NotImplementedError
+
+    def draw(self, figure: Any) -> list[tuple]:
+        raise NotImplementedError
+
     @cached_property
     def picture(self) -> np.ndarray | None:
         """What is seen of the data, ``[.., F]`` in [0, 1]: scaled to it as a whole, unless it is there."""
@@ -256,7 +299,7 @@ class ImageKind(Kind):
         width = (AREA / aspect) ** 0.5
         return columns * (width + 0.3), rows * (width * aspect + 0.3)
 
-    def draw(self, figure) -> list[tuple]:
+    def draw(self, figure: Any) -> list[tuple]:
         panels, picture = figure.subplots(*self.grid(self.panels), squeeze=False).flatten(), self.picture
         for panel in panels:
             panel.set_axis_off()
@@ -273,7 +316,7 @@ class VideoKind(Kind):
     def size(self) -> tuple[float, float]:
         return 1.3 * min(self.maps.shape[1], self.frames) + 1.2, 1.3 * aspect_of(self.maps) * self.panels + 0.3
 
-    def draw(self, figure) -> list[tuple]:
+    def draw(self, figure: Any) -> list[tuple]:
         count, picture = self.maps.shape[1], self.picture
         chosen = torch.linspace(0, count - 1, min(count, self.frames)).round().int().tolist()
         rows = figure.subplots(self.panels, len(chosen), squeeze=False)
@@ -293,7 +336,7 @@ class SoundKind(Kind):
     def size(self) -> tuple[float, float]:
         return 10.0, 1.3 * len(self.names) + 0.3
 
-    def draw(self, figure) -> list[tuple]:
+    def draw(self, figure: Any) -> list[tuple]:
         panels = figure.subplots(len(self.names), 1, sharex=True, squeeze=False)[:, 0]
         count, drawn = self.maps.shape[1], []
         wave = None if self.picture is None else scaled(self.picture)
@@ -320,11 +363,13 @@ class PointsKind(Kind):
         rows, columns = self.grid(len(self.names))
         return 2.8 * columns, 2.8 * rows
 
-    def draw(self, figure) -> list[tuple]:
-        where, solid, drawn = [as_array(axis) for axis in self.coords.T], self.coords.shape[1] == 3, []
+    def draw(self, figure: Any) -> list[tuple]:
+        coords: Any = self.coords  # points have them
+        where, solid, drawn = [as_array(axis) for axis in coords.T], coords.shape[1] == 3, []
         if len(where) == 1:  # points on a line are drawn at the height of their first channel, if they have one
-            has_channels = self.data is not None and self.data.shape[-1] > 0
-            where.append(as_array(self.data[:, 0] if has_channels else torch.zeros(len(self.coords))))
+            data = self.data
+            has_channels = data is not None and data.shape[-1] > 0
+            where.append(as_array(data[:, 0] if data is not None and has_channels else torch.zeros(len(coords))))
         for latent, (name, values) in enumerate(zip(self.names, self.maps)):
             panel = figure.add_subplot(*self.grid(len(self.names)), latent + 1, projection="3d" if solid else None)
             shading = {"depthshade": False} if solid else {}  # colours say attention alone
@@ -333,7 +378,7 @@ class PointsKind(Kind):
             panel.set(xticks=[], yticks=[])
             if solid:
                 panel.set(zticks=[], box_aspect=(1, 1, 1))
-            elif self.coords.shape[1] == 2:
+            elif coords.shape[1] == 2:
                 panel.set_aspect("equal")
             drawn.append((mapped, [panel]))
         return drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -168,10 +168,11 @@ class Recorder(LayerObserver):
         if self._first is not self._now or any(tokens is known for known, _ in self.described):
             return
         self.described.append((tokens, grouped))
+        norm: Any = layer.norm_context
         with self.counter.into(self.shared):
             if plan.path == "modules":
                 tokens.tensor()
             elif isinstance(tokens, GridTokens):
-                tokens.scale(layer.norm_context.eps)
+                tokens.scale(norm.eps)
             elif isinstance(tokens, DenseTokens) and not tokens.uses(plan.path):
-                tokens.normalized(layer.norm_context.eps)
+                tokens.normalized(norm.eps)

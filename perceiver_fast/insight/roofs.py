@@ -49,4 +49,5 @@ def measure_roofs(threads: int | None = None) -> Roofs | None:
 def _measure(threads: int) -> Roofs | None:
     if extension.module is None:
         return None
-    return Roofs(*extension.module.roofs(threads), threads)
+    multiply_adds, exponentials, copied_bytes = extension.module.roofs(threads)
+    return Roofs(multiply_adds, exponentials, copied_bytes, threads)

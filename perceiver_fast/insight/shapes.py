@@ -40,11 +40,11 @@ def on_shapes(
     """
     with torch.device("meta"):
         model, data = build().to(dtype), torch.empty(*size, dtype=dtype)
-    mode, device = FakeTensorMode(allow_non_fake_inputs=True), torch.device(device)
+    mode, where = FakeTensorMode(allow_non_fake_inputs=True), torch.device(device)
 
     @functools.cache  # a shared one stays one
     def without_content(tensor: Tensor) -> Tensor:
-        fake = FakeTensor(mode, tensor.detach(), device)
+        fake = FakeTensor(mode, tensor.detach(), where)
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
     for module in model.modules():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,7 +78,7 @@ class Attention(nn.Module):
     @property
     def active_dropout(self) -> float:
         """Probability of dropping an attention weight in the current mode; only for a dropout layer that is plain."""
-        dropout = self._modules.get("dropout") if self.drops else None
+        dropout: Any = self._modules.get("dropout") if self.drops else None
         return dropout.p if dropout is not None and dropout.training else 0.0
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -90,18 +92,19 @@ class Attention(nn.Module):
             name: ``"to_q"`` or ``"to_kv"``.
             x: ``[.., D]``.
         """
-        layer = self._modules[name]
+        layer: Any = self._modules[name]
         if not is_plain(layer, nn.Linear):
             return layer(x)
-        parameters = layer._parameters
+        parameters: dict[str, Any] = layer._parameters
         return linear(x.to(product_dtype(x)), parameters["weight"], parameters["bias"])
 
     def project_out(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``to_out`` of ``x [.., H d]`` without its bias, and the bias; if it is not plain, its result and None."""
-        layer = self._modules["to_out"]
+        layer: Any = self._modules["to_out"]
         if not is_plain(layer, nn.Linear):
             return layer(x), None
-        return linear(x, layer._parameters["weight"]), layer._parameters["bias"]
+        parameters: dict[str, Any] = layer._parameters
+        return linear(x, parameters["weight"]), parameters["bias"]
 
     def why_modules(self) -> str | None:
         """Why the layers inside have to be called, in words; None if :meth:`branch` may stand in for a call of this one."""
@@ -117,7 +120,7 @@ class Attention(nn.Module):
         """Why attention weights have to be computed by torch's operators and given to ``dropout``; None if they need not."""
         if type(self.scale) not in (float, int):
             return "its scale is no plain number"
-        dropout = self._modules.get("dropout") if self.drops else None
+        dropout: Any = self._modules.get("dropout") if self.drops else None
         if dropout is None:
             return None
         found = why_not("dropout", dropout, nn.Dropout)
@@ -161,7 +164,8 @@ class Attention(nn.Module):
         fused = not is_watched(x, context, mask)
         if context is None and mask is None and (looks := observer()) is not None:
             looks.attends(self, x, inverted=inverted_attention)
-        project = self.project if fused else (lambda name, x: self._modules[name](x))
+        modules: dict[str, Any] = self._modules
+        project = self.project if fused else (lambda name, x: modules[name](x))
         q = project("to_q", x)
         tokens = x if context is None else context
         if self.queries_contribute_kv and context is not None:
@@ -171,7 +175,7 @@ class Attention(nn.Module):
         k, v = project("to_kv", tokens).chunk(2, dim=-1)
         mask = None if mask is None else mask.flatten(1)
         if not fused or self.why_weights() is not None or not are_plain(q, k, v):
-            return self._modules["to_out"](self._attend(q, k, v, mask, inverted_attention))
+            return modules["to_out"](self._attend(q, k, v, mask, inverted_attention))
         out = self._fused(q, k, v, mask, inverted_attention, is_self=context is None)
         out, bias = self.project_out(out)
         return out if bias is None else out + bias.to(out.dtype)
@@ -218,7 +222,7 @@ class Attention(nn.Module):
             weight = F.normalize(weight, p=1, dim=-1, eps=1e-8)
         else:
             weight = weight.softmax(dim=-1)
-        dropout = self._modules.get("dropout") if self.drops else None
+        dropout: Any = self._modules.get("dropout") if self.drops else None
         weight = weight if dropout is None else dropout(weight)
         out = torch.einsum("bij,bjd->bid", weight, v)
         return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
@@ -99,6 +101,7 @@ class PerceiverBlock(nn.Module):
                 the message says expected, got and what to do.
         """
         watched = is_watched(x)
+        modules: dict[str, Any] = self._modules
         if not self.has_cross_attn:
             stream = ResidualStream(trainable(x))
         else:
@@ -107,15 +110,18 @@ class PerceiverBlock(nn.Module):
                     f"{type(self).__name__}: expected context [batch, n_1, channels] to attend to, got None; "
                     "give it, or build the block with has_cross_attn=False"
                 )
-            keywords = dict(context=context, mask=mask, inverted_attention=inverted_attention)
+            keywords: dict[str, Any] = dict(context=context, mask=mask, inverted_attention=inverted_attention)
             if isinstance(context, Description):
-                keywords = describe_keywords(type(self).__name__, self._modules["cross_attn"], x, keywords)
+                keywords = describe_keywords(type(self).__name__, modules["cross_attn"], x, keywords)
                 context = keywords["context"]
             batch = context.shape[0] if isinstance(context, Tensor) else context.batch
             stream = ResidualStream(trainable(x), batch)
-            add_cross_attention(stream, self._modules["cross_attn"], watched, type(self).__name__, **keywords)
-            add_layer(stream, self._modules["cross_ff"], watched)
-        for self_attn, self_ff in self.self_attns:
+            add_cross_attention(stream, modules["cross_attn"], watched, type(self).__name__, **keywords)
+            add_layer(stream, modules["cross_ff"], watched)
+        for self_attn, self_ff in modules["self_attns"]:
             add_layer(stream, self_attn, watched)
             add_layer(stream, self_ff, watched)
         return stream.value()
+
+    if TYPE_CHECKING:  # torch leaves open what a call takes and returns
+        __call__ = forward

@@ -6,6 +6,8 @@ layers/cross_attention_ways.py has the ways.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from perceiver_fast.layers import without_dropout
@@ -29,7 +31,9 @@ def why_cross_attention_modules(layer: nn.Module) -> str | None:
     The tokens' side (``norm_context``, ``to_kv`` and the dropout of weights) has to be plain, see layers/fusing.py. The
     latents' side (``norm``, ``to_q``, ``to_out``) need not be: what is not plain there is called.
     """
-    fn, norm_context = layer._modules["fn"], layer._modules.get("norm_context")
+    modules: dict[str, Any] = layer._modules
+    fn = modules["fn"]
+    norm_context: Any = modules.get("norm_context")
     found = why_not("fn", fn, Attention, without_dropout.Attention)
     if found is not None:
         return found
@@ -66,7 +70,8 @@ def describe_context(
     """
     if isinstance(context, (Tokens, TokenGroups)):
         return context, mask
-    norm, norm_context = layer.norm, layer.norm_context
+    norm: Any = layer.norm
+    norm_context: Any = layer.norm_context
     width, channels = (
         getattr(n, "normalized_shape", (t.shape[-1],))[-1] for n, t in ((norm, x), (norm_context, context))
     )

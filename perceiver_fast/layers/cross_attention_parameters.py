@@ -6,9 +6,12 @@ anew at every call: parameters may change between calls by any route.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.layers.attention import Attention
 from perceiver_fast.ops.library import unless_autocast
 from perceiver_fast.tokens import GridTokens
 
@@ -29,15 +32,18 @@ class CrossAttentionParameters:
     """
 
     def __init__(self, layer: nn.Module):
-        modules = layer._modules
-        self.layer, self.fn = layer, modules["fn"]
-        self.norm, self.norm_context = modules["norm"], modules.get("norm_context")
+        modules: dict[str, Any] = layer._modules
+        self.layer = layer
+        self.fn: Attention = modules["fn"]
+        self.norm: nn.Module = modules["norm"]
+        self.norm_context: nn.LayerNorm = modules["norm_context"]
         self._q: Tensor | None = None
 
     @property
     def dim_head(self) -> int:
         """Channels of a head, d."""
-        return self.fn._modules["to_kv"]._parameters["weight"].shape[0] // (2 * self.fn.heads)
+        to_kv: Any = self.fn._modules["to_kv"]
+        return to_kv._parameters["weight"].shape[0] // (2 * self.fn.heads)
 
     def to_q(self, z: Tensor) -> Tensor:
         """``to_q(z)``, ``[B, N, H d]``: computed once a call, for all groups of tokens."""

@@ -25,6 +25,9 @@ and returns ``[B, N, H, d]`` and the log-sum-exp of the logits ``[B, N, H]``, or
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,6 +53,7 @@ def attend_grid(
     """Attend to raw channels and one table entry an axis and index; no token, key or value is built."""
     feat, heads, features = tokens.shifted(), layer.fn.heads, tokens.elements
     half = half_dtype(z.device, tokens.dtype)
+    logit_bias: Any  # None where nobody needs it
     q, logit_bias, values, value_bias = layer.grid_tables(z, tokens, biased=inverted or with_lse)
     with unless_autocast(z.device):
         scale = tokens.scale(layer.norm_context.eps)
@@ -104,6 +108,7 @@ def attend_absorbed(
         keys, key_bias, values, value_bias = layer.by_head(basis.weight, basis.bias)
     # A channel of ones puts the keys' bias into the logits, and its result is what the weights sum to.
     has_ones = inverted or dropout > 0
+    logit_bias: Any  # None where nobody needs it
     q, logit_bias = layer.queries(z, keys, key_bias if has_ones or with_lse else None)
     with unless_autocast(z.device):
         context = basis.feat.to(dtype)
@@ -120,8 +125,9 @@ def attend_absorbed(
         if half is not None:
             q, context = q.to(half), context.to(half)
         values_view = context.view(context.shape)  # keys and values are one tensor, but two inputs
-        o = cross_attention_unchecked(q, context, values_view, mask, dropout, inverted, 1.0, with_lse, backend)
-        o, lse = o if with_lse else (o, None)
+        found: Any = cross_attention_unchecked(q, context, values_view, mask, dropout, inverted, 1.0, with_lse, backend)
+        lse: Any  # None where nobody needs it
+        o, lse = found if with_lse else (found, None)
         o = o.to(values.dtype)
         o = o.reshape(o.shape[0], heads, z.shape[1], o.shape[-1])
         weight_sums = None
@@ -158,10 +164,15 @@ def attend_projected(
             f"got {q.shape[-1]}; give both the same heads and channels"
         )
     q, k, v = (fn.split_heads(t) for t in (q, *kv.chunk(2, dim=-1)))
-    out = cross_attention_unchecked(q, k, v, mask, fn.active_dropout, inverted, fn.scale, with_lse, backend)
-    out, lse = out if with_lse else (out, None)
+    found: Any = cross_attention_unchecked(q, k, v, mask, fn.active_dropout, inverted, fn.scale, with_lse, backend)
+    lse: Any  # None where nobody needs it
+    out, lse = found if with_lse else (found, None)
     return out.transpose(1, 2), lse.transpose(1, 2) if with_lse else None
 
 
-WAYS = {"grid": attend_grid, "absorbed": attend_absorbed, "projected": attend_projected}
+WAYS: dict[str, Callable[..., Result]] = {
+    "grid": attend_grid,
+    "absorbed": attend_absorbed,
+    "projected": attend_projected,
+}
 """The function of every ``Plan.path``."""

@@ -10,6 +10,8 @@ linear after the attention moves to the values: ``to_out``, and a last projectio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,13 +43,14 @@ def why_decoder_modules(layer: nn.Module, queries: Description) -> str | None:
     found = watcher() or why_not("the decoder", layer, PreNorm)
     if found is not None:
         return found
-    fn, norm = layer._modules["fn"], layer._modules["norm"]
+    modules: dict[str, Any] = layer._modules
+    fn, norm = modules["fn"], modules["norm"]
     found = why_not("fn", fn, Attention, without_dropout.Attention) or why_not("norm", norm, nn.LayerNorm)
     if found is not None:
         return found
     if norm._parameters["bias"] is None:
         return "norm has no bias"
-    if layer._modules.get("norm_context") is None:
+    if modules.get("norm_context") is None:
         return "the decoder has no norm_context"
     if fn.queries_contribute_kv:
         return "the queries join the keys and values"
@@ -71,7 +74,8 @@ def plan_decoder(layer: nn.Module, last: nn.Linear | None, latents: Tensor, quer
     Raises:
         perceiver_fast.backends.BackendError: a forced backend cannot run either way.
     """
-    fn, dtype, device = layer._modules["fn"], compute_dtype(latents.dtype), latents.device
+    fn: Any = layer._modules["fn"]
+    dtype, device = compute_dtype(latents.dtype), latents.device
     batch, keys, heads = latents.shape[0], latents.shape[1], fn.heads
     dim = fn._modules["to_q"].weight.shape[0] // heads
     channels = fn._modules["to_out"].weight.shape[0]
@@ -133,8 +137,11 @@ class FusedDecoder:
     """
 
     def __init__(self, layer: nn.Module, last: nn.Linear | None, latents: Tensor, backend: str):
-        self.fn, self.norm, self.backend = layer._modules["fn"], layer._modules["norm"], backend
-        k, v = self.fn.project("to_kv", layer.norm_context(latents)).chunk(2, dim=-1)
+        modules: dict[str, Any] = layer._modules
+        self.fn: Attention = modules["fn"]
+        self.norm: nn.LayerNorm = modules["norm"]
+        self.backend = backend
+        k, v = self.fn.project("to_kv", modules["norm_context"](latents)).chunk(2, dim=-1)
         self._prepare(latents, self.fn.split_heads(k), self.fn.split_heads(v), last)
 
     def _prepare(self, latents: Tensor, k: Tensor, v: Tensor, last: nn.Linear | None) -> None:
@@ -157,7 +164,7 @@ class FusedDecoder:
 
     def _after(self, last: nn.Linear | None) -> tuple[Tensor, Tensor | None]:
         """The linear map after the attention weights: ``[O, H d]``, and its bias ``[O]`` or None."""
-        out = self.fn._modules["to_out"]
+        out: Any = self.fn._modules["to_out"]
         weight, bias = out.weight.to(self.compute), None if out.bias is None else out.bias.to(self.compute)
         if last is None:
             return weight, bias
@@ -169,7 +176,8 @@ class FusedDecoder:
 
     def _arguments(self, queries: Tokens) -> dict:
         """Arguments of the op."""
-        to_q, heads = self.fn._modules["to_q"], self.k.shape[1]
+        to_q: Any = self.fn._modules["to_q"]
+        heads = self.k.shape[1]
         basis = queries.basis(to_q, self.norm)
         bias = basis.bias if to_q.bias is None else basis.bias + to_q.bias
         tables = torch.einsum("bhnd,hdl->bhnl", self.k, basis.weight.to(self.compute).unflatten(0, (heads, -1)))

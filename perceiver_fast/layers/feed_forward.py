@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ class FeedForward(nn.Module):
 
     def why_modules(self) -> str | None:
         """Why the layers inside have to be called, in words; None if one op may stand in for them."""
-        net = self._modules["net"]
+        net: Any = self._modules["net"]
         found = why_not("net", net, nn.Sequential)
         if found is not None:
             return found
@@ -94,9 +96,10 @@ class FeedForward(nn.Module):
 
     def _fused(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See :meth:`branch`, which profilers show as a range of its own."""
-        wide, _, narrow, *dropout = self._modules["net"]._modules.values()
+        net: Any = self._modules["net"]
+        first, _, second, *dropout = net._modules.values()
         x = x.to(product_dtype(x))
-        wide, narrow = wide._parameters, narrow._parameters
+        wide, narrow = first._parameters, second._parameters
         out, bias = feed_forward(x, wide["weight"], wide["bias"], narrow["weight"]), narrow["bias"]
         if dropout and dropout[0].training and dropout[0].p > 0:
             return F.dropout(out + bias.to(out.dtype), dropout[0].p), None

@@ -23,7 +23,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ FUSABLE_TENSORS = frozenset((*PLAIN, FakeTensor, FunctionalTensor))
 DIMENSIONS = {nn.Linear: 2, nn.LayerNorm: 1}  # how many the weight of each class has
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
+Of = TypeVar("Of", bound=nn.Module)
 
 # The original forward of every class that fused ops stand in for. If a class has another one by now, it has to be called.
 _forwards: dict[type[nn.Module], Callable] = {
@@ -85,7 +86,7 @@ def _tracing_watcher() -> str | None:
 
 # Dynamo then evaluates the call once, while tracing. torch.compiler.assume_constant_result would set the same, but it
 # imports torch._dynamo, which takes seconds.
-_tracing_watcher._dynamo_marked_constant = True
+setattr(_tracing_watcher, "_dynamo_marked_constant", True)
 
 
 def _exchanged() -> str | None:
@@ -95,9 +96,18 @@ def _exchanged() -> str | None:
     for kind, forward in _forwards.items():
         if kind.forward is not forward:
             return f"{kind.__name__}.forward was exchanged"
-        if kind.__call__ is not _call:
+        if not _is_own(kind.__call__):
             return f"{kind.__name__}.__call__ was exchanged"
     return None
+
+
+def _is_own(call: Callable) -> bool:
+    """Whether a call is nn.Module's, or what torch.export puts in its place to note which module it is in."""
+    return (
+        call is _call
+        or torch.compiler.is_exporting()
+        and call.__globals__["__name__"].startswith(("torch.fx.", "torch.export."))
+    )
 
 
 def _global_hook() -> str | None:
@@ -152,7 +162,7 @@ def why_not(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> str
         state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
         or "forward" in state or "_compiled_call_impl" in state
     ):  # fmt: skip
-        found = is_called(module)
+        found = None if module is None else is_called(module)
         if found is not None:
             return f"{name} {found}"
     if type(module) in DIMENSIONS:
@@ -167,7 +177,7 @@ def why_not(name: str, module: nn.Module | None, *kinds: type[nn.Module]) -> str
     return None
 
 
-def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, *kinds: type[Of]) -> TypeGuard[Of]:
     """Whether ``module`` is of one of ``kinds`` and an op on its parameters may stand in for it: see :func:`why_not`."""
     return why_not("", module, *kinds) is None
 
@@ -196,7 +206,7 @@ def hides_keywords(module: nn.Module, forward: Callable) -> bool:
         forward: the forward of a class that takes descriptions.
     """
     kind = type(module)
-    if kind.forward is not forward or kind.__call__ is not _call:
+    if kind.forward is not forward or not _is_own(kind.__call__):
         return False
     state = module.__dict__
     if "forward" in state or state.get("_compiled_call_impl") is not None:

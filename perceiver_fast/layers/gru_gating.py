@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from perceiver_fast.layers.fusing import fusable
@@ -28,7 +30,7 @@ class GRUGating(nn.Module):
         self.gru = nn.GRUCell(dim, dim)
 
     @layer_range
-    def forward(self, x: Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Latents ``[B, N, D]`` (``[1, N, D]`` if the whole batch shares them) to ``[B, N, D]``.
 
         Args:

@@ -46,7 +46,7 @@ class LinearAttention(nn.Module):
         if not is_watched(x) and is_plain(self.to_qkv, nn.Linear) and self.to_qkv.bias is None:
             weights, whole = self.to_qkv.weight.chunk(3), None  # q, k and v one after the other take less memory
         else:
-            weights, whole = None, self.to_qkv(x).chunk(3, dim=-1)
+            weights, whole = (), self.to_qkv(x).chunk(3, dim=-1)
 
         def part(index: int) -> Tensor:
             """q, k or v, ``[B, H, M, d]``."""

@@ -14,6 +14,7 @@ about 2.5 times as much on every way, so the order is the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 
@@ -51,7 +52,7 @@ class Plan:
     @property
     def choice(self) -> Choice:
         """The op and backend, and why other ways and backends were passed over: put into words when somebody asks."""
-        rejected = {}
+        rejected: dict[str, list[str]] = {}
         if self.grid is not None and self.path != "grid":
             rejected |= {f"grid_attention[{name}]": why for name, why in self.grid.rejected.items()}
         for path, work in self.work.items():
@@ -95,7 +96,7 @@ def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
 
 
 def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
-    sizes = tuple(map(known, tokens.sizes))
+    sizes = tuple(known(size, len(tokens.sizes)) for size in tokens.sizes)
     # Inverted, there is one more channel, with the keys' bias; and there is one in any case.
     features = max(1, tokens.elements + layer.inverted)
     length = features + sum(sizes)
@@ -107,7 +108,7 @@ def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: i
 
 def _absorbed_work(tokens: Tokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
     # A channel of ones, where weights are counted.
-    channels = tokens.absorbed_channels + (layer.inverted or layer.dropout > 0)
+    channels = (tokens.absorbed_channels or 0) + (layer.inverted or layer.dropout > 0)
     wide, many = (batch, rows, channels), (batch, count, channels)
     products = batch * rows * layer.dims * channels + int(batch * tokens.absorbed_operations())
     return attention_work(wide, many, many, layer.inverted) + Work(products, bytes=FLOAT * 3 * prod(many))
@@ -124,7 +125,7 @@ def _projected_work(tokens: Tokens, layer: Layer, batch: int, rows: int, count: 
     )
 
 
-_WAYS = {"grid": _grid_work, "absorbed": _absorbed_work, "projected": _projected_work}
+_WAYS: dict[str, Callable[..., Work]] = {"grid": _grid_work, "absorbed": _absorbed_work, "projected": _projected_work}
 
 
 def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
@@ -159,7 +160,7 @@ def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:
         dtype = projected_dtype(tokens.feat)
     else:  # heads are queries; a channel of ones rides along where weights have to be counted
         dtype = half_dtype(tokens.device, tokens.feat.dtype) or tokens.compute
-        channels = values = tokens.absorbed_channels + (layer.inverted or layer.dropout > 0)
+        channels = values = (tokens.absorbed_channels or 0) + (layer.inverted or layer.dropout > 0)
         if not layer.inverted:
             heads, queries = 1, heads * queries
     return CROSS_ATTENTION.choose(

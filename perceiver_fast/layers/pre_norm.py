@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.norm_context = None if context_dim is None else nn.LayerNorm(context_dim)
 
-    def forward(self, x: Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Normalise, and call ``fn``.
 
         Args:
@@ -71,7 +73,7 @@ class PreNorm(nn.Module):
         looks = observer()
         if looks is not None:
             looks.begins(self, x.shape, residual=False)
-        fn = self._modules["fn"]
+        fn: Any = self._modules["fn"]
         fused = not watched and why_not("fn", fn, *BRANCHES) is None and fn.why_modules() is None
         z = normalize(self.norm, x) if fused else self.norm(x)
         if self.norm_context is not None:
@@ -85,7 +87,7 @@ class PreNorm(nn.Module):
 
 
 def _cross_branch(
-    layer: PreNorm,
+    layer: nn.Module,
     stream: ResidualStream,
     context: Tensor | Tokens | TokenGroups | None = None,
     mask: Tensor | None = None,
@@ -109,7 +111,7 @@ def _cross_branch(
     if context is None or layer._modules.get("norm_context") is None:
         return None
     if isinstance(context, Tensor):
-        sources = (context,)
+        sources: tuple[Tensor, ...] = (context,)
     else:
         if isinstance(context, Tokens) and not torch.compiler.is_compiling() and context.was_changed():
             context = DenseTokens(context.tensor())
@@ -149,7 +151,7 @@ def keywords_for(module: nn.Module, kind: type[nn.Module], keywords: dict) -> di
     return keywords if watcher() is None and hides_keywords(module, kind.forward) else as_tensors(keywords)
 
 
-def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **keywords) -> None:
+def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool, who: str, **keywords: Any) -> None:
     """Add ``layer(x, context=context, ..)`` to a stream x: by a fused op if ``layer`` is plain, else it is called.
 
     Args:
@@ -168,7 +170,7 @@ def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool,
     stream.add_output(layer(stream.value(), **keywords_for(layer, PreNorm, keywords)))
 
 
-def add_layer(stream: ResidualStream, layer: nn.Module, watched: bool, **keywords) -> None:
+def add_layer(stream: ResidualStream, layer: nn.Module, watched: bool, **keywords: Any) -> None:
     """Add ``layer(x, ..)`` to a stream x: by a fused op if ``layer`` is a plain :class:`PreNorm`, else it is called.
 
     Args:
@@ -177,12 +179,13 @@ def add_layer(stream: ResidualStream, layer: nn.Module, watched: bool, **keyword
         watched: whether modules have to be called in any case: see :func:`perceiver_fast.layers.fusing.is_watched`.
         **keywords: of the layer.
     """
-    if watched or why_not("layer", layer, PreNorm) is not None or layer._modules.get("norm_context") is not None:
+    modules: dict[str, Any] = layer._modules
+    if watched or why_not("layer", layer, PreNorm) is not None or modules.get("norm_context") is not None:
         stream.add_output(layer(stream.value(), **keywords))
         return
     if (looks := observer()) is not None:
         looks.begins(layer, stream.shape, residual=True)
-    fn, norm = layer._modules["fn"], layer._modules["norm"]
+    fn, norm = modules["fn"], modules["norm"]
     if not keywords and why_not("fn", fn, *BRANCHES) is None and fn.why_modules() is None:
         stream.add(*fn.branch(stream.normalized(norm)))
     else:
@@ -208,7 +211,7 @@ class Residual(nn.Module):
         super().__init__()
         self.fn = fn
 
-    def forward(self, x: Tensor, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """``[B, N, D]`` to ``[B, N, D]``; ``kwargs`` are what ``fn`` takes beside x."""
         stream = ResidualStream(x)
         add_layer(stream, self.fn, is_watched(x), **kwargs)

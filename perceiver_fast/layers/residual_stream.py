@@ -6,6 +6,8 @@ such as a block's forward, and is never passed to a module.
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +18,15 @@ from perceiver_fast.ops.layer_norm import add_layer_norm_unchecked
 from perceiver_fast.ops.linear import product_dtype
 
 
-def fits(norm: nn.Module, x: Tensor) -> bool:
+def fits(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     """Whether an op may stand in for a call ``norm(x)``.
 
     Not if dtypes differ, as under autocast, where tokens in half precision meet parameters in float32.
     """
     if not is_plain(norm, nn.LayerNorm):
         return False
-    parameters = norm._parameters  # read directly: nn.Module's attribute access would take as long as all of this
+    # Read directly: nn.Module's attribute access would take as long as all of this.
+    parameters: dict[str, Any] = norm._parameters
     weight = parameters["weight"]
     return parameters["bias"] is not None and weight.dtype == x.dtype and weight.shape == x.shape[-1:]
 
@@ -32,7 +35,7 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)``, ``[.., D]``, in the dtype of the product that follows; by an op if it may stand in for the norm."""
     if not fits(norm, x):
         return norm(x)
-    parameters = norm._parameters
+    parameters: dict[str, Any] = norm._parameters
     return add_layer_norm_unchecked(
         x, None, None, parameters["weight"], parameters["bias"], norm.eps, product_dtype(x)
     )[1]
@@ -96,8 +99,10 @@ class ResidualStream:
             return norm(self.value())
         dtype = product_dtype(self._x)
         branch = None if self._branch is None else self._branch.to(dtype)
-        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-        x, z = add_layer_norm_unchecked(self._x, branch, self._bias, weight, bias, norm.eps, dtype)
+        parameters: dict[str, Any] = norm._parameters
+        x, z = add_layer_norm_unchecked(
+            self._x, branch, self._bias, parameters["weight"], parameters["bias"], norm.eps, dtype
+        )
         if branch is not None:
             self._x, self._branch, self._bias = x, None, None
         return z

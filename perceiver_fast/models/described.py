@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ def decode_described(
             shape = torch.Size((batch, queries.count, queries.channels))
             looks.begins(attention, shape, residual=False)
             looks.decodes(attention, shape, latents, plan)
-        decoder = FusedDecoder(attention, last, latents, plan.taken.backend)
+        backend: Any = plan.taken.backend  # a plan has one
+        decoder = FusedDecoder(attention, last, latents, backend)
         done = last is not None or type(to_logits) is nn.Identity
 
         def decode(part: Description) -> Tensor:
@@ -98,20 +99,21 @@ def decode_described(
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     if (whole or rows is None) and out is None:
         return decode(queries)
+    result: Any = out  # until the first part is there it may be None
     start, parts = 0, list(queries.parts(queries.count if rows is None else rows))
     for part in _shown(parts) if progress else parts:
         stop = start + part.count
         if decoder is not None and done:
-            if out is None:
-                out = latents.new_empty(batch, queries.count, decoder.channels, dtype=decoder.dtype)
-            decoder.decode_into(_of_channels(out, decoder.channels)[:, start:stop], part.describe(latents))
+            if result is None:
+                result = latents.new_empty(batch, queries.count, decoder.channels, dtype=decoder.dtype)
+            decoder.decode_into(_of_channels(result, decoder.channels)[:, start:stop], part.describe(latents))
         else:
             found = decode(part)
-            if out is None:
-                out = found.new_empty(batch, queries.count, found.shape[-1])
-            _of_channels(out, found.shape[-1])[:, start:stop] = found
+            if result is None:
+                result = found.new_empty(batch, queries.count, found.shape[-1])
+            _of_channels(result, found.shape[-1])[:, start:stop] = found
         start = stop
-    return out
+    return result
 
 
 def _of_channels(out: Tensor, channels: int) -> Tensor:
@@ -122,7 +124,7 @@ def _of_channels(out: Tensor, channels: int) -> Tensor:
     return out
 
 
-def _shown(parts: list[Description]) -> Iterator[Description]:
+def _shown(parts: list[Description]) -> Iterable[Description]:
     """The parts, one after the other, with a bar that says how many are done."""
     from rich.console import Console
     from rich.progress import track

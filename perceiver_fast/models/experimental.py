@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, LinearAttention, PreNorm
@@ -95,8 +97,8 @@ class Perceiver(PooledPerceiver):
             cross_attn, cross_ff = cross_attention(latent_dim, width), feed_forward(latent_dim)
             rev_cross_attn, rev_cross_ff = cross_attention(width, latent_dim), feed_forward(width)
             input_attn = PreNorm(width, LinearAttention(width, dropout=attn_dropout))
-            latent_attn = Attention(latent_dim, heads=latent_heads, dim_head=latent_dim_head, dropout=attn_dropout)
-            latent_attn, latent_ff = PreNorm(latent_dim, latent_attn), feed_forward(latent_dim)
+            attention = Attention(latent_dim, heads=latent_heads, dim_head=latent_dim_head, dropout=attn_dropout)
+            latent_attn, latent_ff = PreNorm(latent_dim, attention), feed_forward(latent_dim)
             return nn.ModuleList(
                 [cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff]
             )
@@ -111,14 +113,17 @@ class Perceiver(PooledPerceiver):
             data, coords: see :meth:`GridPerceiver.describe`.
         """
         tokens = super().describe(data, coords)
-        fused = not is_watched(*tokens.sources()) and is_plain(self.data_proj, nn.Linear)
-        if isinstance(tokens, DenseTokens) or not fused or self.data_proj.bias is None:
-            return DenseTokens(self.data_proj(tokens.tensor()))
-        project = project_grid if isinstance(tokens, GridTokens) else project_points
-        return DenseTokens(project(tokens, self.data_proj))
+        linear = self.data_proj
+        if not is_watched(*tokens.sources()) and is_plain(linear, nn.Linear) and linear.bias is not None:
+            if isinstance(tokens, GridTokens):
+                return DenseTokens(project_grid(tokens, linear))
+            if isinstance(tokens, PointTokens):
+                return DenseTokens(project_points(tokens, linear))
+        return DenseTokens(linear(tokens.tensor()))
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
-        cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff = self.layers[index]
+        layer: Any = self.layers[index]
+        cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff = layer
         stream, watched, who = ResidualStream(x), is_watched(x), type(self).__name__
         add_cross_attention(stream, cross_attn, watched, who, context=tokens, mask=mask)
         add_layer(stream, cross_ff, watched)

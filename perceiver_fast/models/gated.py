@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, GRUGating, PreNorm, Residual
@@ -55,17 +57,18 @@ class Perceiver(PooledPerceiver):
         super().__init__(num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim)
 
         def layer() -> nn.ModuleList:
-            cross_attn = Attention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
-            cross_attn = GRUGating(latent_dim, PreNorm(latent_dim, cross_attn, context_dim=self.input_dim))
+            attention = Attention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
+            cross_attn = GRUGating(latent_dim, PreNorm(latent_dim, attention, context_dim=self.input_dim))
             cross_ff = Residual(PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)))
-            latent_attn = Attention(latent_dim, heads=latent_heads, dim_head=latent_dim_head, dropout=attn_dropout)
-            latent_attn = GRUGating(latent_dim, PreNorm(latent_dim, latent_attn))
+            attention = Attention(latent_dim, heads=latent_heads, dim_head=latent_dim_head, dropout=attn_dropout)
+            latent_attn = GRUGating(latent_dim, PreNorm(latent_dim, attention))
             latent_ff = Residual(PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout)))
             return nn.ModuleList([cross_attn, cross_ff, latent_attn, latent_ff])
 
         self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
-        cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]
+        layer: Any = self.layers[index]
+        cross_attn, cross_ff, latent_attn, latent_ff = layer
         x = cross_attn(x, **keywords_for(cross_attn, GRUGating, dict(context=tokens, mask=mask)))
         return latent_ff(latent_attn(cross_ff(x))), tokens

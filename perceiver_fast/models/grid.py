@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class GridPerceiver(nn.Module):
         super().__setstate__(state)
         if "input_dim" not in self.__dict__:  # pickled by perceiver-pytorch
             self.__dict__.setdefault("fourier_encode_data", True)
-            self.input_dim = context_channels(self)
+            channels: Any = context_channels(self)  # its norms say
+            self.input_dim = channels
             self.input_channels = self.input_dim - self._code_channels()
 
     def _code_channels(self) -> int:
@@ -154,3 +156,6 @@ class PooledPerceiver(GridPerceiver):
         for index in range(len(self.layers)):
             x, tokens = run_checkpointed(self.run_layer, self.checkpoint, index, x, tokens, mask)
         return self.to_logits(x.mean(dim=-2))
+
+    if TYPE_CHECKING:  # torch leaves open what a call takes and returns
+        __call__ = forward

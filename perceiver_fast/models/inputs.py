@@ -30,7 +30,7 @@ def context_channels(model: nn.Module) -> int | None:
     return None
 
 
-def norm_channels(norm: nn.Module) -> int | None:
+def norm_channels(norm: nn.Module | None) -> int | None:
     """Channels that a norm takes, the last number of ``normalized_shape``; None if it has no such attribute."""
     shape = getattr(norm, "normalized_shape", None)
     return shape[-1] if shape else None

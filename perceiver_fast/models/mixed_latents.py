@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from perceiver_fast.layers import Attention, FeedForward, PreNorm, mixer
@@ -55,13 +57,13 @@ class Perceiver(PooledPerceiver):
         ff_dropout: float = 0.0,
         weight_tie_layers: bool = False,
         checkpoint: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim)
 
         def layer() -> nn.ModuleList:
-            cross_attn = Attention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
-            cross_attn = PreNorm(latent_dim, cross_attn, context_dim=self.input_dim)
+            attention = Attention(latent_dim, self.input_dim, cross_heads, cross_dim_head, attn_dropout)
+            cross_attn = PreNorm(latent_dim, attention, context_dim=self.input_dim)
             cross_ff = PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout))
             latent_attn = PreNorm(latent_dim, mixer(num_latents, dropout=ff_dropout))
             latent_ff = PreNorm(latent_dim, FeedForward(latent_dim, dropout=ff_dropout))
@@ -70,7 +72,8 @@ class Perceiver(PooledPerceiver):
         self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
     def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
-        cross_attn, cross_ff, latent_attn, latent_ff = self.layers[index]
+        layer: Any = self.layers[index]
+        cross_attn, cross_ff, latent_attn, latent_ff = layer
         stream, watched = ResidualStream(x), is_watched(x)
         add_cross_attention(stream, cross_attn, watched, type(self).__name__, context=tokens, mask=mask)
         add_layer(stream, cross_ff, watched)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ class Modality:
     num_freq_bands: int
     max_freq: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         name = self.name
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ParameterDict(), name):
             raise ValueError(
@@ -103,25 +104,26 @@ def check_modality_inputs(
     """
     known = {modality.name: modality for modality in modalities}
     mask = {} if mask is None else mask
-    for what, given, among in (("data", data, known), ("mask", mask, data)):
-        if not isinstance(given, Mapping):
+    for what, named, among in (("data", data, known), ("mask", mask, data)):
+        if not isinstance(named, Mapping):
             raise TypeError(
-                f"{who}: expected {what} to be a dict from modality to tensor, got {type(given).__name__}; "
+                f"{who}: expected {what} to be a dict from modality to tensor, got {type(named).__name__}; "
                 f"give {{{next(iter(known))!r}: {what}}}"
             )
-        if unknown := [name for name in given if name not in among]:
+        if unknown := [name for name in named if name not in among]:
             raise ValueError(
                 f"{who}: expected {what} of {', '.join(map(repr, among))} alone, got {', '.join(map(repr, unknown))}; "
                 "leave it out, or name one of these"
             )
     if not data:
         raise ValueError(f"{who}: expected data of at least one of {', '.join(map(repr, known))}, got none")
-    masks, first = {}, None
+    masks: dict[str, Tensor | None] = {}
+    first: tuple[str, int] | None = None
     for name, modality in known.items():
         if name not in data:
             continue
         what, given = f"data[{name!r}]", data[name]
-        channels = dict(channels=modality.input_channels, channels_argument="input_channels")
+        channels: dict[str, Any] = dict(channels=modality.input_channels, channels_argument="input_channels")
         if isinstance(given, Tensor):
             check_data(who, what, given, like, axes=modality.input_axis, axes_argument="input_axis", **channels)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import repeat
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -176,3 +177,6 @@ class MultimodalPerceiver(nn.Module):
         arguments = (keywords_for(block, PerceiverBlock, dict(context=tokens)) for block in self.layers)
         x = run_blocks(x, self.layers, repeat(None), None, arguments, self.checkpoint)
         return x if return_embeddings else self.to_logits(x)
+
+    if TYPE_CHECKING:  # torch leaves open what a call takes and returns
+        __call__ = forward

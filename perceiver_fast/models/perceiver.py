@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor, nn
 
@@ -126,6 +127,42 @@ class Perceiver(GridPerceiver):
         upgrade_state_dict(self, state_dict, prefix)  # before the submodules look up their keys
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    @overload
+    def forward(
+        self,
+        data: Tensor,
+        mask: Tensor | None = None,
+        return_embeddings: bool = False,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        return_hiddens: Literal[False] = False,
+        *,
+        coords: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        data: Tensor,
+        mask: Tensor | None = None,
+        return_embeddings: bool = False,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        *,
+        return_hiddens: Literal[True],
+        coords: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    @overload
+    def forward(
+        self,
+        data: Tensor,
+        mask: Tensor | None = None,
+        return_embeddings: bool = False,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        return_hiddens: bool = False,
+        *,
+        coords: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]: ...
+
     def forward(
         self,
         data: Tensor,
@@ -169,3 +206,6 @@ class Perceiver(GridPerceiver):
         x = run_blocks(x, self.layers, self.attn_residuals, hiddens, arguments, self.checkpoint)
         out = x if return_embeddings else self.to_logits(x)
         return (out, hiddens) if return_hiddens else out
+
+    if TYPE_CHECKING:  # torch leaves open what a call takes and returns
+        __call__ = forward

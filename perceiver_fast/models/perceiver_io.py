@@ -1,10 +1,10 @@
-"""PerceiverIO of perceiver-pytorch, and its language model: any array in, one output a query."""
+"""PerceiverIO of perceiver-pytorch: any array in, one output a query."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from perceiver_fast.layers.sequence_dropout import drop_tokens
 from perceiver_fast.layers.without_dropout import Attention, FeedForward
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
 from perceiver_fast.models.described import check_out, decode_described
-from perceiver_fast.models.inputs import check_ids, check_queries, check_width, context_channels, like, norm_channels
+from perceiver_fast.models.inputs import check_queries, check_width, context_channels, like, norm_channels
 from perceiver_fast.models.stack import build_blocks, first_hiddens, rows_for, run_blocks, run_checkpointed
 from perceiver_fast.tokens import DenseTokens, Description, Tokens
 from perceiver_fast.tracing import own, trainable
@@ -92,7 +92,7 @@ class PerceiverIO(nn.Module):
         self.has_attn_residual = attn_residual
         self.inverted_cross_attn = inverted_cross_attn
         self.checkpoint = checkpoint
-        heads = dict(
+        heads: dict[str, Any] = dict(
             cross_heads=cross_heads,
             latent_heads=latent_heads,
             cross_dim_head=cross_dim_head,
@@ -116,7 +116,8 @@ class PerceiverIO(nn.Module):
         super().__setstate__(state)
         if "input_dim" not in self.__dict__:  # pickled by perceiver-pytorch
             self.input_axis = 1
-            self.input_channels = self.input_dim = context_channels(self)
+            channels: Any = context_channels(self)  # its norms say
+            self.input_channels = self.input_dim = channels
             self.queries_dim = self.decoder_cross_attn.norm.normalized_shape[0]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
@@ -167,6 +168,28 @@ class PerceiverIO(nn.Module):
             return described_tokens(data, like(self))
         return DenseTokens(trainable(data))
 
+    @overload
+    def forward(
+        self,
+        data: Tensor | Description,
+        mask: Tensor | None = None,
+        queries: Tensor | Description | None = None,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        return_hiddens: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        data: Tensor | Description,
+        mask: Tensor | None = None,
+        queries: Tensor | Description | None = None,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        *,
+        return_hiddens: Literal[True],
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    @overload
     def forward(
         self,
         data: Tensor | Description,
@@ -174,7 +197,16 @@ class PerceiverIO(nn.Module):
         queries: Tensor | Description | None = None,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
         return_hiddens: bool = False,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    ) -> Tensor | tuple[Tensor, list[Tensor]]: ...
+
+    def forward(
+        self,
+        data: Tensor | Description,
+        mask: Tensor | None = None,
+        queries: Tensor | Description | None = None,
+        block_outputs: Sequence[Tensor] | Tensor | None = None,
+        return_hiddens: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor] | None]:
         """Decode, or embed.
 
         Args:
@@ -223,6 +255,9 @@ class PerceiverIO(nn.Module):
         else:
             out = self._decode(trainable(queries).expand(batch, -1, -1), DenseTokens(x))
         return (out, hiddens) if return_hiddens else out
+
+    if TYPE_CHECKING:  # torch leaves open what a call takes and returns
+        __call__ = forward
 
     @torch.no_grad()
     def decode_into(
@@ -289,7 +324,7 @@ class PerceiverIO(nn.Module):
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
         if whole or not self._decodes_in_parts(queries):
             return self._decode_part(queries, latents)
-        out = None
+        out: Any = None
         for start in range(0, queries.shape[1], DECODER_ROWS):
             part = self._decode_part(queries[:, start : start + DECODER_ROWS], latents)
             if out is None:
@@ -303,10 +338,12 @@ class PerceiverIO(nn.Module):
 
     def _has_plain_decoder(self) -> bool:
         """Whether every layer of the decoder is plain: then no query's output hangs on another's."""
-        layers = [self.decoder_cross_attn] if self.decoder_ff is None else [self.decoder_cross_attn, self.decoder_ff]
+        layers: list[Any] = (
+            [self.decoder_cross_attn] if self.decoder_ff is None else [self.decoder_cross_attn, self.decoder_ff]
+        )
         if any(why_modules(layer) is not None or not is_plain(layer.norm, nn.LayerNorm) for layer in layers):
             return False
-        fn = self.decoder_cross_attn.fn
+        fn: Any = self.decoder_cross_attn.fn
         if not (is_plain(fn.to_q, nn.Linear) and is_plain(fn.to_out, nn.Linear)):
             return False
         return is_plain(self.to_logits, nn.Linear, nn.Identity)
@@ -324,66 +361,3 @@ class PerceiverIO(nn.Module):
             add_layer(stream, self.decoder_ff, is_watched(x))
             x = stream.value()
         return self.to_logits(x)
-
-
-class PerceiverLM(nn.Module):
-    """A language model: embedded tokens are both the input and the queries of a :class:`PerceiverIO`.
-
-    Args:
-        dim: channels of the embeddings.
-        num_tokens: size of the vocabulary.
-        max_seq_len: longest sequence.
-        **kwargs: the other arguments of :class:`PerceiverIO`; depth is required.
-
-    Source:
-        perceiver-pytorch 0.11.0.
-
-    Example:
-        >>> import torch
-        >>> from perceiver_fast import PerceiverLM
-        >>> model = PerceiverLM(dim=12, num_tokens=50, max_seq_len=64, depth=1, num_latents=8, latent_dim=16)
-        >>> model(torch.randint(0, 50, (2, 30))).shape
-        torch.Size([2, 30, 50])
-    """
-
-    def __init__(self, *, dim: int, num_tokens: int, max_seq_len: int, **kwargs):
-        super().__init__()
-        self.token_emb = nn.Embedding(num_tokens, dim)
-        self.pos_emb = nn.Embedding(max_seq_len, dim)
-        self.perceiver_io = PerceiverIO(dim=dim, queries_dim=dim, logits_dim=num_tokens, **kwargs)
-
-    def check_inputs(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Check token ids and ``mask``; return the mask.
-
-        Raises:
-            TypeError, ValueError, IndexError: the message says expected, got and what to do.
-        """
-        who = type(self).__name__
-        check_ids(who, x, self.token_emb.num_embeddings, self.pos_emb.num_embeddings, self.token_emb.weight)
-        return check_mask(who, mask, "x", x, x.shape[1:])
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Token ids ``[B, n]`` to ``[B, n, dim]``, positions added."""
-        return self.token_emb(x) + self.pos_emb(torch.arange(x.shape[1], device=x.device))
-
-    def describe(self, x: Tensor) -> Tokens:
-        """The tokens that the latents attend to, of token ids ``[B, n]``."""
-        return self.perceiver_io.describe(self.embed(x))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits of every position.
-
-        Args:
-            x: token ids ``[B, n]``, int64 or int32, n at most max_seq_len.
-            mask: bool ``[B, n]``, True where a token may be attended to. Default: all True.
-
-        Returns:
-            ``[B, n, num_tokens]``.
-
-        Raises:
-            TypeError, ValueError, IndexError: wrong dtype, rank, length, id, mask or device; the message says expected,
-                got and what to do.
-        """
-        mask = self.check_inputs(x, mask)
-        x = self.embed(trainable(x))
-        return self.perceiver_io(x, mask=mask, queries=x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def build_layers(build: Callable[[], T], depth: int, shared: int | None) -> list
 
 
 def build_blocks(
-    depth: int, shared: int | None, attn_residual_rank: int | None = None, *, dim: int, **arguments
+    depth: int, shared: int | None, attn_residual_rank: int | None = None, *, dim: int, **arguments: Any
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
     """Blocks, and an attention residual for each.
 
@@ -52,7 +52,8 @@ def build_blocks(
         return block, None if attn_residual_rank is None else EnformerAttentionResidual(dim, rank=attn_residual_rank)
 
     layers = build_layers(layer, depth, shared)
-    return nn.ModuleList(block for block, _ in layers), nn.ModuleList(residual for _, residual in layers)
+    residuals: list[Any] = [residual for _, residual in layers]  # torch takes None for a module, but does not say so
+    return nn.ModuleList(block for block, _ in layers), nn.ModuleList(residuals)
 
 
 def first_hiddens(x: Tensor, block_outputs: Sequence[Tensor] | Tensor | None, needed: bool) -> list[Tensor] | None:
@@ -80,7 +81,7 @@ def _forcing(backend: str) -> Iterator[None]:
         yield
 
 
-def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args, **keywords) -> T:
+def run_checkpointed(layer: Callable[..., T], checkpoint: bool, *args: Any, **keywords: Any) -> T:
     """``layer(*args, **keywords)``; with ``checkpoint`` the backward computes its activations again, rather than save them.
 
     That is torch.utils.checkpoint without reentry, so the second forward draws the same random numbers as the first. It

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from perceiver_fast import reference
+from perceiver_fast.float64 import lse_of
 from perceiver_fast.ops.derivatives import recomputed
 from perceiver_fast.reference.dropout import apply_dropout
 from perceiver_fast.reference.grid_attention import grid_logits, grid_values
@@ -28,7 +30,7 @@ def block_size(rows: int) -> int:
     return max(LEAST, ELEMENTS // max(rows, 1))
 
 
-def _blocks(size: int, axis: int, *tensors: Tensor | None) -> Iterator[tuple[int, tuple[Tensor | None, ...]]]:
+def _blocks(size: int, axis: int, *tensors: Tensor | None) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Start of every block along an axis, and its part of every tensor; their gradients come together in one piece."""
     count = -(-next(t for t in tensors if t is not None).shape[axis] // size)
     parts = [(None,) * count if t is None else t.split(size, axis) for t in tensors]
@@ -101,7 +103,7 @@ def cross_attention(
         statistics.append(statistic)
     empty = None if mask is None or inverted else ~mask.any(-1)[:, None, None]
     shares, lse = _shares(statistics, counts, empty, inverted)
-    return _weighted(outs, shares), lse.double()
+    return _weighted(outs, shares), lse_of(lse)
 
 
 def grid_attention(
@@ -159,7 +161,7 @@ def grid_attention(
     along = torch.cat([part * share.unsqueeze(-1) for part, share in zip(alongs, shares)], -1)
     o = torch.cat([other[..., :begin], along, other[..., begin:]], -1)
     kept = _weighted([k.unsqueeze(-1) for k in keeps], shares).squeeze(-1)
-    return o, lse.double(), kept
+    return o, lse_of(lse), kept
 
 
 def grid_query_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ def check_memory(op: str, *tensors: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling() or transformed():
         return
+    t: Any  # the next line's condition is one that mypy does not see through
     for t in tensors:
         if type(t) in PLAIN and t.data_ptr() == 0 and t.numel() > 0 and t.device.type == "cpu":
             raise RuntimeError(

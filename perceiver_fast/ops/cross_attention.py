@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from perceiver_fast import extension, reference
 from perceiver_fast.backends import Backend
 from perceiver_fast.gpu import INTERPRETED, multiprocessors
 from perceiver_fast.ops import blocks
-from perceiver_fast.ops.checks import check_alike, check_dropout, check_mask
+from perceiver_fast.ops.cross_attention_checks import OP, check
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.library import (
@@ -36,8 +37,6 @@ from perceiver_fast.ops.work import Shape, Work, attention_work
 from perceiver_fast.ranges import op_range
 from perceiver_fast.reference.softmax import EMPTY_LSE
 from perceiver_fast.tracing import own
-
-OP = "cross_attention"
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ CROSS_ATTENTION = declare(
             "cross_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float dropout, "
             "Tensor? seed, bool inverted) -> (Tensor o, Tensor lse, Tensor token_lse)",
             _forward_outputs,
-            work=lambda *a: attention_work(*a[:3], inverted=a[7]),
+            work=lambda *a: attention_work(a[0], a[1], a[2], inverted=a[7]),
             triton="cross_attention.forward",
         ),
         Operator(
@@ -169,7 +168,7 @@ CROSS_ATTENTION = declare(
             "float scale, float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor token_lse) "
             "-> (Tensor dq, Tensor dk, Tensor dv)",
             _backward_outputs,
-            work=lambda *a: _backward_work(*a[2:5], inverted=a[9]),
+            work=lambda *a: _backward_work(a[2], a[3], a[4], inverted=a[9]),
             triton="cross_attention_backward.backward",
         ),
     ),
@@ -219,6 +218,46 @@ class CrossAttentionFunction(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
+@overload
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    inverted: bool = False,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    inverted: bool = False,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    inverted: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -262,7 +301,7 @@ def cross_attention(
         >>> cross_attention(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 4)).shape
         torch.Size([1, 2, 5, 4])
     """
-    _check(q, k, v, mask, dropout, inverted, return_lse)
+    check(q, k, v, mask, dropout, inverted, return_lse)
     return cross_attention_unchecked(q, k, v, mask, dropout, inverted, scale, return_lse)
 
 
@@ -358,24 +397,3 @@ def _without_empty_rows(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor 
         return q, None, None
     empty = ~mask.any(-1)
     return q.masked_fill(empty[:, None, None, None], 0.0), mask | empty[:, None], empty
-
-
-def _check(q, k, v, mask, dropout, inverted, return_lse) -> None:
-    check_alike(OP, q=q, k=k, v=v)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
-            raise ValueError(f"{OP}: expected {name} [B, H, rows, channels], got shape {tuple(t.shape)}")
-        if t.shape[:2] != q.shape[:2]:
-            raise ValueError(
-                f"{OP}: expected {name} of q's batch size and heads {tuple(q.shape[:2])}, got {tuple(t.shape[:2])}"
-            )
-    if k.shape[2] == 0 or v.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"{OP}: expected k and v of the same number of tokens, at least one, got {k.shape[2]} and {v.shape[2]}"
-        )
-    if k.shape[3] != q.shape[3] or k.shape[3] == 0:
-        raise ValueError(f"{OP}: expected k of q's channels, at least one, got {q.shape[3]} and {k.shape[3]}")
-    check_dropout(OP, dropout)
-    if inverted and return_lse:
-        raise ValueError(f"{OP}: inverted attention has no log-sum-exp over the tokens; leave return_lse out")
-    check_mask(OP, mask, (q.shape[0], k.shape[2]), q, "q")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class Operator:
 
     def triton_kernel(self) -> Callable:
         """The function that launches its Triton kernels; its module, and with it triton, is imported here."""
-        module, _, function = self.triton.partition(".")
+        module, _, function = (self.triton or "").partition(".")
         return getattr(importlib.import_module(f"perceiver_fast.kernels.{module}"), function)
 
 
@@ -164,7 +165,8 @@ class Op:
         Raises:
             perceiver_fast.backends.BackendError: none can, or the forced one cannot.
         """
-        return backends.require(self.choose(call)).backend
+        found: Any = backends.require(self.choose(call)).backend
+        return found
 
     def run_sample(self, device: torch.device | str, **options: object) -> list[Tensor]:
         """Call the op's sample and its gradients by all that can have one; returns both."""
@@ -194,7 +196,7 @@ OPERATORS: dict[str, Operator] = {}
 """All registered operators by name."""
 
 
-def declare(name: str, **facts: object) -> Op:
+def declare(name: str, **facts: Any) -> Op:
     """Declare an op: see :class:`Op`. Its operators are registered with torch, and with their Triton kernels."""
     op = Op(name, **{"kernels": f"{name}_(.*_)?kernel", **facts})
     OPS[name] = op
@@ -208,7 +210,7 @@ def declare(name: str, **facts: object) -> Op:
 
 
 def _register_triton(operator: Operator) -> None:
-    def run(*arguments):
+    def run(*arguments: Any) -> Any:
         kernel = operator.triton_kernel()
         operator.check_tensors(arguments)
         device = next(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,20 +68,21 @@ def gradients(
     """
     recorded = torch.is_grad_enabled()
     found: list[Tensor | None] = [None] * len(inputs)
-    wanted = [i for i, t in enumerate(inputs) if t is not None and needed[i]]
+    wanted = [(i, t) for i, t in enumerate(inputs) if t is not None and needed[i]]
     with torch.enable_grad(), _unless_autocast(inputs):
         arguments = list(inputs)
-        for i in wanted:  # views, so that no input is in another's history: gradients are by each alone
-            view = inputs[i].view_as(inputs[i])
-            arguments[i] = view if view.requires_grad else view.requires_grad_()
+        by = []
+        for i, t in wanted:  # views, so that no input is in another's history: gradients are by each alone
+            view = t.view_as(t)
+            by.append(view if view.requires_grad else view.requires_grad_())
+            arguments[i] = by[-1]
         outputs = function(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o is not None and o.requires_grad]
         if pairs and wanted:
-            by = [arguments[i] for i in wanted]
             outs, weights = zip(*pairs)
             result = torch.autograd.grad(outs, by, weights, create_graph=recorded, allow_unused=True)
-            for i, grad in zip(wanted, result):
+            for (i, _), grad in zip(wanted, result):
                 found[i] = grad
     return tuple(found)
 
@@ -134,7 +136,7 @@ class _KernelGradients(torch.autograd.Function):
         return None, None, None, None, *gradients(first, ctx.saved_tensors, grads, ctx.needs_input_grad[4:])
 
 
-def recomputed(function: Callable, size: int, *inputs: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+def recomputed(function: Callable, size: int, *inputs: Tensor | None) -> Any:
     """``function(*inputs)``; as :class:`Recomputed` where the largest tensor in it has more than a few elements."""
     return Recomputed.apply(function, *inputs) if size > SMALL else function(*inputs)
 
@@ -213,13 +215,15 @@ def _jvp(function: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor
     """:func:`torch.func.jvp`'s second result; beside a level of torch.autograd.forward_ad, too, which it cannot nest in."""
     if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING > 0:
         return torch.func.jvp(function, primals, tangents)[1]
-    outputs, vjp = torch.func.vjp(function, *primals)  # linear in the cotangents: its own vjp is the jvp
+    linearized: Any = torch.func.vjp(function, *primals)  # linear in the cotangents: its own vjp is the jvp
+    outputs, vjp = linearized
 
     def transposed(*weights):
         return vjp(weights if isinstance(outputs, tuple) else weights[0])
 
     zeros = [torch.zeros_like(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
-    found = torch.func.vjp(transposed, *zeros)[1](tangents)
+    transposed_again: Any = torch.func.vjp(transposed, *zeros)[1]
+    found = transposed_again(tangents)
     return found if isinstance(outputs, tuple) else found[0]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from perceiver_fast import extension, reference
 from perceiver_fast.backends import Backend
+from perceiver_fast.float64 import float64_device, has_float64, in_float64
 from perceiver_fast.ops import blocks
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
@@ -87,7 +88,7 @@ FOURIER_PROJECTION = declare(
             "fourier_projection_backward(Tensor d_out, Tensor? feat, Tensor coords, Tensor frequencies, Tensor weight, "
             "Tensor scale, float? eps, bool token_grads) -> (Tensor dweight, Tensor dfeat, Tensor dcoords)",
             _backward_outputs,
-            work=lambda *a: _backward_work(*a[1:5], token_grads=a[7]),
+            work=lambda *a: _backward_work(a[1], a[2], a[3], a[4], token_grads=a[7]),
         ),
     ),
     sample=_sample,
@@ -137,7 +138,10 @@ def centred(weight: Tensor, channels: int) -> Tensor:
 
     The mean is taken in float64. A token far from zero multiplies what a mean in float32 leaves of the sum.
     """
-    return weight - weight.mean(channels, keepdim=True, dtype=torch.float64).to(weight.dtype)
+    if has_float64(weight.device):
+        return weight - weight.mean(channels, keepdim=True, dtype=torch.float64).to(weight.dtype)
+    centred = weight - weight.mean(channels, keepdim=True)
+    return centred - centred.mean(channels, keepdim=True)  # what the first mean was rounded by
 
 
 @op_range(OP)
@@ -153,8 +157,8 @@ def fourier_projection_unchecked(
 
     Args:
         feat: ``[B, M, F]`` or None.
-        coords: float64 ``[Bc, M, A]``, Bc = 1 or B.
-        frequencies: float64 ``[A, K]``, in half periods a unit of position.
+        coords: float64 ``[Bc, M, A]``, Bc = 1 or B; on the CPU if the device has no float64.
+        frequencies: float64 ``[A, K]``, in half periods a unit of position; where coords are.
         weight: ``[C, D]``, rows feat, then for every axis sines, cosines, position. It need not be centred.
         bias: ``[D]`` or None.
         eps: LayerNorm's epsilon, or None for no LayerNorm.
@@ -166,7 +170,8 @@ def fourier_projection_unchecked(
     result = projected_dtype(weight)
     backend = "blocks" if transformed() else FOURIER_PROJECTION.require(PointwiseCall(weight.dtype, device))
     with unless_autocast(device):
-        feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
+        feat, bias = (None if t is None else t.to(compute) for t in (feat, bias))
+        weight = weight.to(compute)
         if backend == "blocks":
             out = blocks.fourier_projection(feat, coords, frequencies, weight, bias, eps)
         elif backend == "reference":
@@ -206,7 +211,7 @@ def _on_grid(
         square = torch.cat([code.var(1, unbiased=False) * axis_channels for code in codes])
         raw = weight.new_zeros(1, *sizes, 0) if feat is None else feat.unflatten(1, sizes)
         widths = [axis_channels] * len(sizes)
-        scale = grid_scale_unchecked(raw, mean.to(weight.dtype), square.to(weight.dtype), widths, eps).unsqueeze(-1)
+        scale = grid_scale_unchecked(raw, mean.to(weight), square.to(weight), widths, eps).unsqueeze(-1)
         # The gradient of scale needs what is multiplied.
         out = out.mul_(scale) if fresh and not scale.requires_grad else out * scale
         if bias is not None:
@@ -282,14 +287,14 @@ def fourier_projection(
     max_freqs = check(coords, weight, num_freq_bands, max_freq, feat, bias, norm_eps, layout)
     device = weight.device
 
-    def spaced(low: float, high: float, count: int) -> Tensor:  # on the CPU: some devices have no float64
-        return torch.linspace(low, high, count, dtype=torch.float64, device="cpu").to(device)
+    def spaced(low: float, high: float, count: int) -> Tensor:
+        return torch.linspace(low, high, count, dtype=torch.float64, device="cpu").to(float64_device(device))
 
     frequencies = torch.stack([spaced(1.0, highest / 2, num_freq_bands) for highest in max_freqs])
     if layout != "perceiver-pytorch":
         weight = _in_kernel_order(weight, len(max_freqs), num_freq_bands, layout)
     if isinstance(coords, Tensor):
-        coords = coords.double() if coords.dim() == 3 else coords.double().unsqueeze(0)
+        coords = in_float64(coords if coords.dim() == 3 else coords.unsqueeze(0))
         return fourier_projection_unchecked(feat, coords, frequencies, weight, bias, norm_eps)
     positions = [spaced(-1.0, 1.0, size) for size in coords]
     if len(positions) == 1:
@@ -297,5 +302,6 @@ def fourier_projection(
     compute = compute_dtype(weight.dtype)
     result = projected_dtype(weight)
     with unless_autocast(device):
-        feat, weight, bias = (None if t is None else t.to(compute) for t in (feat, weight, bias))
+        feat, bias = (None if t is None else t.to(compute) for t in (feat, bias))
+        weight = weight.to(compute)
         return _on_grid(feat, positions, frequencies, weight, bias, norm_eps).to(result)

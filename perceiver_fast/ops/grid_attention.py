@@ -19,8 +19,9 @@ token's softmax over the queries; dropout draws every weight's fate from a hash 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -243,6 +244,7 @@ def grid_attention_unchecked(
     result = autocast_dtype(q.device) or q.dtype
     compute = compute_dtype(q.dtype)
     sizes = tuple(feat.shape[1:-1])
+    run: Callable[..., tuple[Tensor, Tensor, Any]]
     if transformed():
         backend, run = "reference", blocks.grid_attention
     else:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -264,7 +265,7 @@ def grid_query_attention_unchecked(
     with unless_autocast(tables.device):
         seed = dropout_seed(dropout, tables.device)
         given = _given(tables, feat, scale, bias, v, narrow or compute)
-        arguments = (*given, mask, grid, dropout, seed, sum_heads)
+        arguments: tuple[Any, ...] = (*given, mask, grid, dropout, seed, sum_heads)
         if plain:
             o = blocks.grid_query_attention(*arguments)
         elif backend == "reference":
@@ -382,9 +383,9 @@ def grid_query_attention(
     sizes, batch = _check(t_feat, t_axes, feat, v, scale, bias, mask)
     check_dropout(OP, dropout)
     grid = bool(t_axes)
+    if feat is None:  # queries of a grid
+        feat = v.new_empty((batch, *sizes, 0))
     shape = sizes if grid else feat.shape[1:2]
-    if feat is None:
-        feat = v.new_empty((batch, *shape, 0))
     return grid_query_attention_unchecked(
         torch.cat([t for t in (t_feat, *t_axes) if t is not None], -1),
         feat.reshape(batch, *shape, feat.shape[-1]),

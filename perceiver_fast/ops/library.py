@@ -25,9 +25,22 @@ class Definitions:
             self._library = namespace["defined_by"] = torch.library.Library("perceiver_fast", "DEF")
 
     def define(self, schema: str) -> None:
-        """Define an operator by its schema, without the namespace."""
-        if self._library is not None:
+        """Define an operator by its schema, without the namespace; or find that the C++ library did.
+
+        Raises:
+            ImportError: it did, but differently, since it was built from other sources.
+        """
+        if self._library is None:
+            return
+        there = getattr(torch.ops.perceiver_fast, schema.partition("(")[0], None)
+        if there is None:
             self._library.define(schema)
+        elif there.default._schema != torch._C.parse_schema(f"perceiver_fast::{schema}"):
+            raise ImportError(
+                f"perceiver_fast: expected the operator {schema}, got {there.default._schema} from the compiled library, "
+                "which is of other sources than this package; build it again (`pip install .`, in a checkout "
+                "`python setup.py build_ext --inplace`)"
+            )
 
     def impl(self, operator: str, kernel: Callable, key: str, allow_override: bool = False) -> None:
         """Let ``kernel`` run an operator on tensors of a dispatch key."""

@@ -6,6 +6,8 @@ torch.compile it is torch's own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,7 +74,8 @@ def _product(kind: str, a: Tensor, b: Tensor) -> Tensor:
         if dtype == torch.bfloat16 and wide_bfloat16():
             a, b = a.float(), b.float()
         library = library_of(kind, a.dtype)
-    return LIBRARIES[library].products()[kind](a, b).to(dtype)
+    product: Any = LIBRARIES[library].products()[kind]
+    return product(a, b).to(dtype)
 
 
 def forward_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -145,7 +148,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
     cast = weight if weight.dtype == x.dtype else weight.to(x.dtype)
-    if not is_large(rows, *weight.shape, x.device):
+    out_channels, channels = weight.shape
+    if not is_large(rows, channels, out_channels, x.device):
         return F.linear(x, cast, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
     check_memory(OP, weight, bias)
     flat = x.reshape(rows, x.shape[-1]).contiguous()
@@ -155,5 +159,5 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = F.linear(flat, cast)
     else:
         out = LinearFunction.apply(flat, cast)
-    out = out.view(*x.shape[:-1], weight.shape[0])
+    out = out.view(*x.shape[:-1], out_channels)
     return out if bias is None else out + bias.to(x.dtype)

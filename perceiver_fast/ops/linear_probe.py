@@ -22,7 +22,7 @@ from perceiver_fast.ops.linear_verdict import LEAST, Prior, Problem, Run, Runs, 
 try:
     import resource
 except ImportError:  # Windows has none
-    resource = None
+    resource = None  # type: ignore[assignment]  # mypy has no modules that may be missing
 
 PROBLEMS = (Problem(256, 512, 512), Problem(256, 2048, 512), Problem(256, 512, 4096))  # the small one first
 SECONDS = 0.35  # no run begins after this; on a quiet machine half of it is enough
@@ -87,7 +87,9 @@ def probe(
     with torch.inference_mode(), torch.autocast("cpu", enabled=False), _disable_current_modes():
         for name in calls:
             runs.setdefault(name, {problem: [] for problem in PROBLEMS})
-        end, busy, warm, clean = time.perf_counter() + SECONDS, False, set(), []
+        end, busy = time.perf_counter() + SECONDS, False
+        warm: set[tuple[Problem, str]] = set()
+        clean: list[bool] = []
         operands = Operands(kind, dtype)
         for turn in itertools.count(1):
             problems = PROBLEMS[:1] if turn <= LEAST or busy else PROBLEMS

@@ -9,6 +9,7 @@ there are more cases, and not all show in the log-sum-exp: queries and keys are 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +187,8 @@ def _flash_on_cpu(q, k, v, bias, mask, scale) -> Tensor:
     else:
         o, lse = torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
         if o.requires_grad:
-            o.grad_fn.register_hook(_differentiate_again)
+            node: Any = o.grad_fn
+            node.register_hook(_differentiate_again)
     return o if _regular(q, k, lse) else _form(q, k, v, mask, scale)
 
 

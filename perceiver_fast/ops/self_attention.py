@@ -7,6 +7,8 @@ softmax, whose gradients are zero, that is all there is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,8 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale:
     if q.shape[2] == 1:
         q = q * 0  # a softmax over one latent is constant: this makes its gradient exactly zero, as it should be
     if q.shape[-1] != v.shape[-1]:  # torch's fused kernels want as many channels, and would form the N x N weights
-        return cross_attention_unchecked(q, k, v, None, dropout, scale=scale)
+        out: Any = cross_attention_unchecked(q, k, v, None, dropout, scale=scale)
+        return out
     if torch.compiler.is_compiling() or type(q) not in PLAIN or intercepted() or transformed():
         return sdpa(q, k, v, dropout=dropout, scale=scale)
     if self_attention_backend(q.dtype, q.device) == "sdpa":

@@ -21,9 +21,14 @@ BYTE = 4  # multiply-adds in whose time a byte passes through memory: 4 to 10 on
 class Roofs(Protocol):
     """What a CPU does at most, a second; :class:`perceiver_fast.insight.roofs.Roofs` are measured ones."""
 
-    multiply_adds: float
-    exponentials: float
-    copied_bytes: float
+    @property
+    def multiply_adds(self) -> float: ...
+
+    @property
+    def exponentials(self) -> float: ...
+
+    @property
+    def copied_bytes(self) -> float: ...
 
 
 @dataclass(frozen=True)

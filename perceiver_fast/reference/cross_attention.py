@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perceiver_fast.float64 import lse_of
 from perceiver_fast.reference.dropout import apply_dropout
 from perceiver_fast.reference.softmax import attention_weights
 
@@ -40,4 +41,4 @@ def cross_attention(
     weight, lse = attention_weights(logits, None if mask is None else mask[:, None, None, :], inverted)
     if dropout > 0:
         weight = apply_dropout(weight, seed, dropout)
-    return torch.einsum("bhnm,bhmd->bhnd", weight, v), lse.double()
+    return torch.einsum("bhnm,bhmd->bhnd", weight, v), lse_of(lse)

@@ -67,7 +67,7 @@ def dropout_keep(seed: Tensor, rows: int | Tensor, tokens: int | Tensor, probabi
 
 
 def apply_dropout(
-    weight: Tensor, seed: Tensor, probability: float, tokens: Tensor | None = None, rows: Tensor | None = None
+    weight: Tensor, seed: Tensor | None, probability: float, tokens: Tensor | None = None, rows: Tensor | None = None
 ) -> Tensor:
     """Attention weights ``[.., N, M]`` with some dropped and the others scaled up; leading dimensions are rows.
 
@@ -75,7 +75,12 @@ def apply_dropout(
         weight, seed, probability: see :func:`dropout_keep`.
         tokens: indices ``[M]`` of the tokens, int64. Default: 0 to M - 1.
         rows: indices of the rows, int64, as many as there are. Default: 0 on.
+
+    Raises:
+        ValueError: there is no seed.
     """
-    rows = weight.shape[:-1].numel() if rows is None else rows
-    keep = dropout_keep(seed, rows, weight.shape[-1] if tokens is None else tokens, probability)
+    if seed is None:
+        raise ValueError(f"dropout: expected a seed to drop weights with probability {probability}, got None")
+    count, length = weight.shape[:-1].numel(), weight.shape[-1]
+    keep = dropout_keep(seed, count if rows is None else rows, length if tokens is None else tokens, probability)
     return weight * keep.view(weight.shape) * dropout_scale(probability)

@@ -64,7 +64,7 @@ def fourier_projection(
     Returns:
         ``[B, M, D]``, the dtype of weight.
     """
-    z = fourier_encode(coords, frequencies, layout).to(weight.dtype)
+    z = fourier_encode(coords, frequencies, layout).to(weight)
     if feat is not None:
         z = torch.cat([feat, z.expand(feat.shape[0], -1, -1)], -1)
     if eps is not None:

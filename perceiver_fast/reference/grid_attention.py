@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perceiver_fast.float64 import lse_of
 from perceiver_fast.reference.dropout import apply_dropout
 from perceiver_fast.reference.softmax import attention_weights
 
@@ -62,7 +63,7 @@ def grid_attention(
     weight, lse = attention_weights(logits.flatten(2), None if mask is None else mask.flatten(1).unsqueeze(1), inverted)
     if dropout > 0:
         weight = apply_dropout(weight, seed, dropout)
-    return torch.cat(grid_values(weight, feat, scale), -1), lse.double(), weight.sum(-1)
+    return torch.cat(grid_values(weight, feat, scale), -1), lse_of(lse), weight.sum(-1)
 
 
 def grid_values(weight: Tensor, feat: Tensor, scale: Tensor) -> list[Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from perceiver_fast.float64 import lse_of
 from perceiver_fast.reference.dropout import apply_dropout
 from perceiver_fast.reference.softmax import attention_weights
 
@@ -29,7 +32,7 @@ def grid_query_logits(
     # Scaled first: the products of a query of 1e38 overflow, and its scale is zero.
     x = feat if scale is None else feat * scale.unsqueeze(-1)
     logits = x.flatten(1, -2).unsqueeze(1) @ table_feat.mT
-    axes = 0.0
+    axes: Any = 0.0  # a tensor, where there are axes
     for axis, table in enumerate(table_axes):
         shape = [1] * len(sizes)
         shape[axis] = sizes[axis]
@@ -70,4 +73,4 @@ def grid_query_attention(
     weight, lse = attention_weights(logits, None if mask is None else mask[:, None, None, :], False)
     if dropout > 0:
         weight = apply_dropout(weight, seed, dropout, rows=rows)
-    return torch.einsum("bhmn,bhnc->bmc" if sum_heads else "bhmn,bhnc->bmhc", weight, v), lse.double()
+    return torch.einsum("bhmn,bhnc->bmc" if sum_heads else "bhmn,bhnc->bmhc", weight, v), lse_of(lse)

@@ -42,17 +42,20 @@ class Tokens:
     Attributes:
         kind: what the tokens are, for people: "grid tokens".
         feat: the channels of the tokens that exist in memory, ``[B, M, F]``, on a grid ``[B, n_1, .., n_A, F]``.
-        channels: channels of a token as perceiver-pytorch would build it, C.
     """
 
     kind: str
     feat: Tensor
-    channels: int
     # Where each channel, in the order that a norm and a projection expect, stands in the description's own order: int64
     # [C]. None: they are the same.
     order: Tensor | None = None
     _tensor: Tensor | None = None  # what tensor() returned
     _version = 0  # the version of that tensor when it was first returned
+
+    @property
+    def channels(self) -> int:
+        """Channels of a token as perceiver-pytorch would build it, C."""
+        raise NotImplementedError
 
     @property
     def batch(self) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perceiver_fast.float64 import float64_device, in_float64
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tokens.base import Tokens
 from perceiver_fast.tokens.dense import DenseTokens
-from perceiver_fast.tokens.fourier import AxisCodes, axis_codes
+from perceiver_fast.tokens.fourier import AxisCodes, axis_codes, evenly_spaced
 from perceiver_fast.tokens.grid import GridTokens
 from perceiver_fast.tokens.points import PointTokens
 from perceiver_fast.tracing import known, own
@@ -54,8 +55,8 @@ def _shared_code(embedding: Tensor) -> AxisCodes:
 
 
 def grid_positions(size: int, device: torch.device) -> Tensor:
-    """``size`` positions evenly spaced in [-1, 1], float64 ``[1, size, 1]``."""
-    return torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device="cpu").to(device).view(1, -1, 1)
+    """``size`` positions evenly spaced in [-1, 1], float64 ``[1, size, 1]``; on the CPU if ``device`` has no float64."""
+    return evenly_spaced(size).to(float64_device(device)).view(1, -1, 1)
 
 
 def describe_points(
@@ -69,7 +70,8 @@ def describe_points(
         num_freq_bands, max_freq, embedding: see :func:`describe_grid`.
     """
     data, coords = own(data), own(coords if coords.dim() == 3 else coords.unsqueeze(0))
-    frequency = torch.linspace(1.0, max_freq / 2, num_freq_bands, dtype=torch.float64, device="cpu").to(data.device)
+    coords = in_float64(coords)
+    frequency = torch.linspace(1.0, max_freq / 2, num_freq_bands, dtype=torch.float64, device="cpu").to(coords.device)
     if embedding is not None:
         data = torch.cat([data, embedding.expand(*data.shape[:-1], -1)], -1)
-    return _with_frequencies(PointTokens(data, coords.double(), frequency.expand(coords.shape[-1], -1)), num_freq_bands)
+    return _with_frequencies(PointTokens(data, coords, frequency.expand(coords.shape[-1], -1)), num_freq_bands)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.float64 import float64_device
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.reference.fourier_projection import LAYOUTS
 from perceiver_fast.tokens.base import Tokens
@@ -171,8 +172,8 @@ class PointDescription(Description):
 
     @property
     def batch(self) -> int:
-        shared = self.feat is None or self.feat.shape[0] == 1
-        return self.coords.shape[0] if shared else self.feat.shape[0]
+        feat = self.feat
+        return self.coords.shape[0] if feat is None or feat.shape[0] == 1 else feat.shape[0]
 
     @property
     def code_channels(self) -> int:
@@ -191,7 +192,8 @@ class PointDescription(Description):
         feat = self.feat
         if feat is None:
             feat = self.coords.new_empty(*self.coords.shape[:2], 0)
-        coords, frequencies = (t.to(like.device).double() for t in (trainable(self.coords), self.frequencies))
+        where = float64_device(like.device)
+        coords, frequencies = (t.to(where).double() for t in (trainable(self.coords), self.frequencies))
         feat = trainable(feat).expand(self.batch, -1, -1)
         return PointTokens(feat.to(like.device, like.dtype), coords, frequencies)
 
@@ -332,7 +334,7 @@ def _check_extent(extent: float | Sequence[tuple[float, float]], axes: int) -> l
     pairs = [tuple(map(float, pair)) for pair in extent]
     if len(pairs) != axes or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"grid_tokens: expected one number, or (from, to) for each of {axes} axes, got {extent}")
-    return pairs
+    return [(low, high) for low, high in pairs]
 
 
 def _frequencies(who: str, bands: int | None, max_freq: float | None, frequencies: Tensor | None) -> Tensor:
@@ -342,7 +344,7 @@ def _frequencies(who: str, bands: int | None, max_freq: float | None, frequencie
             f"{who}: expected num_freq_bands and max_freq, or frequencies, got num_freq_bands={bands}, "
             f"max_freq={max_freq}, frequencies={'none' if frequencies is None else 'some'}; give one of the two"
         )
-    if frequencies is None:
+    if bands is not None and max_freq is not None:
         return torch.linspace(1.0, max_freq / 2, bands, dtype=torch.float64, device="cpu")
     frequencies = torch.as_tensor(frequencies)
     if frequencies.dim() != 1:

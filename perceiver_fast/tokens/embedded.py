@@ -10,10 +10,13 @@ of them. On a grid that form is a sum over pairs of axes, of one table each. Sou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
+from perceiver_fast.float64 import in_float64
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.fourier_projection import centred
 from perceiver_fast.ops.library import projected_dtype, unless_autocast
@@ -51,7 +54,7 @@ class EmbeddedGrid(GridTokens):
     def scale(self, eps: float) -> Tensor:
         scale = self._scale.get(eps)
         if scale is None or (torch.is_grad_enabled() and self.learns()):
-            scale = (self._variance() + eps).rsqrt().to(self.feat.dtype)
+            scale = (self._variance() + eps).rsqrt().to(self.feat)
             if not scale.requires_grad:
                 self._scale[eps] = scale
         return scale
@@ -59,11 +62,11 @@ class EmbeddedGrid(GridTokens):
     def _variance(self) -> Tensor:
         """The variance of every token's channels, float64 ``[B, *sizes]``: a quadratic form, in tables of axes and of pairs."""
         sizes, axes, width = self.sizes, len(self.sizes), self.weight.shape[0]
-        codes = [code.code.double() for code in self.codes]
-        columns = self.weight.double()
+        codes = [in_float64(code.code) for code in self.codes]
+        columns = in_float64(self.weight)
         if self.bias is not None:  # it meets a channel of the first axis that is one
             at = self.features + codes[0].shape[1]
-            columns = torch.cat([columns[:, :at], self.bias.double().unsqueeze(1), columns[:, at:]], 1)
+            columns = torch.cat([columns[:, :at], in_float64(self.bias).unsqueeze(1), columns[:, at:]], 1)
             codes[0] = torch.cat([codes[0], codes[0].new_ones(len(codes[0]), 1)], 1)
         columns = centred(columns, 0)
         parts = [self.features, *(code.shape[1] for code in codes)]
@@ -85,7 +88,7 @@ class EmbeddedGrid(GridTokens):
             pairs[at] = pairs[at] + square
         total = (sum(pairs[1:], pairs[0]) if pairs else squares[0]).unsqueeze(0)
         if self.features:
-            feat = self.feat.double()
+            feat = in_float64(self.feat)
             meets = sum(over_axis(form[0][1 + a] @ code.T, a, axes) for a, code in enumerate(codes))  # [*sizes, F]
             total = total + (feat * (2 * meets + feat @ form[0][0])).sum(-1)
         return total.clamp_min(0).expand(self.feat.shape[:-1])
@@ -148,23 +151,24 @@ class EmbeddedPoints(Tokens):
     def basis(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):
             columns = self.weight if self.bias is None else torch.cat([self.weight, self.bias.unsqueeze(1)], 1)
-            middle = centred(columns.double(), 0)
+            middle = centred(in_float64(columns), 0)
             dtype, channels = self.inner.compute, self.inner.channels
             weight, bias = absorb_norm(to_kv, norm, dtype)
             if transformed() or (torch.is_grad_enabled() and self.learns()):
                 feat = self.inner.codes(ones=self.bias is not None)  # the bias belongs to the channel of ones
-                variance, root = variance_of_products(feat, middle.to(dtype)), columns.to(dtype)
+                variance, root = variance_of_products(feat, middle.to(feat)), columns.to(dtype)
             else:  # W_c z = Q R z: one product gives R z, whose length is that of W_c z
                 root, triangle = torch.linalg.qr(middle)
-                root, triangle = root.to(dtype), triangle.T.to(dtype)
+                root, triangle = (t.to(self.device, dtype) for t in (root, triangle.T))
                 feat = self.inner.products(triangle[:channels], None if self.bias is None else triangle[-1])
                 variance = torch.linalg.vector_norm(feat, dim=-1).square() / self.channels
             return Basis(centred(weight, 1) @ root, bias, feat, (variance + norm.eps).rsqrt(), False)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         basis = self.basis(to_kv, norm)
+        scale: Any = basis.scale  # that basis has one
         with unless_autocast(self.device):
-            kv = basis.feat @ basis.weight.T * basis.scale.unsqueeze(-1) + basis.bias
+            kv = basis.feat @ basis.weight.T * scale.unsqueeze(-1) + basis.bias
         return kv.to(projected_dtype(to_kv.weight))
 
     def sources(self) -> tuple[Tensor, ...]:
@@ -211,7 +215,7 @@ class _VarianceOfProducts(torch.autograd.Function):
         ctx.save_for_backward(z, weight)
         root = weight
         if weight.shape[0] > weight.shape[1]:  # |W z| = |R z| for W = Q R
-            root = torch.linalg.qr(weight.double(), mode="r").R.to(weight.dtype)
+            root = torch.linalg.qr(in_float64(weight), mode="r").R.to(weight)
         return torch.linalg.vector_norm(z @ root.T, dim=-1).square() / weight.shape[0]
 
     @staticmethod
@@ -220,7 +224,8 @@ class _VarianceOfProducts(torch.autograd.Function):
 
         def kernel():
             g = d_out.unsqueeze(-1) * (2 / weight.shape[0])
-            dz = g * (z @ (weight.T.double() @ weight.double()).to(z.dtype)) if ctx.needs_input_grad[0] else None
+            wide = in_float64(weight)
+            dz = g * (z @ (wide.T @ wide).to(z)) if ctx.needs_input_grad[0] else None
             dweight = weight @ (z.flatten(0, 1).T @ (g * z).flatten(0, 1)) if ctx.needs_input_grad[1] else None
             return dz, dweight
 

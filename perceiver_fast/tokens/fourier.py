@@ -16,8 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perceiver_fast.tracing import exports_onnx
-
 _CACHE_SIZE = 64
 _cache: dict[tuple, AxisCodes] = {}
 _uses_cache: ContextVar[bool] = ContextVar("uses_cache", default=True)
@@ -41,9 +39,19 @@ class AxisCodes(NamedTuple):
     square: Tensor  # [n], sum of squares about the mean
 
 
+def evenly_spaced(size: int) -> Tensor:
+    """``size`` positions from -1 to 1, float64 ``[size]``, on the CPU: some devices have no float64."""
+    if not torch.compiler.is_exporting():
+        return torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device="cpu")
+    # The same numbers, to the last digit but one, for any size: an exported linspace is for one.
+    index = torch.arange(size, dtype=torch.float64, device="cpu")
+    last = index[-1:]
+    step = 2 / last.clamp_min(1)
+    return torch.where((2 * index < last) | (last == 0), step * index - 1, 1 - step * (last - index))
+
+
 def _compute(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, device: torch.device) -> AxisCodes:
-    # On the CPU: some devices have no float64.
-    position = torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device="cpu").unsqueeze(1)
+    position = evenly_spaced(size).unsqueeze(1)
     frequency = torch.linspace(1.0, max_freq / 2, num_bands, dtype=torch.float64, device="cpu")
     angle = position * frequency * math.pi
     code = torch.cat([angle.sin(), angle.cos(), position], 1)
@@ -65,7 +73,8 @@ def _cached(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, devi
     return codes
 
 
-# Under torch.compile the cache hides behind an op; it returns copies, since a compiled graph owns its outputs.
+# Under torch.compile the cache hides behind an op; it returns copies, since a compiled graph owns its outputs. Exported
+# programs have torch's operators instead: they may run where there is no Python, or no package of ours.
 def _axis_codes_op(
     size: int, num_bands: int, max_freq: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +116,7 @@ def axis_codes(size: int, num_bands: int, max_freq: float, dtype: torch.dtype, d
         torch.Size([5, 5])
     """
     if torch.compiler.is_compiling():
-        if exports_onnx():
+        if torch.compiler.is_exporting():
             return _compute(size, num_bands, float(max_freq), dtype, device)
         return AxisCodes(*torch.ops.perceiver_fast.axis_codes(size, num_bands, max_freq, dtype, device))
     return _cached(size, num_bands, float(max_freq), dtype, device)

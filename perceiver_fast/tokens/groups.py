@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,8 +88,9 @@ def merge_groups(outs: Sequence[Tensor], lses: Sequence[Tensor], counts: Sequenc
         ``[B, N, H, d]``.
     """
     # A group that is all masked has weight 0; if all groups are, each is weighted by its number of tokens.
-    size = torch.tensor(counts, dtype=torch.float64).log().to(lses[0].device)
+    size = torch.tensor(counts, dtype=torch.float64).log().to(lses[0])
     lse = torch.stack(tuple(lses), -1)
     empty = lse < -1e30
     weight = torch.where(empty.all(-1, keepdim=True), size, lse.masked_fill(empty, -torch.inf)).softmax(-1)
-    return sum(w.unsqueeze(-1).to(out.dtype) * out for w, out in zip(weight.unbind(-1), outs))
+    merged: Any = sum(w.unsqueeze(-1).to(out.dtype) * out for w, out in zip(weight.unbind(-1), outs))
+    return merged

@@ -24,8 +24,9 @@ class PointTokens(Tokens):
 
     Args:
         feat: raw channels ``[B, M, F]``, floating point.
-        coords: float64 positions ``[B, M, A]``, or ``[1, M, A]`` when the whole batch shares them.
-        frequencies: float64 ``[A, K]``, in half periods a unit of position.
+        coords: float64 positions ``[B, M, A]``, or ``[1, M, A]`` when the whole batch shares them; on the CPU if the
+            device of feat has no float64.
+        frequencies: float64 ``[A, K]``, in half periods a unit of position; where coords are.
     """
 
     kind = "points"
@@ -80,5 +81,5 @@ class PointTokens(Tokens):
         return self.feat, self.coords
 
     def materialize(self) -> Tensor:
-        code = reference.fourier_encode(self.coords, self.frequencies).to(self.feat.dtype)
+        code = reference.fourier_encode(self.coords, self.frequencies).to(self.feat)
         return self.in_order(torch.cat([self.feat, code.expand(self.feat.shape[0], -1, -1)], -1))

@@ -23,7 +23,7 @@ def _kind_has_float64(kind: str) -> bool:
 
 
 # What torch.compiler.assume_constant_result sets; that function imports torch._dynamo, which takes seconds.
-_kind_has_float64._dynamo_marked_constant = True
+setattr(_kind_has_float64, "_dynamo_marked_constant", True)
 
 
 def has_float64(device: torch.device) -> bool:

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     for name, settings in OPTIONS.items():
         (which if name in ("--quick", "--geometry", "--all") else top).add_argument(name, **settings)
     top.add_argument("--only", default="", metavar="EXPRESSION", help='as pytest -k takes it: "not (sdpa or compile)"')
-    where = "where the numbers go (default: benchmarks/results/<cpu>-<date>.json, numbered)"
+    where = "where the numbers go (default: benchmarks/results/<cpu>-<date>.json, numbered; of --quick: nowhere)"
     top.add_argument("--json", type=Path, help=where)
     return top
 
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
 def run_pytest(geometry: str, args: argparse.Namespace) -> tuple[int, dict | None]:
     """Run the suite on one geometry; returns pytest's exit code and pytest-benchmark's record, None without one."""
     command = [sys.executable, "-m", "pytest", str(HERE), "-v", f"--threads={args.threads}", f"--rootdir={HERE.parent}"]
+    command += ["-p", "no:cacheprovider"]  # nothing is left in the checkout
     command += ["--benchmark-columns=median,min,rounds", "--benchmark-group-by=func,param:geometry,param:pass_name"]
     command += ["--quick"] if args.quick else ["--geometry", geometry]
     command += ["--all"] if args.all else []
@@ -49,7 +50,7 @@ def run_pytest(geometry: str, args: argparse.Namespace) -> tuple[int, dict | Non
     wanted = [f"({args.only})"] if args.only else []
     wanted += [] if args.all or args.geometry or args.only else [f"not {SLOW_PEER}"]
     command += ["-k", " and ".join(wanted)] if wanted else []
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
         command.append(f"--benchmark-json={record}")
@@ -57,8 +58,8 @@ def run_pytest(geometry: str, args: argparse.Namespace) -> tuple[int, dict | Non
         return code, json.loads(record.read_text()) if record.exists() and record.stat().st_size else None
 
 
-def collect(args: argparse.Namespace, geometries: list[str], path: Path) -> tuple[int, dict]:
-    """Measure each of ``geometries`` in a process of its own, keeping what there is in ``path`` after each.
+def collect(args: argparse.Namespace, geometries: list[str], path: Path | None) -> tuple[int, dict]:
+    """Measure each of ``geometries`` in a process of its own, keeping what there is in ``path``, if any, after each.
 
     Returns 0, or 1 when something failed, and all results.
     """
@@ -75,14 +76,14 @@ def collect(args: argparse.Namespace, geometries: list[str], path: Path) -> tupl
             result["rows"] += report.rows(record)
             result["missing"] += record["missing"]
             result["roofs"][geometry] = record["roofs"]
-        if result["rows"]:
+        if result["rows"] and path is not None:
             save(path, result)
     return max(map(bool, codes)), result
 
 
-def free_path(quick: bool) -> Path:
+def free_path() -> Path:
     """Where today's numbers go; no earlier ones are there."""
-    stem = f"{slug(cpu_name())}-{datetime.date.today().isoformat()}" + "-quick" * quick
+    stem = f"{slug(cpu_name())}-{datetime.date.today().isoformat()}"
     names = (stem + (f"-{number}" if number > 1 else "") for number in count(1))
     return next(path for path in (HERE / "results" / f"{name}.json" for name in names) if not path.exists())
 
@@ -99,7 +100,7 @@ def show(console: Console, result: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 1 when a result is wrong or failed, or 2 when nothing could be measured."""
     args = parser().parse_args(argv)
-    path = args.json or free_path(args.quick)
+    path = args.json or (None if args.quick else free_path())
     geometries = select([QUICK] if args.quick else args.geometry, args.all, args.level)
     if not geometries:
         print(f"expected geometries that have --level {' or '.join(args.level)}, got none: see --help", file=sys.stderr)
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"not run: {SLOW_PEER}; --geometry and --all measure it")
     if not result["rows"]:
         return code or 2
-    plain(console, f"Numbers: {path}")
+    plain(console, f"Numbers: {path}" if path else "Numbers were not kept: --json PATH keeps them")
     return code
 
 

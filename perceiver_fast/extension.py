@@ -11,8 +11,12 @@ from pathlib import Path
 
 import torch
 
+from perceiver_fast.installation import checkout
+
 log = logging.getLogger("perceiver_fast")
 
+MEND = "pip install --no-cache-dir --force-reinstall --no-deps perceiver-fast"
+_AGAIN = "pip install ." if checkout() else MEND  # what a checkout's reader types, and what that of a wheel does
 _build_record = Path(__file__).with_name("_build.json")
 
 
@@ -20,11 +24,11 @@ def _why_missing() -> str:
     try:
         record = json.loads(_build_record.read_text())
     except FileNotFoundError:
-        return "the C++ extension was not built (run `pip install .`)"
+        return f"the C++ extension was not built (run `{_AGAIN}`)"
     return (
         f"the C++ extension was not built: {record['skipped']}"
         if record.get("skipped")
-        else ("the C++ extension was built but its file is missing (run `pip install .` again)")
+        else f"the C++ extension was built but its file is missing (run `{_AGAIN}` again)"
     )
 
 
@@ -46,7 +50,6 @@ def _load():
 module, error = _load()
 """The extension module or None, and why it is None (a str) or None."""
 
-MEND = "pip install --no-cache-dir --force-reinstall --no-deps perceiver-fast"
 _warned = False
 
 
@@ -61,10 +64,11 @@ def warn_missing() -> None:
         return
     _warned = True
     warnings.warn(
-        f"perceiver_fast runs on plain PyTorch, many times slower than its kernels: {error}. When that is mended (it needs a "
-        f"C++ compiler, the Python headers and the package pybind11), install it again with `{MEND}`, or with `.` for the "
-        "last word in a checkout; without these options pip takes the wheel that it kept. `python -m perceiver_fast info` "
-        "says what was built. PERCEIVER_FAST_BACKEND=reference asks for plain PyTorch, without this warning",
+        f"perceiver_fast runs on plain PyTorch, without the kernels that make it faster: {error}. When that is mended "
+        f"(it needs a C++ compiler, the Python headers and the package pybind11), install it again with `{MEND}`, or "
+        "with `.` for the last word in a checkout; without these options pip installs its cached wheel again. `python "
+        "-m perceiver_fast info` says what was built. PERCEIVER_FAST_BACKEND=reference asks for plain PyTorch, without "
+        "this warning",
         MissingKernelsWarning,
         stacklevel=2,
     )
@@ -75,9 +79,9 @@ def _why_cuda_missing() -> str:
     if record.get("skipped"):
         return f"the CUDA kernels were not built: {record['skipped']}"
     return (
-        "the CUDA kernels were built but their file is missing (run `pip install .` again)"
+        f"the CUDA kernels were built but their file is missing (run `{_AGAIN}` again)"
         if record
-        else ("the CUDA kernels were not built (run `pip install .` beside nvcc and a torch with CUDA)")
+        else f"the CUDA kernels were not built (run `{_AGAIN}` beside nvcc and a torch with CUDA)"
     )
 
 

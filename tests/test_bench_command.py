@@ -7,9 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from warm_python import python
 
-import perceiver_fast
+from perceiver_fast import installation
 from perceiver_fast.__main__ import main
 from perceiver_fast.commands import bench
 
@@ -61,21 +60,35 @@ def test_one_thing_at_a_time(calls, capsys):
     assert stopped.value.code == 2 and "not allowed with argument" in capsys.readouterr().err and not calls
 
 
-def test_help_shows_all_options():
-    done = python("-m", "perceiver_fast", "bench", "--help", cwd=ROOT)
+def test_help_shows_all_options(capsys):
+    assert main(["bench", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("--base REV", "--compare OLD NEW", "--scaling", *bench.SUITE_OPTIONS):
+        assert option in shown
+
+
+def test_help_has_the_options_of_the_suite(monkeypatch):
     pytest.importorskip("perceiver_pytorch")
-    assert done.returncode == 0, done.stderr
-    for option in (
-        "--base REV",
-        "--compare OLD NEW",
-        "--scaling",
-        "--quick",
-        "--geometry",
-        "--all",
-        "--only",
-        "--json",
-    ):
-        assert option in done.stdout
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    from benchmarks.__main__ import parser
+
+    taken = {option for action in parser()._actions for option in action.option_strings} - {"-h", "--help"}
+    assert taken == {option.split()[0] for option in bench.SUITE_OPTIONS}
+
+
+def test_quick_keeps_nothing_unless_asked(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("perceiver_pytorch")
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    from benchmarks import __main__ as suite
+
+    paths = []
+    result = {"conditions": {"load_at_start": 0}, "rows": [1], "missing": []}
+    monkeypatch.setattr(suite, "collect", lambda args, geometries, path: paths.append(path) or (0, result))
+    monkeypatch.setattr(suite, "show", lambda console, result: None)
+    assert suite.main(["--quick"]) == 0 and "--json PATH keeps them" in capsys.readouterr().out
+    assert suite.main(["--quick", "--json", str(tmp_path / "kept.json")]) == 0
+    assert suite.main(["--geometry", "small"]) == 0
+    assert paths[:2] == [None, tmp_path / "kept.json"] and paths[2].parent == ROOT / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(
@@ -91,20 +104,20 @@ def test_help_of_a_mode(monkeypatch, capsys, mode, expected):
 
 
 def test_without_the_repository(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(perceiver_fast, "__file__", str(tmp_path / "site-packages/perceiver_fast/__init__.py"))
+    monkeypatch.setattr(installation, "PACKAGE", tmp_path / "site-packages/perceiver_fast")
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/__main__.py").touch()  # somebody else's
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "--quick"]) == 2
     captured = capsys.readouterr()
-    assert "clone the repository and run `make bench`" in captured.err and not captured.out
+    assert "clone the repository, and run this command in its folder" in captured.err and not captured.out
     assert main(["bench", "--help"]) == 0
     captured = capsys.readouterr()
     assert "--scaling" in captured.out and "clone the repository" in captured.err
 
 
 def test_the_current_directory_may_hold_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(perceiver_fast, "__file__", str(tmp_path / "site-packages/perceiver_fast/__init__.py"))
+    monkeypatch.setattr(installation, "PACKAGE", tmp_path / "site-packages/perceiver_fast")
     monkeypatch.chdir(ROOT)
     assert bench.find_root() == ROOT
 

@@ -163,6 +163,51 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(path), (words, target)
 
 
+def test_pages_that_are_named_exist():
+    """Also without a link: a page's name in the text is a page of the repository."""
+    there = {path.name for path in ROOT.rglob("*.md") if ".venv" not in path.parts}
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w*/.-])([\w-]+\.md)\b", page.read_text()))
+        assert named <= there | {"examples.md", "gpu-battery.md"}, (page.name, named - there)
+
+
+def tables(page):
+    """The header rows of a page's tables, as lists of cells."""
+    headers = re.findall(r"^(\|.*\|)\n\| ?-", page.read_text(), re.MULTILINE)
+    return [[cell.strip() for cell in header.strip("|").split("|")] for header in headers]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "performance.md"], ids=lambda page: page.name)
+def test_ratios_are_beside_the_names_of_rows(page):
+    """On a phone one sees the first columns: what a row is, and how much faster."""
+    found = [header for header in tables(page) if any(cell.startswith("over ") for cell in header)]
+    assert len(found) >= (8 if page.name == "performance.md" else 1)
+    for header in found:
+        ratios = [at for at, cell in enumerate(header) if cell.startswith("over ")]
+        assert ratios == list(range(1, len(ratios) + 1)), header
+
+
+def test_the_first_page_has_no_figures_of_its_own():
+    """Its ratios and milliseconds are those of the pages that say how they were measured."""
+    nav = re.search(r"^nav:\n  - [^:]+: (.+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    first = DOCS / nav[1]
+    assert first.name == "start-here.md" and "(docs/start-here.md)" in (ROOT / "README.md").read_text()
+    sources = "".join((DOCS / name).read_text() for name in ("performance.md", "paths.md"))
+    measured = set(re.findall(r"[\d.,]+(?:x\b| ms\b| s\b)", sources)) | set(re.findall(r"[\d,.]*\d", sources))
+    for text in (first.read_text(), (ROOT / "README.md").read_text().split("## Measured")[1].split("## How")[0]):
+        found = re.findall(r"(?<![\d.,x])\d[\d.,]*x(?!\w)", text)
+        assert len(found) > 10 and set(found) <= measured, set(found) - measured
+    for number in re.findall(r"([\d,.]*\d) (?:ms|and [\d,.]+ ms|s\b)", first.read_text()):
+        assert number in measured, number
+
+
+def test_the_page_for_users_of_gpus_is_no_diary():
+    page = (DOCS / "gpu-notes.md").read_text()
+    assert "not measured" in page and "PERCEIVER_FAST_BACKEND=reference" in page and "sm_80" in page
+    assert len(page.splitlines()) < 80 and not re.search(r"\bregisters\b|ex2|wgmma|SASS", page)
+    assert "SASS" in (DOCS / "gpu-diary.md").read_text()
+
+
 def test_links_out_of_the_pages_are_mended():
     mend = load("hooks").with_links
     assert mend("[a](../benchmarks/GPU.md#x)", "docs/index.md") == "[a](gpu-battery.md#x)"

@@ -141,7 +141,7 @@ def test_isolated_wheel_in_an_empty_environment(sdist, torch_of_this_environment
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", f"{wheel}[demo]", cwd=tmp_path, **torch_of_this_environment)
     info = run(python, "-m", "perceiver_fast", "info", cwd=tmp_path)
-    assert "grid_attention on cpu: cpu" in info and "active isa" in info
+    assert ["grid_attention", "cpu"] in [line.split()[:2] for line in info.splitlines()] and "active isa" in info
     demo = [python, "-m", "perceiver_fast", "demo", "--max-side", "40", "--repeats", "1", "--geometry", "readme"]
     shown = run(*demo, "--out", tmp_path / "out", cwd=tmp_path)
     assert "grid_attention on cpu" in shown and (tmp_path / "out" / "attention.png").stat().st_size > 10_000

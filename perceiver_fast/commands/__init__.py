@@ -1,6 +1,6 @@
-"""The command line, one module a command: ``add_arguments(parser)`` and ``run(args) -> exit code``.
+"""The command line, one module for each command: ``run(args) -> exit code``. Their options are in ``options.py``.
 
-Exit codes: 0, all is well; 1, it ran and what it found is not; 2, it could not run, and standard error says why.
+Exit codes: 0, it ran and all is well; 1, it ran and found a problem; 2, it could not run, and standard error says why.
 """
 
 from pathlib import Path

@@ -12,29 +12,37 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import perceiver_fast
+from perceiver_fast import installation
 from perceiver_fast.insight.console import CannotRun
 
-EXTRA = "pip install -e '.[bench]'"
 SUITE = "benchmarks.__main__"
 MODES = {"base": "benchmarks.base.__main__", "compare": "benchmarks.compare", "scaling": "benchmarks.scaling.__main__"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options: whatever follows, which :func:`run` reads when the benchmarks were found."""
-    parser.description = __doc__
-    # Without prefix characters nothing looks like an option of this parser, --help included.
-    parser.prefix_chars = "\0"
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+ABSENT = (
+    "the benchmarks come with the source, not with the installed package: clone the repository, and run this command "
+    "in its folder"
+)
+# What the suite takes, for its help: the suite itself needs torch and pytest. A test compares them with the suite's.
+SUITE_OPTIONS = {
+    "--quick": "one geometry in float32, done in three minutes; nothing is kept but what --json asks for",
+    "--geometry NAME": "one to measure, also by torch.compile of the original; repeat for several",
+    "--all": "every geometry and dtype",
+    "--level LEVEL": "model, layer, or an op by its name; repeat for several (default: all)",
+    "--batch N": "inputs at once (default: 1); repeat for several",
+    "--dtype DTYPE": "float32, bfloat16, .. (default: float32); repeat for several",
+    "--pass PASS": "forward, step or step+tokens (default: all); repeat for several",
+    "--threads N": "torch's threads",
+    "--only EXPRESSION": 'as pytest -k takes it: "not (sdpa or compile)"',
+    "--json PATH": "where the numbers go",
+}
 
 
 def own_parser() -> argparse.ArgumentParser:
     """What to run; the rest of the options are that command's."""
     top = argparse.ArgumentParser(
         prog="perceiver-fast bench",
-        description=__doc__.split("\n")[0],
+        description=(__doc__ or "").split("\n")[0],
         usage="%(prog)s [--base REV | --compare OLD NEW | --scaling] [OPTION ...]",
-        epilog="Each takes options of its own: add --help to see them. Without one of them, the suite runs.",
+        epilog="--base, --compare and --scaling take options of their own: add --help to see them.",
         add_help=False,
         allow_abbrev=False,
     )
@@ -45,13 +53,26 @@ def own_parser() -> argparse.ArgumentParser:
     which.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help=compare)
     scaling = "time and memory as tokens or latents grow, with pictures"
     which.add_argument("--scaling", action="store_const", const=[], help=scaling)
-    top.add_argument("-h", "--help", action="store_true", help="this, and the options of what is run")
+    top.add_argument("-h", "--help", action="store_true", help="this; with one of the above, what it takes")
     return top
+
+
+def help_text() -> str:
+    """The help of the command, with the suite's options, which :func:`own_parser` hands on."""
+    top = own_parser()
+    suite = top.add_argument_group("options of the suite, which runs without any of these")
+    for option, text in SUITE_OPTIONS.items():
+        flag, _, metavar = option.partition(" ")
+        if metavar:
+            suite.add_argument(flag, metavar=metavar, help=text)
+        else:
+            suite.add_argument(flag, action="store_true", help=text)
+    return top.format_help()
 
 
 def find_root() -> Path | None:
     """The folder that holds ``benchmarks``: the package's checkout, or the current directory; None without one."""
-    for root in (Path(perceiver_fast.__file__).resolve().parents[1], Path.cwd()):
+    for root in (installation.PACKAGE.parent, Path.cwd()):
         if (root / "benchmarks/__main__.py").exists() and (root / "perceiver_fast/__init__.py").exists():
             return root
     return None
@@ -65,10 +86,8 @@ def load(module: str) -> ModuleType:
     """
     root = find_root()
     if root is None:
-        raise CannotRun(
-            "the benchmarks are not installed with the package: clone the repository and run `make bench` there, or run "
-            "this command in its folder"
-        )
+        raise CannotRun(ABSENT)
+    installation.load()
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     try:
@@ -76,7 +95,7 @@ def load(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("benchmarks", "perceiver_fast"):
             raise
-        raise CannotRun(f"needs {error.name}, which is not installed: {EXTRA}") from None
+        raise CannotRun(f"needs {error.name}, which is not installed: {installation.install('bench')}") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,16 +108,11 @@ def run(args: argparse.Namespace) -> int:
     chosen, rest = own.parse_known_args(args.arguments)
     given = {module: values for mode, module in MODES.items() if (values := getattr(chosen, mode)) is not None}
     ((module, values),) = (given or {SUITE: []}).items()
+    if chosen.help and module == SUITE:
+        print(help_text(), end="")
+        if find_root() is None:
+            print(f"bench: {ABSENT}", file=sys.stderr)
+        return 0
     if chosen.help:
         rest.append("--help")
-        if module == SUITE:
-            own.print_help()
-            print()
-    try:
-        command = load(module)
-    except CannotRun as error:
-        if not chosen.help:
-            raise
-        print(f"bench: {error}", file=sys.stderr)
-        return 0  # help was given, as far as it can be
-    return command.main([*values, *rest])
+    return load(module).main([*values, *rest])

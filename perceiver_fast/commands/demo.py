@@ -19,40 +19,22 @@ from rich.console import Console
 from torch import Tensor
 
 import perceiver_fast as pf
-from perceiver_fast import extension
+from perceiver_fast import extension, installation
 from perceiver_fast.commands import demo_process, make_folder
 from perceiver_fast.commands.demo_process import FAST, ORIGINAL, SEED
+from perceiver_fast.commands.options import COMPARED
 from perceiver_fast.insight import geometries
-from perceiver_fast.insight.console import CannotRun, Report, plain_table, positive, progress, wide_console
+from perceiver_fast.insight.console import CannotRun, Report, plain_table, progress, wide_console
 from perceiver_fast.insight.environment import cpu_name, package_version
 from perceiver_fast.insight.geometries import Geometry
 
 TOLERANCE = 1e-3  # of the largest output: rounding in float32 stays far below
-INSTALL = "pip install -e '.[demo]'"
+INSTALL = installation.install("demo")
 REQUIRED = {"matplotlib": "matplotlib", "PIL": "pillow", "psutil": "psutil", "sklearn": "scikit-learn"}
 PICTURED = "imagenet-lucid-1"
 
 # The models that are compared; their input is the photograph.
-GEOMETRIES = {name: geometries.GEOMETRIES[name] for name in ("readme", "imagenet-lucid-1")}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the demo's options to ``parser``."""
-    parser.description = __doc__
-    add = parser.add_argument
-    add("--image", type=Path, metavar="PATH", help="the photograph (default: china.jpg of scikit-learn, 427 x 640)")
-    add("--max-side", type=positive, metavar="N", help="scale the photograph down to at most N x N, for quick tests")
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="where attention.png goes (default: %(default)s)")
-    add("--json", type=Path, metavar="PATH", help="also store the rows and conditions as JSON")
-    add("--repeats", type=positive, default=3, metavar="N", help="timed runs, after a warm-up (default: %(default)s)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    add(
-        "--geometry",
-        action="append",
-        choices=list(GEOMETRIES),
-        help="a model to compare, repeatable (default: all). readme: the one of perceiver-pytorch's README, depth 6; "
-        "imagenet-lucid-1: the paper's ImageNet model in perceiver-pytorch's layout, one of its 8 blocks",
-    )
+GEOMETRIES = {name: geometries.GEOMETRIES[name] for name in COMPARED}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,31 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from perceiver_fast.gpu import triton_error
+from perceiver_fast.gpu import INTERPRETED, triton_error
 from perceiver_fast.insight import roofs
 from perceiver_fast.insight.console import CannotRun, plain_table, progress, wide_console
 from perceiver_fast.insight.environment import collect
 from perceiver_fast.ops.work import binary, decimal
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = __doc__
-    add = parser.add_argument
-    add("--json", action="store_true", help="print JSON")
-    add("--roofs", action="store_true", help="also measure what this CPU can do at most; takes half a second")
-    add(
-        "--kernels",
-        action="store_true",
-        help="compile the Triton kernels ahead of time and list what each needs; needs no GPU, takes minutes",
-    )
-    add("--arch", type=int, nargs="+", metavar="SM", help="with --kernels: as sm_XY writes them; default: 80 90 100")
+GPU_BACKENDS = ("triton", "cuda")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,16 +81,22 @@ def _show(console: Console, info: dict) -> None:
         console.rule("[bold red]WHAT WAS BUILT DOES NOT LOAD", style="red")
         for problem in info["problems"]:
             console.print(f"{problem.rstrip('.')}. Plain PyTorch runs instead.", style="bold red", markup=False)
+    gpu = bool(info["gpus"])
     packages = {name: version or "not installed" for name, version in info["packages"].items()}
+    if not gpu and info["packages"]["triton"] is None:
+        del packages["triton"]  # nobody without a GPU needs it
     versions = {"perceiver-fast": info["perceiver_fast"], "python": info["python"], "torch": info["torch"]}
     _pairs(console, "Versions", versions | packages)
     machine = {"cpu": info["cpu"], "threads": info["threads"], "gpus": info["gpus"] or "none"}
     _pairs(console, "Machine", machine | {"forced backend": info["forced_backend"]})
-    for part, title in (("extension", "C++ kernels"), ("cuda_kernels", "CUDA kernels")):
+    parts = [("extension", "C++ kernels"), *[("cuda_kernels", "CUDA kernels")] * gpu]
+    for part, title in parts:
         _pairs(console, title, {name.replace("_", " "): value for name, value in info[part].items()})
-    _show_ops(console, info["backends"])
+    _show_ops(console, info["backends"], ("cpu", "cuda") if gpu else ("cpu",))
+    if not gpu:
+        console.print("There is no GPU, so what would run on one is left out: --json has it.\n", highlight=False)
     _show_products(console, info["linear"])
-    _pairs(console, "Environment variables", info["environment"] or {"none": "of those that matter is set"})
+    _pairs(console, "Environment variables", info["environment"] or {"none": "is set that changes what runs"})
     if "roofs" in info:
         _show_roofs(console, info["roofs"])
 
@@ -114,21 +109,26 @@ def _pairs(console: Console, title: str, pairs: dict) -> None:
     console.print(table)
 
 
-def _show_ops(console: Console, ops: dict[str, dict[str, dict[str, list[str]]]]) -> None:
-    """A row an op, and below the table a line an op and device with what else could run it, and why not others."""
-    lines = []
-    table = plain_table("op", "on cpu", "on cuda", title="What runs an ordinary float32 call")
-    for op, devices in ops.items():
-        firsts = []
-        for device, backends in devices.items():
-            first, *others = [name for name, why in backends.items() if not why] or ["nothing"]
-            firsts.append(first)
-            text = f"{op} on {device}: {first}" + (f", else {', '.join(others)}" if others else "")
-            reasons = [f"not {name}: {', '.join(why)}" for name, why in backends.items() if why]
-            lines.append("; ".join([text, *reasons]))
-        table.add_row(op, *firsts)
+def _show_ops(console: Console, ops: dict[str, dict[str, dict[str, list[str]]]], devices: Sequence[str]) -> None:
+    """A row an op, and below the table a line for every reason: which backend it keeps from which ops."""
+    headers = [f"{head} {device}" for device in devices for head in ("on", "else on")]
+    table = plain_table("op", *headers, title="What runs an ordinary float32 call")
+    kept_from: dict[tuple[str, str, str], list[str]] = {}
+    for op, found in ops.items():
+        cells = []
+        for device in devices:
+            first, *others = [name for name, why in found[device].items() if not why] or ["nothing"]
+            cells += [first, ", ".join(others)]
+            for name, reasons in found[device].items():
+                # Without a GPU nobody asks why a GPU's kernels do not run.
+                if reasons and ("cuda" in devices or INTERPRETED or name not in GPU_BACKENDS):
+                    kept_from.setdefault((name, device, "; ".join(reasons)), []).append(op)
+        table.add_row(op, *cells)
     console.print(table)
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    for (name, device, why), kept in kept_from.items():
+        which = "every op" if len(kept) == len(ops) else ", ".join(kept)
+        text = f"not {name} on {device}: {why} ({which})"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_products(console: Console, linear: dict) -> None:
@@ -143,5 +143,5 @@ def _show_roofs(console: Console, roofs: dict | None) -> None:
         return
     rates = {"multiply-adds": decimal(roofs["multiply_adds"]), "exponentials": decimal(roofs["exponentials"])}
     rates["copied bytes"] = binary(roofs["copied_bytes"])
-    threads = {"threads": f"{roofs['threads']}, together"}
+    threads = {"threads": f"{roofs['threads']}, measured together"}
     _pairs(console, "Roofs, float32", {name: f"{rate} a second" for name, rate in rates.items()} | threads)

@@ -15,8 +15,8 @@ import torch
 
 import perceiver_fast
 from perceiver_fast.commands import make_folder, profile_torch
-from perceiver_fast.commands.profile_workload import Prepared, Workload, workload_from
-from perceiver_fast.commands.profile_workload import add_arguments as add_workload_arguments
+from perceiver_fast.commands.profile_workload import Prepared, workload_from
+from perceiver_fast.commands.workload import Workload
 from perceiver_fast.insight.console import CannotRun, progress
 from perceiver_fast.insight.environment import cpu_name
 from perceiver_fast.insight.ncu import SECTIONS, kernel_filter, names
@@ -78,25 +78,6 @@ TOOLS = {
         ("perf.data",),
     ),
 }  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
-    parser.description = __doc__
-    parser.epilog = "Exit code: 0; 2 when the tool, the GPU or the peer is not there, or the tool fails."
-    add = parser.add_argument
-    add(
-        "--tool",
-        choices=("torch", *TOOLS),
-        default="torch",
-        help="torch: a table of ranges and a trace, on CPU and GPU (default). nsys: a GPU's timeline; ncu: metrics of "
-        "every kernel. perf: functions on the CPU. These print their command lines and run them if they can",
-    )
-    add_workload_arguments(parser)
-    add("--kernel", metavar="REGEX", help="of ncu: kernels to profile, or an op's name (default: all of this package)")
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="where files go (default: %(default)s)")
-    add("--dry-run", action="store_true", help="of nsys, ncu and perf: print the command lines, run nothing")
-    add("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:

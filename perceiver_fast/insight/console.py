@@ -1,17 +1,21 @@
-"""What commands take from people and show them: options, tables on standard output, progress on standard error."""
+"""What commands take from people and show them: options, tables on standard output, progress on standard error.
+
+Functions import rich when they are called: the command line needs it for what it shows, not for its options.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 WIDTH = 160  # of a file or a pipe, which have none of their own
+NARROW = 80  # the same, for what is made to fit a terminal that nobody has widened
 
 Report = Callable[..., object]
 """Called with what is being done, and optionally how far it is."""
@@ -35,15 +39,16 @@ def at_least(least: int) -> Callable[[str], int]:
 positive = at_least(1)
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would exit with 1, which says something else here
-
-
 def wide_console(width: int = WIDTH) -> Console:
     """Standard output, wide enough for tables where it is no terminal."""
-    console = _Console()
-    return console if console.is_terminal else _Console(width=width)
+    from rich.console import Console
+
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1, which says something else here
+
+    console = Quiet()
+    return console if console.is_terminal else Quiet(width=width)
 
 
 def plain_table(
@@ -56,6 +61,9 @@ def plain_table(
         numbers: headers of the columns after these, aligned to the right.
         title, caption: what is above and below.
     """
+    from rich import box
+    from rich.table import Table
+
     table = Table(
         title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left",
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=any(columns),
@@ -76,6 +84,9 @@ def progress() -> Iterator[Report]:
         ...     say("counting", "1 of 2")
         ...     say("counting", "2 of 2")
     """
+    from rich.console import Console
+    from rich.markup import escape
+
     console = Console(stderr=True)
     shown = None
 

@@ -34,11 +34,12 @@ def explain(model: nn.Module, data: Any, *args: Any, **kwargs: Any) -> Explanati
     """Name the path each layer of ``model`` takes on an input, in its current mode and backend setting, and its work.
 
     The model's forward is run on tensors that have shapes and no content, so nothing is computed. Work is counted by
-    the operators that are called (:mod:`perceiver_fast.insight.work` has the rules). Beside it stands perceiver-pytorch's, counted in the same way. Other threads may call the model, or
-    explain it, meanwhile.
+    the operators that are called (:mod:`perceiver_fast.insight.work` has the rules). Beside it stands perceiver-pytorch's,
+    counted in the same way. Other threads may call the model, or explain it, meanwhile.
 
     Args:
-        model: any model of this package, or one that holds its layers; of :func:`perceiver_fast.insight.shapes.on_shapes`, too.
+        model: any model of this package, or one that holds its layers; also one of
+            :func:`perceiver_fast.insight.shapes.on_shapes`.
         data, *args, **kwargs: as its forward takes them; only shapes, dtypes and devices matter.
 
     Returns:

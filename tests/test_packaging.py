@@ -127,7 +127,11 @@ def test_isolated_wheel_in_an_empty_environment(sdist, torch_of_this_environment
         safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # newer than the oldest Pythons
         archive.extractall(tmp_path, **safely)
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    env = torch_of_this_environment | {"PERCEIVER_FAST_FORCE_BUILD": "1", "CXXFLAGS": "-O0"}
+    env = torch_of_this_environment | {
+        "PERCEIVER_FAST_FORCE_BUILD": "1",
+        "CXXFLAGS": "-O0",
+        "PERCEIVER_FAST_MANYLINUX": "1",
+    }
     run(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", tmp_path / "wheel", ".", cwd=source, **env)
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -136,6 +140,9 @@ def test_isolated_wheel_in_an_empty_environment(sdist, torch_of_this_environment
     assert {"perceiver_fast/kernels/__init__.py", "perceiver_fast/kernels/configs.json"} <= set(names)
     assert "perceiver_fast/_build.json" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/")) for name in names)
+    shown = run(sys.executable, "-m", "auditwheel", "show", wheel, cwd=tmp_path)
+    glibc = re.search(r"platform tag to\s+\"manylinux_2_(\d+)_", shown)
+    assert glibc and int(glibc[1]) <= 28, shown  # torch's own wheels are manylinux_2_28
 
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from support import needs_extension
+from torch.export import Dim
 from warm_python import python
 
 import perceiver_fast as pf
@@ -122,6 +123,59 @@ def test_onnx_runs_in_onnxruntime(exported, model):
         image, expected = expected_of(model, shape)
         (found,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
         assert (torch.from_numpy(found) - expected).abs().max() < 1e-5
+
+
+BATCH, POINTS = Dim("batch", max=64), Dim("points", min=2, max=100000)
+HEIGHT, WIDTH = Dim("height", min=2, max=2048), Dim("width", min=2, max=2048)
+SMALL = dict(depth=2, num_latents=5, latent_dim=16, num_classes=4)
+CODES = dict(num_freq_bands=3, max_freq=6.0)
+
+
+def multimodal():
+    modalities = [pf.Modality("image", 3, 2, 4, 8.0), pf.Modality("sound", 2, 1, 3, 6.0)]
+    return pf.MultimodalPerceiver(modalities=modalities, **SMALL)
+
+
+def both(image, sound):
+    return dict(data=dict(image=torch.randn(image), sound=torch.randn(sound)))
+
+
+# A model, what it is exported with, the free sizes, other inputs, and an operator that the program calls.
+EXPORTS = {
+    "points": (
+        lambda: pf.Perceiver(**SMALL, **CODES),
+        dict(data=torch.randn(2, 30, 3), coords=torch.rand(2, 30, 2)),
+        dict(data={0: BATCH, 1: POINTS}, coords={0: BATCH, 1: POINTS}),
+        dict(data=torch.randn(3, 300, 3), coords=torch.rand(3, 300, 2)),
+        "fourier_projection_forward",
+    ),
+    "one axis": (
+        lambda: pf.Perceiver(**SMALL, **CODES, input_axis=1),
+        dict(data=torch.randn(2, 30, 3)),
+        dict(data={0: BATCH, 1: POINTS}),
+        dict(data=torch.randn(1, 3000, 3)),
+        "fourier_projection_forward",
+    ),
+    "groups": (
+        multimodal,
+        both((2, 6, 5, 3), (2, 40, 2)),
+        dict(data=dict(image={0: BATCH, 1: HEIGHT, 2: WIDTH}, sound={0: BATCH, 1: POINTS})),
+        both((3, 16, 5, 3), (3, 400, 2)),
+        "grid_attention_forward",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exported_for_any_size(name):
+    """tests/contract/test_graphs.py has the other models."""
+    make, call, free, other, operator = EXPORTS[name]
+    model = make().eval()
+    with torch.no_grad():
+        exported = torch.export.export(model, (), kwargs=call, dynamic_shapes=free)
+        assert f"perceiver_fast.{operator}.default" in {str(node.target) for node in exported.graph.nodes}
+        for inputs in (call, other):
+            assert (exported.module()(**inputs) - model(**inputs)).abs().max() < 1e-5
 
 
 def test_the_library_defines_what_the_package_declares():

@@ -275,6 +275,7 @@ class BuildWithNinja(build_ext):
             record = {"skipped": str(reason), "cuda": {"skipped": str(reason)}}
         package = ROOT / "perceiver_fast" if self.inplace else Path(self.build_lib) / "perceiver_fast"
         package.mkdir(parents=True, exist_ok=True)
+        record["isolated"] = any("pip-build-env" in path for path in sys.path)  # pip made an environment for the build
         (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def compile(self, target):

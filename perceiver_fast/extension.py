@@ -11,19 +11,38 @@ from pathlib import Path
 
 import torch
 
-from perceiver_fast.installation import checkout
+from perceiver_fast.installation import PACKAGE, checkout, elsewhere, origin
 
 log = logging.getLogger("perceiver_fast")
 
-MEND = "pip install --no-cache-dir --force-reinstall --no-deps perceiver-fast"
-_AGAIN = "pip install ." if checkout() else MEND  # what a checkout's reader types, and what that of a wheel does
 _build_record = Path(__file__).with_name("_build.json")
+BUILD_NEEDS = "'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'"
+
+
+def mend() -> str:
+    """The command that installs this package again, and builds it as it was built: beside the torch that is here, or not."""
+    again = "pip install --no-cache-dir --force-reinstall --no-deps"
+    if build_record().get("isolated"):
+        return f"{again} {origin()}"
+    return f"pip install {BUILD_NEEDS} && {again} --no-build-isolation {origin()}"
+
+
+def build_record() -> dict:
+    """What the build wrote down: compiler, flags, or why it was skipped. Empty when there was no build."""
+    return json.loads(_build_record.read_text()) if _build_record.exists() else {}
+
+
+_AGAIN = "pip install --no-build-isolation -e ." if checkout() else mend()
 
 
 def _why_missing() -> str:
-    try:
-        record = json.loads(_build_record.read_text())
-    except FileNotFoundError:
+    if (installed := elsewhere()) is not None:
+        return (
+            f"this is the source folder {PACKAGE}, where nothing was built; the package with kernels is {installed}: run "
+            "from another folder, or install the clone with `-e`"
+        )
+    record = build_record()
+    if not record:
         return f"the C++ extension was not built (run `{_AGAIN}`)"
     return (
         f"the C++ extension was not built: {record['skipped']}"
@@ -65,10 +84,9 @@ def warn_missing() -> None:
     _warned = True
     warnings.warn(
         f"perceiver_fast runs on plain PyTorch, without the kernels that make it faster: {error}. When that is mended "
-        f"(it needs a C++ compiler, the Python headers and the package pybind11), install it again with `{MEND}`, or "
-        "with `.` for the last word in a checkout; without these options pip installs its cached wheel again. `python "
-        "-m perceiver_fast info` says what was built. PERCEIVER_FAST_BACKEND=reference asks for plain PyTorch, without "
-        "this warning",
+        f"(a build needs a C++ compiler and the Python headers), install it again with `{mend()}`; without these options "
+        "pip installs its cached wheel again. `perceiver-fast info` says what was built. "
+        "PERCEIVER_FAST_BACKEND=reference asks for plain PyTorch, without this warning",
         MissingKernelsWarning,
         stacklevel=2,
     )
@@ -115,13 +133,10 @@ def shared_library() -> Path:
     """
     file = Path(__file__).with_name("libperceiver_fast.so")
     if not file.exists():
-        raise FileNotFoundError(f"expected {file.name} in the package, but {error or 'it is not there'}; {MEND}")
+        raise FileNotFoundError(
+            f"expected {file.name} in the package, but {error or 'it is not there'}; mend it with `{mend()}`"
+        )
     return file
-
-
-def build_record() -> dict:
-    """What the build wrote down: compiler, flags, or why it was skipped. Empty when there was no build."""
-    return json.loads(_build_record.read_text()) if _build_record.exists() else {}
 
 
 cuda_error = _load_cuda()

@@ -8,9 +8,12 @@ the package itself asks :func:`deferred` whether to wait. Everywhere else it is 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -65,6 +68,32 @@ def checkout() -> Path | None:
     """The folder of the repository that this package is in; None where it was installed from a wheel."""
     root = PACKAGE.parent
     return root if (root / "pyproject.toml").exists() and (root / "csrc").exists() else None
+
+
+def origin() -> str:
+    """What pip installed this package from: the path of a folder or file, ``.`` in a clone that never was, or its name."""
+    try:
+        url = json.loads(metadata.distribution("perceiver-fast").read_text("direct_url.json") or "{}").get("url", "")
+    except metadata.PackageNotFoundError:
+        url = ""
+    if url.startswith("file://"):
+        path = Path(unquote(urlparse(url).path))
+        return "." if path == Path.cwd() else str(path)
+    return "." if checkout() else "perceiver-fast"
+
+
+def elsewhere() -> Path | None:
+    """The folder of another copy of this package, which was installed with kernels; None where there is none.
+
+    In a clone, Python takes the clone's own folder, which has no kernels unless it was installed with ``-e``.
+    """
+    if checkout() is None:
+        return None
+    for folder in map(Path, sys.path):
+        found = folder / "perceiver_fast"
+        if (found / "libperceiver_fast.so").exists() and found.resolve() != PACKAGE:
+            return found
+    return None
 
 
 def install(extra: str) -> str:

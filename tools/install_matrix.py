@@ -179,11 +179,9 @@ def run_cell(source: Path, cell: Cell, python: str, torch: str, mend: bool) -> d
         elif len(there["warnings"]) != (0 if cell.kernels else 1):
             found["problem"] = f"{len(there['warnings'])} warnings"
         elif not cell.kernels and mend:
-            (command,) = re.findall(r"`pip (install .*?) perceiver-fast`", there["warnings"][0])
-            if not cell.isolated:
-                environment.pip("install", *BUILD)
-                command += " --no-build-isolation"
-            environment.pip(*command.split(), ".")
+            (commands,) = re.findall(r"install it again with `(.*?)`", there["warnings"][0])
+            for command in commands.split(" && "):
+                environment.pip(*shlex.split(command.removeprefix("pip ")))
             mended = environment.probe()
             found["mended"] = "yes" if mended["error"] is None and not mended["warnings"] else f"no: {mended['error']}"
             found["problem"] = "" if found["mended"] == "yes" else "the command in the warning did not mend it"

@@ -60,7 +60,9 @@ def main() -> None:
             onnx = torch.onnx.export(model, (image,), dynamic_shapes=(FREE,), dynamo=True, verbose=False)
         onnx.save(options.out / "model.onnx")
         print(f"{options.out / 'model.onnx'}: ONNX")
-    print(f"\nserve {package} {options.out / 'image.bin'} {' '.join(map(str, image.shape))}")
+    shape, output = " ".join(map(str, image.shape)), options.out / "output.bin"
+    print(f"\nWithout Python, once CMakeLists.txt is built; {output} should then be as {options.out / 'logits.bin'}:")
+    print(f"{options.out / 'build/serve'} {package} {options.out / 'image.bin'} {output} {shape}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ class Check:
             text += f", gradients by {self.gradient_error:.1e}"
         before, after = self.seconds
         text += f". One forward: {before:.3g} s before, {after:.3g} s now, {before / after:.2f} x"
+        if after > before:
+            text += ". Slower on this example, or the machine was busy; pf.restore(model) undoes it"
         return text + (f". {self.note}" if self.note else "")
 
 
@@ -116,6 +118,7 @@ class Report:
         table.add_column("", justify="right")
         table.add_column("is")
         table.add_column("now, or why its own code runs", overflow="fold")
+        table.caption = "Counted gain: of operations and bytes, not of time."
         table.add_column("counted\ngain", justify="right")
         for row, times in _folded(self.rows):
             says = row.way or (f"left: {row.why}" if row.why else NOT_YET)

@@ -88,6 +88,11 @@ def load(module: str) -> ModuleType:
     if root is None:
         raise CannotRun(ABSENT)
     installation.load()
+    package = root / "perceiver_fast"
+    if package != installation.PACKAGE and not (package / "libperceiver_fast.so").exists():
+        raise CannotRun(
+            f"the benchmarks import the package of {root}, which has no kernels: run `pip install -e .` there"
+        )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     try:

@@ -119,7 +119,8 @@ def subject(args: argparse.Namespace) -> Subject:
         )
     for name in ("checkpoint", "model_class"):
         if getattr(args, name) is not None and given != ["arguments"]:
-            raise CannotRun(f"{_typed(name)} goes with --arguments, got it with {_typed(given[0])}")
+            hint = "; load it in that function" if (name, given) == ("checkpoint", ["source"]) else ""
+            raise CannotRun(f"{_typed(name)} goes with --arguments, got it with {_typed(given[0])}{hint}")
     chosen: Callable[[argparse.Namespace], Subject] = {
         "source": _of_source, "arguments": _of_arguments, "geometry": _of_geometry,
     }[given[0]]  # fmt: skip
@@ -151,8 +152,9 @@ def _of_arguments(args: argparse.Namespace) -> Subject:
     about: dict[str, Any] = {"class": name, "arguments": arguments, "sizes": sizes, "batch": args.batch or 1}
     dtype, note = torch.float32, ""
     if args.checkpoint:
-        dtype = own_model.check_state(build, own_model.state_from(args.checkpoint), args.checkpoint)
-        about, note = about | {"checkpoint": str(args.checkpoint)}, f"with the weights of {args.checkpoint.name}"
+        state, where = own_model.state_from(args.checkpoint)
+        dtype = own_model.check_state(build, state, args.checkpoint)
+        about, note = about | {"checkpoint": str(args.checkpoint)}, f"with the weights of {args.checkpoint.name}{where}"
     dtype = _dtype(args.dtype, dtype)
     model, data = on_shapes(build, (about["batch"], *sizes), dtype, args.device or "cpu")
     return Subject(name, note, model, (data,), about=about)

@@ -136,8 +136,8 @@ def builder(name: str, arguments: dict[str, Any]) -> Callable[[], nn.Module]:
     return lambda: kind(**arguments)
 
 
-def state_from(path: Path) -> dict[str, Tensor]:
-    """The state_dict of a checkpoint, also from within what a training script saved.
+def state_from(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The state_dict of a checkpoint, also from within what a training script saved, and where it was in words.
 
     Raises:
         CannotRun: the file cannot be read, or holds no state_dict.
@@ -146,18 +146,22 @@ def state_from(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CannotRun(str(error)) from None
+        raise CannotRun(f"the checkpoint cannot be read: {error}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError):  # whose texts recommend to load anything
         raise CannotRun(f"{path}: {expected}, got another file, or one of more than tensors") from None
+    where = ""
     if isinstance(found, Mapping):
-        found = next((found[name] for name in WITHIN if isinstance(found.get(name), Mapping)), found)
+        name = next((name for name in WITHIN if isinstance(found.get(name), Mapping)), None)
+        if name is not None:
+            found, where = found[name], f", which are under {name!r} in the file"
     if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
         got = f"keys {', '.join(map(str, list(found)[:5]))}" if isinstance(found, Mapping) else type(found).__name__
         raise CannotRun(f"{path}: {expected}, got {got}")
     for wrapper in WRAPPERS:
         if all(key.startswith(wrapper) for key in found):
             found = {key.removeprefix(wrapper): value for key, value in found.items()}
-    return dict(found)
+            where += f", whose keys begin with {wrapper!r} (remove it before load_state_dict)"
+    return dict(found), where
 
 
 def check_state(build: Callable[[], nn.Module], state: dict[str, Tensor], path: Path) -> torch.dtype:

@@ -133,7 +133,7 @@ def test_arguments_and_a_checkpoint(tmp_path, wrap, capsys):
     options = ["explain", "--arguments", TYPED, "--shape", "9x8x3", "--batch", "2", "--checkpoint", path]
     assert main(options) == 0
     shown = capsys.readouterr().out
-    assert "Perceiver (with the weights of weights.pt)" in shown and "float64 on cpu" in shown
+    assert "Perceiver (with the weights of weights.pt" in shown and "float64 on cpu" in shown
     assert main([*options, "--json", "--dtype", "float32"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["arguments"], found["sizes"], found["batch"]) == (SIZES, [9, 8, 3], 2)

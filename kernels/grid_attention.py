@@ -115,6 +115,7 @@ def grid_attention_forward_kernel(
         row_hash = hash_rows(tl.load(seed), b * N + n)
         token_hashes += j
     rows_out = row_parts + ((block * B + b) * rows) * N + n
+    step = b * 0 + N  # from row to row there, int64
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 3)
     first, last = split * per_split, tl.minimum(rows, (split + 1) * per_split)
@@ -131,14 +132,14 @@ def grid_attention_forward_kernel(
         known = tl.where(shift > float("-inf"), shift, 0.0)  # a query that met holes alone has no maximum
         if PRECISION == "fma":
             column_sums, sums, total, kept_total = sweep_fma(
-                table, query + F, live, g, planes, padded, first, last, known, rows_out, N, row_hash, token_hashes,
+                table, query + F, live, g, planes, padded, first, last, known, rows_out, step, row_hash, token_hashes,
                 threshold, F, BN, BJ, DROPOUT, HOLES,
             )  # fmt: skip
             for f in tl.static_range(F):
                 tl.store(sums_out + f, sums[f], mask=live)
         else:
             column_sums, acc, total, kept_total = sweep_mma(
-                table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, N, row_hash,
+                table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, step, row_hash,
                 token_hashes, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
             )  # fmt: skip
             c = tl.arange(0, V)

@@ -123,6 +123,7 @@ def grid_attention_backward_kernel(
         row_hash = hash_rows(tl.load(seed), row)
         token_hashes += j
     rows_out = row_parts + ((block * B + b) * rows) * N + n
+    step = b * 0 + N  # from row to row there, int64
     part = (split * B + b) * N + n
     sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 1)
     first, last = split * per_split, tl.minimum(rows, (split + 1) * per_split)
@@ -134,7 +135,7 @@ def grid_attention_backward_kernel(
         planes += b * rows * (F + 2) * padded + j
         column_sums, sums, residual = sweep_backward_fma(
             table, d_table, query + F, d_query + F, live, g, d_g, planes, padded, first, last, shift, factor, delta,
-            d_kept, rows_out, N, row_hash, token_hashes, threshold, F, BN, BJ, DROPOUT, HOLES,
+            d_kept, rows_out, step, row_hash, token_hashes, threshold, F, BN, BJ, DROPOUT, HOLES,
         )  # fmt: skip
         for f in tl.static_range(F):
             tl.store(sums_out + f, sums[f], mask=live)
@@ -145,7 +146,7 @@ def grid_attention_backward_kernel(
         scale, keys, values = scale + 2 * at + j, keys + at * K, values + at * V
         column_sums, acc, residual = sweep_backward_mma(
             table, d_table, query + F, d_query + F, live, g, d_g, scale, keys, values, padded, first, last, j, shift,
-            factor, delta, d_kept, rows_out, N, row_hash, token_hashes, threshold,
+            factor, delta, d_kept, rows_out, step, row_hash, token_hashes, threshold,
             F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
         )  # fmt: skip
         c = tl.arange(0, V)

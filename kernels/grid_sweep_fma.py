@@ -15,7 +15,7 @@ Arguments of the functions, for a program's BN queries and BJ columns:
     first, last                        rows to walk over
     shift, factor,          [BN]       of a query: 2^(s - shift) is its weight but for a factor; see grid_attention and
     delta, d_kept                      grid_attention_backward
-    rows_out                [BN]       pointers to the sums of row 0 in row_parts; N apart from row to row
+    rows_out, step          [BN]       pointers to the sums of row 0 in row_parts, and from row to row there, int64
     row_hash                [BN]       dropout's, as are token_hashes [BJ], pointers to row 0's, and threshold
     HOLES                              there may be tokens that are masked or beyond the last column: they read as
                                        channels of 0, a scale of 1, and a term of the logit that leaves no weight
@@ -111,7 +111,7 @@ def maximum_fma(
 
 @triton.jit
 def sweep_fma(
-    table, query_rows, live, g, planes, padded, first, last, shift, rows_out, N, row_hash, token_hashes, threshold,
+    table, query_rows, live, g, planes, padded, first, last, shift, rows_out, step, row_hash, token_hashes, threshold,
     F: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr,
 ):  # fmt: skip
     """Sums over these rows of weights p = 2^(s - shift), of those that dropout keeps but for ``total``.
@@ -139,7 +139,7 @@ def sweep_fma(
             kept_total += fold(p, BN, BJ)
         pr = p * r[None, :]
         column_sums += pr
-        tl.store(rows_out + i * N, tl.sum(fold(pr, BN, BJ), 1), mask=live)
+        tl.store(rows_out + i * step, tl.sum(fold(pr, BN, BJ), 1), mask=live)
         y = collect(y, pr, x, F, BN, BJ)
     return column_sums, totals(y, F), tl.sum(total, 1), tl.sum(kept_total, 1)
 
@@ -147,7 +147,7 @@ def sweep_fma(
 @triton.jit
 def sweep_backward_fma(
     table, d_table, query_rows, d_query_rows, live, g, d_g, planes, padded, first, last, shift, factor, delta, d_kept,
-    rows_out, N, row_hash, token_hashes, threshold,
+    rows_out, step, row_hash, token_hashes, threshold,
     F: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr,
 ):  # fmt: skip
     """Sums over these rows of dS, the gradient by the logits.
@@ -176,6 +176,6 @@ def sweep_backward_fma(
         residual += fold(ds, BN, BJ)
         dsr = ds * r[None, :]
         column_sums += dsr
-        tl.store(rows_out + i * N, tl.sum(fold(dsr, BN, BJ), 1), mask=live)
+        tl.store(rows_out + i * step, tl.sum(fold(dsr, BN, BJ), 1), mask=live)
         y = collect(y, dsr, x, F, BN, BJ)
     return column_sums, totals(y, F), tl.sum(residual, 1)

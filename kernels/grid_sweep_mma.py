@@ -85,13 +85,13 @@ def row_terms(table, pointers, i, live, scale, padded, HOLES: tl.constexpr):
 
 
 @triton.jit
-def store_rows(acc, rows_out, N, rows, last, apart, live):
+def store_rows(acc, rows_out, step, rows, last, apart, live):
     """Writes the sums of a group of rows, which stand apart in columns of ``acc [BN, V]``, and gives acc without them.
 
     ``rows [V]`` says which row a column is of, ``apart [V]`` which columns are of rows at all.
     """
     stored = live[:, None] & (apart & (rows < last))[None, :]
-    tl.store(rows_out[:, None] + (rows * N)[None, :], acc, mask=stored)
+    tl.store(rows_out[:, None] + (rows * step)[None, :], acc, mask=stored)
     return tl.where(apart[None, :], 0.0, acc)
 
 
@@ -126,7 +126,7 @@ def maximum_mma(
 
 @triton.jit
 def sweep_mma(
-    table, query_rows, live, g, scale, keys, values, padded, first, last, j, shift, rows_out, N, row_hash, token_hashes,
+    table, query_rows, live, g, scale, keys, values, padded, first, last, j, shift, rows_out, step, row_hash, token_hashes,
     threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
     BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,7 @@ def sweep_mma(
                 p = tl.where(dropout_keep(row_hash[:, None], token_hash[None, :], threshold), p, 0.0)
             column_sums += p * r[None, :]
             acc = product(p, value, acc, PRECISION)
-        acc = store_rows(acc, rows_out, N, start + c - F - 1, last, apart, live)
+        acc = store_rows(acc, rows_out, step, start + c - F - 1, last, apart, live)
     kept_total = tl.sum(tl.where((c == F)[None, :], acc, 0.0), 1)
     if not DROPOUT:
         total = kept_total
@@ -168,7 +168,7 @@ def sweep_mma(
 @triton.jit
 def sweep_backward_mma(
     table, d_table, query_rows, d_query_rows, live, g, d_g, scale, keys, values, padded, first, last, j, shift, factor,
-    delta, d_kept, rows_out, N, row_hash, token_hashes, threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    delta, d_kept, rows_out, step, row_hash, token_hashes, threshold, F: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GROUP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr, DROPOUT: tl.constexpr, HOLES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -201,5 +201,5 @@ def sweep_backward_mma(
                 ds = p * (d_t * r[None, :] - delta[:, None])
             column_sums += ds * r[None, :]
             acc = product(ds, value, acc, PRECISION)
-        acc = store_rows(acc, rows_out, N, start + c - F - 1, last, apart, live)
+        acc = store_rows(acc, rows_out, step, start + c - F - 1, last, apart, live)
     return column_sums, acc, tl.sum(tl.where((c == F)[None, :], acc, 0.0), 1)

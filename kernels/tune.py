@@ -111,7 +111,8 @@ def conditions(arch: int) -> dict[str, object]:
     driver = "unknown: nvidia-smi was not found"
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        driver = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20).stdout.strip()
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+        driver = "unknown: nvidia-smi refused" if done.returncode else done.stdout.strip()
     device = torch.cuda.get_device_properties(0)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -30,6 +30,11 @@ def assumed(architecture: int) -> Iterator[None]:
         _assumed.reset(token)
 
 
+def assuming() -> bool:
+    """Whether GPUs are :func:`assumed` here."""
+    return _assumed.get() is not None
+
+
 @functools.cache
 def _gpu(device: torch.device) -> tuple[int, int]:
     if INTERPRETED or device.type != "cuda" or not torch.cuda.is_available():

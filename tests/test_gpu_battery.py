@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -310,3 +311,21 @@ def test_gpu_tests_are_found_and_their_report_read(tmp_path):
     assert prepare.read_report(tmp_path / "none.xml")["tests"] == 0
     result = {"outcome": "failed: no start", "cases": [], "tests": {"outcome": "failed", "failed": ["a.b"]}}
     assert record.complaints(result) == ["failed: no start", "tests: failed: a.b"]
+
+
+def test_a_field_that_the_driver_refuses_loses_no_other(tmp_path, monkeypatch):
+    from benchmarks.gpu.machine import CLOCKS, clocks
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in *throttle*) echo "Field is not a valid field to query."; exit 2;; esac\n'
+        'echo "$1" | sed "s/--query-gpu=//; s/,/, /g"\n'
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = clocks()
+    assert list(found) == list(CLOCKS) and found["name"] == "name" and found["clocks.sm"] == "clocks.sm"
+    assert found["clocks_throttle_reasons.active"].startswith("unknown: nvidia-smi: Field")
+    smi.write_text("#!/bin/sh\necho 'no devices'; exit 6\n")
+    assert clocks() == {"unknown": "nvidia-smi: no devices"}

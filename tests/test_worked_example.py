@@ -19,12 +19,13 @@ FILES = re.findall(r"^```\w+ title=\"([^\"]+)\"\n(.*?)^```", PAGE.read_text(), r
 RUN = f"""
 import subprocess, sys, sysconfig
 from pathlib import Path
-import pybind11, torch
+import torch
 sys.path.insert(0, ".")
 import setup
 target = Path("build/{OP}.so").resolve()
 if not target.exists():
-    wanted = [s for s in setup.extension_sources(torch, pybind11) if "{OP}" in s[0] or s[0] == "core_isa"]
+    sources = setup.library_sources(torch, target.parent / "ninja")
+    wanted = [s for s in sources if "{OP}" in s[0] or s[0] == "core_isa"]
     assert len(wanted) > 3, wanted
     link = ["-shared", f"-L{{Path(torch.__file__).parent / 'lib'}}", "-ltorch_cpu"]
     setup.run_ninja(target.parent / "ninja", target, setup.find_compiler(), setup.FLAGS, link, wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 
 PACKAGES = ("torch", "triton", "perceiver-pytorch", "einops", "flash-attn", "numpy")
 CLOCKS = (
@@ -35,14 +36,28 @@ def conditions(device) -> dict:
 
 
 def clocks() -> dict:
-    """Clock rates, power, temperature and driver of the first GPU by nvidia-smi, or why they are not known."""
+    """Clock rates, power, temperature and driver of the first GPU by nvidia-smi, or why they are not known.
+
+    A driver that does not know one of the fields answers none of them: then each is asked for by itself.
+    """
+    found = _ask(CLOCKS)
+    if "unknown" not in found or not shutil.which("nvidia-smi"):
+        return found
+    alone = {field: _ask((field,)) for field in CLOCKS}
+    if all("unknown" in answer for answer in alone.values()):
+        return found
+    return {field: answer.get(field) or f"unknown: {answer['unknown']}" for field, answer in alone.items()}
+
+
+def _ask(fields: Sequence[str]) -> dict:
+    """What nvidia-smi says of these fields, or ``unknown``: why it does not."""
     if not shutil.which("nvidia-smi"):
         return {"unknown": "nvidia-smi was not found"}
-    command = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader", "--id=0"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=5)
     except (subprocess.TimeoutExpired, OSError) as error:
         return {"unknown": f"nvidia-smi: {type(error).__name__}"}
     if done.returncode:
         return {"unknown": f"nvidia-smi: {(done.stderr or done.stdout).strip()[:200]}"}
-    return dict(zip(CLOCKS, (value.strip() for value in done.stdout.split(","))))
+    return dict(zip(fields, (value.strip() for value in done.stdout.split(","))))

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from perceiver_fast import extension, reference
 from perceiver_fast.backends import Backend
-from perceiver_fast.gpu import INTERPRETED, multiprocessors
 from perceiver_fast.ops import blocks
 from perceiver_fast.ops.cross_attention_checks import OP, check
 from perceiver_fast.ops.declaration import Operator, declare
@@ -32,7 +31,7 @@ from perceiver_fast.ops.library import (
     triton_reasons,
     unless_autocast,
 )
-from perceiver_fast.ops.sdpa import sdpa
+from perceiver_fast.ops.sdpa import sdpa, slow_reasons
 from perceiver_fast.ops.work import Shape, Work, attention_work
 from perceiver_fast.ranges import op_range
 from perceiver_fast.reference.softmax import EMPTY_LSE
@@ -77,36 +76,8 @@ def _sdpa_reasons(call: CrossAttentionCall) -> list[str]:
         reasons.append(f"attention dropout {call.dropout:g} is on")
     if call.lse:
         reasons.append("it does not return the log-sum-exp")
-    if not reasons and not _triton_reasons(call):
-        reasons += _slow_fused_reasons(call)
-    return reasons
-
-
-def _slow_fused_reasons(call: CrossAttentionCall) -> list[str]:
-    """Why torch's attention is expected to be slower than the Triton kernels, which take the call.
-
-    Reasoned from what its kernels do, not measured. Flash attention takes half precision with up to 256 channels,
-    a multiple of 8, the same of values, and no mask; the memory-efficient kernel any number that is a multiple of
-    16 bytes, but leaves a GPU idle that its blocks of 64 queries do not fill. What neither takes forms the N x M weights.
-    """
-    if INTERPRETED:
-        return ["TRITON_INTERPRET=1 puts the interpreted Triton kernels in its place"]
-    dim, value_dim = call.dim, call.value_dim
-    if dim is None or value_dim is None:
-        return []
-    half = call.dtype != torch.float32
-    if half and dim == value_dim and dim <= 256 and dim % 8 == 0 and not call.masked:
-        return []
-    multiple = 8 if half else 4
-    for channels in (dim, value_dim):
-        if channels % multiple != 0:
-            return [f"torch's fused attention takes no head of {channels} channels in {call.dtype}"]
-    if call.batch is None or call.heads is None or call.queries is None:
-        return []
-    blocks, most = call.batch * call.heads * ((call.queries + 63) // 64), multiprocessors(call.device)
-    if 2 * blocks < most:
-        return [f"torch's fused attention does not split tokens: {blocks} blocks of queries on {most} multiprocessors"]
-    return []
+    slow = [] if reasons else slow_reasons(call)
+    return slow if slow and not CROSS_ATTENTION.cannot("triton", call) else reasons
 
 
 def _backward_work(q: Shape, k: Shape, v: Shape, inverted: bool) -> Work:
@@ -146,6 +117,11 @@ def _instances():
         yield name, dict(dtype=dtype, channels=channels, options=options, queries=queries, tokens=tokens)
 
 
+def _trial(make, dtype):
+    q, k, v = (make(2, 2, rows, 24, dtype=dtype) for rows in (20, 70, 70))
+    return cross_attention(q, k, v, make.mask(2, 70), return_lse=True)
+
+
 CROSS_ATTENTION = declare(
     OP,
     backends=(
@@ -173,6 +149,7 @@ CROSS_ATTENTION = declare(
         ),
     ),
     sample=_sample,
+    trial=_trial,
     variants=({}, dict(options=True), dict(inverted=True), dict(dtype=torch.float64, channels=17)),
     instances=dict(_instances()),
 )

@@ -25,7 +25,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from perceiver_fast import backends
 from perceiver_fast.backends import Backend, Choice
 from perceiver_fast.gpu import INTERPRETED
+from perceiver_fast.ops import proof
 from perceiver_fast.ops.library import library
+from perceiver_fast.ops.make import Make
+from perceiver_fast.ops.trial import Call
 from perceiver_fast.ops.work import Work
 
 
@@ -98,38 +101,6 @@ class Operator:
         return getattr(importlib.import_module(f"perceiver_fast.kernels.{module}"), function)
 
 
-class Make:
-    """Makes the tensors of a sample, and keeps those that gradients are asked for in ``leaves``.
-
-    Args:
-        device: where; on ``"meta"`` tensors have no content.
-    """
-
-    def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
-        self.leaves: list[Tensor] = []
-
-    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normally distributed numbers of either sign, differentiable."""
-        tensor = torch.randn(*shape, device=self.device).to(dtype).requires_grad_()
-        self.leaves.append(tensor)
-        return tensor
-
-    def positive(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Numbers between a half and three halves, differentiable."""
-        tensor = (torch.rand(*shape, device=self.device) + 0.5).to(dtype).requires_grad_()
-        self.leaves.append(tensor)
-        return tensor
-
-    def mask(self, *shape: int) -> Tensor:
-        """A mask with True in two of three places."""
-        return torch.rand(*shape, device=self.device) < 2 / 3
-
-    def seed(self) -> Tensor:
-        """Of dropout."""
-        return torch.full((1,), 3, dtype=torch.int64, device=self.device)
-
-
 @dataclass(frozen=True)
 class Op:
     """What the package knows of one op.
@@ -144,6 +115,8 @@ class Op:
         variants: options of the small samples that its operators are checked on. Default: none.
         instances: options of the samples whose Triton kernels are compiled ahead of time, by what to call them.
         kernels: a regular expression of the names of its GPU kernels. Default: they begin with the op's name.
+        trial: the small call by which they prove themselves on a GPU, see :mod:`perceiver_fast.ops.proof`. Default: it
+            has none.
     """
 
     name: str
@@ -154,6 +127,7 @@ class Op:
     variants: tuple[Mapping[str, object], ...] = ({},)
     instances: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     kernels: str = ""
+    trial: Call | None = None
 
     def choose(self, call: object) -> Choice:
         """The backend that runs ``call``, a forced one or the first that can; its name is None where none can."""
@@ -167,6 +141,11 @@ class Op:
         """
         found: Any = backends.require(self.choose(call)).backend
         return found
+
+    def cannot(self, backend: str, call: object) -> list[str]:
+        """Why a backend cannot run ``call``."""
+        (named,) = (found for found in self.backends if found.name == backend)
+        return named.reasons(call)
 
     def run_sample(self, device: torch.device | str, **options: object) -> list[Tensor]:
         """Call the op's sample and its gradients by all that can have one; returns both."""
@@ -198,7 +177,8 @@ OPERATORS: dict[str, Operator] = {}
 
 def declare(name: str, **facts: Any) -> Op:
     """Declare an op: see :class:`Op`. Its operators are registered with torch, and with their Triton kernels."""
-    op = Op(name, **{"kernels": f"{name}_(.*_)?kernel", **facts})
+    proved = tuple(proof.proved(name, backend, facts.get("trial")) for backend in facts["backends"])
+    op = Op(name, **{"kernels": f"{name}_(.*_)?kernel", **facts, "backends": proved})
     OPS[name] = op
     for operator in op.operators:
         OPERATORS[operator.name] = operator

@@ -69,6 +69,12 @@ def _sample(make, dtype=torch.float32, tokens=7, axes=2, bands=3, features=3, wi
     return FourierProjectionFunction.apply(feat, coords, frequencies, weight, bias, eps)
 
 
+def _trial(make, dtype):
+    coords, frequencies = make(2, 70, 2, dtype=torch.float64), make.numbers(2, 3, dtype=torch.float64)
+    feat, weight, bias = make(2, 70, 3, dtype=dtype), make(17, 24, dtype=dtype), make(24, dtype=dtype)
+    return fourier_projection_unchecked(feat, coords, frequencies, weight, bias, 1e-5)
+
+
 FOURIER_PROJECTION = declare(
     OP,
     backends=(
@@ -92,6 +98,7 @@ FOURIER_PROJECTION = declare(
         ),
     ),
     sample=_sample,
+    trial=_trial,
     variants=({}, dict(eps=None, features=0), dict(token_grads=False), dict(dtype=torch.float64, tokens=70)),
     kernels="(fourier_.*|add_parts)_kernel",
 )

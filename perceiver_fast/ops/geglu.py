@@ -40,6 +40,10 @@ def _sample(make, dtype=torch.float32, bias=torch.float32, rows=(2, 3), width=17
     )
 
 
+def _trial(make, dtype):
+    return geglu(make(3, 40, 2 * 72, dtype=dtype), make(2 * 72, dtype=dtype))
+
+
 GEGLU = declare(
     OP,
     backends=POINTWISE_BACKENDS,
@@ -59,6 +63,7 @@ GEGLU = declare(
         ),
     ),
     sample=_sample,
+    trial=_trial,
     variants=({}, dict(bias=None), dict(dtype=torch.float64, bias=torch.float64), dict(dtype=torch.bfloat16)),
     instances={
         "bfloat16, 2048 wide": dict(dtype=torch.bfloat16, bias=torch.bfloat16, rows=(64, 256), width=2048),

@@ -128,6 +128,13 @@ def _instances():
         yield name, dict(dtype=dtype, features=features, options=options, queries=512, sizes=(224, 224))
 
 
+def _trial(make, dtype):
+    q, axes = make(2, 20, 3, dtype=dtype), [make(2, 20, size, dtype=dtype) for size in (3, 40)]
+    feat, scale = make(2, 120, 3, dtype=dtype), make.positive(2, 120, dtype=dtype)
+    o, o_axes, lse = grid_attention(q, axes, feat, scale, make.mask(2, 120))
+    return o, *o_axes, lse
+
+
 GRID_ATTENTION = declare(
     OP,
     backends=(
@@ -154,6 +161,7 @@ GRID_ATTENTION = declare(
         ),
     ),
     sample=_sample,
+    trial=_trial,
     variants=({}, dict(options=True), dict(inverted=True), dict(token_grads=False)),
     instances=dict(_instances()),
     kernels="grid_(attention|planes|tokens)(_.*)?_kernel",

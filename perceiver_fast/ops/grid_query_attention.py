@@ -136,6 +136,12 @@ def _instances():
         )  # fmt: skip
 
 
+def _trial(make, dtype):
+    t_feat, *t_axes = (make(2, 2, 20, size, dtype=dtype) for size in (3, 4, 20))
+    feat, v = make(2, 80, 3, dtype=dtype), make(2, 2, 20, 8, dtype=dtype)
+    return grid_query_attention(t_feat, t_axes, feat, v, mask=make.mask(2, 20))
+
+
 GRID_QUERY_ATTENTION = declare(
     OP,
     backends=(
@@ -170,6 +176,7 @@ GRID_QUERY_ATTENTION = declare(
         ),
     ),
     sample=_sample,
+    trial=_trial,
     variants=(
         {},
         dict(options=True),

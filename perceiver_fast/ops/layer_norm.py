@@ -46,6 +46,11 @@ def _sample(make, dtype=torch.float32, out_dtype=torch.float32, rows=(2, 3), wid
     return AddLayerNormFunction.apply(x, *joins, weight, bias, 1e-5, out_dtype)
 
 
+def _trial(make, dtype):
+    x, branch = make(3, 40, 72, dtype=dtype), make(3, 40, 72, dtype=dtype)
+    return add_layer_norm(x, branch, *(make(72, dtype=dtype) for _ in range(3)))
+
+
 _MANY = (64, 256)  # rows
 
 LAYER_NORM = declare(
@@ -69,6 +74,7 @@ LAYER_NORM = declare(
         ),
     ),
     sample=_sample,
+    trial=_trial,
     variants=(
         {},
         dict(branch=False),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from perceiver_fast.gpu import INTERPRETED, multiprocessors
 from perceiver_fast.ops import blocks
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again, transformed
 from perceiver_fast.ops.library import compute_dtype, dropout_seed, learns, unless_autocast
@@ -25,6 +26,33 @@ from perceiver_fast.tracing import PLAIN, intercepted
 OP = "sdpa"
 FLASH, MATH = SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value
 HALF = torch.bfloat16, torch.float16
+
+
+def slow_reasons(call: Any) -> list[str]:
+    """Why torch's attention is expected to be slower than the Triton kernels with this call of cross_attention.
+
+    Reasoned from what its kernels do, not measured. Flash attention takes half precision with up to 256 channels,
+    a multiple of 8, the same of values, and no mask; the memory-efficient kernel any number that is a multiple of
+    16 bytes, but leaves a GPU idle that its blocks of 64 queries do not fill. What neither takes forms the N x M weights.
+    """
+    if INTERPRETED:
+        return ["TRITON_INTERPRET=1 puts the interpreted Triton kernels in its place"]
+    dim, value_dim = call.dim, call.value_dim
+    if dim is None or value_dim is None:
+        return []
+    half = call.dtype != torch.float32
+    if half and dim == value_dim and dim <= 256 and dim % 8 == 0 and not call.masked:
+        return []
+    multiple = 8 if half else 4
+    for channels in (dim, value_dim):
+        if channels % multiple != 0:
+            return [f"torch's fused attention takes no head of {channels} channels in {call.dtype}"]
+    if call.batch is None or call.heads is None or call.queries is None:
+        return []
+    blocks, most = call.batch * call.heads * ((call.queries + 63) // 64), multiprocessors(call.device)
+    if 2 * blocks < most:
+        return [f"torch's fused attention does not split tokens: {blocks} blocks of queries on {most} multiprocessors"]
+    return []
 
 
 def _differentiate_again(grad_inputs, grad_outputs):

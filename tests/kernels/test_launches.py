@@ -47,6 +47,7 @@ def test_graphs(device):
     """Captured and replayed on other values, forward and backward."""
     run, leaves = attend(device, dropout=0.0)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run(*leaves)

@@ -300,7 +300,8 @@ class BuildWithNinja(build_ext):
         run_ninja(folder, library, compiler, flags, shared, library_sources(torch, folder))
         module += [shlex.quote(str(library)), more]
         run_ninja(folder / "module", target, compiler, flags, module, module_sources(torch, pybind11))
-        return {"machine": machine(), "compiler": version_of(compiler, 0), "torch": torch.__version__, "flags": " ".join(FLAGS)}
+        about = {"machine": machine(), "compiler": version_of(compiler, 0)}
+        return about | {"torch": torch.__version__, "flags": " ".join(FLAGS)}
 
     def compile_cuda(self, target):
         """A library of its own, since it loads only beside a torch with CUDA; the CPU kernels do without it."""

@@ -39,7 +39,10 @@ namespace std {
 PF_OWN void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 
 // CXXABI 1.3.13: the two steps of copying and of destroying a pointer to an exception, which have been one function each
-// before, and still are. (pybind11 copies such pointers.)
+// before, and still are. (pybind11 copies such pointers.) Those functions call these steps by their names in turn, so nobody
+// else may find ours: they are hidden, by the assembler, since libstdc++ declares them visible.
+__asm__(".hidden _ZNSt15__exception_ptr13exception_ptr9_M_addrefEv");
+__asm__(".hidden _ZNSt15__exception_ptr13exception_ptr10_M_releaseEv");
 namespace __exception_ptr {
 template <class Function>
 Function* in_libstdcxx(const char* name) {

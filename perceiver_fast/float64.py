@@ -16,7 +16,9 @@ def _kind_has_float64(kind: str) -> bool:
     if kind in ("cpu", "cuda", "meta"):
         return True
     try:
-        torch.empty(1, dtype=torch.float64, device=kind)
+        torch.ones(1, dtype=torch.float64, device=kind).add(1)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError, NotImplementedError):
         return False
     return True

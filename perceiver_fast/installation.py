@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -35,10 +37,13 @@ def is_command_line(arguments: list[str], original: list[str]) -> bool:
         return False
     if arguments[0] == "-m":
         return original[-len(arguments) :][:1] == ["perceiver_fast"]
-    return Path(arguments[0]).stem == "perceiver-fast"
+    return Path(arguments[0]).name in ("perceiver-fast", "perceiver-fast.exe", "perceiver-fast-script.py")
 
 
-_deferred = is_command_line(getattr(sys, "argv", []), sys.orig_argv)
+# A worker that such a process spawns has its arguments, but not yet a main module with a file.
+_deferred = is_command_line(getattr(sys, "argv", []), sys.orig_argv) and (
+    sys.argv[0] == "-m" or hasattr(sys.modules.get("__main__"), "__file__")
+)
 
 
 def deferred() -> bool:
@@ -71,15 +76,19 @@ def checkout() -> Path | None:
 
 
 def origin() -> str:
-    """What pip installed this package from: the path of a folder or file, ``.`` in a clone that never was, or its name."""
+    """What pip installed this package from, as it is typed: a folder (with ``-e``), a file, an address, or its name."""
     try:
-        url = json.loads(metadata.distribution("perceiver-fast").read_text("direct_url.json") or "{}").get("url", "")
+        information = json.loads(metadata.distribution("perceiver-fast").read_text("direct_url.json") or "{}")
     except metadata.PackageNotFoundError:
-        url = ""
-    if url.startswith("file://"):
-        path = Path(unquote(urlparse(url).path))
-        return "." if path == Path.cwd() else str(path)
-    return "." if checkout() else "perceiver-fast"
+        information = {}
+    editable = "-e " if information.get("dir_info", {}).get("editable") else ""
+    url = information.get("url", "")
+    if url.startswith("file:"):
+        path = Path(url2pathname(urlparse(url).path))
+        return editable + ("." if path == Path.cwd() else shlex.quote(str(path)))
+    if url:
+        return shlex.quote(f"{information.get('vcs_info', {}).get('vcs', '')}+{url}".lstrip("+"))
+    return "-e ." if checkout() else "perceiver-fast"
 
 
 def elsewhere() -> Path | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from elftools.elf.elffile import ELFFile
 from packaging.requirements import Requirement
 from warm_python import python
 
@@ -143,6 +144,13 @@ def test_isolated_wheel_in_an_empty_environment(sdist, torch_of_this_environment
     shown = run(sys.executable, "-m", "auditwheel", "show", wheel, cwd=tmp_path)
     glibc = re.search(r"platform tag to\s+\"manylinux_2_(\d+)_", shown)
     assert glibc and int(glibc[1]) <= 28, shown  # torch's own wheels are manylinux_2_28
+    for library in ("libperceiver_fast.so", next(name for name in names if "/_C" in name).partition("/")[2]):
+        zipfile.ZipFile(wheel).extract(f"perceiver_fast/{library}", tmp_path)
+        with (tmp_path / "perceiver_fast" / library).open("rb") as file:
+            symbols = list(ELFFile(file).get_section_by_name(".dynsym").iter_symbols())
+        given = [symbol.name for symbol in symbols if symbol["st_shndx"] != "SHN_UNDEF"]
+        # What csrc/manylinux.h puts in the place of libstdc++'s own must not be found by libstdc++.
+        assert given and not [name for name in given if "_M_addref" in name or "_M_release" in name]
 
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"

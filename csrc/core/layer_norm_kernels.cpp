@@ -77,8 +77,8 @@ void layer_norm_rows(const LayerNormForward<D>& call, int64_t begin, int64_t end
       });
       x = y;
     }
-    const auto [shift, left, variance] = statistics(x, n, sum.total());
-    const T rstd = T(1 / __builtin_sqrt(double(variance) + call.eps));
+    const Statistics<T> of = statistics(x, n, sum.total());
+    const T shift = of.shift, left = of.left, rstd = T(1 / __builtin_sqrt(double(of.variance) + call.eps));
     auto* z = call.z + r * n;
     const S *weight = call.weight, *bias = call.bias;
     for_vectors<T, kChains>(n, [&](int64_t i, int, auto at) PF_INLINE_LAMBDA {

@@ -64,6 +64,10 @@ def call_of(model: nn.Module, example: Any) -> tuple[tuple, dict[str, Any]]:
     """
     if isinstance(example, Tensor):
         return (example,), {}
+    if not isinstance(example, (Mapping, list, tuple)):
+        raise CannotRun(
+            f"expected an example to be a tensor, a tuple of arguments or a dict, got {type(example).__name__}"
+        )
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), {})
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)

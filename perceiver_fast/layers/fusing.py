@@ -103,11 +103,9 @@ def _exchanged() -> str | None:
 
 def _is_own(call: Callable) -> bool:
     """Whether a call is nn.Module's, or what torch.export puts in its place to note which module it is in."""
-    return (
-        call is _call
-        or torch.compiler.is_exporting()
-        and call.__globals__["__name__"].startswith(("torch.fx.", "torch.export."))
-    )
+    if call is _call or not torch.compiler.is_exporting():
+        return call is _call
+    return getattr(call, "__globals__", {}).get("__name__", "").startswith(("torch.fx.", "torch.export."))
 
 
 def _global_hook() -> str | None:

@@ -76,7 +76,7 @@ def _sdpa_reasons(call: CrossAttentionCall) -> list[str]:
         reasons.append(f"attention dropout {call.dropout:g} is on")
     if call.lse:
         reasons.append("it does not return the log-sum-exp")
-    slow = [] if reasons else slow_reasons(call)
+    slow = [] if reasons or _triton_reasons(call) else slow_reasons(call)
     return slow if slow and not CROSS_ATTENTION.cannot("triton", call) else reasons
 
 

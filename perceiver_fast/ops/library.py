@@ -38,8 +38,7 @@ class Definitions:
         elif there.default._schema != torch._C.parse_schema(f"perceiver_fast::{schema}"):
             raise ImportError(
                 f"perceiver_fast: expected the operator {schema}, got {there.default._schema} from the compiled library, "
-                "which is of other sources than this package; build it again (`pip install .`, in a checkout "
-                "`python setup.py build_ext --inplace`)"
+                f"which is of other sources than this package; build it again: `{extension.mend()}`"
             )
 
     def impl(self, operator: str, kernel: Callable, key: str, allow_override: bool = False) -> None:

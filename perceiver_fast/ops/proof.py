@@ -7,10 +7,13 @@ and whatever is next takes over. Forced backends are not tried.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import threading
 import warnings
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -93,6 +96,7 @@ def _settle(op: str, backend: str, device: torch.device) -> str:
         return doubt(op, backend, torch.device("cuda", torch.cuda.current_device()))
     of = {"op": op, "backend": backend, "architecture": where}
     of |= {"perceiver_fast": __version__, "torch": str(torch.__version__), "triton": _triton_version()}
+    of["sources"] = _sources()
     if untimely(device):
         return remembered.recall(of) or ""
     with _one_at_a_time:
@@ -114,6 +118,19 @@ def _tried(op: str, backend: str, device: torch.device, of: dict[str, str]) -> s
     if outcome.lasting:
         remembered.remember(of, error)
     return error
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the kernels, Triton's and CUDA's: what is changed is tried again."""
+    digest = hashlib.sha256()
+    kernels = Path(__file__).parents[1] / "kernels"
+    if not kernels.exists():  # where the package is installed in place they are beside it
+        kernels = kernels.parents[1] / "kernels"
+    for file in (*sorted(kernels.glob("*.py")), *sorted(kernels.glob("*.json")), kernels.parent / "_cuda.so"):
+        if file.exists():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _triton_version() -> str:

@@ -33,7 +33,13 @@ class Outcome:
 
 
 def held(call: Call, backend: str, device: torch.device) -> Outcome:
-    """Whether ``backend``, forced, computes ``call`` on ``device`` as the reference does."""
+    """Whether ``backend``, forced, computes ``call`` on ``device`` as the reference does.
+
+    Raises:
+        RuntimeError: an error of earlier work on a GPU, which is nobody's here.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     found: list[Outcome] = []
     thread = threading.Thread(target=lambda: found.append(_compared(call, backend, device)), name="kernel trial")
     thread.start()
@@ -45,7 +51,9 @@ def _compared(call: Call, backend: str, device: torch.device) -> Outcome:
     try:
         for dtype, bound in BOUNDS.items():
             truth = _results(call, "reference", Same("cpu", exact=True), dtype)
-            for number, (mine, true) in enumerate(zip(_results(call, backend, Same(device), dtype), truth)):
+            for number, (mine, true) in enumerate(
+                zip(_results(call, backend, Same(device), dtype), truth, strict=True)
+            ):
                 error = _distance(mine, true)
                 if not error <= bound:  # NaN is not
                     return Outcome(f"in {dtype} tensor {number} of its results and gradients is off by {error:.1e}")

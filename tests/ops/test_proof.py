@@ -182,7 +182,7 @@ def test_threads_share_a_trial(device):
     assert device.trials == 1
 
 
-def test_processes_leave_whole_files(tmp_path, monkeypatch):
+def test_writers_leave_whole_files(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     of = {"op": "stand_in", "backend": "triton"}
 

@@ -21,15 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so")
 TRY = """
-import torch, perceiver_fast as pf
+import sys, torch, perceiver_fast as pf
 model = pf.Perceiver(num_freq_bands=6, depth=1, max_freq=10.0, num_latents=8, latent_dim=16)
 model(torch.randn(1, 32, 32, 3)).sum().backward()
 print(pf.__file__, "on", pf.explain(model, torch.randn(1, 32, 32, 3)).layers[0].choice.backend)
-assert pf.shared_library().exists()
+assert pf.__file__.startswith(sys.prefix) and pf.shared_library().exists()
 """
 
 
-def run(*command, **env) -> str:
+def run(*command, cwd: Path = ROOT, **env) -> str:
     """Run a command; returns what it printed.
 
     Raises:
@@ -38,7 +38,7 @@ def run(*command, **env) -> str:
     print("+", *(str(part) for part in command), flush=True)
     texts = [str(part) for part in command]
     done = subprocess.run(
-        texts, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        texts, cwd=cwd, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode != 0:
         raise SystemExit(f"{done.stdout[-4000:]}\nfailed ({done.returncode}): {' '.join(texts)}")
@@ -69,7 +69,8 @@ def try_wheel(wheel: Path) -> None:
         run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel)
         (site,) = Path(folder).glob("lib/python*/site-packages")
         (site / "torch_of_this_environment.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        print(run(python, "-W", "error::UserWarning", "-c", TRY, PYTHONPATH="").strip())
+        # Not from the checkout, whose own folder Python would take.
+        print(run(python, "-W", "error::UserWarning", "-c", TRY, cwd=Path(folder), PYTHONPATH="").strip())
 
 
 def main() -> None:

@@ -124,10 +124,11 @@ def _tried(op: str, backend: str, device: torch.device, of: dict[str, str]) -> s
 def _sources() -> str:
     """A digest of the kernels, Triton's and CUDA's: what is changed is tried again."""
     digest = hashlib.sha256()
-    kernels = Path(__file__).parents[1] / "kernels"
+    package = Path(__file__).parents[1]
+    kernels = package / "kernels"
     if not kernels.exists():  # where the package is installed in place they are beside it
-        kernels = kernels.parents[1] / "kernels"
-    for file in (*sorted(kernels.glob("*.py")), *sorted(kernels.glob("*.json")), kernels.parent / "_cuda.so"):
+        kernels = package.parent / "kernels"
+    for file in (*sorted(kernels.glob("*.py")), *sorted(kernels.glob("*.json")), package / "_cuda.so"):
         if file.exists():
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

@@ -92,7 +92,7 @@ def test_an_error_that_may_pass_is_not_remembered(device, monkeypatch):
     assert device.choice().backend == "triton" and device.trials == 2
 
 
-@pytest.mark.parametrize("version", ["perceiver_fast", "torch", "triton", "architecture"])
+@pytest.mark.parametrize("version", ["perceiver_fast", "torch", "triton", "sources", "architecture"])
 def test_other_versions_are_tried_again(version, device, monkeypatch):
     assert device.choice().backend == "triton"
     new_process(monkeypatch)
@@ -100,6 +100,7 @@ def test_other_versions_are_tried_again(version, device, monkeypatch):
         "perceiver_fast": lambda: monkeypatch.setattr(proof, "__version__", "0.0"),
         "torch": lambda: monkeypatch.setattr(torch, "__version__", "0.0"),
         "triton": lambda: monkeypatch.setattr(proof, "_triton_version", lambda: "0.0"),
+        "sources": lambda: monkeypatch.setattr(proof, "_sources", lambda: "of kernels that were changed"),
         "architecture": lambda: monkeypatch.setattr(proof, "unproven", lambda op, device: "sm_100"),
     }
     change[version]()

@@ -168,3 +168,17 @@ def test_inference_holds_no_memory():
 
 
 NN = set(vars(nn.Module()))
+
+
+BIASES = ["decoder_cross_attn.fn.to_out", "decoder_ff.fn.net.2", "cross_attend_block.cross_attn.fn.to_out"]
+
+
+@pytest.mark.parametrize(
+    "where", [*BIASES, "cross_attend_block.cross_ff.fn.net.2", "layers.0.self_attns.0.0.fn.to_out"]
+)
+def test_a_bias_without_memory_is_an_error(where):
+    """Also where it is added to the result of a layer that is called by itself, as a decoder's is."""
+    model = pf.PerceiverIO(depth=1, dim=9, queries_dim=14, logits_dim=2, num_latents=8, latent_dim=16, decoder_ff=True)
+    model.get_submodule(where).bias.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        model.eval()(torch.randn(1, 30, 9), queries=torch.randn(1, 4, 14))

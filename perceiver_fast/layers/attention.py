@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, is_watched, why_not
 from perceiver_fast.layers.observer import observer
+from perceiver_fast.layers.residual_stream import with_bias
 from perceiver_fast.ops.cross_attention import cross_attention
 from perceiver_fast.ops.linear import linear, product_dtype
 from perceiver_fast.ops.self_attention import self_attention
@@ -177,8 +178,7 @@ class Attention(nn.Module):
         if not fused or self.why_weights() is not None or not are_plain(q, k, v):
             return modules["to_out"](self._attend(q, k, v, mask, inverted_attention))
         out = self._fused(q, k, v, mask, inverted_attention, is_self=context is None)
-        out, bias = self.project_out(out)
-        return out if bias is None else out + bias.to(out.dtype)
+        return with_bias(*self.project_out(out))
 
     def _fused(
         self,

@@ -22,6 +22,7 @@ from perceiver_fast.layers.described import why_not_described
 from perceiver_fast.layers.fusing import watcher, why_not
 from perceiver_fast.layers.plan import FLOAT, Plan
 from perceiver_fast.layers.pre_norm import PreNorm
+from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.cross_attention import CROSS_ATTENTION, CrossAttentionCall
 from perceiver_fast.ops.grid_query_attention import (
     GRID_QUERY_ATTENTION,
@@ -216,4 +217,5 @@ class FusedDecoder:
         with unless_autocast(self.k.device):
             grid_query_attention_into(out, **self._arguments(queries))
             if self.bias is not None:
+                check_memory("bias", self.bias)
                 out.add_(self.bias)

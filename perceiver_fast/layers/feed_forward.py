@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.layers.fusing import fusable, is_watched, why_not
+from perceiver_fast.layers.residual_stream import with_bias
 from perceiver_fast.ops.feed_forward import feed_forward
 from perceiver_fast.ops.geglu import geglu
 from perceiver_fast.ops.linear import product_dtype
@@ -61,7 +62,7 @@ class FeedForward(nn.Module):
         if is_watched(x) or self.why_modules() is not None:
             return self.net(x)
         out, bias = self._fused(x)
-        return out if bias is None else out + bias.to(out.dtype)
+        return with_bias(out, bias)
 
     def why_modules(self) -> str | None:
         """Why the layers inside have to be called, in words; None if one op may stand in for them."""
@@ -102,5 +103,5 @@ class FeedForward(nn.Module):
         wide, narrow = first._parameters, second._parameters
         out, bias = feed_forward(x, wide["weight"], wide["bias"], narrow["weight"]), narrow["bias"]
         if dropout and dropout[0].training and dropout[0].p > 0:
-            return F.dropout(out + bias.to(out.dtype), dropout[0].p), None
+            return F.dropout(with_bias(out, bias), dropout[0].p), None
         return out, bias

@@ -14,7 +14,7 @@ from perceiver_fast.layers.described import describe_keywords
 from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, is_watched, watcher, why_not
 from perceiver_fast.layers.observer import observer
-from perceiver_fast.layers.residual_stream import ResidualStream, normalize
+from perceiver_fast.layers.residual_stream import ResidualStream, normalize, with_bias
 from perceiver_fast.tokens import DenseTokens, Description, TokenGroups, Tokens
 
 BRANCHES = (Attention, without_dropout.Attention, FeedForward, without_dropout.FeedForward)  # classes with a branch()
@@ -68,8 +68,7 @@ class PreNorm(nn.Module):
         if not watched and CROSS_KEYWORDS.issuperset(kwargs):
             branch = _cross_branch(self, ResidualStream(x), **kwargs, who=type(self).__name__)
             if branch is not None:
-                out, bias = branch
-                return out if bias is None else out + bias.to(out.dtype)
+                return with_bias(*branch)
         looks = observer()
         if looks is not None:
             looks.begins(self, x.shape, residual=False)

@@ -41,6 +41,18 @@ def normalize(norm: nn.Module, x: Tensor) -> Tensor:
     )[1]
 
 
+def with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    """A projection ``[.., D]`` and the bias ``[D]``, if any, that was left out of it.
+
+    Raises:
+        RuntimeError: the memory of the bias was freed, where torch's addition would crash.
+    """
+    if bias is None:
+        return out
+    check_memory("bias", bias)
+    return out + bias.to(out.dtype)
+
+
 def shared_rows(x: Tensor) -> Tensor:
     """One row ``[1, N, D]`` of ``x [B, N, D]``, if all rows are the same memory, as expanded latents are; else ``x``.
 

@@ -83,12 +83,14 @@ void finish_group(const CrossAttentionBlocking<T>& blocking, const TokenTerms<T>
   for (int64_t block = first; block < last; ++block) {
     const int64_t i = block - first, row = head * in.queries + block * blocking.width, count = blocking.count_of(block);
     for (int64_t lane = 0; lane < count; ++lane) {
-      double total = at.total(state, i)[lane];
-      if (in.inverted && total < kInvertedEps) total = kInvertedEps;
-      factor[lane] = T(in.dropout.scale() / total);
-      lse[row + lane] = terms.uniform[head / in.heads]
-                            ? kEmptyLse
-                            : std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
+      const double total = at.total(state, i)[lane];
+      factor[lane] = T(in.dropout.scale() / (in.inverted ? std::max(total, kInvertedEps) : total));
+      if (in.inverted)
+        lse[row + lane] = inverted_lse<T>(total);
+      else
+        lse[row + lane] = terms.uniform[head / in.heads]
+                              ? kEmptyLse
+                              : std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
     }
     lanes_to_rows(at.out(state, i), in.dim_v, blocking.width, factor.data(), count, o + row * in.dim_v, in.dim_v);
   }

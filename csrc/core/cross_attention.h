@@ -39,7 +39,7 @@ template <class T>
 void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse, double* token_lse,
                              const Parallel& parallel);
 
-// dq [B, H, N, d], dk [B, H, M, d] and dv [B, H, M, dv], dense. d_lse [B, H, N] may be null; with inverted it must be.
+// dq [B, H, N, d], dk [B, H, M, d] and dv [B, H, M, dv], dense. d_lse [B, H, N] may be null.
 template <class T>
 void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
                               const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel);

@@ -24,17 +24,19 @@ struct QueryTerms {
   QueryTerms(const CrossAttentionInput<T>& in, const TokenTerms<T>& terms, const T* o, const double* lse, const T* d_o, const double* d_lse,
              const Parallel& parallel)
       : shift(in.batch * in.heads * in.queries), weight(shift.size()), delta(shift.size()), delta_low(shift.size()) {
-    const double clamped = std::log(kInvertedEps);
     parallel.run(int64_t(shift.size()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const bool uniform = terms.uniform[i / (in.heads * in.queries)];
-        const double lse2 = uniform ? std::log2(double(in.tokens)) : lse[i] * kLog2OfE;
+        const bool constant = in.inverted && is_clamped(lse[i]);  // a clamped normaliser is a constant
+        const double lse2 = uniform    ? std::log2(double(in.tokens))
+                            : constant ? std::log2(kInvertedEps)
+                                       : lse[i] * kLog2OfE;
         shift[i] = in.inverted ? T(0) : T(-std::nearbyint(lse2));
         weight[i] = T(std::exp2(-lse2 - double(shift[i])));
         double sum = 0;
-        if (!in.inverted || lse[i] > clamped)  // a clamped normaliser is a constant
+        if (!constant)
           for (int64_t c = 0; c < in.dim_v; ++c) sum += double(d_o[i * in.dim_v + c]) * double(o[i * in.dim_v + c]);
-        if (d_lse != nullptr) sum -= d_lse[i];
+        if (d_lse != nullptr) sum -= constant ? d_lse[i] * clamped_share(lse[i]) : d_lse[i];
         delta[i] = T(sum) * weight[i];
       }
     });
@@ -79,12 +81,11 @@ class Backward {
         packed_(blocking),
         group_(blocking.group_size(packed_.size() + packed_.d * blocking.width)) {}
 
-  // Inverted attention: what delta lacks, the sum of P (u - delta) over a query's tokens. Where one token is all that a
+  // Inverted attention: what delta lacks, the sum of P (u - delta) over a query's tokens less d_lse. Where one token is all that a
   // query has, the difference is nothing but rounding otherwise, and a query that hardly owns its tokens multiplies it
   // by up to 1 / kInvertedEps. Before the tokens' deltas are known, which are zero here.
-  void find_query_delta_low(const double* lse) {
+  void find_query_delta_low(const double* lse, const double* d_lse) {
     const int64_t W = blocking_.width;
-    const double clamped = std::log(kInvertedEps);
     parallel_.run(blocking_.heads() * blocking_.blocks, [&](int64_t begin, int64_t end) {
       const Aligned<T> memory(packed_.size()), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
       std::vector<Hash> hashes(W);
@@ -104,7 +105,8 @@ class Backward {
         }
         for (int64_t lane = 0; lane < blocking_.count_of(block); ++lane) {
           const int64_t row = head * in_.queries + block * W + lane;
-          if (lse[row] > clamped) queries_.delta_low[row] = error[lane] * queries_.weight[row];
+          const T wanted = d_lse == nullptr ? T(0) : T(d_lse[row]);
+          if (!is_clamped(lse[row])) queries_.delta_low[row] = (error[lane] - wanted) * queries_.weight[row];
         }
       }
     });
@@ -353,7 +355,7 @@ void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, cons
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   QueryTerms<T> queries(in, terms, o, lse, d_o, d_lse, parallel);
   Backward<T> backward(blocking, terms, queries, d_o, parallel);
-  if (in.inverted) backward.find_query_delta_low(lse);
+  if (in.inverted) backward.find_query_delta_low(lse, d_lse);
   for (int pass = 0; in.inverted && pass < 2; ++pass) backward.find_token_delta(pass);
   backward.run(d_lse, dq, dk, dv);
 }

@@ -31,17 +31,19 @@ struct HashLane<double> {
 struct Dropout {
   uint32_t threshold;  // a weight is dropped when its hash is below; zero: no dropout
   uint64_t seed;
+  int64_t first;  // index of the first token that is given among all tokens, which may be a part of these
 
-  Dropout(double probability, uint64_t seed_)
+  Dropout(double probability, uint64_t seed_, int64_t first_ = 0)
       : threshold(uint32_t(probability * 4294967296.0 < 4294967295.0 ? probability * 4294967296.0 : 4294967295.0)),
-        seed(splitmix64(seed_)) {}
+        seed(splitmix64(seed_)),
+        first(first_) {}
   explicit operator bool() const { return threshold != 0; }
   // What kept weights are multiplied by: the exact inverse of the share that is kept.
   double scale() const { return 4294967296.0 / (4294967296.0 - double(threshold)); }
   // Hashes of a query, by its index over batch, heads and queries, and of a token.
   uint32_t query_hash(int64_t row) const { return uint32_t(splitmix64(seed ^ splitmix64(2 * uint64_t(row))) >> 32); }
   uint32_t token_hash(int64_t token) const {
-    return uint32_t(splitmix64(seed ^ splitmix64(2 * uint64_t(token) + 1)) >> 32);
+    return uint32_t(splitmix64(seed ^ splitmix64(2 * uint64_t(first + token) + 1)) >> 32);
   }
 };
 

@@ -108,8 +108,11 @@ void grid_attention_forward(const GridAttentionInput<T>& in, const GridAttention
       const int64_t row = b * in.queries + first + lane;
       const double sum = in.inverted ? std::max(double(total[lane]), kInvertedEps) : double(total[lane]);
       factor[lane] = T(in.dropout ? in.dropout.scale() / sum : 1 / sum);
-      out.lse[row] = packed.all_masked[blocking.token_batch(b)] ? kEmptyLse
-                                                                : std::log(sum) - double(shift[lane]) / kLog2OfE;
+      if (in.inverted)
+        out.lse[row] = inverted_lse<T>(total[lane]);
+      else
+        out.lse[row] = packed.all_masked[blocking.token_batch(b)] ? kEmptyLse
+                                                                  : std::log(sum) - double(shift[lane]) / kLog2OfE;
       if (out.kept != nullptr) out.kept[row] = factor[lane] * (in.dropout ? kept[lane] : total[lane]);
     }
     lanes_to_rows(sums, L, lanes, factor.data(), count, out.o + (b * in.queries + first) * L, L);

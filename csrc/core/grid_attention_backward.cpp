@@ -31,22 +31,24 @@ QueryStatistics<T> query_statistics(const GridBlocking<T>& blocking, const Packe
                                     const Parallel& parallel) {
   const GridAttentionInput<T>& in = blocking.in;
   const int64_t N = in.queries, rows = in.batch * N, L = blocking.length;
-  const double clamped = std::log(kInvertedEps);
   const std::vector<T> zeros(rows);
   QueryStatistics<T> stats{zeros, zeros, zeros, zeros, zeros, T(in.dropout ? in.dropout.scale() : 1)};
   parallel.run(rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const bool uniform = packed.all_masked[blocking.token_batch(i / N)];
-      const double lse2 = uniform ? std::log2(double(blocking.tokens)) : out.lse[i] * kLog2OfE;
+      const bool constant = in.inverted && is_clamped(out.lse[i]);
+      const double lse2 = uniform    ? std::log2(double(blocking.tokens))
+                          : constant ? std::log2(kInvertedEps)
+                                     : out.lse[i] * kLog2OfE;
       stats.shift[i] = in.inverted ? T(0) : shift_for<T>(lse2);
       stats.weight[i] = T(std::exp2(-lse2 - double(stats.shift[i])));
       double delta = 0;
       // A clamped normaliser is a constant, and so are uniform weights.
-      if (in.inverted ? out.lse[i] > clamped : !uniform) {
+      if (!constant && !uniform) {
         for (int64_t l = 0; l < L; ++l) delta += double(grad.o[i * L + l]) * double(out.o[i * L + l]);
         if (grad.kept != nullptr) delta += double(grad.kept[i]) * double(out.kept[i]);
       }
-      if (grad.lse != nullptr && !uniform) delta -= grad.lse[i];
+      if (grad.lse != nullptr && !uniform) delta -= constant ? grad.lse[i] * clamped_share(out.lse[i]) : grad.lse[i];
       if (grad.kept != nullptr && in.dropout) stats.bonus[i] = grad.kept[i] * stats.grad_weight(i);
       if (grad.kept != nullptr && !in.dropout) delta -= double(grad.kept[i]);
       stats.delta[i] = T(delta);
@@ -101,11 +103,13 @@ void inverted_deltas(const GridBlocking<T>& blocking, const PackedTokens<T>& pac
                      const GridAttentionGradient<T>& grad, const Work& work, QueryStatistics<T>& stats,
                      TokenTerms<T>& terms, const Parallel& parallel) {
   const int64_t N = blocking.in.queries, lanes = blocking.kernels.lanes;
-  const double clamped = std::log(kInvertedEps);
   const auto query_error = [&](int64_t task, T* sums) {
     const int64_t first = task % blocking.blocks * lanes, row = task / blocking.blocks * N + first;
-    for (int64_t lane = 0; lane < std::min<int64_t>(lanes, N - first); ++lane)
-      if (out.lse[row + lane] > clamped) stats.delta_low[row + lane] = sums[blocking.length * lanes + lane];
+    for (int64_t lane = 0; lane < std::min<int64_t>(lanes, N - first); ++lane) {
+      const T wanted = grad.lse == nullptr ? T(0) : T(grad.lse[row + lane]);
+      if (!is_clamped(out.lse[row + lane]))
+        stats.delta_low[row + lane] = sums[blocking.length * lanes + lane] - wanted;
+    }
   };
   for_each_block(blocking, parallel, work, query_error);
   for (int pass = 0; pass < 2; ++pass)

@@ -15,6 +15,16 @@ constexpr double kLog2OfE = 1.4426950408889634;
 // The normaliser of inverted attention is at least this, as torch.nn.functional.normalize has it in perceiver-pytorch.
 constexpr double kInvertedEps = 1e-8;
 
+// The logarithm of inverted attention's sum over the tokens, before it is bounded below by kInvertedEps: a part of the
+// tokens may have a smaller sum than all of them. It is the softmax's log-sum-exp in all else.
+template <class T>
+double inverted_lse(double sum) {
+  return std::log(std::max(sum, double(std::numeric_limits<T>::min())));
+}
+inline bool is_clamped(double inverted_lse) { return inverted_lse <= std::log(kInvertedEps); }
+// What the gradient of such a logarithm is multiplied by, to be added to those of weights that kInvertedEps divides.
+inline double clamped_share(double inverted_lse) { return std::exp(std::log(kInvertedEps) - inverted_lse); }
+
 // The log-sum-exp of a query whose tokens are all masked: perceiver_fast/reference/softmax.py has the same.
 constexpr double kEmptyLse = -double(std::numeric_limits<float>::max());
 

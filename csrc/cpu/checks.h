@@ -112,17 +112,22 @@ struct Check {
     return total;
   }
 
-  // A dropout probability with the seed that decides what is dropped.
+  // A dropout probability with the seed that decides what is dropped, and where tokens are a part of all tokens, the
+  // index of the first of them.
   Dropout dropout(double probability, const std::optional<Tensor>& seed) const {
     STD_TORCH_CHECK(probability >= 0 && probability < 1, op, ": expected a dropout probability in [0, 1), got ",
                     probability);
     if (seed) {
       dtype("seed", *seed, ScalarType::Long);
-      shape("seed", *seed, {1}, "of one number");
+      STD_TORCH_CHECK(seed->dim() == 1 && (seed->size(0) == 1 || seed->size(0) == 2), op,
+                      ": expected a seed of one number, or of two with the index of the first token, got shape ",
+                      text_of(sizes_of(*seed)));
     }
     if (probability == 0) return Dropout(0, 0);
     STD_TORCH_CHECK(seed, op, ": expected a seed with dropout ", probability, ", got none");
-    return Dropout(probability, uint64_t(*data<const int64_t>(*seed)));
+    const Tensor numbers = torch::stable::contiguous(*seed);
+    const int64_t* number = data<const int64_t>(numbers);
+    return Dropout(probability, uint64_t(number[0]), numbers.size(0) == 2 ? number[1] : 0);
   }
 
  private:

@@ -86,7 +86,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
                                             bool inverted, const Tensor& o, const Tensor& lse,
                                             const Tensor& token_lse) {
   const Inputs inputs(q, k, v, mask, scale, dropout, seed, inverted);
-  STD_TORCH_CHECK(!d_lse || !inverted, "cross_attention: expected no d_lse with inverted attention, got one");
   const ScalarType dtype = q.scalar_type();
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2);
   const Shape rows{B, H, N}, outputs{B, H, N, v.size(3)}, columns{B, H, M};

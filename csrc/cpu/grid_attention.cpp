@@ -122,7 +122,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   const Inputs inputs(q, feat, scale, mask, dropout, seed, inverted);
   const auto dtype = q.scalar_type();
   const bool counts = dropout > 0 || inverted;
-  STD_TORCH_CHECK(!d_lse || !inverted, "grid_attention: expected no d_lse with inverted attention, got one");
   STD_TORCH_CHECK(!d_kept || counts, "grid_attention: expected no d_kept without dropout or inverted, got one");
   const Shape outputs_shape = sizes_of(q), rows{q.size(0), q.size(1)}, columns{q.size(0), inputs.tokens};
   const Tensor grad = check.dense("d_o", d_o, dtype, outputs_shape, "[B, N, L]");

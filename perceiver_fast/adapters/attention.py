@@ -31,7 +31,7 @@ from perceiver_fast.ops.linear import linear, product_dtype
 from perceiver_fast.ops.self_attention import self_attention as latents_attention
 from perceiver_fast.ops.self_attention import self_attention_backend
 from perceiver_fast.ops.work import Work, attention_work
-from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, merge_groups
+from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, merge_parts
 from perceiver_fast.tracing import trainable
 
 FLOAT = 4  # bytes
@@ -107,7 +107,8 @@ class Parameters(CrossAttentionParameters):
         joint = Joint(weights[0] if len(weights) == 1 else torch.cat(weights))
         numbers: Any = Numbers(parts.heads, parts.scale, parts.dropout, joint)  # stand in for an Attention
         self.fn = numbers
-        self._q = None
+        self.to_kv = numbers.to_kv
+        self._q = self._seed = None
 
     @property
     def dim_head(self) -> int:
@@ -287,7 +288,7 @@ def cross_attention(
             outs.append(out)
             lses.append(lse)
             plans.append(plan)
-        out = merge_groups(outs, lses, [group.count for group in groups])
+        out, _ = merge_parts(outs, lses, [group.count for group in groups])
         way = "groups: " + ", ".join(plan.path for plan in plans)
     else:
         out, _, plan = layer.attend(z, tokens, keep, False)

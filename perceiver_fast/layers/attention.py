@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver_fast.distributed.shards import CalledAttention, called_attention
+from perceiver_fast.float64 import lse_of
 from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, is_watched, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import with_bias
-from perceiver_fast.ops.cross_attention import cross_attention
+from perceiver_fast.ops.cross_attention import cross_attention, cross_attention_unchecked
+from perceiver_fast.ops.library import dropout_seed, seed_from
 from perceiver_fast.ops.linear import linear, product_dtype
 from perceiver_fast.ops.self_attention import self_attention
 from perceiver_fast.ranges import layer_range
+from perceiver_fast.reference.softmax import EMPTY_LSE
 
 
 @fusable
@@ -175,6 +179,8 @@ class Attention(nn.Module):
                 mask = torch.cat([mask.new_ones(mask.shape[0], x.shape[1]), mask.flatten(1)], dim=-1)
         k, v = project("to_kv", tokens).chunk(2, dim=-1)
         mask = None if mask is None else mask.flatten(1)
+        if context is not None and (called := called_attention()) is not None:
+            return modules["to_out"](self._attend_shard(called, q, k, v, mask, inverted_attention))
         if not fused or self.why_weights() is not None or not are_plain(q, k, v):
             return modules["to_out"](self._attend(q, k, v, mask, inverted_attention))
         out = self._fused(q, k, v, mask, inverted_attention, is_self=context is None)
@@ -207,6 +213,36 @@ class Attention(nn.Module):
             return out.transpose(1, 2).flatten(2)
         out = self_attention(q, k, v, self.active_dropout, self.scale)
         return out.transpose(1, 2).flatten(2)
+
+    def _attend_shard(
+        self, called: CalledAttention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, inverted: bool
+    ) -> Tensor:
+        """Attention to the tokens of several processes, of which ``k``, ``v [B, M, H d]`` are this one's: ``[B, N, H d]``."""
+        why = self.why_weights()
+        if called.first is None and self.active_dropout > 0:
+            why = "dropout would drop weights of groups"
+        if self.queries_contribute_kv:
+            why = "the queries join the keys and values"
+        if why is not None:
+            raise RuntimeError(
+                f"shard: expected attention to sharded tokens whose weights need not be built, got one where {why}; change "
+                "that, or unshard the model"
+            )
+        (q,) = called.shard.local(q)
+        q, k, v = (self.split_heads(t) for t in (q, k, v))
+        q = q.expand(k.shape[0], -1, -1, -1)
+        seed = seed_from(dropout_seed(self.active_dropout, q.device), called.first or 0)
+        found: Any
+        if k.shape[2] == 0:  # this process has none; zeros with gradients of zero
+            zero = sum(t.flatten()[:0].sum() for t in (q, k, v))
+            out = q.new_zeros(*q.shape[:3], v.shape[3]) + zero
+            found = out, lse_of(torch.full_like(out[..., 0], EMPTY_LSE))
+        else:
+            found = cross_attention_unchecked(
+                q, k, v, mask, self.active_dropout, inverted, self.scale, return_lse=True, seed=seed
+            )
+        out, lse = (t.transpose(1, 2) for t in found)
+        return called.shard.merge(out, lse, k.shape[2], inverted).flatten(2).to(q.dtype)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, inverted: bool) -> Tensor:
         """The same by torch's operators, as perceiver-pytorch computes it: weights ``[B H, N, M]`` are given to ``dropout``."""

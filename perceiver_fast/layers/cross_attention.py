@@ -6,9 +6,12 @@ layers/cross_attention_ways.py has the ways.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+from perceiver_fast.float64 import lse_of
 
 from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
@@ -19,10 +22,15 @@ from perceiver_fast.layers.fusing import is_plain, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
 from perceiver_fast.layers.residual_stream import ResidualStream
+from perceiver_fast.layers.streaming import attend_stream
 from perceiver_fast.ops.linear import product_dtype
 from perceiver_fast.ranges import layer_range
-from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, merge_groups
+from perceiver_fast.reference.softmax import EMPTY_LSE
+from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, TokenStream, merge_parts
 from perceiver_fast.tracing import trainable
+
+if TYPE_CHECKING:
+    from perceiver_fast.distributed.shards import Shard
 
 
 def why_cross_attention_modules(layer: nn.Module) -> str | None:
@@ -68,7 +76,7 @@ def describe_context(
     Raises:
         TypeError, ValueError: a wrong type, dtype, rank, size or device; the message says expected, got and what to do.
     """
-    if isinstance(context, (Tokens, TokenGroups)):
+    if isinstance(context, (Tokens, TokenGroups, TokenStream)):
         return context, mask
     norm: Any = layer.norm
     norm_context: Any = layer.norm_context
@@ -87,7 +95,7 @@ def describe_context(
 
 @layer_range
 def cross_attention_branch(
-    layer: nn.Module, stream: ResidualStream, tokens: Tokens | TokenGroups, mask: Tensor | None, inverted: bool
+    layer: nn.Module, stream: ResidualStream, tokens: Tokens | TokenGroups | TokenStream, mask: Tensor | None, inverted: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Attend, in the place of ``layer`` and the layers inside; only where :func:`why_cross_attention_modules` is None.
 
@@ -134,16 +142,20 @@ class FusedCrossAttention(CrossAttentionParameters):
         )
 
     def attend(
-        self, stream: ResidualStream, tokens: Tokens | TokenGroups, mask: Tensor | None, inverted: bool
+        self, stream: ResidualStream, tokens: Tokens | TokenGroups | TokenStream, mask: Tensor | None, inverted: bool
     ) -> tuple[Tensor, Tensor | None]:
         """See :func:`cross_attention_branch`."""
         z = self._normalized(stream)
         if (looks := observer()) is not None:
+            if tokens.shard is not None or isinstance(tokens, TokenStream):
+                raise RuntimeError(
+                    "expected to look at a layer that attends to all tokens of a tensor, got sharded or streamed tokens; "
+                    "look at the model before shard, or after unshard, on a tensor"
+                )
             looks.attends(self.layer, z, tokens, mask, inverted)
-        if isinstance(tokens, TokenGroups):
-            out = self._attend_groups(z, tokens, inverted)
-        else:
-            out, _ = self._attend(z, tokens, mask, inverted)
+        out, _ = self._attend(z, tokens, mask, inverted) if tokens.shard is None else self._attend_shard(
+            tokens.shard, z, tokens, mask, inverted
+        )
         return self.fn.project_out(out.flatten(2).to(product_dtype(z)))
 
     def _normalized(self, stream: ResidualStream) -> Tensor:
@@ -152,23 +164,57 @@ class FusedCrossAttention(CrossAttentionParameters):
             return self.norm(stream.value())
         return stream.normalized(self.norm)
 
+    def _attend_shard(
+        self, shard: Shard, z: Tensor, tokens: Tokens | TokenGroups | TokenStream, mask: Tensor | None, inverted: bool
+    ) -> tuple[Tensor, None]:
+        """Attend to this process' tokens, and merge with what the others found."""
+        self.check_parts(inverted)
+        part = self.of_tensors(*shard.local(*self.tensors(z)))
+        found: Any = part._attend(z, tokens, mask, inverted, with_lse=True)
+        return shard.merge(*found, tokens.count, inverted), None
+
+    def check_parts(self, inverted: bool) -> None:
+        """Raise ValueError where attention to tokens in parts has no meaning."""
+        if self.fn.queries_contribute_kv:
+            raise ValueError(
+                "PreNorm: expected attention to tokens alone, got queries_contribute_kv with tokens in groups, sharded or "
+                "streamed; join them into one tensor"
+            )
+
     def _attend(
-        self, z: Tensor, tokens: Tokens, mask: Tensor | None, inverted: bool = False, with_lse: bool = False
+        self,
+        z: Tensor,
+        tokens: Tokens | TokenGroups | TokenStream,
+        mask: Tensor | None,
+        inverted: bool = False,
+        with_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend to one description, on the way that is planned; see layers/cross_attention_ways.py."""
+        """Attend to a description on the way that is planned; see layers/cross_attention_ways.py."""
+        if isinstance(tokens, TokenStream):
+            self.check_parts(inverted)
+            return attend_stream(self, z, tokens, inverted)
+        if isinstance(tokens, TokenGroups):
+            return self._attend_groups(z, tokens, inverted)
+        if tokens.count == 0:  # a process may have none
+            return self._attend_nothing(z, tokens)
         plan = self.plan(tokens, z.shape[1], inverted, with_lse, mask is not None)
         if (looks := observer()) is not None:
             looks.plans(self.layer, z, tokens, mask, inverted, with_lse, plan)  # only groups need a log-sum-exp
         mask = None if mask is None else mask.flatten(1)
         return WAYS[plan.path](self, z, tokens, mask, inverted, with_lse, plan.taken.backend)
 
-    def _attend_groups(self, z: Tensor, tokens: TokenGroups, inverted: bool) -> Tensor:
-        """Attend to every group by itself and merge the results, ``[B, N, H, d]``."""
-        if inverted or self.fn.queries_contribute_kv:
-            raise ValueError(
-                "PreNorm: expected plain attention to groups of tokens, got "
-                f"{'inverted_attention' if inverted else 'queries_contribute_kv'}; join the groups into one tensor"
-            )
-        results = [self._attend(z, group, mask, with_lse=True) for group, mask in zip(tokens.groups, tokens.masks)]
+    def _attend_groups(self, z: Tensor, tokens: TokenGroups, inverted: bool) -> tuple[Tensor, Tensor]:
+        """Attend to every group by itself and merge the results, ``[B, N, H, d]`` and ``[B, N, H]``."""
+        self.check_parts(inverted)
+        results: list[Any] = [
+            self._attend(z, group, mask, inverted, with_lse=True) for group, mask in zip(tokens.groups, tokens.masks)
+        ]
         outs, lses = zip(*results)
-        return merge_groups(outs, lses, [group.count for group in tokens.groups])
+        return merge_parts(outs, lses, [group.count for group in tokens.groups], inverted)
+
+    def _attend_nothing(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Attention to no token: zeros of no weight, with gradients of zero to all that attention depends on."""
+        shape = tokens.batch, z.shape[1], self.fn.heads, self.dim_head
+        zero = sum((t.flatten()[:0].sum() for t in self.tensors(z)), torch.zeros((), device=z.device))
+        out = z.new_zeros(shape, dtype=tokens.compute) + zero.to(tokens.compute)
+        return out, lse_of(torch.full_like(out[..., 0], EMPTY_LSE)) + lse_of(zero)

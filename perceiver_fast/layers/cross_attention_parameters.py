@@ -6,14 +6,16 @@ anew at every call: parameters may change between calls by any route.
 
 from __future__ import annotations
 
-from typing import Any
+from copy import copy
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
-from perceiver_fast.ops.library import unless_autocast
-from perceiver_fast.tokens import GridTokens
+from perceiver_fast.ops.library import dropout_seed, seed_from, unless_autocast
+from perceiver_fast.tokens import GridTokens, Tokens
 
 
 def times_tables(x: Tensor, table: Tensor) -> Tensor:
@@ -37,7 +39,27 @@ class CrossAttentionParameters:
         self.fn: Attention = modules["fn"]
         self.norm: nn.Module = modules["norm"]
         self.norm_context: nn.LayerNorm = modules["norm_context"]
+        self.to_kv: nn.Linear = self.fn._modules["to_kv"]
         self._q: Tensor | None = None
+        self._seed: Tensor | None = None
+
+    def tensors(self, z: Tensor) -> tuple[Tensor, ...]:
+        """What attention to tokens depends on, beside these: projected latents, and the parameters that meet tokens."""
+        return self.to_q(z), self.to_kv.weight, self.norm_context.weight, self.norm_context.bias
+
+    def of_tensors(self, q: Tensor, weight: Tensor, gain: Tensor, shift: Tensor) -> CrossAttentionParameters:
+        """The same layer, computed from other tensors in the places of :meth:`tensors`."""
+        other, to_kv, norm = copy(self), SimpleNamespace(weight=weight), self.norm_context
+        other._q = q
+        other.to_kv = cast(nn.Linear, to_kv)
+        other.norm_context = cast(nn.LayerNorm, SimpleNamespace(weight=gain, bias=shift, eps=norm.eps))
+        return other
+
+    def seed(self, tokens: Tokens) -> Tensor | None:
+        """Dropout's seed for some tokens, None without dropout: one draw a call, and from there their indices decide."""
+        if self._seed is None:
+            self._seed = dropout_seed(self.fn.active_dropout, tokens.device)
+        return seed_from(self._seed, tokens.first)
 
     @property
     def dim_head(self) -> int:
@@ -98,7 +120,7 @@ class CrossAttentionParameters:
             ``[H, L, d]`` and their bias ``[H, d]``. B is 1 where the whole batch shares the latents.
         """
         with unless_autocast(z.device):
-            table = self.by_head(*tokens.project(self.fn.to_kv, self.norm_context))
+            table = self.by_head(*tokens.project(self.to_kv, self.norm_context))
         keys, key_bias, values, value_bias = table
         q, logit_bias = self.queries(z, keys, key_bias if biased else None)
         return q, logit_bias, values.transpose(1, 2), value_bias

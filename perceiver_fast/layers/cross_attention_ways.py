@@ -65,7 +65,9 @@ def attend_grid(
         q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
         mask = None if mask is None else mask.reshape(feat.shape[:-1])
         dropout = layer.fn.active_dropout
-        o, lse, weight_sums = grid_attention_unchecked(q, feat, scale, mask, dropout, inverted, heads, half, backend)
+        o, lse, weight_sums = grid_attention_unchecked(
+            q, feat, scale, mask, dropout, inverted, heads, half, backend, layer.seed(tokens)
+        )
         o = o.unflatten(1, (heads, -1))
         if inverted or features == 0:
             o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)
@@ -104,7 +106,7 @@ def attend_absorbed(
     half = half_dtype(z.device, tokens.feat.dtype)
     dtype = tokens.compute
     with unless_autocast(z.device):
-        basis = tokens.basis(layer.fn.to_kv, layer.norm_context)
+        basis = tokens.basis(layer.to_kv, layer.norm_context)
         keys, key_bias, values, value_bias = layer.by_head(basis.weight, basis.bias)
     # A channel of ones puts the keys' bias into the logits, and its result is what the weights sum to.
     has_ones = inverted or dropout > 0
@@ -125,7 +127,9 @@ def attend_absorbed(
         if half is not None:
             q, context = q.to(half), context.to(half)
         values_view = context.view(context.shape)  # keys and values are one tensor, but two inputs
-        found: Any = cross_attention_unchecked(q, context, values_view, mask, dropout, inverted, 1.0, with_lse, backend)
+        found: Any = cross_attention_unchecked(
+            q, context, values_view, mask, dropout, inverted, 1.0, with_lse, backend, layer.seed(tokens)
+        )
         lse: Any  # None where nobody needs it
         o, lse = found if with_lse else (found, None)
         o = o.to(values.dtype)
@@ -151,7 +155,7 @@ def attend_projected(
 ) -> Result:
     """Attend to keys and values that are built, those of the queries before them with queries_contribute_kv."""
     fn = layer.fn
-    kv = tokens.keys_values(fn.to_kv, layer.norm_context)
+    kv = tokens.keys_values(layer.to_kv, layer.norm_context)
     q = layer.to_q(z).to(kv.dtype).expand(kv.shape[0], -1, -1)
     if fn.queries_contribute_kv:
         z = z.expand(kv.shape[0], -1, -1)
@@ -164,7 +168,9 @@ def attend_projected(
             f"got {q.shape[-1]}; give both the same heads and channels"
         )
     q, k, v = (fn.split_heads(t) for t in (q, *kv.chunk(2, dim=-1)))
-    found: Any = cross_attention_unchecked(q, k, v, mask, fn.active_dropout, inverted, fn.scale, with_lse, backend)
+    found: Any = cross_attention_unchecked(
+        q, k, v, mask, fn.active_dropout, inverted, fn.scale, with_lse, backend, layer.seed(tokens)
+    )
     lse: Any  # None where nobody needs it
     out, lse = found if with_lse else (found, None)
     return out.transpose(1, 2), lse.transpose(1, 2) if with_lse else None

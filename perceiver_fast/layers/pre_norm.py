@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.distributed.shards import calling
 from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.cross_attention import cross_attention_branch, describe_context, why_cross_attention_modules
@@ -15,7 +16,10 @@ from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, is_watched, watcher, why_not
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream, normalize, with_bias
-from perceiver_fast.tokens import DenseTokens, Description, TokenGroups, Tokens
+from perceiver_fast.tokens import DenseTokens, Description, TokenGroups, Tokens, TokenStream
+
+if TYPE_CHECKING:
+    from perceiver_fast.distributed.shards import Shard
 
 BRANCHES = (Attention, without_dropout.Attention, FeedForward, without_dropout.FeedForward)  # classes with a branch()
 CROSS_KEYWORDS = frozenset(("context", "mask", "inverted_attention"))
@@ -80,6 +84,8 @@ class PreNorm(nn.Module):
                 context = kwargs["context"]
                 tokens = DenseTokens(context) if isinstance(context, Tensor) else context
                 looks.attends(self, z, tokens, kwargs.get("mask"), kwargs.get("inverted_attention", False), fused=False)
+            if (shard := getattr(kwargs["context"], "shard", None)) is not None:
+                return call_on_shard(self, shard, z, kwargs)
             kwargs = as_tensors(kwargs)
             kwargs.update(context=self.norm_context(kwargs["context"]))
         return self.fn(z, **kwargs)
@@ -88,7 +94,7 @@ class PreNorm(nn.Module):
 def _cross_branch(
     layer: nn.Module,
     stream: ResidualStream,
-    context: Tensor | Tokens | TokenGroups | None = None,
+    context: Tensor | Tokens | TokenGroups | TokenStream | None = None,
     mask: Tensor | None = None,
     inverted_attention: bool = False,
     *,
@@ -132,9 +138,38 @@ def as_tensors(keywords: dict) -> dict:
         keywords: may have a ``context``, a tensor or a description; the masks of TokenGroups become the ``mask``.
     """
     context = keywords.get("context")
+    if getattr(context, "shard", None) is not None:
+        raise RuntimeError(
+            "shard: expected the package's own layers where sharded tokens are attended to, without hooks that see keyword "
+            "arguments, global hooks or modes, got a layer that would take this process' tokens for all there are; remove "
+            "these, or unshard the model"
+        )
     if isinstance(context, TokenGroups):
         return keywords | {"context": context.tensor(), "mask": context.mask()}
-    return keywords | {"context": context.tensor()} if isinstance(context, Tokens) else keywords
+    return keywords | {"context": context.tensor()} if isinstance(context, (Tokens, TokenStream)) else keywords
+
+
+def call_on_shard(layer: nn.Module, shard: Shard, z: Tensor, keywords: dict) -> Tensor:
+    """A PreNorm's attention whose layers have to be called, to tokens of which this process has a part.
+
+    The layers on the tokens' side are called on this process' tokens, with parameters whose gradients are summed over the
+    processes; the attention merges what they find.
+    """
+    modules: dict[str, Any] = layer._modules
+    fn, context, mask = modules["fn"], keywords["context"], keywords.get("mask")
+    first = context.first if isinstance(context, Tokens) else None
+    if isinstance(context, TokenGroups):
+        mask = context.mask()
+    norm_context, to_kv = modules["norm_context"], getattr(fn, "to_kv", None)
+    with shard.local_parameters(norm_context, to_kv), calling(shard, first) as called:
+        context = norm_context(context.tensor())
+        out = fn(z, **keywords | {"context": context, "mask": mask})
+    if not called.asked:
+        raise RuntimeError(
+            f"shard: expected a perceiver_fast.layers.Attention as fn of a PreNorm, got {type(fn).__name__}, which attended to "
+            "this process' tokens alone; unshard the model"
+        )
+    return out
 
 
 def keywords_for(module: nn.Module, kind: type[nn.Module], keywords: dict) -> dict:

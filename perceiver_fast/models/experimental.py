@@ -121,7 +121,9 @@ class Perceiver(PooledPerceiver):
                 return DenseTokens(project_points(tokens, linear))
         return DenseTokens(linear(tokens.tensor()))
 
-    def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
+    def run_layer(
+        self, index: int, x: Tensor, tokens: Tokens | TokenStream, mask: Tensor | None
+    ) -> tuple[Tensor, Tokens | TokenStream]:
         layer: Any = self.layers[index]
         cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff = layer
         stream, watched, who = ResidualStream(x), is_watched(x), type(self).__name__

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers import Attention, FeedForward, GRUGating, PreNorm, Residual
 from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.grid import PooledPerceiver
-from perceiver_fast.tokens import Tokens
+from perceiver_fast.tokens import Tokens, TokenStream
 
 
 class Perceiver(PooledPerceiver):
@@ -67,7 +67,9 @@ class Perceiver(PooledPerceiver):
 
         self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
-    def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
+    def run_layer(
+        self, index: int, x: Tensor, tokens: Tokens | TokenStream, mask: Tensor | None
+    ) -> tuple[Tensor, Tokens | TokenStream]:
         layer: Any = self.layers[index]
         cross_attn, cross_ff, latent_attn, latent_ff = layer
         x = cross_attn(x, **keywords_for(cross_attn, GRUGating, dict(context=tokens, mask=mask)))

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.models.inputs import check_coords, check_width, context_channels, like
+from perceiver_fast.models.parts import read_parts
 from perceiver_fast.models.stack import Head, build_layers, run_checkpointed
 from perceiver_fast.ranges import op_range
-from perceiver_fast.tokens import DenseTokens, Tokens
+from perceiver_fast.tokens import DenseTokens, Stream, Tokens, TokenStream
 from perceiver_fast.tokens.describe import describe_grid, describe_points
 from perceiver_fast.tracing import own, trainable
+
+if TYPE_CHECKING:
+    from perceiver_fast.distributed.agreement import Place
+    from perceiver_fast.distributed.shards import Shard
 
 
 class GridPerceiver(nn.Module):
@@ -24,6 +29,8 @@ class GridPerceiver(nn.Module):
         num_freq_bands, max_freq, input_channels, input_axis, num_latents, latent_dim, fourier_encode_data: see
             :class:`perceiver_fast.Perceiver`.
     """
+
+    shard: Shard | None = None  # set by perceiver_fast.distributed.shard
 
     def __init__(
         self,
@@ -82,19 +89,29 @@ class GridPerceiver(nn.Module):
         mask = check_mask(who, mask, "data", data, data.shape[1:-1])
         return None if mask is None else own(mask)
 
+    def tokens_of(
+        self, data: Tensor | Stream, mask: Tensor | None, coords: Tensor | None = None
+    ) -> tuple[Tokens | TokenStream, Tensor | None]:
+        """The checked and described tokens of ``data``, and their mask, for what the forward takes."""
+        if self.shard is not None or isinstance(data, Stream):
+            return read_parts(self, data, mask, coords)
+        mask = self.check_inputs(data, mask, coords)
+        return self.describe(data, coords), mask
+
     @op_range("describe")
-    def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
+    def describe(self, data: Tensor, coords: Tensor | None = None, place: Place | None = None) -> Tokens:
         """The tokens of ``data``, shared by all cross-attention layers of one forward.
 
         Args:
             data: ``[B, n_1, .., n_A, input_channels]``, or with coords ``[B, M, input_channels]``.
             coords: positions ``[B, M, A]`` or ``[M, A]``. Default: a grid.
+            place: of these rows among all, where they are a part of an input. Default: they are all.
         """
         if not self.fourier_encode_data:
             return DenseTokens(trainable(data).flatten(1, -2))
         if coords is not None:
             return describe_points(data, coords, self.num_freq_bands, self.max_freq)
-        return describe_grid(data, self.num_freq_bands, self.max_freq)
+        return describe_grid(data, self.num_freq_bands, self.max_freq, place=place)
 
 
 class PooledPerceiver(GridPerceiver):
@@ -124,7 +141,9 @@ class PooledPerceiver(GridPerceiver):
         latent_dim = self.latents.shape[1]
         self.to_logits = Head(nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))
 
-    def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
+    def run_layer(
+        self, index: int, x: Tensor, tokens: Tokens | TokenStream, mask: Tensor | None
+    ) -> tuple[Tensor, Tokens | TokenStream]:
         """One layer.
 
         Args:
@@ -138,7 +157,7 @@ class PooledPerceiver(GridPerceiver):
         """
         raise NotImplementedError
 
-    def forward(self, data: Tensor, mask: Tensor | None = None, *, coords: Tensor | None = None) -> Tensor:
+    def forward(self, data: Tensor | Stream, mask: Tensor | None = None, *, coords: Tensor | None = None) -> Tensor:
         """Classify.
 
         Args:
@@ -150,9 +169,8 @@ class PooledPerceiver(GridPerceiver):
         Raises:
             TypeError, ValueError, perceiver_fast.backends.BackendError: as there.
         """
-        mask = self.check_inputs(data, mask, coords)
-        tokens = self.describe(data, coords)
-        x = self.latents.unsqueeze(0).expand(data.shape[0], -1, -1)
+        tokens, mask = self.tokens_of(data, mask, coords)
+        x = self.latents.unsqueeze(0).expand(tokens.batch, -1, -1)
         for index in range(len(self.layers)):
             x, tokens = run_checkpointed(self.run_layer, self.checkpoint, index, x, tokens, mask)
         return self.to_logits(x.mean(dim=-2))

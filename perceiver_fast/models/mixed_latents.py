@@ -11,7 +11,7 @@ from perceiver_fast.layers.fusing import is_watched
 from perceiver_fast.layers.pre_norm import add_cross_attention, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.models.grid import PooledPerceiver
-from perceiver_fast.tokens import Tokens
+from perceiver_fast.tokens import Tokens, TokenStream
 
 
 class Perceiver(PooledPerceiver):
@@ -71,7 +71,9 @@ class Perceiver(PooledPerceiver):
 
         self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
-    def run_layer(self, index: int, x: Tensor, tokens: Tokens, mask: Tensor | None) -> tuple[Tensor, Tokens]:
+    def run_layer(
+        self, index: int, x: Tensor, tokens: Tokens | TokenStream, mask: Tensor | None
+    ) -> tuple[Tensor, Tokens | TokenStream]:
         layer: Any = self.layers[index]
         cross_attn, cross_ff, latent_attn, latent_ff = layer
         stream, watched = ResidualStream(x), is_watched(x)

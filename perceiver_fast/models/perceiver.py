@@ -12,6 +12,7 @@ from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.checkpoints import upgrade_state_dict
 from perceiver_fast.models.grid import GridPerceiver
 from perceiver_fast.models.stack import build_blocks, classifier_head, first_hiddens, run_blocks
+from perceiver_fast.tokens import Stream
 
 
 class Perceiver(GridPerceiver):
@@ -130,7 +131,7 @@ class Perceiver(GridPerceiver):
     @overload
     def forward(
         self,
-        data: Tensor,
+        data: Tensor | Stream,
         mask: Tensor | None = None,
         return_embeddings: bool = False,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
@@ -142,7 +143,7 @@ class Perceiver(GridPerceiver):
     @overload
     def forward(
         self,
-        data: Tensor,
+        data: Tensor | Stream,
         mask: Tensor | None = None,
         return_embeddings: bool = False,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
@@ -154,7 +155,7 @@ class Perceiver(GridPerceiver):
     @overload
     def forward(
         self,
-        data: Tensor,
+        data: Tensor | Stream,
         mask: Tensor | None = None,
         return_embeddings: bool = False,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
@@ -165,7 +166,7 @@ class Perceiver(GridPerceiver):
 
     def forward(
         self,
-        data: Tensor,
+        data: Tensor | Stream,
         mask: Tensor | None = None,
         return_embeddings: bool = False,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
@@ -177,7 +178,7 @@ class Perceiver(GridPerceiver):
 
         Args:
             data: ``[B, n_1, .., n_A, input_channels]``, the dtype and device of the parameters; with coords
-                ``[B, M, input_channels]``.
+                ``[B, M, input_channels]``. Or a :func:`perceiver_fast.stream`, which is read in chunks.
             mask: bool, ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to. A row that is all
                 False attends uniformly to all tokens, as in perceiver-pytorch. Default: all True.
             return_embeddings: return the latents ``[B, N, D]`` in place of the logits. Default: False.
@@ -195,9 +196,8 @@ class Perceiver(GridPerceiver):
                 and what to do.
             perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
         """
-        mask = self.check_inputs(data, mask, coords)
-        tokens, batch = self.describe(data, coords), data.shape[0]
-        x = self.latents.unsqueeze(0).expand(batch, -1, -1)
+        tokens, mask = self.tokens_of(data, mask, coords)
+        x = self.latents.unsqueeze(0).expand(tokens.batch, -1, -1)
         hiddens = first_hiddens(x, block_outputs, return_hiddens or self.has_attn_residual)
         arguments = (
             keywords_for(block, PerceiverBlock, dict(context=tokens, mask=mask, inverted_attention=inverted))

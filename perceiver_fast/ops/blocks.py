@@ -19,7 +19,7 @@ from perceiver_fast.float64 import lse_of
 from perceiver_fast.ops.derivatives import recomputed
 from perceiver_fast.reference.dropout import apply_dropout
 from perceiver_fast.reference.grid_attention import grid_logits, grid_values
-from perceiver_fast.reference.softmax import EMPTY_LSE, EPS, block_weights
+from perceiver_fast.reference.softmax import EMPTY_LSE, EPS, block_weights, inverted_lse
 
 ELEMENTS = 2**20  # of the largest tensor of a block
 LEAST = 256  # tokens of a block: shorter ones would leave more partial results than logits
@@ -50,8 +50,8 @@ def _shares(
         inverted: see ``block_weights``.
     """
     if inverted:
-        total = sum(statistics[1:], statistics[0]).clamp_min(EPS)
-        return [total.reciprocal()] * len(statistics), total.detach().log()
+        total = sum(statistics[1:], statistics[0])
+        return [total.clamp_min(EPS).reciprocal()] * len(statistics), inverted_lse(total)
     if empty is not None:
         statistics = [s.masked_fill(empty, math.log(count)) for s, count in zip(statistics, counts)]
     stacked = torch.stack(statistics)

@@ -166,8 +166,6 @@ class CrossAttentionFunction(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask, seed, o, lse, token_lse)
         ctx.options = scale, dropout, inverted
         ctx.set_materialize_grads(False)
-        if inverted:
-            ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
@@ -175,8 +173,6 @@ class CrossAttentionFunction(torch.autograd.Function):
     def backward(ctx, d_o, d_lse):
         q, k, v, mask, seed, o, lse, token_lse = ctx.saved_tensors
         scale, dropout, inverted = ctx.options
-        if inverted:
-            d_lse = None
 
         def kernel():
             d_out = torch.zeros_like(o) if d_o is None else d_o
@@ -293,20 +289,21 @@ def cross_attention_unchecked(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`cross_attention` for callers whose tensors fit each other; they are not checked.
 
-    ``backend`` is what runs it, where that has been chosen already.
+    ``backend`` is what runs it, where that has been chosen already; ``seed`` dropout's, where it has been drawn already.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if transformed():
-        return _transformed(q, k, v, mask, scale, dropout, inverted, return_lse)
+        return _transformed(q, k, v, mask, scale, dropout, inverted, return_lse, seed)
     if backend is None:
         shape = *q.shape, v.shape[3]
         call = CrossAttentionCall(q.dtype, q.device, dropout, inverted, return_lse, mask is not None, *shape)
         backend = CROSS_ATTENTION.require(call)
     if backend == "reference":
-        seed = dropout_seed(dropout, q.device)
+        seed = dropout_seed(dropout, q.device) if seed is None else seed
         o, lse = reference.cross_attention(q, k, v, mask, scale, dropout, seed, inverted)
         return (o, lse) if return_lse else o
     empty = None
@@ -325,7 +322,7 @@ def cross_attention_unchecked(
         compute = q.dtype
         if scale <= 0:
             q, scale = q * scale, 1.0
-    seed = dropout_seed(dropout, q.device)
+    seed = dropout_seed(dropout, q.device) if seed is None else seed
     with unless_autocast(q.device):
         o, lse = CrossAttentionFunction.apply(
             q.to(compute), k.to(compute), v.to(compute), mask, scale, dropout, seed, inverted
@@ -336,7 +333,7 @@ def cross_attention_unchecked(
     return o, lse if empty is None else lse.masked_fill(empty[:, None, None], EMPTY_LSE)
 
 
-def _transformed(q, k, v, mask, scale, dropout, inverted, return_lse) -> Tensor | tuple[Tensor, Tensor]:
+def _transformed(q, k, v, mask, scale, dropout, inverted, return_lse, seed) -> Tensor | tuple[Tensor, Tensor]:
     """The differentiable form, which torch.func's transforms see through."""
     compute = compute_dtype(q.dtype)
     if not inverted:
@@ -344,7 +341,7 @@ def _transformed(q, k, v, mask, scale, dropout, inverted, return_lse) -> Tensor 
     else:
         by = q * 0 if q.shape[2] == 1 else q
     with unless_autocast(q.device):
-        seed = dropout_seed(dropout, q.device)
+        seed = dropout_seed(dropout, q.device) if seed is None else seed
         o, lse = blocks.cross_attention(
             by.to(compute), k.to(compute), v.to(compute), mask, scale, dropout, seed, inverted
         )

@@ -182,8 +182,6 @@ class GridAttentionFunction(torch.autograd.Function):
         ctx.save_for_backward(q, feat, scale, mask, seed, o, lse, kept, token_lse)
         ctx.options = dropout, inverted
         ctx.set_materialize_grads(False)
-        if inverted:
-            ctx.mark_non_differentiable(lse)
         return o, lse, kept
 
     @staticmethod
@@ -191,9 +189,7 @@ class GridAttentionFunction(torch.autograd.Function):
     def backward(ctx, d_o, d_lse, d_kept):
         q, feat, scale, mask, seed, o, lse, kept, token_lse = ctx.saved_tensors
         dropout, inverted = ctx.options
-        if inverted:
-            d_lse = None
-        elif dropout == 0:
+        if dropout == 0 and not inverted:
             d_kept = None
         token_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
 
@@ -231,6 +227,7 @@ def grid_attention_unchecked(
     heads: int = 1,
     half: torch.dtype | None = None,
     backend: str | None = None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`grid_attention` with q_feat and q_axes joined, for callers that hold them so; inputs are not checked.
 
@@ -244,6 +241,7 @@ def grid_attention_unchecked(
         half: a half-precision dtype that weights and values are rounded to, for tensor cores. Default: what
             :func:`~perceiver_fast.ops.library.half_dtype` says of q.
         backend: what runs it, where that has been chosen already. Default: it is chosen here.
+        seed: of dropout, see :mod:`perceiver_fast.reference.dropout`. Default: it is drawn here.
 
     Returns:
         o ``[B, H N, L]``, lse ``[B, H N]`` float64, and ``[B, H N]``, the sum of every query's weights after dropout
@@ -266,7 +264,7 @@ def grid_attention_unchecked(
         q = (q * 0 if q.shape[2] == 1 else q).flatten(0, 1)
     values = (half or half_dtype(q.device, q.dtype) or compute) if backend == "triton" else compute
     with unless_autocast(q.device):
-        seed = dropout_seed(dropout, q.device)
+        seed = dropout_seed(dropout, q.device) if seed is None else seed
         o, lse, kept = run(q.to(compute), feat.to(values), scale.to(compute), mask, dropout, seed, inverted)
     o = o.view(shape)
     kept = kept.view(shape[:2]) if dropout > 0 or inverted else None
@@ -297,8 +295,8 @@ def grid_attention(
             number, in every dtype and on every backend.
         dropout: probability of dropping a weight. Which ones is a function of a seed that is drawn from torch's
             generator, and of indices: the number of threads does not matter. Default: 0.
-        inverted: softmax over the N queries, then normalised over the tokens; lse is then the logarithm of the
-            normaliser, and has no gradient. Default: False.
+        inverted: softmax over the N queries, then normalised over the tokens; lse is then the logarithm of its sum over
+            the tokens, before that is bounded below by 1e-8. Default: False.
 
     Returns:
         o_feat ``[B, N, F]``, o_axes (one ``[B, N, n_a]`` per axis), and lse ``[B, N]``, the natural log-sum-exp of S,

@@ -137,3 +137,8 @@ def learns(*tensors: Tensor | None) -> bool:
 def dropout_seed(probability: float, device: torch.device) -> Tensor | None:
     """A fresh seed from torch's generator, int64 of one element; None without dropout."""
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device) if probability > 0 else None
+
+
+def seed_from(seed: Tensor | None, first: int) -> Tensor | None:
+    """A seed for some of the tokens: with the index of the first of them as a second element, unless that is zero."""
+    return seed if seed is None or first == 0 else torch.cat([seed, torch.full_like(seed, first)])

@@ -29,13 +29,13 @@ def cross_attention(
         mask: bool ``[B, M]``, True where a token may be attended to; a row that is all False attends uniformly.
         scale: of the logits. Default: 1 / sqrt(d).
         dropout: probability of dropping an attention weight.
-        seed: int64 of one element, which weights are dropped; see :mod:`perceiver_fast.reference.dropout`.
+        seed: int64 of one element or two, which weights are dropped; see :mod:`perceiver_fast.reference.dropout`.
         inverted: softmax over the queries, then normalised over the tokens (perceiver-pytorch's
             ``inverted_cross_attn``).
 
     Returns:
-        o ``[B, H, N, dv]`` and lse ``[B, H, N]`` float64, -3.4e38 for a row that is all masked (inverted: the logarithm
-        of the normaliser over the tokens, at least that of 1e-8).
+        o ``[B, H, N, dv]`` and lse ``[B, H, N]`` float64, -3.4e38 for a row that is all masked (inverted: of
+        the sum over the tokens, see :func:`perceiver_fast.reference.softmax.inverted_lse`).
     """
     logits = torch.einsum("bhnd,bhmd->bhnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     weight, lse = attention_weights(logits, None if mask is None else mask[:, None, None, :], inverted)

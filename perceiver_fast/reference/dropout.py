@@ -53,14 +53,16 @@ def dropout_keep(seed: Tensor, rows: int | Tensor, tokens: int | Tensor, probabi
     """Which weights are not dropped, bool ``[rows, tokens]``.
 
     Args:
-        seed: int64, one element.
+        seed: int64, one element; or two, the second being the index of the first token among all tokens.
         rows: number of query rows: batch, heads and queries in row-major order; or the indices of some, int64.
         tokens: number of tokens, or the indices of some, int64.
         probability: of a weight to be dropped.
     """
-    mixed = _splitmix64(seed.reshape(()))
+    mixed = _splitmix64(seed[0])
     row = rows if isinstance(rows, Tensor) else torch.arange(rows, dtype=torch.int64, device=seed.device)
     token = tokens if isinstance(tokens, Tensor) else torch.arange(tokens, dtype=torch.int64, device=seed.device)
+    if seed.numel() == 2:
+        token = token + seed[1]
     row_hash = _shift(_splitmix64(mixed ^ _splitmix64(2 * row)), 32)
     token_hash = _shift(_splitmix64(mixed ^ _splitmix64(2 * token + 1)), 32)
     return _lowbias32(row_hash[:, None] ^ token_hash) >= dropout_threshold(probability)

@@ -52,7 +52,7 @@ def grid_attention(
 
     Returns:
         o ``[B, N, L]`` in the dtype of the inputs, lse ``[B, N]`` float64, the log-sum-exp of the logits
-        (-3.4e38 for a row that is all masked; inverted: the logarithm of the normaliser, at least that of 1e-8), and the
+        (-3.4e38 for a row that is all masked; inverted: of the sum over the tokens, see :func:`perceiver_fast.reference.softmax.inverted_lse`), and the
         sums of the weights P ``[B, N]``.
     """
     heads = q.shape[0] // max(1, feat.shape[0])

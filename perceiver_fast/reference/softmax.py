@@ -43,14 +43,23 @@ def attention_weights(logits: Tensor, mask: Tensor | None, inverted: bool) -> tu
 
     Returns:
         Weights ``[.., N, M]``, and ``[.., N]`` the log-sum-exp of the logits, ``EMPTY_LSE`` for a row that is all False;
-        inverted, the logarithm of the normaliser, which has no gradient.
+        inverted, that of the sum over the tokens, before ``EPS`` bounds it, and at least that of the dtype's least
+        normal number.
     """
     weight, statistic = block_weights(logits, mask, inverted)
     if not inverted:
         return weight, statistic if mask is None else statistic.masked_fill(~mask.any(-1), EMPTY_LSE)
     # float16 has no number as small as the least normaliser.
     weight = F.normalize(at_least_float32(weight), p=1, dim=-1, eps=EPS).to(weight.dtype)
-    return weight, statistic.detach().clamp_min(EPS).log()
+    return weight, inverted_lse(statistic)
+
+
+def inverted_lse(total: Tensor) -> Tensor:
+    """Inverted attention's statistic of a query: the logarithm of its sum over the tokens, which may be zero.
+
+    Not of the normaliser, that sum but at least ``EPS``: sums of parts of the tokens add up, normalisers do not.
+    """
+    return total.clamp_min(torch.finfo(total.dtype).tiny).log()
 
 
 def at_least_float32(t: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from perceiver_fast.tokens.description import (
 )
 from perceiver_fast.tokens.embedded import EmbeddedGrid, EmbeddedPoints
 from perceiver_fast.tokens.grid import GridTokens
-from perceiver_fast.tokens.groups import TokenGroups, merge_groups
+from perceiver_fast.tokens.groups import TokenGroups
+from perceiver_fast.tokens.merging import merge_parts
 from perceiver_fast.tokens.points import PointTokens
+from perceiver_fast.tokens.stream import Stream, TokenStream, stream
 
 grid_queries = grid_tokens
 """``grid_tokens`` under the name of what it describes in a decoder."""
@@ -30,12 +32,15 @@ __all__ = [
     "GridTokens",
     "PointDescription",
     "PointTokens",
+    "Stream",
     "TokenGroups",
+    "TokenStream",
     "Tokens",
     "absorb_norm",
     "grid_queries",
     "grid_tokens",
-    "merge_groups",
+    "merge_parts",
     "point_queries",
     "point_tokens",
+    "stream",
 ]

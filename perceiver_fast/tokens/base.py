@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from perceiver_fast.backends import Choice
 from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tracing import known
+
+if TYPE_CHECKING:
+    from perceiver_fast.distributed.shards import Shard
 
 
 class Basis(NamedTuple):
@@ -49,6 +52,8 @@ class Tokens:
     # Where each channel, in the order that a norm and a projection expect, stands in the description's own order: int64
     # [C]. None: they are the same.
     order: Tensor | None = None
+    first = 0  # index of the first token among all tokens, of which these may be a part: dropout depends on it
+    shard: Shard | None = None  # of the input that these are this process' part of, perceiver_fast/distributed
     _tensor: Tensor | None = None  # what tensor() returned
     _version = 0  # the version of that tensor when it was first returned
 

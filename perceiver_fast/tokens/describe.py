@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -14,26 +16,36 @@ from perceiver_fast.tokens.grid import GridTokens
 from perceiver_fast.tokens.points import PointTokens
 from perceiver_fast.tracing import known, own
 
+if TYPE_CHECKING:
+    from perceiver_fast.distributed.agreement import Place
+
 ONE_AXIS_LIMIT = 1024  # positions; on one axis a grid's tables have an entry for every query and token, as logits do
 
 
-def describe_grid(data: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None) -> Tokens:
+def describe_grid(
+    data: Tensor, num_freq_bands: int, max_freq: float, embedding: Tensor | None = None, place: Place | None = None
+) -> Tokens:
     """Describe the tokens of data on a grid: raw channels, and Fourier codes of their positions.
 
     Args:
         data: ``[B, n_1, .., n_A, F]``.
         num_freq_bands, max_freq: number of frequencies of the codes, K, and twice the highest one.
         embedding: ``[E]``, channels that all tokens share, between their raw channels and the codes. Default: none.
+        place: of the data's rows among those of the whole grid, along the first axis. Default: they are the whole.
 
     Returns:
         GridTokens; for one long axis PointTokens at evenly spaced positions; without frequencies DenseTokens.
     """
     data = own(data)
+    start, total = (0, data.shape[1]) if place is None else place
     if data.dim() == 3 and known(data.shape[1]) > ONE_AXIS_LIMIT:
-        positions = grid_positions(data.shape[1], data.device)
+        positions = grid_positions(total, data.device)[:, start : start + data.shape[1]]
         return describe_points(data, positions, num_freq_bands, max_freq, embedding)
     dtype = compute_dtype(data.dtype)
-    codes = tuple(axis_codes(size, num_freq_bands, max_freq, dtype, data.device) for size in data.shape[1:-1])
+    sizes = (total, *data.shape[2:-1])
+    codes = tuple(axis_codes(size, num_freq_bands, max_freq, dtype, data.device) for size in sizes)
+    if place is not None:
+        codes = AxisCodes(*(t[start : start + data.shape[1]] for t in codes[0])), *codes[1:]
     if embedding is not None:  # like the code of one more axis, which has one index
         data, codes = data.unsqueeze(1), (_shared_code(embedding.to(dtype)), *codes)
     return _with_frequencies(GridTokens(data, codes), num_freq_bands)

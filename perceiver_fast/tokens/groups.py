@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from perceiver_fast.tokens.base import Tokens
+
+if TYPE_CHECKING:
+    from perceiver_fast.distributed.shards import Shard
 
 
 class TokenGroups:
@@ -21,13 +25,24 @@ class TokenGroups:
         groups: at least one description, all of the same ``channels``.
         masks: one bool ``[B, M_g]`` (or ``[B, *sizes]`` of a grid) or None for every group, True where a token may be
             attended to. Default: all.
+        firsts: index of the first token of every group among all tokens. Default: one group follows the other.
 
     Raises:
         ValueError: no group, groups of different channels, or another number of masks.
     """
 
-    def __init__(self, groups: Sequence[Tokens], masks: Sequence[Tensor | None] | None = None):
+    shard: Shard | None = None  # see Tokens.shard
+
+    def __init__(
+        self,
+        groups: Sequence[Tokens],
+        masks: Sequence[Tensor | None] | None = None,
+        firsts: Sequence[int] | None = None,
+    ):
         self.groups = tuple(groups)
+        counts = [group.count for group in self.groups]
+        for group, first in zip(self.groups, [0, *accumulate(counts)] if firsts is None else firsts):
+            group.first = first
         masks = (None,) * len(self.groups) if masks is None else tuple(masks)
         self.masks = tuple(None if mask is None else mask.flatten(1) for mask in masks)
         widths = sorted({group.channels for group in self.groups})
@@ -74,23 +89,3 @@ class TokenGroups:
             full = torch.ones(group.batch, group.count, dtype=torch.bool, device=group.device)
             parts.append(full if mask is None else mask)
         return torch.cat(parts, 1)
-
-
-def merge_groups(outs: Sequence[Tensor], lses: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Attention to all groups from attention to each.
-
-    Args:
-        outs: ``[B, N, H, d]`` each.
-        lses: ``[B, N, H]`` each, the log-sum-exp of the group's logits; below -1e30 for a group that is all masked.
-        counts: the groups' numbers of tokens: where all groups are masked, attention is uniform over all tokens.
-
-    Returns:
-        ``[B, N, H, d]``.
-    """
-    # A group that is all masked has weight 0; if all groups are, each is weighted by its number of tokens.
-    size = torch.tensor(counts, dtype=torch.float64).log().to(lses[0])
-    lse = torch.stack(tuple(lses), -1)
-    empty = lse < -1e30
-    weight = torch.where(empty.all(-1, keepdim=True), size, lse.masked_fill(empty, -torch.inf)).softmax(-1)
-    merged: Any = sum(w.unsqueeze(-1).to(out.dtype) * out for w, out in zip(weight.unbind(-1), outs))
-    return merged

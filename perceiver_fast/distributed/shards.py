@@ -1,0 +1,146 @@
+"""A model whose input is shared out to several processes: each attends to its own tokens, and one merge follows.
+
+    o = sum_r exp(lse_r - lse) o_r        N x H x (d + 1) numbers a process, however many tokens there are
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.distributed.agreement import Look, Place, agree, own_part, same_random_numbers
+from perceiver_fast.distributed.collectives import largest, local, summed
+from perceiver_fast.reference.softmax import EPS
+from perceiver_fast.tokens.merging import NOBODY
+
+
+class Shard:
+    """This process' place among those that share a model's inputs.
+
+    Args:
+        group: a process group of torch.distributed.
+        queries: a decoder's queries are shared out, too.
+    """
+
+    def __init__(self, group: Any, queries: bool = False):
+        self.group, self.queries = group, queries
+
+    def __deepcopy__(self, memo: dict) -> Shard:
+        return self  # a copied model is sharded over the same processes
+
+    def __reduce__(self) -> tuple:
+        return _unpickled, ()
+
+    def local(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """See :func:`perceiver_fast.distributed.collectives.local`."""
+        return local(self.group, *tensors)
+
+    def agree(self, model: nn.Module, look: Any) -> tuple[Any, list[Place]]:
+        """See :func:`perceiver_fast.distributed.agreement.agree`; in training, also draw the same random numbers."""
+        device = next(model.parameters()).device
+
+        def all_alike() -> Look:
+            sizes, alike, found = look()
+            learning = sum(p.requires_grad for p in model.parameters())
+            mode = dict(model=type(model).__name__, training=model.training, gradients=torch.is_grad_enabled())
+            return Look(sizes, alike | mode | {"learning parameters": learning}, found)
+
+        found = agree(self.group, type(model).__name__, device, all_alike)
+        if model.training:
+            same_random_numbers(self.group, device)
+        return found
+
+    def own(self, who: str, what: str, tensor: Any) -> Any:
+        """See :func:`perceiver_fast.distributed.agreement.own_part`."""
+        return own_part(self.group, who, what, tensor)
+
+    def merge(self, out: Tensor, lse: Tensor, count: int, inverted: bool) -> Tensor:
+        """Attention to the tokens of all processes, from attention to this one's.
+
+        Args:
+            out: ``[B, N, H, d]``.
+            lse: ``[B, N, H]``; see :func:`perceiver_fast.tokens.merging.merge_parts`.
+            count: tokens of this process.
+            inverted: of inverted attention.
+
+        Returns:
+            ``[B, N, H, d]``, float32 at least.
+        """
+        dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+        if inverted:
+            weight = lse.exp()
+            bounded = weight.clamp_min(EPS)
+        else:
+            peak = largest(self.group, lse)
+            bounded = weight = torch.where(peak < NOBODY, float(count), (lse - peak).exp())
+        packed = torch.cat([bounded.unsqueeze(-1).to(dtype) * out.to(dtype), weight.unsqueeze(-1).to(dtype)], -1)
+        (packed,) = summed(self.group, packed)
+        out, total = packed[..., :-1], packed[..., -1:]
+        return out / (total.clamp_min(EPS) if inverted else total)
+
+    @contextmanager
+    def local_parameters(self, *modules: nn.Module | None) -> Iterator[None]:
+        """Inside, ``modules`` compute with :meth:`local` parameters: they are called on this process' tokens alone."""
+        places = [
+            (module, name, parameter)
+            for root in modules
+            if root is not None
+            for module in root.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        for _, name, parameter in places:
+            if type(parameter).__name__ == "DTensor":
+                raise RuntimeError(
+                    f"shard: expected the whole {name}, got a part of it (fully_shard): this layer is called on sharded "
+                    "tokens, and gathers its parameters only then; apply fully_shard to the model alone"
+                )
+        parameters = list({id(parameter): parameter for *_, parameter in places}.values())
+        held = dict(zip(map(id, parameters), self.local(*parameters) if parameters else ()))
+        try:
+            for module, name, parameter in places:
+                module._parameters[name] = held[id(parameter)]  # type: ignore[assignment]
+            yield
+        finally:
+            for module, name, parameter in places:
+                module._parameters[name] = parameter
+
+
+def _unpickled() -> None:
+    """What a shard is in a pickle: a process group cannot be saved, and a loaded model is not sharded."""
+    return None
+
+
+class CalledAttention:
+    """Cross-attention to sharded tokens whose layers have to be called; the attention itself asks for it, once."""
+
+    def __init__(self, shard: Shard, first: int | None):
+        self.shard, self.first, self.asked = shard, first, False
+
+
+_called: ContextVar[CalledAttention | None] = ContextVar("called_attention", default=None)
+
+
+@contextmanager
+def calling(shard: Shard, first: int | None) -> Iterator[CalledAttention]:
+    """An attention layer that is called inside attends to sharded tokens; ``first`` is the first one's index, if known."""
+    called = CalledAttention(shard, first)
+    token = _called.set(called)
+    try:
+        yield called
+    finally:
+        _called.reset(token)
+
+
+def called_attention() -> CalledAttention | None:
+    """What a cross-attention that is being called has to know of sharded tokens; None if its context is no shard."""
+    called = _called.get()
+    if called is None or called.asked:
+        return None
+    called.asked = True
+    return called

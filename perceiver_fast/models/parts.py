@@ -1,0 +1,133 @@
+"""Inputs that a model does not have as one tensor: read in chunks, or shared out to several processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from perceiver_fast.distributed.agreement import Look, Place
+from perceiver_fast.models.inputs import like
+from perceiver_fast.tokens import Description, Tokens, TokenStream
+from perceiver_fast.tokens.stream import Chunk, Stream
+
+if TYPE_CHECKING:
+    from perceiver_fast.models.grid import GridPerceiver
+
+
+def read_parts(
+    model: GridPerceiver, data: Any, mask: Tensor | None, coords: Tensor | None = None
+) -> tuple[Tokens | TokenStream, Tensor | None]:
+    """The tokens of a sharded model's part, or of a stream, and their mask.
+
+    Args:
+        model: has ``shard``, ``input_axis``, ``check_inputs`` and ``describe``, as :class:`GridPerceiver` has.
+        data, mask, coords: as its forward takes them.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as the forward and :func:`perceiver_fast.distributed.shard` raise them.
+    """
+    shard, who = model.shard, type(model).__name__
+
+    def look() -> Look:
+        own, own_mask, own_coords = data, mask, coords
+        if shard is not None:
+            named = ("data", data), ("mask", mask), ("coords", coords)
+            own, own_mask, own_coords = (shard.own(who, what, t) for what, t in named)
+        if isinstance(own, Stream):
+            size, alike = look_at_stream(model, own, own_mask, own_coords)
+        else:
+            own_mask = check_part(model, own, own_mask, own_coords)
+            size = own.sizes[0] if isinstance(own, Description) else own.shape[1]
+            alike = alike_of(own, own_coords)
+        return Look([size], alike, (own, own_mask, own_coords))
+
+    if shard is None:
+        seen = look()
+        found, place = seen.found, Place(0, seen.sizes[0])
+    else:
+        found, (place,) = shard.agree(model, look)
+    own, own_mask, own_coords = found
+    tokens: Tokens | TokenStream
+    if isinstance(own, Stream):
+        tokens = stream_of(model, own, place)
+    else:
+        tokens = model.describe(own, own_coords, place)
+        tokens.first = place.start * (tokens.count // max(1, own.sizes[0] if isinstance(own, Description) else own.shape[1]))
+    tokens.shard = shard
+    return tokens, own_mask
+
+
+def alike_of(own: Any, coords: Tensor | None) -> dict[str, object]:
+    """What has to be the same of all parts of one input: all but the size of its first axis."""
+    if isinstance(own, Description):
+        return dict(batch=own.batch, channels=own.channels)
+    inner = () if coords is not None else tuple(own.shape[2:-1])
+    return {"batch": own.shape[0], "channels": own.shape[-1], "dtype": own.dtype, "other axes": inner}
+
+
+def check_part(model: Any, own: Any, mask: Tensor | None, coords: Tensor | None) -> Tensor | None:
+    """``model.check_inputs``, for a part that may be of no rows; the mask."""
+    if not isinstance(own, Tensor) or own.dim() < 3 or own.shape[1] > 0:
+        return model.check_inputs(own, mask, coords) if coords is not None else model.check_inputs(own, mask)
+    row = own.new_zeros(own.shape[0], 1, *own.shape[2:])
+    if coords is None:
+        model.check_inputs(row, None)
+    else:
+        model.check_inputs(row, None, coords.new_zeros(1, coords.shape[-1]))
+    return None
+
+
+def look_at_stream(
+    model: Any, source: Stream, mask: Tensor | None, coords: Tensor | None
+) -> tuple[int, dict[str, object]]:
+    """Rows of a stream, and what has to be the same of all processes' streams; checks what can be checked before reading."""
+    if mask is not None or coords is not None:
+        raise ValueError(
+            f"{type(model).__name__}: expected mask and coords of streamed data as arguments of pf.stream, which reads them "
+            "with the data, got them here"
+        )
+    dims = dims_of(model, source)
+    size, first = source.length(dims), source.first(dims)
+    if first is not None:
+        _checked(model, first)
+    inner = source.shape_of()[-dims + 2 : -1] if not source.points else ()
+    return size, {"batch": source.batch(dims), "other axes": tuple(inner), "streamed": True}
+
+
+def dims_of(model: Any, source: Stream) -> int:
+    """Dimensions of a chunk, with batch and channels."""
+    return 3 if source.points else model.input_axis + 2
+
+
+def _checked(model: Any, chunk: Chunk) -> Chunk:
+    """A chunk where the model is, after the model's own checks."""
+    device = like(model).device
+    data, coords, mask = (None if t is None else t.to(device) for t in chunk[:3])
+    mask = model.check_inputs(data, mask) if coords is None else model.check_inputs(data, mask, coords)
+    return Chunk(data, coords, mask, chunk.start)  # type: ignore[arg-type]
+
+
+def stream_of(model: Any, source: Stream, place: Place) -> TokenStream:
+    """The tokens of a stream, every chunk of which the model describes when it is read."""
+    dims = dims_of(model, source)
+
+    def describe(chunk: Chunk, place: Place) -> tuple[Tokens, Tensor | None]:
+        chunk = _checked(model, chunk)
+        tokens = model.describe(chunk.data, chunk.coords, Place(place.start + chunk.start, place.total))
+        return tokens, chunk.mask
+
+    batch = source.batch(dims)
+    return TokenStream(source, dims, describe, (), place, batch, model.input_dim, like(model).device)
+
+
+def kept_tokens(batch: int, place: Place, size: int, dropout: float, device: torch.device) -> Tensor:
+    """Which of this process' tokens layers/sequence_dropout.py would keep, if one process had all: bool ``[B, M]``.
+
+    All processes draw the same numbers, for all tokens.
+    """
+    order = torch.randn(batch, place.total, device=device)
+    left = order.topk(max(1, int((1.0 - dropout) * place.total)), dim=1).indices
+    keep = torch.zeros_like(order, dtype=torch.bool).scatter_(1, left, True)
+    return keep[:, place.start : place.start + size]

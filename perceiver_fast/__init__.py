@@ -10,7 +10,7 @@ from perceiver_fast import installation
 from perceiver_fast.version import __version__ as __version__
 
 if TYPE_CHECKING or not installation.deferred():
-    from perceiver_fast import backends, experimental, gated, mixed_latents, ops, reference
+    from perceiver_fast import backends, distributed, experimental, gated, mixed_latents, ops, reference
     from perceiver_fast.adapters import Report, accelerate, restore
     from perceiver_fast.backends import BackendError, use_backend
     from perceiver_fast.extension import shared_library
@@ -22,7 +22,7 @@ if TYPE_CHECKING or not installation.deferred():
     from perceiver_fast.models import Modality, MultimodalPerceiver, Perceiver, PerceiverIO, PerceiverLM
     from perceiver_fast.ops.linear_choice import use_linear
     from perceiver_fast.ranges import ranges
-    from perceiver_fast.tokens import grid_queries, grid_tokens, point_queries, point_tokens
+    from perceiver_fast.tokens import grid_queries, grid_tokens, point_queries, point_tokens, stream
 else:  # the command line reads its arguments before torch is imported
     __getattr__ = installation.attribute
 
@@ -39,6 +39,7 @@ __all__ = [
     "attention_map",
     "backends",
     "contrasting_latents",
+    "distributed",
     "experimental",
     "explain",
     "gated",
@@ -54,6 +55,7 @@ __all__ = [
     "reference",
     "restore",
     "shared_library",
+    "stream",
     "use_backend",
     "use_linear",
 ]

@@ -1,6 +1,6 @@
 """A model whose input is shared out to several processes: each attends to its own tokens, and one merge follows.
 
-    o = sum_r exp(lse_r - lse) o_r        N x H x (d + 1) numbers a process, however many tokens there are
+o = sum_r exp(lse_r - lse) o_r        N x H x (d + 1) numbers a process, however many tokens there are
 """
 
 from __future__ import annotations
@@ -82,6 +82,18 @@ class Shard:
         (packed,) = summed(self.group, packed)
         out, total = packed[..., :-1], packed[..., -1:]
         return out / (total.clamp_min(EPS) if inverted else total)
+
+    def summary(self, q: Tensor, k: Tensor) -> Tensor:
+        """Linear attention's ``q^T softmax_M(k)`` over the tokens of all processes, for own tokens: ``[B, H, d, d]``.
+
+        Args:
+            q, k: own tokens' ``[B, H, M, d]``.
+        """
+        least = k.new_full((*k.shape[:2], 1, k.shape[3]), -torch.inf)  # of a process without tokens
+        peak = largest(self.group, torch.cat([least, k.detach()], 2).amax(2, keepdim=True))
+        weight = (k - peak).exp()
+        summary, total = summed(self.group, q.transpose(-1, -2) @ weight, weight.sum(2))
+        return self.local(summary / total.unsqueeze(-2))[0]
 
     @contextmanager
     def local_parameters(self, *modules: nn.Module | None) -> Iterator[None]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.float64 import lse_of
-
 from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.checks import check_data, check_mask
@@ -23,6 +22,7 @@ from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.plan import Layer, Plan, plan_cross_attention
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.streaming import attend_stream
+from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.ops.linear import product_dtype
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.reference.softmax import EMPTY_LSE
@@ -95,7 +95,11 @@ def describe_context(
 
 @layer_range
 def cross_attention_branch(
-    layer: nn.Module, stream: ResidualStream, tokens: Tokens | TokenGroups | TokenStream, mask: Tensor | None, inverted: bool
+    layer: nn.Module,
+    stream: ResidualStream,
+    tokens: Tokens | TokenGroups | TokenStream,
+    mask: Tensor | None,
+    inverted: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend, in the place of ``layer`` and the layers inside; only where :func:`why_cross_attention_modules` is None.
 
@@ -153,8 +157,10 @@ class FusedCrossAttention(CrossAttentionParameters):
                     "look at the model before shard, or after unshard, on a tensor"
                 )
             looks.attends(self.layer, z, tokens, mask, inverted)
-        out, _ = self._attend(z, tokens, mask, inverted) if tokens.shard is None else self._attend_shard(
-            tokens.shard, z, tokens, mask, inverted
+        out, _ = (
+            self._attend(z, tokens, mask, inverted)
+            if tokens.shard is None
+            else self._attend_shard(tokens.shard, z, tokens, mask, inverted)
         )
         return self.fn.project_out(out.flatten(2).to(product_dtype(z)))
 
@@ -168,12 +174,12 @@ class FusedCrossAttention(CrossAttentionParameters):
         self, shard: Shard, z: Tensor, tokens: Tokens | TokenGroups | TokenStream, mask: Tensor | None, inverted: bool
     ) -> tuple[Tensor, None]:
         """Attend to this process' tokens, and merge with what the others found."""
-        self.check_parts(inverted)
+        self.check_parts()
         part = self.of_tensors(*shard.local(*self.tensors(z)))
         found: Any = part._attend(z, tokens, mask, inverted, with_lse=True)
         return shard.merge(*found, tokens.count, inverted), None
 
-    def check_parts(self, inverted: bool) -> None:
+    def check_parts(self) -> None:
         """Raise ValueError where attention to tokens in parts has no meaning."""
         if self.fn.queries_contribute_kv:
             raise ValueError(
@@ -190,13 +196,13 @@ class FusedCrossAttention(CrossAttentionParameters):
         with_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to a description on the way that is planned; see layers/cross_attention_ways.py."""
+        if tokens.count == 0:  # a process may have none
+            return self._attend_nothing(z, tokens)
         if isinstance(tokens, TokenStream):
-            self.check_parts(inverted)
+            self.check_parts()
             return attend_stream(self, z, tokens, inverted)
         if isinstance(tokens, TokenGroups):
             return self._attend_groups(z, tokens, inverted)
-        if tokens.count == 0:  # a process may have none
-            return self._attend_nothing(z, tokens)
         plan = self.plan(tokens, z.shape[1], inverted, with_lse, mask is not None)
         if (looks := observer()) is not None:
             looks.plans(self.layer, z, tokens, mask, inverted, with_lse, plan)  # only groups need a log-sum-exp
@@ -205,16 +211,18 @@ class FusedCrossAttention(CrossAttentionParameters):
 
     def _attend_groups(self, z: Tensor, tokens: TokenGroups, inverted: bool) -> tuple[Tensor, Tensor]:
         """Attend to every group by itself and merge the results, ``[B, N, H, d]`` and ``[B, N, H]``."""
-        self.check_parts(inverted)
+        self.check_parts()
         results: list[Any] = [
             self._attend(z, group, mask, inverted, with_lse=True) for group, mask in zip(tokens.groups, tokens.masks)
         ]
         outs, lses = zip(*results)
         return merge_parts(outs, lses, [group.count for group in tokens.groups], inverted)
 
-    def _attend_nothing(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def _attend_nothing(self, z: Tensor, tokens: Tokens | TokenGroups | TokenStream) -> tuple[Tensor, Tensor]:
         """Attention to no token: zeros of no weight, with gradients of zero to all that attention depends on."""
-        shape = tokens.batch, z.shape[1], self.fn.heads, self.dim_head
-        zero = sum((t.flatten()[:0].sum() for t in self.tensors(z)), torch.zeros((), device=z.device))
-        out = z.new_zeros(shape, dtype=tokens.compute) + zero.to(tokens.compute)
+        self.seed(0, z.device)  # it is drawn, as the other processes draw it
+        compute = compute_dtype(z.dtype)
+        tensors = (*self.tensors(z), *(t for t in tokens.sources() if t.requires_grad))
+        zero = sum((t.flatten()[:0].sum().to(compute) for t in tensors), z.new_zeros((), dtype=compute))
+        out = z.new_zeros(tokens.batch, z.shape[1], self.fn.heads, self.dim_head, dtype=compute) + zero
         return out, lse_of(torch.full_like(out[..., 0], EMPTY_LSE)) + lse_of(zero)

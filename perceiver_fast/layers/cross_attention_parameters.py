@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.ops.library import dropout_seed, seed_from, unless_autocast
-from perceiver_fast.tokens import GridTokens, Tokens
+from perceiver_fast.tokens import GridTokens
 
 
 def times_tables(x: Tensor, table: Tensor) -> Tensor:
@@ -55,11 +55,11 @@ class CrossAttentionParameters:
         other.norm_context = cast(nn.LayerNorm, SimpleNamespace(weight=gain, bias=shift, eps=norm.eps))
         return other
 
-    def seed(self, tokens: Tokens) -> Tensor | None:
-        """Dropout's seed for some tokens, None without dropout: one draw a call, and from there their indices decide."""
+    def seed(self, first: int, device: torch.device) -> Tensor | None:
+        """Dropout's seed for tokens from index ``first`` on, None without dropout: one draw a call, then indices decide."""
         if self._seed is None:
-            self._seed = dropout_seed(self.fn.active_dropout, tokens.device)
-        return seed_from(self._seed, tokens.first)
+            self._seed = dropout_seed(self.fn.active_dropout, device)
+        return seed_from(self._seed, first)
 
     @property
     def dim_head(self) -> int:

@@ -66,7 +66,7 @@ def attend_grid(
         mask = None if mask is None else mask.reshape(feat.shape[:-1])
         dropout = layer.fn.active_dropout
         o, lse, weight_sums = grid_attention_unchecked(
-            q, feat, scale, mask, dropout, inverted, heads, half, backend, layer.seed(tokens)
+            q, feat, scale, mask, dropout, inverted, heads, half, backend, layer.seed(tokens.first, z.device)
         )
         o = o.unflatten(1, (heads, -1))
         if inverted or features == 0:
@@ -128,7 +128,7 @@ def attend_absorbed(
             q, context = q.to(half), context.to(half)
         values_view = context.view(context.shape)  # keys and values are one tensor, but two inputs
         found: Any = cross_attention_unchecked(
-            q, context, values_view, mask, dropout, inverted, 1.0, with_lse, backend, layer.seed(tokens)
+            q, context, values_view, mask, dropout, inverted, 1.0, with_lse, backend, layer.seed(tokens.first, z.device)
         )
         lse: Any  # None where nobody needs it
         o, lse = found if with_lse else (found, None)
@@ -169,7 +169,7 @@ def attend_projected(
         )
     q, k, v = (fn.split_heads(t) for t in (q, *kv.chunk(2, dim=-1)))
     found: Any = cross_attention_unchecked(
-        q, k, v, mask, fn.active_dropout, inverted, fn.scale, with_lse, backend, layer.seed(tokens)
+        q, k, v, mask, fn.active_dropout, inverted, fn.scale, with_lse, backend, layer.seed(tokens.first, z.device)
     )
     lse: Any  # None where nobody needs it
     out, lse = found if with_lse else (found, None)

@@ -41,6 +41,8 @@ def check_described(
                 f"{tuple(given.shape)}; leave out the batch if it is shared"
             )
         (check_real if name == "feat" else check_device)(who, f"{name} of {what}", given, like)
+    if description.count == 0:
+        raise ValueError(f"{who}: expected {what} of at least one token, got none; drop empty inputs before the model")
     if description.embed is not None:
         check_real(who, f"the weight of embed of {what}", description.embed.weight, like)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver_fast.distributed.shards import called_attention
 from perceiver_fast.layers.fusing import is_plain, is_watched
 from perceiver_fast.ranges import layer_range
 
@@ -58,7 +59,11 @@ class LinearAttention(nn.Module):
             # Before the softmax, so that a masked token has weight zero and the others' weights sum to one.
             # (perceiver-pytorch 0.11.0 masks after it, with the mask's meaning reversed, and nearly always raises an error.)
             k = k.masked_fill(~mask.flatten(1)[:, None, :, None], -torch.finfo(k.dtype).max)
-        summary = q.transpose(-1, -2) @ k.softmax(dim=-2)  # [B, H, d, d]
+        called = called_attention()
+        if called is None:
+            summary = q.transpose(-1, -2) @ k.softmax(dim=-2)  # [B, H, d, d]
+        else:
+            summary = called.shard.summary(q, k)
         del q, k
         out = part(2) @ summary
         return self.to_out(out.transpose(1, 2).flatten(2))

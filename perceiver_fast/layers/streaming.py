@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from perceiver_fast.float64 import in_float64
-from perceiver_fast.ops.library import dropout_seed
 from perceiver_fast.reference.softmax import EPS
 from perceiver_fast.tokens.merging import NOBODY, merge_parts
 from perceiver_fast.tokens.stream import TokenStream
@@ -25,9 +24,7 @@ if TYPE_CHECKING:
     from perceiver_fast.layers.cross_attention import FusedCrossAttention
 
 
-def attend_stream(
-    layer: FusedCrossAttention, z: Tensor, tokens: TokenStream, inverted: bool
-) -> tuple[Tensor, Tensor]:
+def attend_stream(layer: FusedCrossAttention, z: Tensor, tokens: TokenStream, inverted: bool) -> tuple[Tensor, Tensor]:
     """Attention to all chunks: ``[B, N, H, d]``, and the log-sum-exp ``[B, N, H]`` (inverted: of the sums).
 
     Args:
@@ -45,8 +42,7 @@ def attend_stream(
             "stream: expected a source that can be read again, for the backward, got an iterator; give a list, a DataLoader "
             "or an array, or run the model under torch.no_grad()"
         )
-    if layer._seed is None:
-        layer._seed = dropout_seed(layer.fn.active_dropout, z.device)
+    layer.seed(0, z.device)  # one for all chunks, and for their backward
     return _Streamed.apply(layer, z.detach(), tokens, inverted, *inputs)
 
 

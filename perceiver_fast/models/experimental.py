@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from perceiver_fast.distributed.shards import calling
 from perceiver_fast.layers import Attention, FeedForward, LinearAttention, PreNorm
 from perceiver_fast.layers.fusing import is_plain, is_watched
 from perceiver_fast.layers.pre_norm import add_cross_attention, add_layer
@@ -14,7 +16,10 @@ from perceiver_fast.models.grid import PooledPerceiver
 from perceiver_fast.ops.fourier_projection import fourier_projection_unchecked
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ranges import op_range
-from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
+from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens, TokenStream
+
+if TYPE_CHECKING:
+    from perceiver_fast.distributed.agreement import Place
 
 
 def project_points(tokens: PointTokens, linear: nn.Linear) -> Tensor:
@@ -106,13 +111,17 @@ class Perceiver(PooledPerceiver):
         self.build_stack(layer, depth, weight_tie_layers, num_classes, checkpoint)
 
     @op_range("describe")
-    def describe(self, data: Tensor, coords: Tensor | None = None) -> Tokens:
+    def describe(self, data: Tensor, coords: Tensor | None = None, place: Place | None = None) -> Tokens:
         """The tokens that the first layer attends to: projected by ``data_proj``, so they exist as a tensor.
 
         Args:
-            data, coords: see :meth:`GridPerceiver.describe`.
+            data, coords, place: see :meth:`GridPerceiver.describe`.
         """
-        tokens = super().describe(data, coords)
+        with nullcontext() if self.shard is None else self.shard.local_parameters(self.data_proj):
+            return self._projected(super().describe(data, coords, place))
+
+    def _projected(self, tokens: Tokens) -> DenseTokens:
+        """``data_proj`` of the tokens."""
         linear = self.data_proj
         if not is_watched(*tokens.sources()) and is_plain(linear, nn.Linear) and linear.bias is not None:
             if isinstance(tokens, GridTokens):
@@ -124,17 +133,25 @@ class Perceiver(PooledPerceiver):
     def run_layer(
         self, index: int, x: Tensor, tokens: Tokens | TokenStream, mask: Tensor | None
     ) -> tuple[Tensor, Tokens | TokenStream]:
+        if isinstance(tokens, TokenStream):
+            raise ValueError(f"{type(self).__name__}: expected a tensor, got a stream; this model rewrites its tokens")
         layer: Any = self.layers[index]
         cross_attn, cross_ff, rev_cross_attn, rev_cross_ff, input_attn, latent_attn, latent_ff = layer
         stream, watched, who = ResidualStream(x), is_watched(x), type(self).__name__
         add_cross_attention(stream, cross_attn, watched, who, context=tokens, mask=mask)
         add_layer(stream, cross_ff, watched)
         if index < len(self.layers) - 1:  # after the last layer nothing reads the tokens
-            data = ResidualStream(tokens.feat)
-            add_layer(data, input_attn, watched, mask=mask)
-            add_cross_attention(data, rev_cross_attn, watched, who, context=stream.value())
-            add_layer(data, rev_cross_ff, watched)
+            data, latents, shard, before = ResidualStream(tokens.feat), stream.value(), tokens.shard, tokens
+            with ExitStack() as stack:
+                if shard is not None:  # what rewrites own tokens alone gets a part of its gradient
+                    stack.enter_context(shard.local_parameters(input_attn, rev_cross_attn, rev_cross_ff))
+                    stack.enter_context(calling(shard, None))
+                    (latents,) = shard.local(latents)
+                add_layer(data, input_attn, watched, mask=mask)
+                add_cross_attention(data, rev_cross_attn, watched, who, context=latents)
+                add_layer(data, rev_cross_ff, watched)
             tokens = DenseTokens(data.value())
+            tokens.shard, tokens.first = before.shard, before.first
         add_layer(stream, latent_attn, watched)
         add_layer(stream, latent_ff, watched)
         return stream.value(), tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,13 @@ from perceiver_fast.layers import PerceiverBlock
 from perceiver_fast.layers.pre_norm import keywords_for
 from perceiver_fast.models.inputs import like
 from perceiver_fast.models.modality import Modality, ModalityInput, check_modalities, check_modality_inputs
+from perceiver_fast.models.modality_parts import describe_modality, read_modalities
 from perceiver_fast.models.stack import build_blocks, classifier_head, run_blocks
 from perceiver_fast.ranges import op_range
-from perceiver_fast.tokens import TokenGroups
-from perceiver_fast.tokens.describe import describe_grid, describe_points
+from perceiver_fast.tokens import Stream, TokenGroups
+
+if TYPE_CHECKING:
+    from perceiver_fast.distributed.shards import Shard
 
 
 class ModalityEmbeddings(nn.ParameterDict):
@@ -67,6 +70,8 @@ class MultimodalPerceiver(nn.Module):
         >>> model({"video": torch.randn(2, 4, 8, 8, 3), "audio": torch.randn(2, 500, 1)}).shape
         torch.Size([2, 5])
     """
+
+    shard: Shard | None = None  # set by perceiver_fast.distributed.shard
 
     def __init__(
         self,
@@ -127,6 +132,16 @@ class MultimodalPerceiver(nn.Module):
         """
         return check_modality_inputs(type(self).__name__, self.modalities, data, mask, like(self))
 
+    def tokens_of(
+        self, data: Mapping[str, ModalityInput | Stream], mask: Mapping[str, Tensor | None] | None
+    ) -> TokenGroups:
+        """The checked and described tokens of ``data``, for what the forward takes."""
+        streams = isinstance(data, Mapping) and any(isinstance(given, Stream) for given in data.values())
+        if self.shard is not None or streams:
+            return read_modalities(self, data, mask)
+        given: Any = data
+        return self.describe(given, self.check_inputs(given, mask))
+
     @op_range("describe")
     def describe(
         self, data: Mapping[str, ModalityInput], mask: Mapping[str, Tensor | None] | None = None
@@ -138,19 +153,14 @@ class MultimodalPerceiver(nn.Module):
             mask: ``[B, M]`` or None for each of them. Default: none.
         """
         present = [modality for modality in self.modalities if modality.name in data]
-        groups = []
-        for modality in present:
-            given, codes = data[modality.name], (modality.num_freq_bands, modality.max_freq)
-            embedding = self.embeddings(modality.name)
-            if isinstance(given, Tensor):
-                groups.append(describe_grid(given, *codes, embedding))
-            else:
-                groups.append(describe_points(*given, *codes, embedding))
+        groups = [
+            describe_modality(modality, data[modality.name], self.embeddings(modality.name)) for modality in present
+        ]
         return TokenGroups(groups, None if mask is None else [mask.get(modality.name) for modality in present])
 
     def forward(
         self,
-        data: Mapping[str, ModalityInput],
+        data: Mapping[str, ModalityInput | Stream],
         mask: Mapping[str, Tensor | None] | None = None,
         return_embeddings: bool = False,
     ) -> Tensor:
@@ -158,7 +168,8 @@ class MultimodalPerceiver(nn.Module):
 
         Args:
             data: by name, ``[B, n_1, .., n_A, input_channels]`` on a grid; or a pair of ``[B, M, input_channels]`` and
-                its positions ``[B, M, A]`` or ``[M, A]``. Modalities may be left out, all but one.
+                its positions ``[B, M, A]`` or ``[M, A]``; or a :func:`perceiver_fast.stream`, which is read in chunks.
+                Modalities may be left out, all but one.
             mask: by name, bool ``[B, M]`` or ``[B, n_1, .., n_A]``, True where a token may be attended to. A batch
                 element whose tokens are masked in all modalities attends uniformly to all of them. Default: all True.
             return_embeddings: return the latents ``[B, N, D]`` in place of the logits. Default: False.
@@ -171,8 +182,7 @@ class MultimodalPerceiver(nn.Module):
                 or device; the message says expected, got and what to do.
             perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
         """
-        masks = self.check_inputs(data, mask)
-        tokens = self.describe(data, masks)
+        tokens = self.tokens_of(data, mask)
         x = self.latents.unsqueeze(0).expand(tokens.batch, -1, -1)
         arguments = (keywords_for(block, PerceiverBlock, dict(context=tokens)) for block in self.layers)
         x = run_blocks(x, self.layers, repeat(None), None, arguments, self.checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,9 +53,11 @@ def read_parts(
     tokens: Tokens | TokenStream
     if isinstance(own, Stream):
         tokens = stream_of(model, own, place)
+        across = own.across(tokens.dims)
     else:
         tokens = model.describe(own, own_coords, place)
-        tokens.first = place.start * (tokens.count // max(1, own.sizes[0] if isinstance(own, Description) else own.shape[1]))
+        across = prod(own.sizes[1:]) if isinstance(own, Description) else prod(own.shape[2:-1])
+    tokens.first = place.start * across
     tokens.shard = shard
     return tokens, own_mask
 
@@ -62,13 +65,16 @@ def read_parts(
 def alike_of(own: Any, coords: Tensor | None) -> dict[str, object]:
     """What has to be the same of all parts of one input: all but the size of its first axis."""
     if isinstance(own, Description):
-        return dict(batch=own.batch, channels=own.channels)
+        learns = sum(p.requires_grad for p in own.embed.parameters()) if own.embed is not None else 0
+        return {"batch": own.batch, "channels": own.channels, "learning parameters of embed": learns}
     inner = () if coords is not None else tuple(own.shape[2:-1])
     return {"batch": own.shape[0], "channels": own.shape[-1], "dtype": own.dtype, "other axes": inner}
 
 
 def check_part(model: Any, own: Any, mask: Tensor | None, coords: Tensor | None) -> Tensor | None:
     """``model.check_inputs``, for a part that may be of no rows; the mask."""
+    if isinstance(own, Description) and own.count == 0:
+        return None
     if not isinstance(own, Tensor) or own.dim() < 3 or own.shape[1] > 0:
         return model.check_inputs(own, mask, coords) if coords is not None else model.check_inputs(own, mask)
     row = own.new_zeros(own.shape[0], 1, *own.shape[2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -20,12 +21,16 @@ from perceiver_fast.layers.without_dropout import Attention, FeedForward
 from perceiver_fast.models.checkpoints import upgrade_io_state_dict
 from perceiver_fast.models.described import check_out, decode_described
 from perceiver_fast.models.inputs import check_queries, check_width, context_channels, like, norm_channels
+from perceiver_fast.models.parts import kept_tokens, read_parts
 from perceiver_fast.models.stack import build_blocks, first_hiddens, rows_for, run_blocks, run_checkpointed
-from perceiver_fast.tokens import DenseTokens, Description, Tokens
+from perceiver_fast.tokens import DenseTokens, Description, Stream, Tokens, TokenStream
 from perceiver_fast.tracing import own, trainable
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from perceiver_fast.distributed.agreement import Place
+    from perceiver_fast.distributed.shards import Shard
 
 DECODER_ROWS = 8192  # queries decoded at once in inference: enough for full speed, few enough to fit into CPU caches
 
@@ -62,6 +67,7 @@ class PerceiverIO(nn.Module):
     """
 
     checkpoint = False
+    shard: Shard | None = None  # set by perceiver_fast.distributed.shard
 
     def __init__(
         self,
@@ -162,16 +168,52 @@ class PerceiverIO(nn.Module):
         channels = self._query_channels(queries)
         check_described(who, "queries", queries, like(self), batch=batch, channels=channels, argument="queries_dim")
 
-    def describe(self, data: Tensor | Description) -> Tokens:
-        """The tokens of ``data``."""
-        if isinstance(data, Description):
-            return described_tokens(data, like(self))
-        return DenseTokens(trainable(data))
+    def tokens_of(
+        self, data: Tensor | Description | Stream, mask: Tensor | None
+    ) -> tuple[Tokens | TokenStream, Tensor | None]:
+        """The checked and described tokens of ``data``, and their mask, for what the forward takes."""
+        drops = self.training and self.seq_dropout_prob > 0.0
+        if self.shard is not None or isinstance(data, Stream):
+            tokens, mask = read_parts(self, data, mask)
+            return tokens, self._drop_of_parts(tokens, mask) if drops else mask
+        mask = self.check_inputs(data, mask)
+        if drops:
+            if isinstance(data, Description):
+                data = data.tensor(like(self))
+            data, mask = drop_tokens(data, mask, self.seq_dropout_prob)
+        return self.describe(data), mask
+
+    def _drop_of_parts(self, tokens: Tokens | TokenStream, mask: Tensor | None) -> Tensor:
+        """The mask that leaves out the tokens that one process would drop of all of them."""
+        if mask is not None or isinstance(tokens, TokenStream) or tokens.place is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected seq_dropout_prob=0 in training on streamed tokens, or on sharded ones with a "
+                f"mask, got {self.seq_dropout_prob}; set it to 0, or leave the masked tokens out"
+            )
+        return kept_tokens(tokens.batch, tokens.place, tokens.count, self.seq_dropout_prob, tokens.device)
+
+    def describe(self, data: Tensor | Description, coords: None = None, place: Place | None = None) -> Tokens:
+        """The tokens of ``data``.
+
+        Args:
+            data: ``[B, M, dim]`` or a description.
+            coords: none; a description has them.
+            place: of these tokens among all, where they are a part of an input. Default: they are all.
+        """
+        if not isinstance(data, Description):
+            tokens: Tokens = DenseTokens(trainable(data))
+        elif self.shard is None:
+            tokens = described_tokens(data, like(self))
+        else:
+            with self.shard.local_parameters(data.embed):
+                tokens = described_tokens(data, like(self))
+        tokens.place = place
+        return tokens
 
     @overload
     def forward(
         self,
-        data: Tensor | Description,
+        data: Tensor | Description | Stream,
         mask: Tensor | None = None,
         queries: Tensor | Description | None = None,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
@@ -181,7 +223,7 @@ class PerceiverIO(nn.Module):
     @overload
     def forward(
         self,
-        data: Tensor | Description,
+        data: Tensor | Description | Stream,
         mask: Tensor | None = None,
         queries: Tensor | Description | None = None,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
@@ -192,7 +234,7 @@ class PerceiverIO(nn.Module):
     @overload
     def forward(
         self,
-        data: Tensor | Description,
+        data: Tensor | Description | Stream,
         mask: Tensor | None = None,
         queries: Tensor | Description | None = None,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
@@ -201,7 +243,7 @@ class PerceiverIO(nn.Module):
 
     def forward(
         self,
-        data: Tensor | Description,
+        data: Tensor | Description | Stream,
         mask: Tensor | None = None,
         queries: Tensor | Description | None = None,
         block_outputs: Sequence[Tensor] | Tensor | None = None,
@@ -213,7 +255,7 @@ class PerceiverIO(nn.Module):
             data: ``[B, M, dim]``, the dtype and device of the parameters; or a description of them,
                 :func:`perceiver_fast.grid_tokens` or :func:`perceiver_fast.point_tokens`, which gives the numbers of the
                 tensor that it stands for, at the cost of the tokens' positions. (In training with seq_dropout_prob it
-                is built.)
+                is built.) Or a :func:`perceiver_fast.stream`, which is read in chunks.
             mask: bool ``[B, M]``, True where a token may be attended to. A row that is all False attends uniformly to
                 all tokens, as in perceiver-pytorch. Default: all True.
             queries: ``[B, Q, queries_dim]``, or ``[Q, queries_dim]`` when the whole batch shares them; or a description of
@@ -231,30 +273,33 @@ class PerceiverIO(nn.Module):
                 and what to do.
             perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
         """
-        mask = self.check_inputs(data, mask)
-        batch = data.batch if isinstance(data, Description) else data.shape[0]
+        tokens, mask = self.tokens_of(data, mask)
+        batch = tokens.batch
         if isinstance(queries, Description):
             self._check_described_queries(type(self).__name__, queries, batch)
         elif queries is not None:
             queries = check_queries(type(self).__name__, queries, batch, self._query_channels(queries), like(self))
-        if self.training and self.seq_dropout_prob > 0.0:
-            if isinstance(data, Description):
-                data = data.tensor(like(self))
-            data, mask = drop_tokens(data, mask, self.seq_dropout_prob)
         x = self.latents.unsqueeze(0).expand(batch, -1, -1)
-        keywords = dict(context=self.describe(data), mask=mask, inverted_attention=self.inverted_cross_attn)
+        keywords: dict[str, Any] = dict(context=tokens, mask=mask, inverted_attention=self.inverted_cross_attn)
         keywords = keywords_for(self.cross_attend_block, PerceiverBlock, keywords)
         x = rows_for(self.cross_attend_block, x)
         x = run_checkpointed(self.cross_attend_block, self.checkpoint, x, **keywords)
         hiddens = first_hiddens(x, block_outputs, return_hiddens or self.has_attn_residual)
         x = run_blocks(x, self.layers, self.attn_residuals, hiddens, repeat({}), self.checkpoint)
-        if queries is None:
-            out = x
-        elif isinstance(queries, Description):
-            out = self._decode_described(queries, x)
-        else:
-            out = self._decode(trainable(queries).expand(batch, -1, -1), DenseTokens(x))
+        out = x if queries is None else self._decode_any(queries, x)
         return (out, hiddens) if return_hiddens else out
+
+    def _decode_any(self, queries: Tensor | Description, latents: Tensor) -> Tensor:
+        """The output for queries ``[B or 1, Q, queries_dim]``, or described ones."""
+        if self.shard is not None and self.shard.queries:  # what decodes own queries alone gets a part of its gradient
+            (latents,) = self.shard.local(latents)
+            parameters = self.shard.local_parameters(self.decoder_cross_attn, self.decoder_ff, self.to_logits)
+        else:
+            parameters = nullcontext()
+        with parameters:
+            if isinstance(queries, Description):
+                return self._decode_described(queries, latents)
+            return self._decode(trainable(queries).expand(latents.shape[0], -1, -1), DenseTokens(latents))
 
     if TYPE_CHECKING:  # torch leaves open what a call takes and returns
         __call__ = forward
@@ -263,7 +308,7 @@ class PerceiverIO(nn.Module):
     def decode_into(
         self,
         out: Tensor | np.ndarray,
-        data: Tensor | Description,
+        data: Tensor | Description | Stream,
         queries: Description,
         mask: Tensor | None = None,
         progress: bool = False,
@@ -295,11 +340,13 @@ class PerceiverIO(nn.Module):
         who = f"{type(self).__name__}.decode_into"
         if not isinstance(queries, Description):
             raise TypeError(f"{who}: expected described queries, got {type(queries).__name__}; see grid_queries")
-        mask = self.check_inputs(data, mask)
-        batch = data.batch if isinstance(data, Description) else data.shape[0]
-        self._check_described_queries(who, queries, batch)
-        out = check_out(who, out, batch, queries)
-        self._decode_described(queries, self(data, mask=mask), out, progress)
+        if isinstance(data, Tensor) or isinstance(data, Description):
+            batch = data.batch if isinstance(data, Description) else data.shape[0]
+            self._check_described_queries(who, queries, batch)
+            check_out(who, out, batch, queries)  # before the work
+        latents = self(data, mask=mask)
+        self._check_described_queries(who, queries, latents.shape[0])
+        self._decode_described(queries, latents, check_out(who, out, latents.shape[0], queries), progress)
 
     def _decode_described(
         self, queries: Description, latents: Tensor, out: Tensor | None = None, progress: bool = False

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from perceiver_fast.distributed.agreement import Look
 from perceiver_fast.layers.checks import check_mask
 from perceiver_fast.models.inputs import check_ids
 from perceiver_fast.models.perceiver_io import PerceiverIO
 from perceiver_fast.tokens import Tokens
 from perceiver_fast.tracing import trainable
+
+if TYPE_CHECKING:
+    from perceiver_fast.distributed.shards import Shard
 
 
 class PerceiverLM(nn.Module):
@@ -34,6 +38,8 @@ class PerceiverLM(nn.Module):
         torch.Size([2, 30, 50])
     """
 
+    shard: Shard | None = None  # set by perceiver_fast.distributed.shard
+
     def __init__(self, *, dim: int, num_tokens: int, max_seq_len: int, **kwargs: Any):
         super().__init__()
         self.token_emb = nn.Embedding(num_tokens, dim)
@@ -50,9 +56,9 @@ class PerceiverLM(nn.Module):
         check_ids(who, x, self.token_emb.num_embeddings, self.pos_emb.num_embeddings, self.token_emb.weight)
         return check_mask(who, mask, "x", x, x.shape[1:])
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Token ids ``[B, n]`` to ``[B, n, dim]``, positions added."""
-        return self.token_emb(x) + self.pos_emb(torch.arange(x.shape[1], device=x.device))
+    def embed(self, x: Tensor, start: int = 0) -> Tensor:
+        """Token ids ``[B, n]`` to ``[B, n, dim]``, with the positions from ``start`` on added."""
+        return self.token_emb(x) + self.pos_emb(torch.arange(start, start + x.shape[1], device=x.device))
 
     def describe(self, x: Tensor) -> Tokens:
         """The tokens that the latents attend to, of token ids ``[B, n]``."""
@@ -72,9 +78,33 @@ class PerceiverLM(nn.Module):
             TypeError, ValueError, IndexError: wrong dtype, rank, length, id, mask or device; the message says expected,
                 got and what to do.
         """
+        if self.shard is not None:
+            return self._forward_shard(self.shard, x, mask)
         mask = self.check_inputs(x, mask)
         x = self.embed(trainable(x))
         return self.perceiver_io(x, mask=mask, queries=x)
+
+    def _forward_shard(self, shard: Shard, x: Tensor, mask: Tensor | None) -> Tensor:
+        """:meth:`forward` of this process' part of every sequence: logits of its positions."""
+        who, longest = type(self).__name__, self.pos_emb.num_embeddings
+
+        def look() -> Look:
+            own, own_mask = shard.own(who, "x", x), shard.own(who, "mask", mask)
+            if isinstance(own, Tensor) and own.dim() == 2 and own.shape[1] == 0:
+                own_mask = self.check_inputs(own.new_zeros(own.shape[0], 1), None)
+            else:
+                own_mask = self.check_inputs(own, own_mask)
+            return Look([own.shape[1]], dict(batch=own.shape[0]), (own, own_mask))
+
+        (own, own_mask), (place,) = shard.agree(self, look)
+        if place.total > longest:
+            raise ValueError(
+                f"{who}: expected at most {longest} tokens (max_seq_len={longest}) of all processes, got {place.total}; cut "
+                f"the sequence, or build the model with max_seq_len={place.total}"
+            )
+        with shard.local_parameters(self.token_emb, self.pos_emb):
+            embedded = self.embed(trainable(own), place.start)
+        return self.perceiver_io(embedded, mask=own_mask, queries=embedded)
 
     if TYPE_CHECKING:  # torch leaves open what a call takes and returns
         __call__ = forward

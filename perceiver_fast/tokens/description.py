@@ -308,8 +308,8 @@ def point_tokens(
         raise TypeError(
             f"{who}: expected coords as a tensor of floating point, got {got}; use torch.tensor(..).double()"
         )
-    if coords.dim() not in (2, 3) or coords.numel() == 0:
-        raise ValueError(f"{who}: expected coords [M, A] or [B, M, A], not empty, got {tuple(coords.shape)}")
+    if coords.dim() not in (2, 3) or 0 in (coords.shape[0] if coords.dim() == 3 else 1, coords.shape[-1]):
+        raise ValueError(f"{who}: expected coords [M, A] or [B, M, A] of at least one axis, got {tuple(coords.shape)}")
     coords = coords if coords.dim() == 3 else coords.unsqueeze(0)
     axes = coords.shape[-1]
     frequency = _frequencies(who, num_freq_bands, max_freq, frequencies)

@@ -63,6 +63,10 @@ class Stream:
         shape = self.shape_of()
         return shape[0] if len(shape) == dims else 1
 
+    def across(self, dims: int) -> int:
+        """Tokens of a row. ``dims``: as of :meth:`length`."""
+        return math.prod(self.shape_of()[2 - dims : -1])
+
     @property
     def is_array(self) -> bool:
         """Whether parts of the source can be asked for; else it is iterated over."""
@@ -284,7 +288,7 @@ class TokenStream:
     ):
         self.source, self.dims, self._describe, self.parameters, self.place = source, dims, describe, parameters, place
         self.batch, self.channels, self.device = batch, channels, device
-        self.count = -1  # tokens, known once all chunks have been read
+        self.count = source.length(dims) * source.across(dims)
 
     def chunks(self, parameters: tuple[Tensor, ...]) -> Iterator[tuple[Tokens, Tensor | None]]:
         """Descriptions of all chunks and their masks, computed from ``parameters`` in the places of those given."""
@@ -293,10 +297,9 @@ class TokenStream:
             tokens, mask = self._describe(chunk, self.place, *parameters)
             if tokens.batch != self.batch:
                 raise ValueError(f"stream: expected chunks for a batch of {self.batch}, got {tuple(chunk.data.shape)}")
-            tokens.first = self.first + count + self.place.start * (tokens.count // max(1, chunk.data.shape[1]))
+            tokens.first = self.first + count
             count += tokens.count
             yield tokens, mask
-        self.count = count
 
     def sources(self) -> tuple[Tensor, ...]:
         """The tensors that the tokens are made of, beside what is read."""

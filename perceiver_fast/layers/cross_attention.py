@@ -57,8 +57,8 @@ def why_cross_attention_modules(layer: nn.Module) -> str | None:
 
 
 def describe_context(
-    who: str, layer: nn.Module, x: Tensor, context: Tensor | Tokens | TokenGroups, mask: Tensor | None
-) -> tuple[Tokens | TokenGroups, Tensor | None]:
+    who: str, layer: nn.Module, x: Tensor, context: Tensor | Tokens | TokenGroups | TokenStream, mask: Tensor | None
+) -> tuple[Tokens | TokenGroups | TokenStream, Tensor | None]:
     """A description of a context, and its mask, after checks of both.
 
     A context that is a description already is returned as it is: it comes from a model, which has checked its input.
@@ -176,8 +176,9 @@ class FusedCrossAttention(CrossAttentionParameters):
         """Attend to this process' tokens, and merge with what the others found."""
         self.check_parts()
         part = self.of_tensors(*shard.local(*self.tensors(z)))
-        found: Any = part._attend(z, tokens, mask, inverted, with_lse=True)
-        return shard.merge(*found, tokens.count, inverted), None
+        lse: Any  # asked for, so it is there
+        out, lse = part._attend(z, tokens, mask, inverted, with_lse=True)
+        return shard.merge(out, lse, tokens.count, inverted), None
 
     def check_parts(self) -> None:
         """Raise ValueError where attention to tokens in parts has no meaning."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from copy import copy
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.ops.library import dropout_seed, seed_from, unless_autocast
 from perceiver_fast.tokens import GridTokens
+
+Layer = TypeVar("Layer", bound="CrossAttentionParameters")
 
 
 def times_tables(x: Tensor, table: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ class CrossAttentionParameters:
         """What attention to tokens depends on, beside these: projected latents, and the parameters that meet tokens."""
         return self.to_q(z), self.to_kv.weight, self.norm_context.weight, self.norm_context.bias
 
-    def of_tensors(self, q: Tensor, weight: Tensor, gain: Tensor, shift: Tensor) -> CrossAttentionParameters:
+    def of_tensors(self: Layer, q: Tensor, weight: Tensor, gain: Tensor, shift: Tensor) -> Layer:
         """The same layer, computed from other tensors in the places of :meth:`tensors`."""
         other, to_kv, norm = copy(self), SimpleNamespace(weight=weight), self.norm_context
         other._q = q

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from perceiver_fast.float64 import in_float64
 from perceiver_fast.reference.softmax import EPS
 from perceiver_fast.tokens.merging import NOBODY, merge_parts
-from perceiver_fast.tokens.stream import TokenStream
+from perceiver_fast.tokens.streams import TokenStream
 
 if TYPE_CHECKING:
     from perceiver_fast.layers.cross_attention import FusedCrossAttention

@@ -64,6 +64,8 @@ class Perceiver(PooledPerceiver):
         torch.Size([2, 5])
     """
 
+    takes_empty_parts = False  # of a sharded input: layers are called on the tokens
+
     def __init__(
         self,
         *,
@@ -143,6 +145,15 @@ class Perceiver(PooledPerceiver):
         if index < len(self.layers) - 1:  # after the last layer nothing reads the tokens
             data, latents, shard, before = ResidualStream(tokens.feat), stream.value(), tokens.shard, tokens
             with ExitStack() as stack:
+                if (
+                    shard is not None
+                    and self.training
+                    and any(m.p > 0 for m in self.modules() if isinstance(m, nn.Dropout))
+                ):
+                    raise ValueError(
+                        f"{who}: expected no dropout in training on sharded tokens, whose own rewriting would draw random "
+                        "numbers that the other processes do not; build the model with attn_dropout=0 and ff_dropout=0"
+                    )
                 if shard is not None:  # what rewrites own tokens alone gets a part of its gradient
                     stack.enter_context(shard.local_parameters(input_attn, rev_cross_attn, rev_cross_ff))
                     stack.enter_context(calling(shard, None))

@@ -15,7 +15,7 @@ from perceiver_fast.models.modality import Modality, ModalityInput, check_modali
 from perceiver_fast.models.parts import alike_of, dims_of, look_at_stream
 from perceiver_fast.tokens import TokenGroups, Tokens, TokenStream
 from perceiver_fast.tokens.describe import describe_grid, describe_points
-from perceiver_fast.tokens.stream import Chunk, Stream
+from perceiver_fast.tokens.streams import Chunk, Stream
 
 if TYPE_CHECKING:
     from perceiver_fast.models.multimodal import MultimodalPerceiver
@@ -124,8 +124,8 @@ def _checked(model: Any, named: dict[str, Modality], given: Any, masks: Any) -> 
             continue
         tensor, coords = (value, None) if isinstance(value, Tensor) else (value if len(value) == 2 else (None, None))
         if isinstance(tensor, Tensor) and tensor.dim() > 2 and tensor.shape[1] == 0:
-            row = tensor.new_zeros(tensor.shape[0], 1, *tensor.shape[2:])
-            stand_ins[name] = row if coords is None else (row, coords.new_zeros(1, coords.shape[-1]))
+            some = tensor.new_zeros(tensor.shape[0], 1, *tensor.shape[2:])
+            stand_ins[name] = some if coords is None else (some, coords.new_zeros(1, coords.shape[-1]))
             empty.add(name)
     masks = {} if masks is None else dict(masks)
     found = model.check_inputs(stand_ins, {name: m for name, m in masks.items() if name not in empty})

@@ -11,14 +11,15 @@ from torch import Tensor
 from perceiver_fast.distributed.agreement import Look, Place
 from perceiver_fast.models.inputs import like
 from perceiver_fast.tokens import Description, Tokens, TokenStream
-from perceiver_fast.tokens.stream import Chunk, Stream
+from perceiver_fast.tokens.streams import Chunk, Stream
 
 if TYPE_CHECKING:
     from perceiver_fast.models.grid import GridPerceiver
+    from perceiver_fast.models.perceiver_io import PerceiverIO
 
 
 def read_parts(
-    model: GridPerceiver, data: Any, mask: Tensor | None, coords: Tensor | None = None
+    model: GridPerceiver | PerceiverIO, data: Any, mask: Tensor | None, coords: Tensor | None = None
 ) -> tuple[Tokens | TokenStream, Tensor | None]:
     """The tokens of a sharded model's part, or of a stream, and their mask.
 
@@ -55,7 +56,8 @@ def read_parts(
         tokens = stream_of(model, own, place)
         across = own.across(tokens.dims)
     else:
-        tokens = model.describe(own, own_coords, place)
+        describe: Any = model.describe
+        tokens = describe(own, own_coords, place)
         across = prod(own.sizes[1:]) if isinstance(own, Description) else prod(own.shape[2:-1])
     tokens.first = place.start * across
     tokens.shard = shard
@@ -75,7 +77,8 @@ def check_part(model: Any, own: Any, mask: Tensor | None, coords: Tensor | None)
     """``model.check_inputs``, for a part that may be of no rows; the mask."""
     if isinstance(own, Description) and own.count == 0:
         return None
-    if not isinstance(own, Tensor) or own.dim() < 3 or own.shape[1] > 0:
+    takes_none = getattr(model, "takes_empty_parts", True)
+    if not takes_none or not isinstance(own, Tensor) or own.dim() < 3 or own.shape[1] > 0:
         return model.check_inputs(own, mask, coords) if coords is not None else model.check_inputs(own, mask)
     row = own.new_zeros(own.shape[0], 1, *own.shape[2:])
     if coords is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -291,11 +291,10 @@ class PerceiverIO(nn.Module):
 
     def _decode_any(self, queries: Tensor | Description, latents: Tensor) -> Tensor:
         """The output for queries ``[B or 1, Q, queries_dim]``, or described ones."""
+        parameters: AbstractContextManager[None] = nullcontext()
         if self.shard is not None and self.shard.queries:  # what decodes own queries alone gets a part of its gradient
             (latents,) = self.shard.local(latents)
             parameters = self.shard.local_parameters(self.decoder_cross_attn, self.decoder_ff, self.to_logits)
-        else:
-            parameters = nullcontext()
         with parameters:
             if isinstance(queries, Description):
                 return self._decode_described(queries, latents)

@@ -31,6 +31,8 @@ class Case:
         rows: tokens along the first axis.
         inputs: tensors that gradients are compared of, cut along axis 1.
         own_output: whether a rank's output is of its own rows.
+        shard_queries: of ``shard``.
+        needs_rows: every rank has to have some.
     """
 
     name: str
@@ -40,12 +42,15 @@ class Case:
     inputs: list[Tensor]
     own_output: bool = False
     shard_queries: bool = False
+    needs_rows: bool = False
 
 
-def cuts(rows: int, ranks: int, choose: random.Random) -> list[tuple[int, int]]:
+def cuts(case: Case, ranks: int, choose: random.Random) -> list[tuple[int, int]]:
     """Rows of every rank, ragged; often some rank has none."""
-    at = sorted(choose.randint(0, rows) for _ in range(ranks - 1))
-    return list(zip([0, *at], [*at, rows]))
+    at = [0]
+    while len(set(at)) < ranks - 1 if case.needs_rows else len(at) < ranks - 1 or at == [0]:
+        at = sorted(choose.randint(case.needs_rows, case.rows - case.needs_rows) for _ in range(ranks - 1))
+    return list(zip([0, *at], [*at, case.rows]))
 
 
 def make_case(seed: int, kind: str | None = None, dtype: torch.dtype = torch.float64) -> Case:
@@ -92,7 +97,11 @@ def make_case(seed: int, kind: str | None = None, dtype: torch.dtype = torch.flo
         return _multimodal_case(name, batch, options, numbers, masked, generator, dtype, choose, learns)
     sizes = {"axis": (23,), "long axis": (1100,), "image": (9, 7), "video": (5, 4, 3)}.get(kind, (9, 7))
     coords = None
-    kinds: dict[str, Any] = {"gated": gated.Perceiver, "mixed latents": mixed_latents.Perceiver, "experimental": experimental.Perceiver}
+    kinds: dict[str, Any] = {
+        "gated": gated.Perceiver,
+        "mixed latents": mixed_latents.Perceiver,
+        "experimental": experimental.Perceiver,
+    }
     cls = kinds.get(kind, pf.Perceiver)
     if kind == "experimental":
         options.update(attn_dropout=0.0, ff_dropout=0.0)
@@ -123,7 +132,7 @@ def make_case(seed: int, kind: str | None = None, dtype: torch.dtype = torch.flo
         own: dict[str, Any] = {} if coords is None else dict(coords=part(coords, start, stop, coords.dim() - 2))
         return model(part(data, start, stop), mask=part(mask, start, stop), **own)
 
-    return Case(name, model, call, sizes[0], [data] if learns else [])
+    return Case(name, model, call, sizes[0], [data] if learns else [], needs_rows=kind == "experimental")
 
 
 def _io_case(kind, name, batch, inverted, numbers, mask_of, part, choose, dtype, options, learns) -> Case:
@@ -131,9 +140,7 @@ def _io_case(kind, name, batch, inverted, numbers, mask_of, part, choose, dtype,
     if kind == "lm":
         model = pf.PerceiverLM(dim=8, num_tokens=11, max_seq_len=40, inverted_cross_attn=inverted, **small).to(dtype)
         ids, mask = torch.randint(0, 11, (batch, 29)), mask_of(29)
-        return Case(
-            name, model, lambda m, a, b: m(part(ids, a, b), mask=part(mask, a, b)), 29, [], own_output=True
-        )
+        return Case(name, model, lambda m, a, b: m(part(ids, a, b), mask=part(mask, a, b)), 29, [], own_output=True)
     width, mask = 9, mask_of(26)
     queries = None
     if kind == "io described":
@@ -165,7 +172,11 @@ def _io_case(kind, name, batch, inverted, numbers, mask_of, part, choose, dtype,
 
 
 def _multimodal_case(name, batch, options, numbers, masked, generator, dtype, choose, learns) -> Case:
-    modalities = [pf.Modality("video", 3, 3, 1, 4.0), pf.Modality("audio", 1, 1, 2, 40.0), pf.Modality("dots", 2, 2, 1, 4.0)]
+    modalities = [
+        pf.Modality("video", 3, 3, 1, 4.0),
+        pf.Modality("audio", 1, 1, 2, 40.0),
+        pf.Modality("dots", 2, 2, 1, 4.0),
+    ]
     for unused in ("num_freq_bands", "max_freq"):
         options.pop(unused)
     model = pf.MultimodalPerceiver(modalities, **options).to(dtype)

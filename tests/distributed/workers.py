@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import perceiver_fast as pf
 
-
 VERBOSE = "PERCEIVER_FAST_TEST_VERBOSE" in os.environ
 
 
@@ -23,14 +22,18 @@ def gradients(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
     return found | {f"input {i}": t.grad for i, t in enumerate(inputs) if t.grad is not None}
 
 
-def run_one(case: Case, model: nn.Module, start: int, stop: int, seed: int, drops: int) -> tuple[Tensor, dict[str, Tensor]]:
+def run_one(
+    case: Case, model: nn.Module, start: int, stop: int, seed: int, drops: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Output of a call, and gradients of a loss."""
     for t in case.inputs:
         t.grad = None
     torch.manual_seed(drops)
     out = case.call(model, start, stop)
     if case.own_output:
-        weight = torch.randn(out.shape[0], case.rows, *out.shape[2:], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        weight = torch.randn(
+            out.shape[0], case.rows, *out.shape[2:], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         weight = weight[:, start:stop]
     else:
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -48,7 +51,9 @@ def difference(a: Tensor, b: Tensor, scale: float | None = None) -> float:
     return found if found == found else float("inf")
 
 
-def compare(rank: int, ranks: int, first: int, count: int, kind: str | None = None, single: bool = False) -> list[tuple[str, float, str]]:
+def compare(
+    rank: int, ranks: int, first: int, count: int, kind: str | None = None, single: bool = False
+) -> list[tuple[str, float, str]]:
     """The largest relative difference of outputs and gradients from one process', of some cases."""
     found = []
     for seed in range(first, first + count):
@@ -59,7 +64,7 @@ def compare(rank: int, ranks: int, first: int, count: int, kind: str | None = No
         for p in model.parameters():
             p.grad = None
         pf.distributed.shard(model, shard_queries=case.shard_queries)
-        start, stop = cuts(case.rows, ranks, random.Random(seed))[rank]
+        start, stop = cuts(case, ranks, random.Random(seed))[rank]
         out, grads = run_one(case, model, start, stop, seed, drops=seed if rank == 0 else 999 + rank)
         expected = whole[0][:, start:stop] if case.own_output else whole[0]
         worst = [(difference(out, expected), "output")]

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ANY_SIZE = 4096  # stands in for a number of tokens that is not known
 
@@ -40,6 +46,28 @@ def known(size: int, axes: int = 1) -> int:
     if torch.compiler.is_exporting() and (torch.compiler.is_dynamo_compiling() or type(size) is not int):
         return round(ANY_SIZE ** (1 / axes))
     return size
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate: under torch.compile the function runs as it is, between two graphs.
+
+    torch.compiler.disable does that, but imports torch._dynamo, which takes seconds: so it is used once that is there.
+    """
+    disabled: list[Callable[P, T]] = []
+
+    @wraps(function)
+    def call(*args: P.args, **keywords: P.kwargs) -> T:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **keywords)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **keywords)
+
+    setattr(call, "_torchdynamo_disable", True)  # a graph ends where it is called
+    eval_frame = getattr(torch._C._dynamo, "eval_frame", None)
+    if hasattr(eval_frame, "skip_code"):  # and it is not traced by itself
+        eval_frame.skip_code(getattr(call, "__code__"))  # type: ignore[union-attr]
+    return call
 
 
 def own(tensor: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from perceiver_fast.tracing import uncompiled
+
 T = TypeVar("T")
 MOST_INPUTS = 30  # of a model: the message has a fixed size
 
@@ -49,6 +51,7 @@ def message_device(group: Any, device: torch.device) -> torch.device:
     return device if dist.get_backend(group) == "nccl" else torch.device("cpu")
 
 
+@uncompiled
 def agree(group: Any, who: str, device: torch.device, look: Callable[[], Look]) -> tuple[Any, list[Place]]:
     """Look at this process' part, and tell the others.
 
@@ -91,9 +94,6 @@ def agree(group: Any, who: str, device: torch.device, look: Callable[[], Look]) 
     return seen.found, places
 
 
-setattr(agree, "_torchdynamo_disable", True)  # sizes of the parts are numbers in a compiled graph, not tensors
-
-
 def _refuse(group: Any, who: str, error: Exception | None, alike: dict[str, object]) -> None:
     """Raise on every process: an error of its own, or what went wrong elsewhere."""
     told: list[Any] = [None] * dist.get_world_size(group)
@@ -119,6 +119,7 @@ def _refuse(group: Any, who: str, error: Exception | None, alike: dict[str, obje
     )
 
 
+@uncompiled
 def same_random_numbers(group: Any, device: torch.device) -> None:
     """Let torch's generators on all processes go on from where those of the group's first process are.
 
@@ -132,9 +133,6 @@ def same_random_numbers(group: Any, device: torch.device) -> None:
         state = torch.cuda.get_rng_state(device).to(where)
         dist.broadcast(state, group=group, group_src=0)
         torch.cuda.set_rng_state(state.cpu(), device)
-
-
-setattr(same_random_numbers, "_torchdynamo_disable", True)
 
 
 def own_part(group: Any, who: str, what: str, tensor: Any) -> Any:

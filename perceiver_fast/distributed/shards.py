@@ -5,7 +5,7 @@ o = sum_r exp(lse_r - lse) o_r        N x H x (d + 1) numbers a process, however
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -17,6 +17,7 @@ from perceiver_fast.distributed.agreement import Look, Place, agree, own_part, s
 from perceiver_fast.distributed.collectives import largest, local, summed
 from perceiver_fast.reference.softmax import EPS
 from perceiver_fast.tokens.merging import NOBODY
+from perceiver_fast.tokens.streams import Stream
 
 
 class Shard:
@@ -126,6 +127,22 @@ class Shard:
 def _unpickled() -> None:
     """What a shard is in a pickle: a process group cannot be saved, and a loaded model is not sharded."""
     return None
+
+
+def check_whole(who: str, model: nn.Module, data: Any) -> None:
+    """Raise unless a model that is to be looked at takes its whole input, at once.
+
+    Raises:
+        ValueError: it is sharded, or the data is a stream; the message says what to do.
+    """
+    if any(getattr(module, "shard", None) is not None for module in model.modules()):
+        raise ValueError(
+            f"{who}: expected a model that takes whole inputs, got a sharded one; call it before shard, or on "
+            "pf.distributed.unshard(copy.deepcopy(model))"
+        )
+    given = data.values() if isinstance(data, Mapping) else [data]
+    if any(isinstance(each, Stream) for each in given):
+        raise ValueError(f"{who}: expected a tensor, got a stream; call it on some of its rows")
 
 
 class CalledAttention:

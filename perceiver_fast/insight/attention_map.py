@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver_fast.distributed.shards import check_whole
 from perceiver_fast.insight.observe import Attended, LayerObserver, is_attention, layers_of
 from perceiver_fast.layers.cross_attention import FusedCrossAttention, why_cross_attention_modules
 from perceiver_fast.layers.observer import observing
@@ -222,6 +223,7 @@ def _observe(who: str, model: nn.Module, data, layer: int | str, last: int | Non
 
     ``who`` is the caller, for messages; ``last`` the last row of ``z`` that is needed, None for all.
     """
+    check_whole(who, model, data)
     layers = dict(layers_of(model, is_attention))
     if not layers:
         raise TypeError(f"{who}: expected a perceiver_fast model, got {type(model).__name__}")

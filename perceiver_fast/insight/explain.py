@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from perceiver_fast.backends import Choice
+from perceiver_fast.distributed.shards import check_whole
 from perceiver_fast.insight.explanation import Explanation, LayerPath
 from perceiver_fast.insight.observe import layers_of
 from perceiver_fast.insight.original import count_layer, count_tokens, wide_channels
@@ -60,6 +61,7 @@ def explain(model: nn.Module, data: Any, *args: Any, **kwargs: Any) -> Explanati
     """
     if not any(is_cross_attention(module) for _, module in layers_of(model)):
         raise TypeError(f"explain: expected a perceiver_fast model, got {type(model).__name__}")
+    check_whole("explain", model, data)
     like = next(model.parameters())
     mode = shapes_mode(list(model.parameters()), data, args, kwargs)
     # Not in inference mode, where operators are seen before torch takes them apart.

@@ -19,11 +19,13 @@ from perceiver_fast.float64 import in_float64
 from perceiver_fast.reference.softmax import EPS
 from perceiver_fast.tokens.merging import NOBODY, merge_parts
 from perceiver_fast.tokens.streams import TokenStream
+from perceiver_fast.tracing import uncompiled
 
 if TYPE_CHECKING:
     from perceiver_fast.layers.cross_attention import FusedCrossAttention
 
 
+@uncompiled  # a graph has no place for reading
 def attend_stream(layer: FusedCrossAttention, z: Tensor, tokens: TokenStream, inverted: bool) -> tuple[Tensor, Tensor]:
     """Attention to all chunks: ``[B, N, H, d]``, and the log-sum-exp ``[B, N, H]`` (inverted: of the sums).
 
@@ -44,9 +46,6 @@ def attend_stream(layer: FusedCrossAttention, z: Tensor, tokens: TokenStream, in
         )
     layer.seed(0, z.device)  # one for all chunks, and for their backward
     return _Streamed.apply(layer, z.detach(), tokens, inverted, *inputs)
-
-
-setattr(attend_stream, "_torchdynamo_disable", True)  # a graph has no place for reading
 
 
 def _attend(layer: Any, z: Tensor, inverted: bool, tensors: tuple[Tensor, ...], part: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from perceiver_fast.distributed.agreement import Look, Place
 from perceiver_fast.models.inputs import like
 from perceiver_fast.models.modality import Modality, ModalityInput, check_modality_inputs
-from perceiver_fast.models.parts import alike_of, dims_of, look_at_stream
+from perceiver_fast.models.parts import alike_of, checked_chunk, dims_of, look_at_stream
 from perceiver_fast.tokens import TokenGroups, Tokens, TokenStream
 from perceiver_fast.tokens.describe import describe_grid, describe_points
 from perceiver_fast.tokens.streams import Chunk, Stream
@@ -61,7 +61,9 @@ def read_modalities(
         for name in present:
             value = given[name]
             if isinstance(value, Stream):
-                size, facts = look_at_stream(_reader(model, named[name]), value, masks.get(name), None)
+                size, facts = look_at_stream(
+                    _reader(model, named[name]), value, masks.get(name), None, like(model).device
+                )
             else:
                 tensor, coords = (value, None) if isinstance(value, Tensor) else value
                 size, facts = tensor.shape[1], alike_of(tensor, coords)
@@ -113,14 +115,9 @@ def _checked(model: Any, named: dict[str, Modality], given: Any, masks: Any) -> 
         if modality is None:
             continue
         if isinstance(value, Stream):
-            row = value.first(dims_of(_reader(model, modality), value))
-            batch = value.batch(dims_of(_reader(model, modality), value))
-            reference = like(model)
-            sizes = (1,) * modality.input_axis
-            stand_ins[name] = reference.new_zeros(batch, *sizes, modality.input_channels)
-            if row is not None:
-                _reader(model, modality).check_inputs(row.data.to(reference.device), None)
-            empty.add(name)
+            batch, sizes = value.batch(dims_of(_reader(model, modality), value)), (1,) * modality.input_axis
+            stand_ins[name] = like(model).new_zeros(batch, *sizes, modality.input_channels)
+            empty.add(name)  # look_at_stream checks it
             continue
         tensor, coords = (value, None) if isinstance(value, Tensor) else (value if len(value) == 2 else (None, None))
         if isinstance(tensor, Tensor) and tensor.dim() > 2 and tensor.shape[1] == 0:
@@ -144,7 +141,7 @@ def _reader(model: MultimodalPerceiver, modality: Modality) -> Any:
         )
         return checked[modality.name]
 
-    return SimpleNamespace(input_axis=modality.input_axis, check_inputs=check_inputs, parameters=model.parameters)
+    return SimpleNamespace(input_axis=modality.input_axis, check_inputs=check_inputs)
 
 
 def _stream_of(
@@ -154,11 +151,10 @@ def _stream_of(
     dims = dims_of(reader, source)
 
     def describe(chunk: Chunk, place: Place, embedding: Tensor) -> tuple[Tokens, Tensor | None]:
-        data, coords, mask = (None if t is None else t.to(device) for t in chunk[:3])
-        mask = reader.check_inputs(data, mask, coords)
-        given: Any = data if coords is None else (data, coords)
+        chunk = checked_chunk(reader, chunk, device)
+        given: Any = chunk.data if chunk.coords is None else (chunk.data, chunk.coords)
         at = Place(place.start + chunk.start, place.total)
-        return describe_modality(modality, given, embedding, at), mask
+        return describe_modality(modality, given, embedding, at), chunk.mask
 
     batch = source.batch(dims)
     return TokenStream(source, dims, describe, (embedding,), place, batch, model.input_dim, device)

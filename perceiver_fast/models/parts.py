@@ -38,7 +38,7 @@ def read_parts(
             named = ("data", data), ("mask", mask), ("coords", coords)
             own, own_mask, own_coords = (shard.own(who, what, t) for what, t in named)
         if isinstance(own, Stream):
-            size, alike = look_at_stream(model, own, own_mask, own_coords)
+            size, alike = look_at_stream(model, own, own_mask, own_coords, like(model).device)
         else:
             own_mask = check_part(model, own, own_mask, own_coords)
             size = own.sizes[0] if isinstance(own, Description) else own.shape[1]
@@ -89,7 +89,7 @@ def check_part(model: Any, own: Any, mask: Tensor | None, coords: Tensor | None)
 
 
 def look_at_stream(
-    model: Any, source: Stream, mask: Tensor | None, coords: Tensor | None
+    model: Any, source: Stream, mask: Tensor | None, coords: Tensor | None, device: torch.device
 ) -> tuple[int, dict[str, object]]:
     """Rows of a stream, and what has to be the same of all processes' streams; checks what can be checked before reading."""
     if mask is not None or coords is not None:
@@ -100,7 +100,7 @@ def look_at_stream(
     dims = dims_of(model, source)
     size, first = source.length(dims), source.first(dims)
     if first is not None:
-        _checked(model, first)
+        checked_chunk(model, first, device)
     inner = source.shape_of()[-dims + 2 : -1] if not source.points else ()
     return size, {"batch": source.batch(dims), "other axes": tuple(inner), "streamed": True}
 
@@ -110,9 +110,8 @@ def dims_of(model: Any, source: Stream) -> int:
     return 3 if source.points else model.input_axis + 2
 
 
-def _checked(model: Any, chunk: Chunk) -> Chunk:
-    """A chunk where the model is, after the model's own checks."""
-    device = like(model).device
+def checked_chunk(model: Any, chunk: Chunk, device: torch.device) -> Chunk:
+    """A chunk on ``device``, where the model is, after the model's own checks."""
     data, coords, mask = (None if t is None else t.to(device) for t in chunk[:3])
     mask = model.check_inputs(data, mask) if coords is None else model.check_inputs(data, mask, coords)
     return Chunk(data, coords, mask, chunk.start)  # type: ignore[arg-type]
@@ -120,15 +119,15 @@ def _checked(model: Any, chunk: Chunk) -> Chunk:
 
 def stream_of(model: Any, source: Stream, place: Place) -> TokenStream:
     """The tokens of a stream, every chunk of which the model describes when it is read."""
-    dims = dims_of(model, source)
+    dims, device = dims_of(model, source), like(model).device
 
     def describe(chunk: Chunk, place: Place) -> tuple[Tokens, Tensor | None]:
-        chunk = _checked(model, chunk)
+        chunk = checked_chunk(model, chunk, device)
         tokens = model.describe(chunk.data, chunk.coords, Place(place.start + chunk.start, place.total))
         return tokens, chunk.mask
 
     batch = source.batch(dims)
-    return TokenStream(source, dims, describe, (), place, batch, model.input_dim, like(model).device)
+    return TokenStream(source, dims, describe, (), place, batch, model.input_dim, device)
 
 
 def kept_tokens(batch: int, place: Place, size: int, dropout: float, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ PICTURES = {
     "shapes": "shapes",
     "image": "image",
 }
+LAUNCHED = ("distributed", "stream")  # under torchrun (tests/distributed), and without a picture
 AUTOENCODERS = ("shapes", "image")  # whose accuracy is no share of labels
 OPTIONS = {"train": ["--compare", "20"]}
 
@@ -47,9 +48,16 @@ def runs(tmp_path_factory):
 
 
 def test_there_are_examples():
-    assert set(PICTURES) == {path.stem for path in EXAMPLES.glob("*.py")} - {"common"}
+    assert {*PICTURES, *LAUNCHED} == {path.stem for path in EXAMPLES.glob("*.py")} - {"common"}
     table = (EXAMPLES / "README.md").read_text()
-    assert all(f"examples/{name}.py" in table for name in PICTURES)
+    assert all(f"examples/{name}.py" in table for name in (*PICTURES, *LAUNCHED))
+
+
+def test_stream(tmp_path):
+    """An image on a disk; the logits are the tensor's."""
+    text = run("stream", "--quick", "--size", "512", "--folder", str(tmp_path), cwd=tmp_path)
+    difference = float(re.search(r"tensor's logits: ([\d.e+-]+)", text).group(1))
+    assert 0 < difference < 1e-5 and "training step" in text and not list(tmp_path.glob("*/image"))
 
 
 def test_pictures_of_the_docs_are_small():

@@ -8,6 +8,7 @@ the backward.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -128,7 +129,10 @@ class Stream:
             for start in range(0, total, step):
                 stop = min(start + step, total)
                 piece = (slice(None),) * axis + (slice(start, stop),)
-                yield self._prepared(self.source[piece], start, dims, stop)
+                chunk = self._prepared(self.source[piece], start, dims, stop)
+                for array in (self.source, self.coords, self.mask):
+                    unmap(array)
+                yield chunk
             return
         start = 0
         for item in self.source:
@@ -174,6 +178,16 @@ def as_tensor(piece: Any) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.array(piece))  # a copy, since what a file maps may not be writable
+
+
+def unmap(array: Any) -> None:
+    """Let go of the pages of a mapped file that have been read: they would count as this process' memory.
+
+    Pages of one's own (mode ``"c"``) are kept, as nothing else has them.
+    """
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and getattr(array, "mode", "c") != "c" and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _shown(chunks: Iterator[Chunk], total: int) -> Iterator[Chunk]:

@@ -55,7 +55,7 @@ def test_there_are_examples():
 
 def test_stream(tmp_path):
     """An image on a disk; the logits are the tensor's."""
-    text = run("stream", "--quick", "--size", "512", "--folder", str(tmp_path), cwd=tmp_path)
+    text = run("stream", "--quick", "--size", "512", "--folder", str(tmp_path), cwd=tmp_path).stdout
     difference = float(re.search(r"tensor's logits: ([\d.e+-]+)", text).group(1))
     assert 0 < difference < 1e-5 and "training step" in text and not list(tmp_path.glob("*/image"))
 

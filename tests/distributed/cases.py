@@ -47,9 +47,9 @@ class Case:
 
 def cuts(case: Case, ranks: int, choose: random.Random) -> list[tuple[int, int]]:
     """Rows of every rank, ragged; often some rank has none."""
-    at = [0]
-    while len(set(at)) < ranks - 1 if case.needs_rows else len(at) < ranks - 1 or at == [0]:
-        at = sorted(choose.randint(case.needs_rows, case.rows - case.needs_rows) for _ in range(ranks - 1))
+    least = int(case.needs_rows)
+    inner = range(least, case.rows - least + 1)
+    at = sorted(choose.sample(inner, ranks - 1) if least else choose.choices(inner, k=ranks - 1))
     return list(zip([0, *at], [*at, case.rows]))
 
 

@@ -36,9 +36,8 @@ def cross_attention(module, x, groups, mask):
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None, None], -torch.finfo(logits.dtype).max)
     weight, dropout = logits.softmax(-1), fn.active_dropout
-    if dropout > 0:  # every group draws a seed of its own
-        parts = weight.split([group.shape[1] for group in groups], -1)
-        weight = torch.cat([reference.apply_dropout(p, dropout_seed(dropout, p.device), dropout) for p in parts], -1)
+    if dropout > 0:
+        weight = reference.apply_dropout(weight, dropout_seed(dropout, weight.device), dropout)
     return fn.to_out(torch.einsum("bhnm,bmhd->bnhd", weight, v).flatten(2))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -146,30 +145,33 @@ def check_whole(who: str, model: nn.Module, data: Any) -> None:
 
 
 class CalledAttention:
-    """Cross-attention to sharded tokens whose layers have to be called; the attention itself asks for it, once."""
+    """Attention to sharded tokens whose layers have to be called: it is told, and says that it asked."""
 
     def __init__(self, shard: Shard, first: int | None):
         self.shard, self.first, self.asked = shard, first, False
 
 
-_called: ContextVar[CalledAttention | None] = ContextVar("called_attention", default=None)
+class ShardedAttention(nn.Module):
+    """Base class of attention layers that can be called on this process' tokens, to attend to those of all."""
+
+    _called: CalledAttention | None = None
+
+    def called(self) -> CalledAttention | None:
+        """What this call has to know of sharded tokens; None if it attends to all there are."""
+        if self._called is not None:
+            self._called.asked = True
+        return self._called
 
 
 @contextmanager
-def calling(shard: Shard, first: int | None) -> Iterator[CalledAttention]:
-    """An attention layer that is called inside attends to sharded tokens; ``first`` is the first one's index, if known."""
+def calling(shard: Shard, first: int | None, *layers: nn.Module) -> Iterator[CalledAttention]:
+    """Attention layers within ``layers`` attend to sharded tokens inside; ``first`` is the first one's index, if known."""
     called = CalledAttention(shard, first)
-    token = _called.set(called)
+    found = [module for layer in layers for module in layer.modules() if isinstance(module, ShardedAttention)]
     try:
+        for module in found:
+            module._called = called
         yield called
     finally:
-        _called.reset(token)
-
-
-def called_attention() -> CalledAttention | None:
-    """What a cross-attention that is being called has to know of sharded tokens; None if its context is no shard."""
-    called = _called.get()
-    if called is None or called.asked:
-        return None
-    called.asked = True
-    return called
+        for module in found:
+            del module._called

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.shards import CalledAttention, called_attention
+from perceiver_fast.distributed.shards import CalledAttention, ShardedAttention
 from perceiver_fast.float64 import lse_of
 from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, is_watched, why_not
 from perceiver_fast.layers.observer import observer
@@ -22,7 +22,7 @@ from perceiver_fast.reference.softmax import EMPTY_LSE
 
 
 @fusable
-class Attention(nn.Module):
+class Attention(ShardedAttention):
     """Attention of ``x [B, N, D]`` to a context ``[B, M, C]``, or to ``x`` itself where there is none.
 
     Args:
@@ -179,7 +179,7 @@ class Attention(nn.Module):
                 mask = torch.cat([mask.new_ones(mask.shape[0], x.shape[1]), mask.flatten(1)], dim=-1)
         k, v = project("to_kv", tokens).chunk(2, dim=-1)
         mask = None if mask is None else mask.flatten(1)
-        if context is not None and (called := called_attention()) is not None:
+        if context is not None and (called := self.called()) is not None:
             return modules["to_out"](self._attend_shard(called, q, k, v, mask, inverted_attention))
         if not fused or self.why_weights() is not None or not are_plain(q, k, v):
             return modules["to_out"](self._attend(q, k, v, mask, inverted_attention))

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.shards import called_attention
+from perceiver_fast.distributed.shards import ShardedAttention
 from perceiver_fast.layers.fusing import is_plain, is_watched
 from perceiver_fast.ranges import layer_range
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(ShardedAttention):
     """``v (softmax_d(q)^T softmax_M(k))`` for every head; the d x d matrix in brackets sums over all tokens.
 
     This is perceiver-pytorch's order of the factors, not that of the literature, where k meets v first.
@@ -59,7 +59,7 @@ class LinearAttention(nn.Module):
             # Before the softmax, so that a masked token has weight zero and the others' weights sum to one.
             # (perceiver-pytorch 0.11.0 masks after it, with the mask's meaning reversed, and nearly always raises an error.)
             k = k.masked_fill(~mask.flatten(1)[:, None, :, None], -torch.finfo(k.dtype).max)
-        called = called_attention()
+        called = self.called()
         if called is None:
             summary = q.transpose(-1, -2) @ k.softmax(dim=-2)  # [B, H, d, d]
         else:

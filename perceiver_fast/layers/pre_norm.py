@@ -161,7 +161,7 @@ def call_on_shard(layer: nn.Module, shard: Shard, z: Tensor, keywords: dict) -> 
     if isinstance(context, TokenGroups):
         mask = context.mask()
     norm_context, to_kv = modules["norm_context"], getattr(fn, "to_kv", None)
-    with shard.local_parameters(norm_context, to_kv), calling(shard, first) as called:
+    with shard.local_parameters(norm_context, to_kv), calling(shard, first, fn) as called:
         context = norm_context(context.tensor())
         out = fn(z, **keywords | {"context": context, "mask": mask})
     if not called.asked:

@@ -156,7 +156,7 @@ class Perceiver(PooledPerceiver):
                     )
                 if shard is not None:  # what rewrites own tokens alone gets a part of its gradient
                     stack.enter_context(shard.local_parameters(input_attn, rev_cross_attn, rev_cross_ff))
-                    stack.enter_context(calling(shard, None))
+                    stack.enter_context(calling(shard, None, input_attn))
                     (latents,) = shard.local(latents)
                 add_layer(data, input_attn, watched, mask=mask)
                 add_cross_attention(data, rev_cross_attn, watched, who, context=latents)

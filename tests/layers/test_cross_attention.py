@@ -115,7 +115,7 @@ def test_queries_contribute_keys_and_values(masked):
         assert (a - b).norm() <= 1e-11 * b.norm() + 1e-13
     with pytest.raises(ValueError, match="context_dim == dim"):
         pf.PerceiverBlock(dim=16, context_dim=9, queries_contribute_kv=True)
-    with pytest.raises(ValueError, match="plain attention to groups"):
+    with pytest.raises(ValueError, match="attention to tokens alone"):
         ours.cross_attn(x, context=TokenGroups([DenseTokens(context)]))
 
 

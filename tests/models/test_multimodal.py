@@ -165,7 +165,7 @@ def test_gradients_of_embeddings_by_differences():
 
 @pytest.mark.parametrize("way", ["as planned", "long axis"], indirect=True)
 def test_attention_dropout_in_training(way):
-    """Every way drops weights by the same hash, with one seed a group; the plain model drops the same weights."""
+    """Every way drops weights by the same hash of their indices; the plain model drops the same weights."""
     model = build(attn_dropout=0.4, self_per_cross_attn=0)  # self-attention draws torch's masks
     inputs = draw(random.Random(1), 2, ["image", "audio", "cloud"], "some")
     for _, name, ours, plain in compare(model, inputs):
@@ -257,11 +257,21 @@ def test_compiles_to_one_graph():
     torch._dynamo.reset()
 
 
-def test_inverted_attention_is_refused():
-    model = build()
-    tokens = model.describe({"image": torch.randn(2, 5, 4, 2)})
-    with pytest.raises(ValueError, match="plain attention to groups.*got inverted_attention"):
-        model.layers[0](model.latents[None], tokens, inverted_attention=True)
+def test_inverted_attention():
+    """Over the tokens of all modalities, some of them masked: as to the joined tokens."""
+    model = build().double()
+    data = {"image": torch.randn(2, 5, 4, 2).double(), "audio": torch.randn(2, 23, 1).double()}
+    masks = {"image": torch.rand(2, 20) > 0.4, "audio": torch.zeros(2, 23, dtype=torch.bool)}
+    joined, mask = (
+        torch.cat(plain_multimodal.build_tokens(model, data), 1),
+        torch.cat([masks["image"], masks["audio"]], 1),
+    )
+    x, block, results = model.latents.detach().expand(2, -1, -1), model.layers[0], []
+    for context, keep in ((model.describe(data, masks), None), (joined, mask)):
+        out = block(x, context, mask=keep, inverted_attention=True)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(block.parameters()))])
+    for actual, expected in zip(*results):
+        assert (actual - expected).norm() <= 1e-12 * expected.norm() + 1e-12
 
 
 def test_learns_which_modality_a_token_is_of():

@@ -258,7 +258,8 @@ def grid_attention_unchecked(
     else:
         if backend is None:
             backend = GRID_ATTENTION.require(GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted))
-        run = reference.grid_attention if backend == "reference" else GridAttentionFunction.apply
+        plain = reference if q.device.type == "cpu" else blocks  # whose N x M weights a GPU has no memory for
+        run = plain.grid_attention if backend == "reference" else GridAttentionFunction.apply
     shape = q.shape
     if inverted:
         q = q.unflatten(1, (heads, -1))

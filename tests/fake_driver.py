@@ -122,15 +122,14 @@ class Report:
         self.case, self.cases = "", 0
 
     def take(self, launch: Launch, run) -> None:
-        """Launch it; but without ``every`` one of a kernel, its switches, widths of numbers and what it is not given."""
+        """Launch it; but without ``every`` one of a kernel, its switches and widths of numbers: compiling takes long."""
         name = launch.kernel.__name__
         if name == self.spoilt:
             launch = dataclasses.replace(launch, arguments=launch.arguments | {"unknown": 1})
         values = launch.arguments.values()
         switches = tuple(value for value in values if type(value) in (bool, str))
         widths = frozenset(t.dtype.itemsize for t in values if torch.is_tensor(t) and t.dtype in DTYPES)
-        absent = tuple(argument for argument, value in launch.arguments.items() if value is None)
-        key = name, switches, widths, absent
+        key = name, switches, widths
         try:
             inspect.signature(launch.kernel.fn).bind(**launch.arguments)
             if self.every or key not in self.compiled:

@@ -268,7 +268,9 @@ def grid_attention_unchecked(
         q = q.unflatten(1, (heads, -1))
         # A softmax over one query is constant: its gradient is zero, exactly.
         q = (q * 0 if q.shape[2] == 1 else q).flatten(0, 1)
-    values = (half or half_dtype(q.device, q.dtype) or compute) if backend == "triton" else compute
+    values = compute
+    if backend == "triton" and not inverted:  # whose kernels are float32 throughout
+        values = half or half_dtype(q.device, q.dtype) or compute
     with unless_autocast(q.device):
         seed = dropout_seed(dropout, q.device)
         o, lse, kept = run(q.to(compute), feat.to(values), scale.to(compute), mask, dropout, seed, inverted)

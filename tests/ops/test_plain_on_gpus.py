@@ -27,37 +27,51 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def empty(*shape):
-    return torch.empty(*shape, dtype=torch.float64, device="meta", requires_grad=True)
+def drawn(*shape, device):
+    return torch.randn(*shape, dtype=torch.float64).to(device).requires_grad_()
 
 
-def dense(**options):
-    leaves = [empty(1, 1, rows, CHANNELS) for rows in (QUERIES, TOKENS, TOKENS)]
+def empty(*shape, device):
+    return torch.empty(*shape, dtype=torch.float64, device=device, requires_grad=True)
+
+
+def dense(make, device, **options):
+    leaves = [make(1, 1, rows, CHANNELS, device=device) for rows in (QUERIES, TOKENS, TOKENS)]
     return leaves, cross_attention(*leaves, **options)
 
 
-def grid(**options):
-    leaves = [empty(1, QUERIES, CHANNELS + sum(SIZES)), empty(1, *SIZES, CHANNELS), empty(1, *SIZES)]
+def grid(make, device, **options):
+    shapes = (1, QUERIES, CHANNELS + sum(SIZES)), (1, *SIZES, CHANNELS), (1, *SIZES)
+    leaves = [make(*shape, device=device) for shape in shapes]
     return leaves, grid_attention_unchecked(*leaves, **options)[0]
 
 
-def described():
-    leaves = [
-        empty(1, 1, QUERIES, CHANNELS + sum(SIZES)),
-        empty(1, *SIZES, CHANNELS),
-        empty(1, 1, QUERIES, CHANNELS),
-        empty(1, *SIZES),
-    ]
+def described(make, device):
+    shapes = (1, 1, QUERIES, CHANNELS + sum(SIZES)), (1, *SIZES, CHANNELS), (1, 1, QUERIES, CHANNELS), (1, *SIZES)
+    leaves = [make(*shape, device=device) for shape in shapes]
     return leaves, grid_query_attention_unchecked(*leaves)
 
 
-@pytest.mark.parametrize(
-    "call, options",
-    [(dense, {}), (dense, dict(inverted=True)), (dense, dict(return_lse=True)), (grid, {}), (grid, dict(inverted=True)),
-     (described, {})],
-)  # fmt: skip
+CALLS = [(dense, {}), (dense, dict(inverted=True)), (dense, dict(return_lse=True)), (grid, {}), (grid, dict(inverted=True)),
+         (described, {})]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, options", CALLS)
 def test_weights_exist_in_blocks(call, options):
     with Largest() as largest:
-        leaves, out = call(**options)
+        leaves, out = call(empty, "meta", **options)
         torch.autograd.grad([t for t in tree_leaves(out)], leaves, [torch.ones_like(t) for t in tree_leaves(out)])
     assert TOKENS * CHANNELS <= largest.elements < QUERIES * TOKENS / 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NOT tested here")
+@pytest.mark.parametrize("call, options", CALLS)
+def test_float64_on_a_gpu_is_that_of_the_cpu(call, options):
+    found = []
+    for device in ("cuda", "cpu"):
+        torch.manual_seed(0)
+        leaves, out = call(drawn, device, **options)
+        grads = torch.autograd.grad(tree_leaves(out)[0].square().sum(), leaves)
+        found.append([t.detach().cpu() for t in (*tree_leaves(out), *grads)])
+    for gpu, cpu in zip(*found):
+        assert (gpu - cpu).norm() <= 1e-10 * cpu.norm()

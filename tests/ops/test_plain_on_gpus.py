@@ -12,7 +12,7 @@ from perceiver_fast.ops import cross_attention
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 from perceiver_fast.ops.grid_query_attention import grid_query_attention_unchecked
 
-QUERIES, SIZES, CHANNELS = 512, (64, 1024), 8
+QUERIES, SIZES, CHANNELS = 512, (64, 128), 8
 TOKENS = SIZES[0] * SIZES[1]
 
 
@@ -61,7 +61,7 @@ def test_weights_exist_in_blocks(call, options):
     with Largest() as largest:
         leaves, out = call(empty, "meta", **options)
         torch.autograd.grad([t for t in tree_leaves(out)], leaves, [torch.ones_like(t) for t in tree_leaves(out)])
-    assert TOKENS * CHANNELS <= largest.elements < QUERIES * TOKENS / 8
+    assert TOKENS * CHANNELS <= largest.elements < QUERIES * TOKENS / 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NOT tested here")

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import shlex
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ in ("__main__", "__mp_main__"):  # this checkout's packages, whatever is installed; and no file beside this
     sys.path[0] = str(ROOT)
 
-from benchmarks.gpu import cases, machine, prepare, record  # noqa: E402
-from benchmarks.gpu.worker import Worker, WorkerLost  # noqa: E402
-from benchmarks.output import plain, save  # noqa: E402
+from benchmarks.gpu import cases, machine, prepare, record, runs  # noqa: E402
+from benchmarks.gpu.steps import Steps  # noqa: E402
+from benchmarks.output import plain  # noqa: E402
 
-BUILD_SHARE, TEST_SHARE = 0.3, 0.3  # of the time, at most
-CASE_SECONDS = 75.0  # a case that takes longer hangs
-LEAST_SECONDS = 10.0  # with less left no case is started
 INTERRUPTED = 130
 
 
@@ -41,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--out", type=Path, metavar="DIR", help="where battery.json, logs and reports go")
     top.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)g)")
+    top.add_argument("--run", choices=runs.RUNS, help="one of two runs for a GPU that one has for minutes only")
     top.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run at tiny sizes")
     top.add_argument("--no-build", action="store_true", help="leave the extension as it is")
     top.add_argument("--no-tests", action="store_true", help="time only")
@@ -87,40 +87,6 @@ def capability() -> str | None:
     return "{}{}".format(*torch.cuda.get_device_capability())
 
 
-def timed(args: argparse.Namespace, result: dict, wanted: list[cases.Case], start: float, end: float) -> None:
-    """Measure the cases, keeping after each what there is."""
-    dry = args.device == "cpu"
-    compile_mode = args.compile or ("none" if args.quick or dry else "headline")
-    options = {"device": args.device, "dry": dry, "compile_mode": compile_mode}
-    worker = Worker(options, lambda line: print(line, flush=True))
-    path, measured = args.out / "battery.json", result["cases"]
-    result["compile"] = compile_mode
-    try:
-        if wanted and time.monotonic() < end:
-            result["conditions"] |= worker.start()
-        for number, case in enumerate(wanted, 1):
-            seconds = end - time.monotonic()
-            if seconds <= (0 if dry else LEAST_SECONDS):
-                break
-            print(f"[{number}/{len(wanted)}, {seconds:.0f} s left] {case.name}", flush=True)
-            measured.append(worker.run(case, min(end, time.monotonic() + CASE_SECONDS)))
-            print(f"  {record.summary(measured[-1])}", flush=True)
-            save(path, result)
-        if result["outcome"] == "running":
-            result["outcome"] = "complete" if len(measured) == len(wanted) else "budget spent"
-    except KeyboardInterrupt:
-        result["outcome"] = "interrupted"
-    except WorkerLost as error:
-        result["outcome"] = f"failed: {error}"
-    finally:
-        reason = "the time was spent" if result["outcome"] == "budget spent" else result["outcome"]
-        result["skipped"] += [{"case": case.name, "reason": reason} for case in wanted[len(measured) :]]
-        worker.stop(at_once=result["outcome"] == "interrupted")
-        result["conditions"]["clocks_at_end"] = machine.clocks()
-        result["seconds"] = round(time.monotonic() - start, 1)
-        save(path, result)
-
-
 def show(args: argparse.Namespace, result: dict) -> int:
     """Print the tables, also into battery.txt; returns the exit code."""
     from rich.console import Console
@@ -138,6 +104,7 @@ def show(args: argparse.Namespace, result: dict) -> int:
                 console,
                 f"build: {result['build']['outcome']}",
                 f"tests: {result['tests']['outcome']} ({result['tests'].get('tests', 0)})",
+                *(f"{kind}: {result[kind]['outcome']}" for kind in record.COMMANDS if kind in result),
                 f"skipped: {record.skipped_line(result)}",
                 *(f"FAILED: {line}" for line in complaints),
             )
@@ -151,34 +118,46 @@ def show(args: argparse.Namespace, result: dict) -> int:
 def run(args: argparse.Namespace, wanted: list[cases.Case], skipped: list[dict]) -> int:
     """The whole battery; returns its exit code: 0, or 1 for failing tests or a wrong result of ours."""
     start, seconds = time.monotonic(), 60 * args.minutes
-    end = start + seconds
+    prepare.link_kernels()
+    if args.run:
+        seconds, steps = runs.RUNS[args.run]
+        steps = tuple(replace(step, cases=step.cases[:1]) for step in steps) if args.device == "cpu" else steps
+    else:
+        steps = runs.everything(seconds, wanted, not args.no_build, not args.no_tests)
     arch = None if args.device == "cpu" else capability()
     args.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault(
+        "PERCEIVER_FAST_TRUST_KERNELS", "1"
+    )  # trials and tests ask, and no time is to hold their asking
+    compile_mode = args.compile or ("none" if args.quick or args.device == "cpu" else "headline")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    known = args.commit if any(step.kind == "build" for step in steps) else commit(args)
     result = {
         "format": 1,
         "outcome": "running",
         "dry_run": args.device == "cpu",
         "command": command_line(args),
-        "conditions": {"date": now, "clocks_at_start": machine.clocks()},
+        "compile": compile_mode,
+        "conditions": {"date": now, "git_commit": known, "clocks_at_start": machine.clocks()},
         "build": {"outcome": "left out"},
         "tests": {"outcome": "left out"},
         "cases": [],
-        "skipped": skipped,
+        "skipped": [] if args.run else skipped,
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a time limit sends: to be kept like an interrupt
-    try:
-        if not args.no_build:
-            result["build"] = prepare.build(args.out, BUILD_SHARE * seconds, arch)
-        if not args.no_tests:
-            result["tests"] = prepare.test(args.out, TEST_SHARE * seconds)
-    except KeyboardInterrupt:
-        result["outcome"], end = "interrupted", time.monotonic()
-    from benchmarks.environment import git_commit  # imports the package, so after it was built
-
-    result["conditions"]["git_commit"] = args.commit or git_commit()
-    timed(args, result, wanted, start, end)
+    doing = Steps(args.out, result, arch, compile_mode)
+    doing.save()
+    doing.run(steps, start + seconds - (runs.MARGIN if args.run else 0))
+    result["conditions"]["git_commit"] = commit(args)
+    doing.save()
     return show(args, result)
+
+
+def commit(args: argparse.Namespace) -> str | None:
+    """What is measured. To ask git imports the package, which may have to be built before."""
+    from benchmarks.environment import git_commit
+
+    return args.commit or git_commit()
 
 
 def command_line(args: argparse.Namespace) -> str:

@@ -55,7 +55,3 @@ class Check:
         self.expect(0 <= probability < 1, "a dropout probability in [0, 1)", probability)
         self.tensor("seed", seed, torch.int64, (1,), "of one number")
         self.expect(probability == 0 or seed is not None, f"a seed with dropout {probability}", "none")
-
-    def no_inverted(self, inverted: bool) -> None:
-        """Triton's kernels have none."""
-        self.expect(not inverted, "a softmax over tokens, which is what the Triton kernels have", "inverted attention")

@@ -18,6 +18,7 @@ of tokens that exceeds the error of plain fp32.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -27,9 +28,10 @@ from torch import Tensor
 from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
-from perceiver_fast.kernels.configs import Config, config
+from perceiver_fast.kernels.configs import MOST, Config, config
+from perceiver_fast.kernels.cross_attention_inverted import LOG_EPS, token_terms
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, place, product, scaled, store, zeros
-from perceiver_fast.kernels.dropout import dropout_keep, hash_rows, hash_tokens, threshold_bits
+from perceiver_fast.kernels.dropout import cross_attention_hashes_kernel, dropout_keep, threshold_bits
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 from perceiver_fast.reference.dropout import dropout_scale
 
@@ -37,22 +39,6 @@ CHECK = Check("cross_attention")
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: below every logit, and finite, so that differences are no NaN
 NARROW = 128  # up to so many channels a program holds its tile of queries, and takes the configuration for narrow heads
 MERGED = 16  # splits that a program of the merges reads at a time
-
-
-@triton.jit
-def cross_attention_hashes_kernel(seed, row_hashes, token_hashes, rows, tokens, BLOCK: tl.constexpr):
-    """Dropout's hashes of all query rows and tokens: once a call, since a hash costs more than a weight does.
-
-    Grid: a program a ``BLOCK`` of indices, of rows and of tokens; indices beyond the last of either are not written.
-
-        seed          [1]      in   int64
-        row_hashes    [rows]   out  uint32 as int32; rows = B H N
-        token_hashes  [tokens] out  uint32 as int32; tokens = M
-    """
-    number = tl.load(seed)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(row_hashes + i, hash_rows(number, i).to(tl.int32, bitcast=True), mask=i < rows)
-    tl.store(token_hashes + i, hash_tokens(number, i).to(tl.int32, bitcast=True), mask=i < tokens)
 
 
 @triton.jit
@@ -77,9 +63,23 @@ def power_of_two(x):
     return ((tl.maximum(x, -127.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def normaliser(peak, total, INVERTED: tl.constexpr):
+    """Natural logarithm, fp64, of ``2^peak total``, and the factor that divides by it what is summed in units of 2^peak.
+
+    INVERTED: it is at least EPS, as torch.nn.functional.normalize has it, and then the factor divides by that.
+    """
+    natural = (peak.to(tl.float64) + tl.math.log2(total).to(tl.float64)) * LN_2
+    inverse = 1.0 / total
+    if INVERTED:
+        inverse = tl.where(natural <= LOG_EPS, tl.math.exp2(peak - LOG_EPS * LOG2_E), inverse)  # NaN stays NaN
+        natural = tl.where(natural <= LOG_EPS, LOG_EPS, natural)
+    return natural, inverse
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def cross_attention_fwd_kernel(
-    q, k, v, mask, row_hashes, token_hashes, o, lse, peaks, totals,
+    q, k, v, mask, row_hashes, token_hashes, token_shift, token_weight, o, lse, peaks, totals,
     heads, queries, tokens, blocks, splits, tokens_per_split,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, mask_b,
     log2_scale, threshold, keep_scale,
@@ -93,6 +93,9 @@ def cross_attention_fwd_kernel(
         s = log2_scale q k^T,    p = 2^(s - peak),    total = sum_m p
         o = keep_scale sum_m keep p v / total,    lse = ln(2) (peak + log2(total))
 
+    Inverted, with every token's log-sum-exp over the queries (cross_attention_inverted.py), p = 2^(s - token_shift - peak)
+    token_weight, and the total is at least that of EPS.
+
     Grid: ``blocks * GROUPS * splits * B * H`` programs, see dense_tiles.place. One computes BLOCK_N queries, for one
     group of the channels of v; weights are computed again for every group.
 
@@ -102,6 +105,7 @@ def cross_attention_fwd_kernel(
         mask           [B, M]           in   bool, stride mask_b, tokens dense; or None. False: a logit of -inf
         row_hashes     [B H N]          in   int32, or None without dropout
         token_hashes   [M]              in   int32, or None without dropout
+        token_shift    [B H M]          in   fp32, as token_weight, of cross_attention_tokens_kernel; both None unless inverted
         o              [B, H, N, V]     out  dtype of q, dense; SPLIT: fp32 [splits, B H N, V], not yet divided
         lse            [B H N]          out  fp64, natural logarithm; not written if SPLIT
         peaks, totals  [splits, B H N]  out  fp32, if SPLIT, else None: largest s, rounded up, and sum of p
@@ -154,8 +158,14 @@ def cross_attention_fwd_kernel(
         token = m + tl.arange(0, BLOCK_M)
         if mask is not None or not EVEN:
             s = tl.where(visible(mask, token, tokens, EVEN)[None, :], s, float("-inf"))
-        higher = tl.maximum(peak, tl.ceil(tl.max(s, 1) * log2_scale))  # [BLOCK_N]
-        p = tl.math.exp2(s * log2_scale - higher[:, None])
+        if token_shift is None:
+            higher = tl.maximum(peak, tl.ceil(tl.max(s, 1) * log2_scale))  # [BLOCK_N]
+            p = tl.math.exp2(s * log2_scale - higher[:, None])
+        else:
+            token_row, there = head.to(tl.int64) * tokens + token, token < tokens
+            s = s * log2_scale - tl.load(token_shift + token_row, mask=there, other=0.0)[None, :]
+            higher = tl.maximum(peak, tl.ceil(tl.max(s, 1)))
+            p = tl.math.exp2(s - higher[:, None]) * tl.load(token_weight + token_row, mask=there, other=0.0)[None, :]
         fade = power_of_two(peak - higher)  # [BLOCK_N]: what earlier sums are worth now
         total = total * fade + tl.sum(p, 1)
         peak = higher
@@ -175,9 +185,9 @@ def cross_attention_fwd_kernel(
             tl.store(totals + at + rows, total, mask=rows < queries)
     else:
         at = head.to(tl.int64) * queries
-        factor = (keep_scale / total)[:, None]
+        natural, inverse = normaliser(peak, total, token_shift is not None)
+        factor = (keep_scale * inverse)[:, None]
         if group == 0:
-            natural = (peak.to(tl.float64) + tl.math.log2(total).to(tl.float64)) * LN_2
             tl.store(lse + at + rows, natural, mask=rows < queries)
     store(
         sums, o + (at + n) * V + channel, V, queries - n, V - channel, factor, None, BLOCK_N, V_CHUNK, V_COUNT, V_TAIL
@@ -187,7 +197,7 @@ def cross_attention_fwd_kernel(
 @triton.jit
 def cross_attention_merge_kernel(
     parts, peaks, totals, o, lse, rows, splits, blocks,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, MERGED: tl.constexpr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, MERGED: tl.constexpr, INVERTED: tl.constexpr,
 ):  # fmt: skip
     """``(o, total) = sum_s 2^(peak_s - peak) (o_s, total_s)``, in the order of the splits, and o divided by the total.
 
@@ -202,6 +212,7 @@ def cross_attention_merge_kernel(
         blocks           of BLOCK_V channels
         V, BLOCK_V       channels of v, and how many of them a program has
         MERGED           splits read at a time
+        INVERTED         the total is at least that of EPS
     """
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
@@ -221,20 +232,23 @@ def cross_attention_merge_kernel(
         total += tl.sum(weight * tl.load(totals + at, mask=there, other=0.0))
         part = tl.load(parts + at[:, None] * V + column, mask=there[:, None] & (column < V), other=0.0)
         sums += tl.sum(part * weight[:, None], 0)
-    tl.store(o + row * V + column, (sums / total).to(o.dtype.element_ty), mask=column < V)
+    natural, inverse = normaliser(peak, total, INVERTED)
+    tl.store(o + row * V + column, (sums * inverse).to(o.dtype.element_ty), mask=column < V)
     if pid % blocks == 0:
-        tl.store(lse + row, (peak.to(tl.float64) + tl.math.log2(total).to(tl.float64)) * LN_2)
+        tl.store(lse + row, natural)
 
 
-def variant(kernel: str, dtype: torch.dtype, channels: int, arch: int) -> Config:
+def variant(kernel: str, dtype: torch.dtype, channels: int, arch: int, inverted: bool = False) -> Config:
     """The configuration of a kernel ("forward", "dq" or "dkv") whose widest matrix has ``channels``.
 
     For fp32 the table has no tile of 64 rows on sm_100: Triton 3.7 would take tensor cores for it, "ieee" or not.
+    Inverted, its bound on registers is lifted: the tokens' terms need some.
     """
-    if dtype == torch.float32:
-        return config(f"cross_attention_{kernel}[fp32]", arch)
-    width = next((str(width) for width in (64, NARROW) if channels <= width), "wide")
-    return config(f"cross_attention_{kernel}[half, {width}]", arch)
+    width = "fp32"
+    if dtype != torch.float32:
+        width = f"half, {next((str(width) for width in (64, NARROW) if channels <= width), 'wide')}"
+    found = config(f"cross_attention_{kernel}[{width}]", arch)
+    return replace(found, registers=MOST) if inverted else found
 
 
 def read(channels: int, dtype: torch.dtype) -> Pieces:
@@ -280,15 +294,25 @@ def common(
     return first, arguments | hashes | strides("q", "bhn", q) | strides("k", "bhm", k) | strides("v", "bhm", v)
 
 
-def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Tensor, Tensor, list[Launch]]:
-    """``o [B, H, N, V]``, ``lse [B, H, N]`` and the launches that compute them."""
+def forward_launches(
+    q, k, v, mask, scale, dropout, seed, arch: int, inverted: bool = False
+) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
+    """``o [B, H, N, V]``, ``lse [B, H, N]``, token_lse, ``[B, H, M]`` or empty, and the launches that compute them.
+
+    A token's log-sum-exp over the queries is a query's over the tokens with the two exchanged, and no values.
+    """
     q, k, v = (aligned_rows(t) for t in (q, k, v))
     (batch, heads, queries, dim), (tokens, value_dim) = q.shape, v.shape[2:]
     o, lse = q.new_empty(batch, heads, queries, value_dim), q.new_empty(batch, heads, queries, dtype=torch.float64)
     rows = lse.numel()
+    token_lse, first = lse.new_empty(0), []
+    if inverted and rows > 0:
+        _, token_lse, _, first = forward_launches(k, q, q[..., :0], None, scale, 0.0, None, arch)
+    elif inverted:
+        token_lse = lse.new_empty(batch, heads, tokens).fill_(-math.inf)
     if rows == 0:
-        return o, lse, []
-    c = variant("forward", q.dtype, max(dim, value_dim), arch)
+        return o, lse, token_lse, []
+    c = variant("forward", q.dtype, max(dim, value_dim), arch, inverted)
     cut_v = summed(value_dim, q.dtype, dropout, arch)
     blocks = triton.cdiv(queries, c.queries)
     programs = batch * heads * blocks * cut_v.groups
@@ -298,29 +322,30 @@ def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Te
         parts = o.new_empty(splits, rows, value_dim, dtype=torch.float32)
         peaks, totals = (parts.new_empty(splits, rows) for _ in range(2))
     hold = dim <= (64 if q.dtype == torch.float32 else NARROW)
-    launches, arguments = common(q, k, v, mask, scale, dropout, seed)
-    arguments |= dict(
+    hashes, arguments = common(q, k, v, mask, scale, dropout, seed)
+    terms, arrays = token_terms(token_lse if inverted else None, arguments)
+    launches = first + hashes + terms
+    arguments |= arrays | dict(
         o=parts, lse=lse, peaks=peaks, totals=totals, blocks=blocks, splits=splits, tokens_per_split=each,
         V_CHUNK=cut_v.chunk, V_COUNT=cut_v.count, V_TAIL=cut_v.tail, GROUPS=cut_v.groups,
         BLOCK_N=c.queries, BLOCK_M=c.tokens, SPLIT=splits > 1, HOLD=hold, EVEN=tokens % c.tokens == 0,
     )  # fmt: skip
     launches.append(Launch(cross_attention_fwd_kernel, programs * splits, arguments, c, c.queries * c.tokens))
     if splits > 1:
-        width = min(128, triton.next_power_of_2(value_dim))
-        across = triton.cdiv(value_dim, width)
+        width = min(128, triton.next_power_of_2(max(value_dim, 1)))
+        across = triton.cdiv(max(value_dim, 1), width)
         merge = dict(parts=parts, peaks=peaks, totals=totals, o=o, lse=lse, rows=rows, splits=splits, blocks=across)
-        merge |= dict(V=value_dim, BLOCK_V=width, MERGED=MERGED)
+        merge |= dict(V=value_dim, BLOCK_V=width, MERGED=MERGED, INVERTED=inverted)
         launches.append(Launch(cross_attention_merge_kernel, rows * across, merge))
-    return o, lse, launches
+    return o, lse, token_lse, launches
 
 
-def check(q, k, v, mask, scale, dropout, seed, inverted) -> None:
+def check(q, k, v, mask, scale, dropout, seed) -> None:
     """Raises what these kernels cannot take: the public function never asks for it, who calls the registered op may.
 
     Raises:
-        RuntimeError: another dtype, rank or size, inverted attention, a scale that is not positive, or no channels.
+        RuntimeError: another dtype, rank or size, a scale that is not positive, or no channels.
     """
-    CHECK.no_inverted(inverted)
     CHECK.dtype("q", q, *HALF_OR_FLOAT)
     for name, t, form in (("q", q, "[B, H, N, d]"), ("k", k, "[B, H, M, d]"), ("v", v, "[B, H, M, dv]")):
         CHECK.rank(name, t, 4, form)
@@ -350,20 +375,22 @@ def forward(
         q: ``[B, H, N, D]`` float32, bfloat16 or float16, of any strides, as k and v.
         k: ``[B, H, M, D]``, the dtype of q.
         v: ``[B, H, M, V]``, the dtype of q.
-        mask: bool ``[B, M]``, False for tokens that get no weight, or None. No batch element is all False.
+        mask: bool ``[B, M]``, False for tokens that get no weight, or None. No batch element is all False, but where
+            attention is inverted.
         scale: of the logits, positive.
         dropout: probability of a weight being dropped.
         seed: int64 ``[1]``, or None without dropout.
-        inverted: has to be False.
+        inverted: softmax over the queries, then normalised over the tokens.
 
     Returns:
-        o ``[B, H, N, V]``, the dtype of q, lse ``[B, H, N]`` float64, and an empty tensor.
+        o ``[B, H, N, V]``, the dtype of q, lse ``[B, H, N]`` float64, and inverted the log-sum-exp of every token over
+        the queries ``[B, H, M]`` float64, or else an empty tensor.
 
     Raises:
         RuntimeError: see :func:`check`.
     """
-    check(q, k, v, mask, scale, dropout, seed, inverted)
-    o, lse, launches = forward_launches(q, k, v, mask, scale, dropout, seed, architecture(q.device))
+    check(q, k, v, mask, scale, dropout, seed)
+    *results, launches = forward_launches(q, k, v, mask, scale, dropout, seed, architecture(q.device), inverted)
     for launch in launches:
         launch.run()
-    return o, lse, lse.new_empty(0)
+    return tuple(results)

@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
-from perceiver_fast.kernels.base2 import LOG2_E
+from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.cross_attention import CHECK, MERGED, check, common, summed, variant
 from perceiver_fast.kernels.cross_attention_gradients import cross_attention_dkv_kernel, cross_attention_dq_kernel
+from perceiver_fast.kernels.cross_attention_inverted import CLAMPED, token_terms, whole_and_factor
 from perceiver_fast.kernels.dense_tiles import Pieces, load
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 
@@ -33,11 +34,11 @@ TOLERANCE = tl.constexpr(16 * 2.0**-23)  # delta is wrong where dS sums up to mo
 @triton.jit
 def cross_attention_terms_kernel(
     d_o, d_lse, o, lse, shift, weight, delta, heads, queries, blocks, g_b, g_h, g_n,
-    V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, INVERTED: tl.constexpr,
 ):  # fmt: skip
     """Of every query row delta, and its log-sum-exp as a whole number and a factor: P = 2^(log2(e) S - shift) weight.
 
-    As a single float32 a large log-sum-exp would be rounded by so much that weights would be wrong.
+    Inverted, weight is 1 / max(T, EPS) and shift is not read; where T is clamped P does not depend on it: delta is zero.
 
     Grid: ``blocks * B * H`` programs of BLOCK_N queries. Queries beyond the last read as zero and are not written.
 
@@ -49,6 +50,7 @@ def cross_attention_terms_kernel(
 
         heads, queries, blocks  H, N, and blocks of BLOCK_N queries
         V, BLOCK_N, BLOCK_V     channels of v, and the tile that is read at a time
+        INVERTED                lse is the logarithm of max(T, EPS)
     """
     pid = tl.program_id(0)
     head, n = (pid // blocks).to(tl.int64), pid % blocks * BLOCK_N
@@ -63,16 +65,19 @@ def cross_attention_terms_kernel(
         total += tl.sum(x * y, 1)
     if d_lse is not None:
         total -= tl.load(d_lse + at, mask=there, other=0.0).to(tl.float32)
-    exact = tl.load(lse + at, mask=there, other=0.0) * LOG2_E
-    whole = tl.floor(exact).to(tl.float32)  # not quite its floor beyond 2^24: weight makes up for that as well
+    natural = tl.load(lse + at, mask=there, other=0.0)
+    whole, factor = whole_and_factor(natural)
+    if INVERTED:
+        factor *= tl.math.exp2(-whole)
+        total = tl.where(natural > CLAMPED, total, 0.0)
     tl.store(shift + at, whole, mask=there)
-    tl.store(weight + at, tl.math.exp2((whole.to(tl.float64) - exact).to(tl.float32)), mask=there)
+    tl.store(weight + at, factor, mask=there)
     tl.store(delta + at, total, mask=there)
 
 
 @triton.jit
 def cross_attention_settle_kernel(
-    residues, sizes, d_lse, delta, flags, queries, blocks, splits, rows, BLOCK_N: tl.constexpr
+    residues, sizes, d_lse, lse, delta, flags, queries, blocks, splits, rows, BLOCK_N: tl.constexpr
 ):
     """Correct delta where the sums of dS say that it is wrong, and flag the blocks of queries that have such rows.
 
@@ -82,6 +87,7 @@ def cross_attention_settle_kernel(
 
         residues, sizes  [splits, rows]    in      fp32: over a split's tokens the sum of dS, and of its magnitudes
         d_lse            [rows]            in      fp64, or None
+        lse              [rows]            in      fp64, inverted: a row whose normaliser is EPS has no delta; else None
         delta            [rows]            in out  fp32
         flags            [B H, blocks]     out     int32: 1 where a row of the block was wrong, else 0
 
@@ -99,6 +105,8 @@ def cross_attention_settle_kernel(
     if d_lse is not None:
         error -= tl.load(d_lse + at, mask=there, other=0.0).to(tl.float32)
     wrong = tl.abs(error) > size * TOLERANCE
+    if lse is not None:
+        wrong = wrong & (tl.load(lse + at, mask=there, other=0.0) > CLAMPED)
     tl.store(delta + at, tl.load(delta + at, mask=there, other=0.0) + error, mask=there & wrong)
     tl.store(flags + pid, tl.max(wrong.to(tl.int32)))
 
@@ -137,12 +145,47 @@ def _split(out: Tensor, splits: int) -> tuple[Tensor, list[Launch]]:
     return parts, [Launch(cross_attention_add_kernel, triton.cdiv(out.numel(), 128), numbers)]
 
 
+def _walk_tokens(
+    arguments: dict, c: Config, splits: int, each: int, cut_k: Pieces, cut_v: Pieces, groups: int, **outputs: object
+) -> Launch:
+    """The walk of all tokens over the queries that computes ``outputs``: dk, dv and eta_out."""
+    queries, blocks = arguments["queries"], triton.cdiv(arguments["tokens"], c.tokens)
+    given = arguments | outputs | dict(
+        blocks=blocks, splits=splits, queries_per_split=each, GROUPS=groups,
+        BLOCK_N=c.queries, BLOCK_M=c.tokens, EVEN=queries % c.queries == 0,
+    )  # fmt: skip
+    given |= _summing(("K_SUM", "K_SUMS", "K_REST"), cut_k) | _summing(("V_SUM", "V_SUMS", "V_REST"), cut_v)
+    programs = arguments["q"].shape[:2].numel() * blocks * groups * splits
+    return Launch(cross_attention_dkv_kernel, programs, given, c, c.queries * c.tokens)
+
+
+def _etas(arguments: dict, c: Config, low: bool) -> tuple[dict[str, Tensor], list[Launch]]:
+    """What inverted attention subtracts from every token's gradients of weights, and the launches that compute it.
+
+    With ``low`` the rounding error of eta, too, by a second walk: where one query has all of a token's weight, what
+    remains is nothing but rounding otherwise.
+    """
+    shape, nothing = arguments["token_shift"].shape, Pieces(16, 0, 0)
+    splits, each = share(
+        arguments["queries"], c.queries, shape[:2].numel() * triton.cdiv(shape[2], c.tokens), arguments["q"].device
+    )
+    found, launches = {}, []
+    for name in ("eta", "eta_low") if low else ("eta",):
+        out = arguments["token_shift"].new_empty(shape)
+        parts, adding = _split(out, splits)
+        walk = _walk_tokens(arguments | found, c, splits, each, nothing, nothing, 1, dk=None, dv=None, eta_out=parts)
+        launches += [walk, *adding]
+        found[name] = out
+    return found, launches
+
+
 def backward_launches(
-    d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch: int
+    d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch: int, token_lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
     """dq, dk and dv, of the shapes of q, k and v, and the launches that compute them.
 
-    ``arch`` is the architecture whose configurations are taken; other arguments are those of :func:`backward`.
+    ``arch`` is the architecture whose configurations are taken, ``token_lse`` is given where attention is inverted; other
+    arguments are those of :func:`backward`.
     """
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     q, k, v, d_o = (aligned_rows(t) for t in (q, k, v, d_o))
@@ -154,17 +197,19 @@ def backward_launches(
     wide = max(dim, value_dim)
     narrow = wide <= 64
     shift, weight, delta = lse.new_empty(3, rows, dtype=torch.float32)
+    inverted = token_lse is not None
     launches, arguments = common(q, k, v, mask, scale, dropout, seed)
-    arguments |= dict(
-        d_o=d_o, shift=shift, weight=weight, delta=delta, scale=scale, HOLD=narrow and dtype != torch.float32
-    )
-    arguments |= strides("g", "bhn", d_o)
+    of_tokens, arrays = token_terms(token_lse, arguments)
+    arguments |= arrays | strides("g", "bhn", d_o) | dict(
+        d_o=d_o, shift=shift, weight=weight, delta=delta, eta=None, eta_low=None, scale=scale,
+        HOLD=narrow and dtype != torch.float32,
+    )  # fmt: skip
     terms = dict(d_o=d_o, d_lse=d_lse, o=o.contiguous(), lse=lse, shift=shift, weight=weight, delta=delta)
     terms |= dict(heads=heads, queries=queries, blocks=triton.cdiv(queries, 16), V=value_dim, BLOCK_N=16, BLOCK_V=64)
-    terms |= strides("g", "bhn", d_o)
-    launches.append(Launch(cross_attention_terms_kernel, pairs * terms["blocks"], terms))
+    terms |= strides("g", "bhn", d_o) | dict(INVERTED=inverted)
+    launches += [*of_tokens, Launch(cross_attention_terms_kernel, pairs * terms["blocks"], terms)]
 
-    c = variant("dq", dtype, wide, arch)
+    c = variant("dq", dtype, wide, arch, inverted)
     cut = summed(dim, dtype, dropout, arch)
     blocks = triton.cdiv(queries, c.queries)
     programs = pairs * blocks * cut.groups
@@ -178,31 +223,36 @@ def backward_launches(
         flags=flags, dq=parts, residues=residues, sizes=sizes, blocks=blocks, splits=splits, tokens_per_split=each,
         GROUPS=cut.groups, BLOCK_N=c.queries, BLOCK_M=c.tokens, EVEN=tokens % c.tokens == 0,
     )  # fmt: skip
-    walk = Launch(cross_attention_dq_kernel, programs * splits, for_queries, c, c.queries * c.tokens)
-    launches.append(walk)
-    if flags is not None:
-        settle = dict(residues=residues, sizes=sizes, d_lse=d_lse, delta=delta, flags=flags)
-        settle |= dict(queries=queries, blocks=blocks, splits=splits, rows=rows, BLOCK_N=c.queries)
-        launches += [Launch(cross_attention_settle_kernel, pairs * blocks, settle), walk]
+
+    def walk(groups: int = cut.groups, **changed: object) -> Launch:
+        given = for_queries | dict(GROUPS=groups) | changed
+        return Launch(cross_attention_dq_kernel, pairs * blocks * groups * splits, given, c, c.queries * c.tokens)
+
+    settle = dict(residues=residues, sizes=sizes, d_lse=d_lse, lse=lse if inverted else None, delta=delta, flags=flags)
+    settle |= dict(queries=queries, blocks=blocks, splits=splits, rows=rows, BLOCK_N=c.queries)
+    settled = Launch(cross_attention_settle_kernel, pairs * blocks, settle)
+    if not inverted:
+        launches += [walk()] if flags is None else [walk(), settled, walk()]
+    else:  # what the tokens subtract depends on delta
+        launches += [] if flags is None else [walk(1, dq=None), settled]
+        etas, found = _etas(arguments, variant("dkv", dtype, wide, arch, True), dtype == torch.float32)
+        arguments |= etas
+        launches += [*found, walk(flags=None, residues=None, sizes=None, **etas)]
     launches += adding
 
-    c = variant("dkv", dtype, wide, arch)
+    c = variant("dkv", dtype, wide, arch, inverted)
     cut_k, cut_v = (summed(channels, dtype, dropout, arch) for channels in (dim, value_dim))
-    blocks = triton.cdiv(tokens, c.tokens)
     # Both in one walk if a thread holds the sums of both; else P is computed for each.
-    for out_k, out_v in ((dk, dv),) if narrow else ((None, dv), (dk, None)):
+    together = narrow and not (inverted and dtype == torch.float32)
+    for out_k, out_v in ((dk, dv),) if together else ((None, dv), (dk, None)):
         groups = max(cut.groups for cut, out in ((cut_k, out_k), (cut_v, out_v)) if out is not None)
-        programs = pairs * blocks * groups
-        splits, each = share(queries, c.queries, programs, q.device)
+        splits, each = share(queries, c.queries, pairs * triton.cdiv(tokens, c.tokens) * groups, q.device)
         (parts_k, adding_k), (parts_v, adding_v) = (
             (None, []) if out is None else _split(out, splits) for out in (out_k, out_v)
         )
-        for_tokens = arguments | _summing(("K_SUM", "K_SUMS", "K_REST"), cut_k) | dict(
-            dk=parts_k, dv=parts_v, blocks=blocks, splits=splits, queries_per_split=each, GROUPS=groups,
-            BLOCK_N=c.queries, BLOCK_M=c.tokens, EVEN=queries % c.queries == 0,
-        )  # fmt: skip
-        for_tokens |= _summing(("V_SUM", "V_SUMS", "V_REST"), cut_v)
-        launches.append(Launch(cross_attention_dkv_kernel, programs * splits, for_tokens, c, c.queries * c.tokens))
+        launches.append(
+            _walk_tokens(arguments, c, splits, each, cut_k, cut_v, groups, dk=parts_k, dv=parts_v, eta_out=None)
+        )
         launches += adding_k + adding_v
     return dq, dk, dv, launches
 
@@ -228,20 +278,24 @@ def backward(
         d_o: ``[B, H, N, V]``, the dtype of q, of any strides.
         d_lse: ``[B, H, N]`` float64, or None.
         q, k, v, mask, scale, dropout, seed, inverted: as the forward's.
-        o, lse, token_lse: what the forward returned; the last is not read.
+        o, lse, token_lse: what the forward returned.
 
     Raises:
         RuntimeError: see :func:`perceiver_fast.kernels.cross_attention.check`.
     """
-    check(q, k, v, mask, scale, dropout, seed, inverted)
+    check(q, k, v, mask, scale, dropout, seed)
     rows = q.shape[:3]
     for name, t in (("d_o", d_o), ("o", o)):
         CHECK.tensor(name, t, q.dtype, (*rows, v.shape[3]), "[B, H, N, dv]")
     for name, t in (("lse", lse), ("d_lse", d_lse)):
         CHECK.tensor(name, t, torch.float64, rows, "[B, H, N]")
-    CHECK.tensor("token_lse", token_lse, torch.float64, (0,), "empty")
+    CHECK.expect(d_lse is None or not inverted, "no d_lse where attention is inverted", "one")
+    expected, form = ((*k.shape[:3],), "[B, H, M]") if inverted else ((0,), "empty")
+    CHECK.tensor("token_lse", token_lse, torch.float64, expected, form)
     arch, lse = architecture(q.device), lse.contiguous()
-    *grads, launches = backward_launches(d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch)
+    *grads, launches = backward_launches(
+        d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch, token_lse.contiguous() if inverted else None
+    )
     for launch in launches:
         launch.run()
     return tuple(grads)

@@ -16,7 +16,8 @@ from perceiver_fast.kernels.dropout import dropout_keep
 
 @triton.jit(do_not_specialize=["threshold"])
 def cross_attention_dq_kernel(
-    q, k, v, d_o, mask, row_hashes, token_hashes, shift, weight, delta, flags, dq, residues, sizes,
+    q, k, v, d_o, mask, row_hashes, token_hashes, token_shift, token_weight, eta, eta_low, shift, weight, delta, flags,
+    dq, residues, sizes,
     heads, queries, tokens, blocks, splits, tokens_per_split,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, g_b, g_h, g_n, mask_b,
     log2_scale, scale, threshold, keep_scale,
@@ -30,13 +31,16 @@ def cross_attention_dq_kernel(
 
         dq = scale sum_m dS k,    dS = 2^(log2_scale q k^T - shift) weight (keep keep_scale d_o v^T - delta)
 
+    Inverted, dS = 2^(log2_scale q k^T - token_shift) token_weight (weight (keep keep_scale d_o v^T - delta) - eta - eta_low).
+
     Grid: ``blocks * GROUPS * splits * B * H`` programs, see dense_tiles.place.
 
-        q, k, v, mask, row_hashes, token_hashes      in   as cross_attention_fwd_kernel takes them
+        q .. token_weight                            in   as cross_attention_fwd_kernel takes them
+        eta, eta_low          [B H M]                in   fp32, see cross_attention_inverted.py; or None: zero
         d_o                   [B, H, N, V]           in   dtype of q; strides g_b, g_h, g_n, channels dense
         shift, weight, delta  [B H N]                in   fp32, of cross_attention_terms_kernel
         flags                 [B H, blocks]          in   int32: 0 where nothing is to be done; or None: all is
-        dq                    [splits, B, H, N, D]   out  dtype of q, or fp32 with several splits; dense
+        dq                    [splits, B, H, N, D]   out  dtype of q, or fp32 with several splits; dense; or None
         residues, sizes       [splits, B H N]        out  fp32: a row's sum of dS, and of its magnitudes; or both None
 
         heads, queries, tokens    H, N, M
@@ -103,27 +107,40 @@ def cross_attention_dq_kernel(
             token_hash = tl.load(token_hashes + token, mask=token < tokens, other=0)
             keep = dropout_keep(row_hash[:, None], token_hash[None, :], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = tl.math.exp2(s * log2_scale - row_shift) * row_weight * (dp - row_delta)
+        if token_shift is None:
+            ds = tl.math.exp2(s * log2_scale - row_shift) * row_weight * (dp - row_delta)
+        else:
+            token_row, inside = head.to(tl.int64) * tokens + token, token < tokens
+            x = row_weight * (dp - row_delta)
+            if eta is not None:
+                x -= tl.load(eta + token_row, mask=inside, other=0.0)[None, :]
+            if eta_low is not None:
+                x -= tl.load(eta_low + token_row, mask=inside, other=0.0)[None, :]
+            a = tl.math.exp2(s * log2_scale - tl.load(token_shift + token_row, mask=inside, other=0.0)[None, :])
+            ds = a * tl.load(token_weight + token_row, mask=inside, other=0.0)[None, :] * x
         if residues is not None:
             residue += tl.sum(ds, 1)
             size += tl.sum(tl.abs(ds), 1)
-        sums = accumulate(
-            sums, ds, k_tile + channel, k_m, tokens - m, D - channel,
-            BLOCK_M, CHUNK, COUNT, TAIL, EVEN, GROUPS * COUNT * CHUNK <= D,
-        )  # fmt: skip
+        if dq is not None:
+            sums = accumulate(
+                sums, ds, k_tile + channel, k_m, tokens - m, D - channel,
+                BLOCK_M, CHUNK, COUNT, TAIL, EVEN, GROUPS * COUNT * CHUNK <= D,
+            )  # fmt: skip
 
     part = split.to(tl.int64) * (tl.num_programs(0) // (blocks * GROUPS * splits)) * queries
     if residues is not None:
         if group == 0:
             tl.store(residues + part + row, residue, mask=there)
             tl.store(sizes + part + row, size, mask=there)
-    out = dq + (part + head.to(tl.int64) * queries + n) * D + channel
-    store(sums, out, D, left, D - channel, scale, None, BLOCK_N, CHUNK, COUNT, TAIL)
+    if dq is not None:
+        out = dq + (part + head.to(tl.int64) * queries + n) * D + channel
+        store(sums, out, D, left, D - channel, scale, None, BLOCK_N, CHUNK, COUNT, TAIL)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def cross_attention_dkv_kernel(
-    q, k, v, d_o, mask, row_hashes, token_hashes, shift, weight, delta, dk, dv,
+    q, k, v, d_o, mask, row_hashes, token_hashes, token_shift, token_weight, eta, eta_low, shift, weight, delta,
+    dk, dv, eta_out,
     heads, queries, tokens, blocks, splits, queries_per_split,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, g_b, g_h, g_n, mask_b,
     log2_scale, scale, threshold, keep_scale,
@@ -134,17 +151,21 @@ def cross_attention_dkv_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     HOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv or both (what is not None) of a block of tokens, a split of the queries and a group of channels.
+    """What is not None of dk, dv and eta, of a block of tokens, a split of the queries and a group of channels.
 
-        dv = keep_scale sum_n keep P d_o,    dk = scale sum_n dS q,    P and dS as in cross_attention_dq_kernel
+        dv = keep_scale sum_n keep P d_o,    dk = scale sum_n dS q,    eta = sum_n dS
+
+    with P and dS as in cross_attention_dq_kernel.
 
     Grid: ``blocks * GROUPS * splits * B * H`` programs, see dense_tiles.place.
 
-        q, k, v, mask, row_hashes, token_hashes      in   as cross_attention_fwd_kernel takes them
+        q .. token_weight                            in   as cross_attention_fwd_kernel takes them
+        eta, eta_low          [B H M]                in   as cross_attention_dq_kernel takes them
         d_o                   [B, H, N, V]           in   dtype of q; strides g_b, g_h, g_n, channels dense
         shift, weight, delta  [B H N]                in   fp32; delta as cross_attention_settle_kernel left it
         dk                    [splits, B, H, M, D]   out  dtype of q, or fp32 with several splits; dense; or None
         dv                    [splits, B, H, M, V]   out  likewise
+        eta_out               [splits, B H M]        out  fp32; or None
 
         heads, queries, tokens     H, N, M
         blocks                     of BLOCK_M tokens
@@ -172,11 +193,16 @@ def cross_attention_dkv_kernel(
     k_channel, v_channel = group * (K_SUMS * K_SUM + K_REST), group * (V_SUMS * V_SUM + V_REST)
 
     token = m + tl.arange(0, BLOCK_M)
+    inside = token < tokens
+    token_row = head.to(tl.int64) * tokens + token
     seen = None
     if mask is not None:
         seen = visible(mask + b * mask_b, token, tokens, False)
     if row_hashes is not None:
-        token_hash = tl.load(token_hashes + token, mask=token < tokens, other=0)
+        token_hash = tl.load(token_hashes + token, mask=inside, other=0)
+    if token_shift is not None:
+        own_shift = tl.load(token_shift + token_row, mask=inside, other=0.0)[:, None]
+        own_weight = tl.load(token_weight + token_row, mask=inside, other=0.0)[:, None]
     at = tl.cast(m, tl.int64)
     k += b * k_b + h * k_h + at * k_m
     v += b * v_b + h * v_h + at * v_m
@@ -186,11 +212,13 @@ def cross_attention_dkv_kernel(
     left = tokens - m
     held_k = hold(k, k_m, left, BLOCK_M, D, D_CHUNK, D_COUNT, D_TAIL, HOLD)
     held_v = ()
-    if dk is not None:
+    if dk is not None or eta_out is not None:
         held_v = hold(v, v_m, left, BLOCK_M, V, V_CHUNK, V_COUNT, V_TAIL, HOLD)
+    if dk is not None:
         k_sums = zeros(BLOCK_M, K_SUM, K_SUMS, K_REST)
     if dv is not None:
         v_sums = zeros(BLOCK_M, V_SUM, V_SUMS, V_REST)
+    eta_sum = tl.zeros([BLOCK_M], tl.float32)
     for n in tl.range(first, last, BLOCK_N):
         at = tl.cast(n, tl.int64)
         q_tile, g_tile = q + at * q_n, d_o + at * g_n
@@ -200,8 +228,14 @@ def cross_attention_dkv_kernel(
             k, k_m, left, held_k, q_tile, q_n, queries - n,
             BLOCK_M, BLOCK_N, D, D_CHUNK, D_COUNT, D_TAIL, HOLD, EVEN,
         )  # fmt: skip
-        p = tl.math.exp2(s * log2_scale - tl.load(shift + row, mask=there, other=0.0)[None, :])
-        p = p * tl.load(weight + row, mask=there, other=0.0)[None, :]
+        row_weight = tl.load(weight + row, mask=there, other=0.0)[None, :]
+        if token_shift is None:
+            p = tl.math.exp2(s * log2_scale - tl.load(shift + row, mask=there, other=0.0)[None, :]) * row_weight
+        else:
+            if not EVEN:
+                s = tl.where(there[None, :], s, float("-inf"))
+            a = tl.math.exp2(s * log2_scale - own_shift) * own_weight
+            p = a * row_weight
         if row_hashes is not None:
             row_hash = tl.load(row_hashes + row, mask=there, other=0)
             keep = dropout_keep(row_hash[None, :], token_hash[:, None], threshold)
@@ -213,20 +247,36 @@ def cross_attention_dkv_kernel(
                 v_sums, dropped, g_tile + v_channel, g_n, queries - n, V - v_channel,
                 BLOCK_N, V_SUM, V_SUMS, V_REST, EVEN, GROUPS * V_SUMS * V_SUM <= V,
             )  # fmt: skip
-        if dk is not None:
+        if dk is not None or eta_out is not None:
             dp = product(
                 v, v_m, left, held_v, g_tile, g_n, queries - n,
                 BLOCK_M, BLOCK_N, V, V_CHUNK, V_COUNT, V_TAIL, HOLD, EVEN,
             )  # fmt: skip
             if row_hashes is not None:
                 dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - tl.load(delta + row, mask=there, other=0.0)[None, :])
-            k_sums = accumulate(
-                k_sums, ds, q_tile + k_channel, q_n, queries - n, D - k_channel,
-                BLOCK_N, K_SUM, K_SUMS, K_REST, EVEN, GROUPS * K_SUMS * K_SUM <= D,
-            )  # fmt: skip
+            dp -= tl.load(delta + row, mask=there, other=0.0)[None, :]
+            if token_shift is None:
+                ds = p * dp
+            else:
+                x = row_weight * dp
+                if eta is not None:
+                    x -= tl.load(eta + token_row, mask=inside, other=0.0)[:, None]
+                if eta_low is not None:
+                    x -= tl.load(eta_low + token_row, mask=inside, other=0.0)[:, None]
+                ds = a * x
+            if eta_out is not None:
+                eta_sum += tl.sum(ds, 1)
+            if dk is not None:
+                k_sums = accumulate(
+                    k_sums, ds, q_tile + k_channel, q_n, queries - n, D - k_channel,
+                    BLOCK_N, K_SUM, K_SUMS, K_REST, EVEN, GROUPS * K_SUMS * K_SUM <= D,
+                )  # fmt: skip
 
     out = (split.to(tl.int64) * (tl.num_programs(0) // (blocks * GROUPS * splits)) + head) * tokens + m
+    if eta_out is not None:
+        if seen is not None:
+            eta_sum = tl.where(seen, eta_sum, 0.0)
+        tl.store(eta_out + out + tl.arange(0, BLOCK_M), eta_sum, mask=inside)
     if dk is not None:
         store(k_sums, dk + out * D + k_channel, D, left, D - k_channel, scale, seen, BLOCK_M, K_SUM, K_SUMS, K_REST)
     if dv is not None:

@@ -51,6 +51,22 @@ def dropout_keep(row_hash, token_hash, threshold):
     return x >= threshold.to(tl.uint32, bitcast=True)
 
 
+@triton.jit
+def cross_attention_hashes_kernel(seed, row_hashes, token_hashes, rows, tokens, BLOCK: tl.constexpr):
+    """Dropout's hashes of all query rows and tokens: once a call, since a hash costs more than a weight does.
+
+    Grid: a program a ``BLOCK`` of indices, of rows and of tokens; indices beyond the last of either are not written.
+
+        seed          [1]      in   int64
+        row_hashes    [rows]   out  uint32 as int32; rows = B H N
+        token_hashes  [tokens] out  uint32 as int32; tokens = M
+    """
+    number = tl.load(seed)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(row_hashes + i, hash_rows(number, i).to(tl.int32, bitcast=True), mask=i < rows)
+    tl.store(token_hashes + i, hash_tokens(number, i).to(tl.int32, bitcast=True), mask=i < tokens)
+
+
 def threshold_bits(probability: float) -> int:
     """p 2^32 as kernels take it: its 32 bits as a signed number, so that it is an int32 argument for every p."""
     threshold = dropout_threshold(probability)

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
+from perceiver_fast.kernels import grid_inverted
 from perceiver_fast.kernels.base2 import LN_2
 from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.configs import Config
@@ -299,12 +300,13 @@ def check(q, feat, scale, mask, dropout, seed, inverted) -> None:
     """Raises what these kernels cannot take: the public function never asks for it, who calls the registered op may.
 
     Raises:
-        RuntimeError: another dtype, rank or size, or inverted attention.
+        RuntimeError: another dtype, rank or size.
     """
-    CHECK.no_inverted(inverted)
     CHECK.rank("q", q, 3, "[B, N, L]")
     CHECK.expect(feat.dim() >= 3, "feat [B, *sizes, F] of at least one axis", f"shape {list(feat.shape)}")
     batch, *sizes, features = feat.shape
+    if inverted and batch:  # heads apart
+        batch *= q.shape[0] // batch
     CHECK.expect(features > 0 and all(sizes), "at least one channel, and no empty axis", f"feat {list(feat.shape)}")
     CHECK.tensor("q", q, torch.float32, (batch, q.shape[1], features + sum(sizes)), "[B, N, F + sum(sizes)]")
     CHECK.dtype("feat", feat, *HALF_OR_FLOAT)
@@ -329,10 +331,11 @@ def forward(
         feat: ``[B, *sizes, F]``: float32, or a half-precision dtype, which then is that of weights and values.
         scale: ``[B, *sizes]`` float32.
         mask, dropout, seed: see :mod:`perceiver_fast.ops.grid_attention`.
-        inverted: has to be False.
+        inverted: softmax over the queries, then normalised over the tokens: then q may have several times feat's batch.
 
     Returns:
         o ``[B, N, L]`` float32, lse ``[B, N]`` float64 (-3.4e38 where all is masked), kept ``[B, N]`` (empty without dropout), and an empty tensor.
+        Inverted: see :func:`perceiver_fast.kernels.grid_inverted.forward`.
 
     Raises:
         RuntimeError: see :func:`check`.
@@ -340,8 +343,12 @@ def forward(
     check(q, feat, scale, mask, dropout, seed, inverted)
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
     nothing = q.new_empty(0, dtype=torch.float64)
+    if inverted and q.numel() > 0:
+        return grid_inverted.forward(q, feat, scale, mask, dropout, seed)
     if q.shape[0] * q.shape[1] == 0:
-        kept = q.new_empty(q.shape[:2] if dropout > 0 else (0,))
+        if inverted:
+            nothing = nothing.new_full((q.shape[0], scale.shape[1:].numel()), float("-inf"))
+        kept = q.new_empty(q.shape[:2] if dropout > 0 or inverted else (0,))
         return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float64), kept, nothing
     q, mask, empty = seen(q, mask)
     o, lse, kept, launches = forward_launches(

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
+from perceiver_fast.kernels import grid_inverted
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.dropout import hash_rows
 from perceiver_fast.kernels.grid import Grid, blocks, precision_of
@@ -284,7 +285,7 @@ def backward(
         d_lse: ``[B, N]`` float64, or None.
         d_kept: ``[B, N]`` float32, or None.
         q, feat, scale, mask, dropout, seed, inverted: as the forward's.
-        o, lse, kept, token_lse: what the forward returned; the last is not read.
+        o, lse, kept, token_lse: what the forward returned.
         token_grads: whether the gradients of feat and scale are asked for; they are empty otherwise.
 
     Raises:
@@ -296,13 +297,20 @@ def backward(
         CHECK.tensor(name, t, torch.float32, q.shape, "[B, N, L]")
     for name, t in (("lse", lse), ("d_lse", d_lse)):
         CHECK.tensor(name, t, torch.float64, rows, "[B, N]")
-    CHECK.expect(d_kept is None or dropout > 0, "no d_kept without dropout", "one")
-    CHECK.tensor("kept", kept, torch.float32, rows if dropout > 0 else (0,), "[B, N]" if dropout > 0 else "empty")
+    sums = dropout > 0 or inverted
+    CHECK.expect(d_kept is None or sums, "no d_kept without dropout", "one")
+    CHECK.tensor("kept", kept, torch.float32, rows if sums else (0,), "[B, N]" if sums else "empty")
     CHECK.tensor("d_kept", d_kept, torch.float32, rows, "[B, N]")
-    CHECK.tensor("token_lse", token_lse, torch.float64, (0,), "empty")
+    of_tokens = (q.shape[0], scale.shape[1:].numel()) if inverted else (0,)
+    CHECK.tensor("token_lse", token_lse, torch.float64, of_tokens, "[B, M]" if inverted else "empty")
     if q.shape[0] * q.shape[1] == 0:
-        tokens = (torch.zeros_like(t) if token_grads else t.new_empty(0) for t in (feat, scale))
+        tokens = (t.new_zeros(q.shape[0], *t.shape[1:]) if token_grads else t.new_empty(0) for t in (feat, scale))
         return q.new_empty(q.shape), *tokens
+    if inverted:
+        CHECK.expect(d_lse is None, "no d_lse where attention is inverted", "one")
+        return grid_inverted.backward(
+            d_o, d_kept, q, feat, scale, mask, dropout, seed, o, lse, kept, token_lse, token_grads
+        )
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), "")
     q, mask, empty = seen(q, mask)
     if empty is not None:  # their weights are those of zero logits

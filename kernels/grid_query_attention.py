@@ -23,9 +23,9 @@ from torch import Tensor
 from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
-from perceiver_fast.kernels.cross_attention import LOWEST, cross_attention_hashes_kernel, power_of_two
+from perceiver_fast.kernels.cross_attention import LOWEST, power_of_two
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, place, store, zeros
-from perceiver_fast.kernels.dropout import dropout_keep, threshold_bits
+from perceiver_fast.kernels.dropout import cross_attention_hashes_kernel, dropout_keep, threshold_bits
 from perceiver_fast.kernels.grid_query_keys import DOUBLED, FORWARD, Keys, Variant, describe_keys
 from perceiver_fast.kernels.grid_query_tiles import (
     axes_sum,

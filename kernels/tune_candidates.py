@@ -118,7 +118,7 @@ def prepare(call: Call, name: str, arch: int, device: torch.device) -> Callable[
         launch.run()
     d_o = torch.randn_like(results[0])
     if call.op == "cross_attention":
-        return lambda: backward(d_o, None, *arguments, *results, arch)
+        return lambda: backward(d_o, None, *arguments, *results[:2], arch)
     if call.op == "grid_query_attention":
         return lambda: backward(d_o, *arguments, results[1], True, arch)
 

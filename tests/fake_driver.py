@@ -25,7 +25,7 @@ from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.ops.declaration import OPS, Op, Operator, replaced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-UNSWITCHED = ("inverted", "grid")  # there is no kernel for the one; the other goes with the sizes
+UNSWITCHED = ("grid",)  # it goes with the sizes
 
 
 class Binaries:
@@ -100,7 +100,7 @@ def cases(op: Op) -> Iterator[dict[str, object]]:
     narrowed = ["half"] if "half" in known else typed
     switches = [name for name, parameter in known.items() if type(parameter.default) is bool and name not in UNSWITCHED]
     for declared in (*op.variants, *op.instances.values()):
-        if torch.float64 in declared.values() or declared.get("inverted"):
+        if torch.float64 in declared.values():
             continue  # PyTorch's, on GPUs
         switched = [{**declared, name: not declared.get(name, known[name].default)} for name in switches]
         there = [name for name in narrowed if declared.get(name, True) is not None]

@@ -11,7 +11,7 @@ def serve(pipe, options):
     pipe.send(("done", options))
     while True:
         try:
-            case, exclude = pipe.recv()
+            case, exclude, _ = pipe.recv()
         except EOFError:
             return
         pipe.send(("side", "fast"))

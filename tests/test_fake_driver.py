@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ALL = ["--all"] if os.environ.get("PERCEIVER_FAST_TEST_ALL_KERNELS") == "1" else []
 
 
-def launched(*arguments):
+def launched(*arguments, script="fake_driver.py"):
     """Exit code and report of a run; the interpreter, which has no such launch, is off."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "tests/fake_driver.py", *arguments]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, f"tests/{script}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout, done.stderr[-6000:]
     return done.returncode, json.loads(done.stdout)
@@ -47,3 +48,11 @@ def test_an_argument_that_a_kernel_does_not_take_is_found():
     code, found = launched("--op", "grid_attention", "--spoil", merge)
     assert code == 1 and found["raised"]
     assert all(error.startswith(f"{merge}: ") and "unknown" in error for error in found["raised"])
+
+
+def test_no_trial_holds_where_nothing_runs():
+    """First uses (perceiver_fast/ops/trial.py) meet kernels that write nothing, and one that Triton refuses to launch."""
+    code, found = launched("--op", "geglu", script="fake_trials.py")
+    assert code == 0 and found["geglu"]["lasting"] and found["geglu"]["error"].endswith("is off by nan")
+    code, found = launched("--op", "grid_attention", "--spoil", "grid_planes_kernel", script="fake_trials.py")
+    assert code == 0 and "unknown" in found["grid_attention"]["error"] and not found["grid_attention"]["lasting"]

@@ -23,8 +23,9 @@ from rich.console import Console  # noqa: E402
 from warm_python import python
 
 from benchmarks import gpu_battery, output  # noqa: E402
-from benchmarks.gpu import cases, check, clock, measure_case, prepare, record, sides  # noqa: E402
+from benchmarks.gpu import cases, check, clock, measure_case, prepare, record, runs, sides  # noqa: E402
 from benchmarks.gpu.problem import Problem  # noqa: E402
+from benchmarks.gpu.steps import Steps  # noqa: E402
 from benchmarks.gpu.worker import Worker  # noqa: E402
 from benchmarks.sides import Peer  # noqa: E402
 from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
@@ -91,7 +92,8 @@ def test_interrupted_run_keeps_what_there_is(tmp_path):
     ) as process:  # fmt: skip
         try:
             end = time.monotonic() + 100
-            while not path.exists() and process.poll() is None and time.monotonic() < end:
+            while not (path.exists() and json.loads(path.read_text())["cases"]) and time.monotonic() < end:
+                assert process.poll() is None
                 time.sleep(0.05)
             assert json.loads(path.read_text())["outcome"] == "running"
             process.send_signal(signal.SIGTERM)
@@ -130,7 +132,7 @@ def test_wrong_arguments(arguments, text, capsys):
 
 def test_help_and_list(capsys):
     output = battery("--help")
-    options = "out minutes geometry batch dtype level quick no-tests no-build device profile case compile"
+    options = "out minutes run geometry batch dtype level quick no-tests no-build device profile case compile"
     assert all(f"--{option}" in output for option in options.split())
     assert gpu_battery.main(["--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
@@ -299,18 +301,86 @@ def test_commands_are_logged_and_stopped(tmp_path, capfd):
     assert code is None
 
 
-def test_gpu_tests_are_found_and_their_report_read(tmp_path):
+def test_gpu_tests_are_found():
+    """All files that have tests for GPUs alone, and none that has not."""
     files = prepare.gpu_tests()
-    assert "tests/kernels" in files and "tests/ops/test_fourier_projection_cuda.py" in files
-    report = tmp_path / "report.xml"
-    report.write_text(
-        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">'
-        '<testcase classname="a" name="b"><failure/></testcase></testsuite></testsuites>'
+    assert files[0] == "tests/kernels" and all((ROOT / file).exists() for file in files)
+    assert {"tests/ops/test_fourier_projection_cuda.py", "tests/test_graph.py"} <= set(files)
+    assert not any(file.endswith(("ops/test_cross_attention.py", "test_gpu_battery.py")) for file in files)
+
+
+def test_what_tests_printed_is_read_to_wherever_it_ends(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "[gw3] [  2%] PASSED tests/kernels/test_a.py::test_x[(1, 2)-True] \n"
+        "[gw0] [100%] FAILED tests/kernels/test_a.py::test_y \n"
+        "tests/test_b.py::test_z SKIPPED (there is no GPU)            [ 50%]\n"
+        "ERROR tests/test_c.py - ImportError: no\nFAILED tests/kernels/test_a.py::test_y - assert 1 == 2\n[gw1] [ 10"
     )
-    assert prepare.read_report(report) == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "failed": ["a.b"]}
-    assert prepare.read_report(tmp_path / "none.xml")["tests"] == 0
+    failed = ["tests/kernels/test_a.py::test_y", "tests/test_c.py"]
+    assert prepare.read_log(log) == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1, "failed": failed}
+    assert prepare.read_log(tmp_path / "none")["tests"] == 0
     result = {"outcome": "failed: no start", "cases": [], "tests": {"outcome": "failed", "failed": ["a.b"]}}
     assert record.complaints(result) == ["failed: no start", "tests: failed: a.b"]
+
+
+def test_runs_fit_their_time():
+    for seconds, steps in runs.RUNS.values():
+        assert sum(step.seconds for step in steps) <= seconds - runs.MARGIN
+        assert {step.kind for step in steps} <= {"tests", "timings", *record.COMMANDS}
+        names = [case.name for step in steps for case in step.cases]
+        assert len(names) == len(set(names)) and not set(names) & {case["case"] for case in cases.select()[1]}
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """compute-sanitizer and ncu that only run what they are given."""
+    for name in ("compute-sanitizer", "ncu"):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text('#!/bin/sh\nuntil [ "$1" = "$PYTHON" ]; do shift; done\nexec "$@"\n')
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", sys.executable)
+
+
+@pytest.mark.parametrize("name", runs.RUNS)
+def test_dry_run_of_what_is_run_on_a_gpu(name, tools, tmp_path):
+    """Its steps and commands, with the sizes and devices that there are."""
+    pytest.importorskip("triton")
+    output = battery("--run", name, "--out", tmp_path, "--device", "cpu", "--commit", "known")
+    result = json.loads((tmp_path / "battery.json").read_text())
+    steps = runs.RUNS[name][1]
+    assert result["outcome"] == "complete" and result["conditions"]["git_commit"] == "known"
+    assert [case["case"] for case in result["cases"]] == [step.cases[0].name for step in steps if step.cases]
+    for step in steps:
+        if step.kind != "timings":
+            assert result[step.kind]["outcome"] == "passed", (step.kind, result[step.kind], output[-3000:])
+    assert len(list(tmp_path.glob("*.*"))) <= 8  # as many files as come back from the machine that was planned for
+    if name == "first":
+        assert result["trials"]["ops"]["geglu"]["error"] == "" and result["tests"]["tests"] > 0
+
+
+def test_a_step_leaves_what_it_did_not_need_to_the_next(tmp_path, monkeypatch):
+    given, now = [], time.monotonic()
+    monkeypatch.setattr(Steps, "tool", lambda self, step, until: given.append(round(until - now)))
+    doing = Steps(tmp_path, {"cases": [], "skipped": [], "conditions": {}, "outcome": "running"}, None, "none")
+    doing.run([runs.Step("trials", 10), runs.Step("sanitizer", 20), runs.Step("tuner", 30)], now + 60)
+    assert given == [10, 30, 60] and json.loads((tmp_path / "battery.json").read_text())["outcome"] == "complete"
+
+
+def test_kernels_that_fail_their_trial_or_a_tool_are_complaints():
+    result = {"outcome": "complete", "cases": [], "tests": {"outcome": "passed"}}
+    result |= {"trials": {"outcome": "failed", "log": "trials.log", "ops": {"geglu": {"error": "off by 1"}}}}
+    result |= {"sanitizer": {"outcome": "left out"}, "tuner": {"outcome": "stopped", "log": "tuner.log"}}
+    said = ["trials: failed, see trials.log", "tuner: stopped, see tuner.log", "geglu: off by 1"]
+    assert record.complaints(result) == said
+
+
+def test_sides_whose_turn_comes_too_late_are_not_run():
+    found = measured("op/readme/8/fp32/forward", seconds=1e-6)["sides"]
+    assert found["fast"]["outcome"] == "timed"
+    assert "were spent" in found["smart"]["reason"] and found["smart"]["outcome"] == "not run"
 
 
 def test_a_field_that_the_driver_refuses_loses_no_other(tmp_path, monkeypatch):

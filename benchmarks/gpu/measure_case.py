@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -13,6 +15,8 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.problem import Problem
 from benchmarks.gpu.sides import PEERS, reasons
 from benchmarks.sides import OURS
+
+SHARE = 0.6  # of a case's time, after which no further side is begun: those that are there are still to be timed
 
 
 class DeviceLost(RuntimeError):
@@ -69,14 +73,17 @@ def measure_case(
     dry: bool = False,
     compile_mode: str = "headline",
     exclude: dict[str, str] | None = None,
+    seconds: float = math.inf,
     say: Callable[[str], object] = lambda side: None,
 ) -> dict:
     """Measure ``case``: one entry of the result's "cases".
 
     Args:
         exclude: sides that are left out, and why.
+        seconds: that there are for it: sides whose turn comes too late are not run.
         say: told which side comes next, for whoever has to know what a process died of.
     """
+    late = time.monotonic() + SHARE * seconds
     torch.compiler.reset()
     free()
     cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
@@ -102,6 +109,8 @@ def measure_case(
             sides[name] = {"outcome": "failed", "reason": exclude[name]}
         elif why := reasons(problem, name, compile_mode, cuda.total_memory if cuda else None):
             sides[name] = why
+        elif calls and time.monotonic() > late:
+            sides[name] = {"outcome": "not run", "reason": f"the case's {seconds:.0f} s were spent"}
         else:
             say(name)
             try:

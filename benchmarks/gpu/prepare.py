@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from xml.etree import ElementTree
 
 from benchmarks.process import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-TEST_FOLDERS = ("ops", "layers", "models")
+WORKERS = 12  # of the tests: each holds a CUDA context, and a compiler
+DRY_TESTS = ("tests/kernels/test_dropout.py",)
 NO_TESTS = 5  # pytest's exit code when it collected none
+# With several workers, or in the summary, the outcome comes before the test; with one behind it.
+OUTCOME = re.compile(
+    r"(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR|SKIPPED) (tests/.+)|(tests/.+?) (PASSED|FAILED|ERROR|SKIPPED)"
+)
 
 
 def run_logged(
@@ -67,24 +74,31 @@ def link_kernels() -> str:
     return "linked"
 
 
+def interpreted() -> dict[str, str]:
+    """The environment in which Triton's kernels run on a CPU."""
+    return os.environ | {"TRITON_INTERPRET": "1"}
+
+
 def gpu_tests() -> list[str]:
-    """The kernels' tests, and every test file of ops, layers and models that asks for a GPU."""
+    """The kernels' tests, and every test file that has some for a GPU alone."""
     found = [ROOT / "tests" / "kernels"]
-    for folder in TEST_FOLDERS:
-        for path in sorted((ROOT / "tests" / folder).glob("test_*.py")):
-            if "cuda.is_available" in path.read_text():
-                found.append(path)
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if path.parent != found[0] and "skipif(not torch.cuda.is_available()" in path.read_text():
+            found.append(path)
     return [str(path.relative_to(ROOT)) for path in found]
 
 
-def test(out: Path, seconds: float) -> dict:
-    """Run the GPU's tests; their report goes to ``out``/tests.xml, their output to tests.log."""
-    report = out / "tests.xml"
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    command.append(f"--junitxml={report.resolve()}")
-    code, took = run_logged([*command, *gpu_tests()], out / "tests.log", seconds)
-    found = {"exit_code": code, "seconds": round(took, 1), "files": gpu_tests(), **read_report(report)}
+def test(out: Path, seconds: float, dry: bool = False) -> dict:
+    """Run the GPU's tests; their output goes to ``out``/tests.log, and says what passed until they end.
+
+    Kernels compile for a second each, so up to WORKERS processes share the tests. Dry, it is one file in the interpreter.
+    """
+    files, environment = (list(DRY_TESTS), interpreted()) if dry else (gpu_tests(), None)
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if not dry and importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(WORKERS, len(os.sched_getaffinity(0))))]
+    code, took = run_logged([*command, *files], out / "tests.log", seconds, environment)
+    found = {"exit_code": code, "seconds": round(took, 1), "files": files, **read_log(out / "tests.log")}
     if code is None:
         return found | {"outcome": f"stopped after {seconds:.0f} s"}
     ran = found["tests"] - found["skipped"]
@@ -93,19 +107,14 @@ def test(out: Path, seconds: float) -> dict:
     return found | {"outcome": "failed" if code else "passed"}
 
 
-def read_report(report: Path) -> dict:
-    """Counts and the failures' names of a JUnit report; zeros when there is none."""
-    try:
-        root = ElementTree.parse(report).getroot()
-    except (OSError, ElementTree.ParseError):
-        root = ElementTree.Element("testsuites")
-    counts = {
-        key: sum(int(suite.get(key, 0)) for suite in root.iter("testsuite"))
-        for key in ("tests", "failures", "errors", "skipped")
-    }
-    failed = [
-        f"{case.get('classname')}.{case.get('name')}"
-        for case in root.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return counts | {"failed": failed}
+def read_log(log: Path) -> dict:
+    """Counts and the failures' names from what pytest printed, be it to the end or not; zeros where there is nothing."""
+    outcomes: dict[str, str] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        if found := OUTCOME.match(line):
+            before, name, other, after = found.groups()
+            outcomes.setdefault((name or other).split(" - ")[0].strip(), before or after)
+    counts = Counter(outcomes.values())
+    failed = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
+    numbers = {"failures": counts["FAILED"], "errors": counts["ERROR"], "skipped": counts["SKIPPED"]}
+    return {"tests": len(outcomes), **numbers, "failed": failed}

@@ -9,6 +9,7 @@ from rich.table import Table
 from benchmarks.output import digits, table, times_ours
 
 OURS = "fast"
+COMMANDS = "trials", "sanitizer", "counters", "tuner"  # what a run does beside build, tests and timings
 NOT_RUN = {"outcome": "not run"}
 SHORT = {"out of memory": "memory", "not run": "-"}
 CAPTION = (
@@ -103,6 +104,12 @@ def complaints(result: dict) -> list[str]:
     found = [result["outcome"]] if result["outcome"].startswith("failed") else []
     if result["tests"].get("outcome") not in ("passed", "left out", "none ran"):
         found.append(f"tests: {result['tests'].get('outcome')}: {', '.join(result['tests'].get('failed', [])[:5])}")
+    for kind in COMMANDS:
+        if result.get(kind, {}).get("outcome") in ("failed", "stopped"):
+            found.append(f"{kind}: {result[kind]['outcome']}, see {result[kind]['log']}")
+    for name, op in result.get("trials", {}).get("ops", {}).items():
+        if op["error"]:
+            found.append(f"{name}: {op['error']}")
     for case in result["cases"]:
         ours = case["sides"].get(OURS, {})
         if ours.get("outcome") != "timed":

@@ -39,10 +39,10 @@ def _serve(pipe: Connection, options: dict) -> None:
     pipe.send(("done", machine.conditions(device) | {"truth": check.truth_name(), "tolerances": check.TOLERANCES}))
     while True:
         try:
-            case, exclude = pipe.recv()
+            case, exclude, seconds = pipe.recv()
         except EOFError:  # the parent is gone
             return
-        options |= {"exclude": exclude, "say": lambda side: pipe.send(("side", side))}
+        options |= {"exclude": exclude, "seconds": seconds, "say": lambda side: pipe.send(("side", side))}
         try:
             pipe.send(("done", measure_case.measure_case(case, device, **options)))
         except measure_case.DeviceLost as error:
@@ -78,7 +78,7 @@ class Worker:
         while True:
             try:
                 self.start()
-                self.process.pipe.send((case, exclude))
+                self.process.pipe.send((case, exclude, deadline - time.monotonic()))
                 return self._receive(deadline - time.monotonic())
             except (WorkerLost, BrokenPipeError) as error:
                 self.stop(at_once=True)

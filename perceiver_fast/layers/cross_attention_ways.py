@@ -59,7 +59,8 @@ def attend_grid(
         scale = tokens.scale(layer.norm_context.eps)
         if inverted:  # the keys' bias: a channel that is one after scaling, and the bias as its query
             feat, scale = with_ones(feat, scale)
-            q = torch.cat([q[..., :features], logit_bias.unsqueeze(-1), q[..., features:]], -1)
+            raw, axes = q.split([features, q.shape[-1] - features], -1)
+            q = torch.cat([raw, logit_bias.unsqueeze(-1), axes], -1)
         elif features == 0:  # the op takes at least one channel
             feat, q = feat.new_zeros(*feat.shape[:-1], 1), torch.cat([q.new_zeros(*q.shape[:-1], 1), q], -1)
         q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
@@ -70,7 +71,8 @@ def attend_grid(
         )
         o = o.unflatten(1, (heads, -1))
         if inverted or features == 0:
-            o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)
+            raw, _, axes = o.split([features, 1, o.shape[-1] - features - 1], -1)
+            o = torch.cat([raw, axes], -1)
         out = times_tables(o, values).transpose(1, 2) + layer.weighted_bias(value_bias, weight_sums)
         if not with_lse:
             return out, None

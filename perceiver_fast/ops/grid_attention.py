@@ -69,8 +69,6 @@ def _cpu_reasons(call: GridAttentionCall) -> list[str]:
 
 def _triton_reasons(call: GridAttentionCall) -> list[str]:
     reasons = triton_reasons(call.device, call.dtype)
-    if call.inverted:
-        reasons.append("it has no inverted attention")
     if call.features > MOST_FEATURES:
         reasons.append(f"it takes up to {MOST_FEATURES} raw channels, not {call.features}")
     return reasons
@@ -115,24 +113,29 @@ def _sample(
         feat, scale = feat.detach(), scale.detach()
     if not options:
         return GridAttentionFunction.apply(q, feat, scale, None, 0.0, None, inverted)[0]
-    return GridAttentionFunction.apply(q, feat, scale, make.mask(2, *sizes), 0.1, make.seed(), False)
+    return GridAttentionFunction.apply(q, feat, scale, make.mask(2, *sizes), 0.1, make.seed(), inverted)
 
 
 def _instances():
-    """By dtype, raw channels, and with options or without."""
+    """By dtype, raw channels, and with options or without; inverted."""
     for dtype, features, options in (
         *((torch.float32, *call) for call in ((3, False), (3, True), (8, True), (16, False), (64, False))),
         *((dtype, *call) for dtype in (torch.bfloat16, torch.float16) for call in ((3, False), (3, True), (64, False))),
     ):
         name = f"{str(dtype).removeprefix('torch.')}, {features} channels{', mask and dropout' if options else ''}"
         yield name, dict(dtype=dtype, features=features, options=options, queries=512, sizes=(224, 224))
+    for features in (3, 64):
+        name = f"float32, {features} channels, inverted, mask and dropout"
+        yield name, dict(features=features, options=True, queries=512, sizes=(224, 224), inverted=True)
 
 
 def _trial(make, dtype):
     q, axes = make(2, 20, 3, dtype=dtype), [make(2, 20, size, dtype=dtype) for size in (3, 40)]
     feat, scale = make(2, 120, 3, dtype=dtype), make.positive(2, 120, dtype=dtype)
-    o, o_axes, lse = grid_attention(q, axes, feat, scale, make.mask(2, 120))
-    return o, *o_axes, lse
+    mask = make.mask(2, 120)
+    o, o_axes, lse = grid_attention(q, axes, feat, scale, mask)
+    p, p_axes, _ = grid_attention(q, axes, feat, scale, mask, inverted=True)
+    return o, *o_axes, lse, p, *p_axes
 
 
 GRID_ATTENTION = declare(
@@ -164,7 +167,7 @@ GRID_ATTENTION = declare(
     trial=_trial,
     variants=({}, dict(options=True), dict(inverted=True), dict(token_grads=False)),
     instances=dict(_instances()),
-    kernels="grid_(attention|planes|tokens)(_.*)?_kernel",
+    kernels="grid_(attention|inverted|planes|tokens)(_.*)?_kernel",
 )
 
 
@@ -256,13 +259,16 @@ def grid_attention_unchecked(
     else:
         if backend is None:
             backend = GRID_ATTENTION.require(GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted))
-        run = reference.grid_attention if backend == "reference" else GridAttentionFunction.apply
+        plain = reference if q.device.type == "cpu" else blocks  # whose N x M weights a GPU has no memory for
+        run = plain.grid_attention if backend == "reference" else GridAttentionFunction.apply
     shape = q.shape
     if inverted:
         q = q.unflatten(1, (heads, -1))
         # A softmax over one query is constant: its gradient is zero, exactly.
         q = (q * 0 if q.shape[2] == 1 else q).flatten(0, 1)
-    values = (half or half_dtype(q.device, q.dtype) or compute) if backend == "triton" else compute
+    values = compute
+    if backend == "triton" and not inverted:  # whose kernels are float32 throughout
+        values = half or half_dtype(q.device, q.dtype) or compute
     with unless_autocast(q.device):
         seed = dropout_seed(dropout, q.device) if seed is None else seed
         o, lse, kept = run(q.to(compute), feat.to(values), scale.to(compute), mask, dropout, seed, inverted)

@@ -273,7 +273,7 @@ def grid_query_attention_unchecked(
         seed = dropout_seed(dropout, tables.device)
         given = _given(tables, feat, scale, bias, v, narrow or compute)
         arguments: tuple[Any, ...] = (*given, mask, grid, dropout, seed, sum_heads)
-        if plain:
+        if plain or (backend == "reference" and tables.device.type != "cpu"):  # a GPU has no memory for N x M weights
             o = blocks.grid_query_attention(*arguments)
         elif backend == "reference":
             o, _ = reference.grid_query_attention(*arguments)

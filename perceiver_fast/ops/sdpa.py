@@ -4,6 +4,8 @@ torch's fused kernels have one derivative, and the CPU's returns numbers where a
 are all -inf, and with fewer tokens than a vector has lanes for one whose logits are all NaN. Its log-sum-exp is zero
 there, which others are by chance alone, and such calls run the differentiable form, ops/blocks.py's. In half precision
 there are more cases, and not all show in the log-sum-exp: queries and keys are looked at, too.
+
+On a GPU, what none of torch's fused kernels takes runs the differentiable form, too: torch would form the N x M weights.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def slow_reasons(call: Any) -> list[str]:
 
     Reasoned from what its kernels do, not measured. Flash attention takes half precision with up to 256 channels,
     a multiple of 8, the same of values, and no mask; the memory-efficient kernel any number that is a multiple of
-    16 bytes, but leaves a GPU idle that its blocks of 64 queries do not fill. What neither takes forms the N x M weights.
+    16 bytes, but leaves a GPU idle that its blocks of 64 queries do not fill.
     """
     if INTERPRETED:
         return ["TRITON_INTERPRET=1 puts the interpreted Triton kernels in its place"]
@@ -198,14 +200,17 @@ def _sdpa(q, k, v, mask, dropout, scale) -> Tensor:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
         bias = bias.masked_fill(~mask, torch.finfo(q.dtype).min)[:, None, None, :]
     device = q.device.type
+    if device != "cpu" and q.dtype == torch.float64:  # there is no fused kernel
+        return _form(q, k, v, mask, scale, dropout)
     if torch.compiler.is_compiling() or type(q) not in PLAIN or intercepted() or device == "meta":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
     if device == "cpu":
         if torch._fused_sdp_choice(q, k, v, bias, dropout, False, scale=scale) == FLASH:
             return _flash_on_cpu(q, k, v, bias, mask, scale)
+    elif device == "cuda" and torch._fused_sdp_choice(q, k, v, bias, dropout, False, scale=scale) == MATH:
+        return _form(q, k, v, mask, scale, dropout)
     elif learns(q, k, v):
-        if device != "cuda" or torch._fused_sdp_choice(q, k, v, bias, dropout, False, scale=scale) != MATH:
-            return _Fused.apply(q, k, v, bias, mask, dropout, scale)
+        return _Fused.apply(q, k, v, bias, mask, dropout, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
 
 

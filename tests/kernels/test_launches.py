@@ -24,6 +24,9 @@ def attend(device, dropout=0.2):
     def run(*leaves):
         o, lse, _ = grid_attention_unchecked(*leaves[:3], mask, dropout)
         p, sums = cross_attention(*leaves[3:6], seen, dropout, return_lse=True)
+        turned, _, weights = grid_attention_unchecked(*leaves[:3], mask, dropout, inverted=True)
+        o = o + turned * weights.unsqueeze(-1)
+        p = p + cross_attention(*leaves[3:6], seen, dropout, inverted=True)
         y, z = add_layer_norm(leaves[3], p, *leaves[6:9])
         p = y + geglu(z, leaves[9]).repeat(1, 1, 1, 2)
         decoded = grid_query_attention_unchecked(*leaves[10:], leaves[2], mask=seen, dropout=dropout)

@@ -37,18 +37,25 @@ def check(function, plain, inputs, where):
             torch.testing.assert_close(a[there], e[there], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize("value", VALUES)
-def test_cross_attention(value, device):
+def test_cross_attention(value, inverted, device):
+    def mine(*tensors):
+        if not inverted:
+            return cross_attention(*tensors, mask, return_lse=True)
+        o = cross_attention(*tensors, mask, inverted=True)
+        return o, o.double()  # it has no log-sum-exp
+
+    def plain(*tensors):
+        o, lse = reference.cross_attention(*tensors, mask, inverted=inverted)
+        return o, o.double() if inverted else lse
+
     mask = torch.ones(2, 20, dtype=torch.bool, device=device)
     mask[:, 5::7] = False
     for which in (1, 2):
         inputs = [torch.randn(2, 1, n, 8, device=device) for n in (6, 20, 20)]
         inputs[which][1, 0, 5, 3] = value
-        check(
-            lambda q, k, v: cross_attention(q, k, v, mask, return_lse=True),
-            lambda q, k, v: reference.cross_attention(q, k, v, mask),
-            inputs, (which, value),
-        )  # fmt: skip
+        check(mine, plain, inputs, (which, value))
 
 
 @pytest.mark.parametrize("features", [3, 12])

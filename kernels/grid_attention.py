@@ -47,6 +47,7 @@ from perceiver_fast.reference.dropout import dropout_scale
 from perceiver_fast.reference.softmax import EMPTY_LSE
 
 CHECK = Check("grid_attention")
+MERGED = dict(BN=32, BLOCK=64)  # queries, and rows or columns, of a program that merges: 128 bytes a line either way
 LEAST_TOTAL, MOST_TOTAL = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)  # beyond, a walk is taken again with a shift
 
 
@@ -87,7 +88,7 @@ def grid_attention_forward_kernel(
         token_hashes  [rows, padded]                        in   int32, or None without dropout
         column_parts  [splits, B, N, padded]                out  fp32: sum of p r by column
         row_parts     [column blocks, B, rows, N]           out  fp32: sum of p r by row
-        sum_parts     [splits, column blocks, B, N, F + 3]  out  fp32: sums of p r x, of p, of p that is kept; shift
+        sum_parts     [splits, column blocks, B, F + 3, N]  out  fp32: sums of p r x, of p, of p that is kept; shift
 
         B, N, rows, columns  sizes
         padded               columns in memory, a multiple of BJ
@@ -117,7 +118,7 @@ def grid_attention_forward_kernel(
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     step = b * 0 + N  # from row to row there, int64
     part = (split * B + b) * N + n
-    sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 3)
+    sums_out = sum_parts + ((split * tl.cdiv(columns, BJ) + block) * B + b) * N * (F + 3) + n
     first, last = split * per_split, tl.minimum(rows, (split + 1) * per_split)
     shift = tl.zeros([BN], tl.float32)
     attempt, attempts = 0, 1
@@ -136,18 +137,18 @@ def grid_attention_forward_kernel(
                 threshold, F, BN, BJ, DROPOUT, HOLES,
             )  # fmt: skip
             for f in tl.static_range(F):
-                tl.store(sums_out + f, sums[f], mask=live)
+                tl.store(sums_out + f * N, sums[f], mask=live)
         else:
             column_sums, acc, total, kept_total = sweep_mma(
                 table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, step, row_hash,
                 token_hashes, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
             )  # fmt: skip
             c = tl.arange(0, V)
-            tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
+            tl.store(sums_out[:, None] + c[None, :] * N, acc, mask=live[:, None] & (c < F)[None, :])
         tl.store(column_parts + part[:, None] * padded + j[None, :], column_sums, mask=live[:, None])
-        tl.store(sums_out + F, total, mask=live)
-        tl.store(sums_out + F + 1, kept_total, mask=live)
-        tl.store(sums_out + F + 2, shift, mask=live)
+        tl.store(sums_out + F * N, total, mask=live)
+        tl.store(sums_out + (F + 1) * N, kept_total, mask=live)
+        tl.store(sums_out + (F + 2) * N, shift, mask=live)
         attempt += 1
         if attempt == 1:
             if tl.min(((total >= LEAST_TOTAL) & (total <= MOST_TOTAL) | (live == 0)).to(tl.int32), 0) == 0:
@@ -162,18 +163,35 @@ def grid_attention_forward_kernel(
 
 
 @triton.jit
+def merge_place(program, N, rows, columns, BN: tl.constexpr, BLOCK: tl.constexpr):
+    """A merging program's queries n ``[BN]``, batch element, and which BLOCK rows it merges, or which BLOCK columns.
+
+    Returns:
+        n: ``[BN]``.
+        b: int64.
+        chunk: the BLOCK rows; at least ``row_chunks`` where it merges columns.
+        row_chunks: how many there are.
+    """
+    query_blocks, row_chunks = tl.cdiv(N, BN), tl.cdiv(rows, BLOCK)
+    chunks = row_chunks + tl.cdiv(columns, BLOCK)
+    n = (program % query_blocks) * BN + tl.arange(0, BN)
+    return n, (program // (query_blocks * chunks)).to(tl.int64), program // query_blocks % chunks, row_chunks
+
+
+@triton.jit
 def grid_attention_merge_kernel(
     column_parts, row_parts, sum_parts, o, lse, kept,
     B, N, rows, columns, padded, splits, per_split, column_blocks, keep_scale,
-    F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query's partial sums, each in units of 2^shift, made one and divided by the total.
+    """Partial sums of queries, each in units of 2^shift, made one and divided by the total.
 
         top = max shift,    total = sum 2^(shift - top) total_part,    lse = ln(2) (top + log2(total))
         o = ln(2) keep_scale / total sum 2^(shift - top) part
 
-    Grid: ``B * N`` programs. Every part counts 2^(shift - largest shift); one that met no token has a shift of -inf and
-    counts nothing, as do parts beyond the last.
+    Grid: one program for BN queries, BLOCK rows or columns, and a batch element, see :func:`merge_place`. Every part
+    counts 2^(shift - largest shift); one that met no token has a shift of -inf and counts nothing, as do parts beyond the
+    last.
 
         column_parts, row_parts, sum_parts                in   as grid_attention_forward_kernel leaves them
         o     [B, N, F + rows + columns]                  out  fp32, dense
@@ -184,45 +202,55 @@ def grid_attention_merge_kernel(
         column_blocks                                     blocks of BJ columns
         keep_scale                                        of dropout: 1 / (1 - p)
 
-        PARTS  power of two, at least splits * column_blocks
-        BLOCK  rows, or columns, at a time
+        PARTS      power of two, at least splits * column_blocks
+        BN, BLOCK  queries of a program, and its rows or columns
+
+    Tiles are read along the queries, or the columns, as they lie in memory, and written along o's rows.
     """
-    row = tl.program_id(0).to(tl.int64)  # b N + n
-    b, n = row // N, row % N
-    line = (row * 0 + B) * N * (F + 3)  # from part to part; int64, though B or N may be the constant 1
+    n, b, chunk, row_chunks = merge_place(tl.program_id(0), N, rows, columns, BN, BLOCK)
+    live = n < N
+    line = (b * 0 + B) * N * (F + 3)  # from part to part; int64, though B or N may be the constant 1
+    sums = sum_parts + b * N * (F + 3) + n  # [BN], of part 0; a part's sums follow each other N apart
     k = tl.arange(0, PARTS)
-    there = k < splits * column_blocks
-    part = sum_parts + (k * (B * N) + row) * (F + 3)  # [PARTS]
-    shifts = tl.load(part + F + 2, mask=there, other=float("-inf"))
-    top = tl.max(shifts, 0)
-    weight = tl.exp2(shifts - top)
-    total = tl.sum(weight * tl.load(part + F, mask=there, other=0.0), 0)
+    part, there = (
+        sums[None, :] + k[:, None] * line,
+        (k < splits * column_blocks)[:, None] & live[None, :],
+    )  # [PARTS, BN]
+    shifts = tl.load(part + (F + 2) * N, mask=there, other=float("-inf"))
+    top = tl.where(live, tl.max(shifts, 0), 0.0)
+    weight = tl.exp2(shifts - top[None, :])
+    total = tl.where(live, tl.sum(weight * tl.load(part + F * N, mask=there, other=0.0), 0), 1.0)
     factor = LN_2 * keep_scale / total
+    row = b * N + n
     out = o + row * (F + rows + columns)
-    for f in tl.static_range(F):
-        tl.store(out + f, tl.sum(weight * tl.load(part + f, mask=there, other=0.0), 0) * factor)
-    tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * LN_2)
-    if kept is not None:
-        tl.store(kept + row, tl.sum(weight * tl.load(part + F + 1, mask=there, other=0.0), 0) * keep_scale / total)
-    shift_at = sum_parts + row * (F + 3) + F + 2
-    for start in range(0, rows, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        inside, split = i < rows, i // per_split
-        acc = tl.zeros([BLOCK], tl.float32)
-        for block in range(column_blocks):
-            shift = tl.load(shift_at + (split * column_blocks + block) * line, mask=inside, other=top)
-            value = tl.load(row_parts + ((block * B + b) * rows + i) * N + n, mask=inside, other=0.0)
-            acc += tl.exp2(shift - top) * value
-        tl.store(out + F + i, acc * factor, mask=inside)
-    for start in range(0, columns, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        inside, block = j < columns, j // BJ
-        acc = tl.zeros([BLOCK], tl.float32)
-        for split in range(splits):
-            shift = tl.load(shift_at + (split * column_blocks + block) * line, mask=inside, other=top)
-            value = tl.load(column_parts + (split * (B * N) + row) * padded + j, mask=inside, other=0.0)
-            acc += tl.exp2(shift - top) * value
-        tl.store(out + F + rows + j, acc * factor, mask=inside)
+    if chunk == 0:
+        for f in tl.static_range(F):
+            acc = tl.sum(weight * tl.load(part + f * N, mask=there, other=0.0), 0)
+            tl.store(out + f, acc * factor, mask=live)
+        tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * LN_2, mask=live)
+        if kept is not None:
+            acc = tl.sum(weight * tl.load(part + (F + 1) * N, mask=there, other=0.0), 0)
+            tl.store(kept + row, acc * keep_scale / total, mask=live)
+    acc = tl.zeros([BN, BLOCK], tl.float32)
+    shift_at = (sums + (F + 2) * N)[:, None]
+    if chunk < row_chunks:
+        i = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = live[:, None] & (i < rows)[None, :]
+        for block in tl.range(0, column_blocks, loop_unroll_factor=4):
+            index = (i // per_split) * column_blocks + block
+            shift = tl.load(shift_at + index[None, :] * line, mask=inside, other=0.0)
+            value = tl.load(row_parts + ((block * B + b) * rows + i[None, :]) * N + n[:, None], mask=inside, other=0.0)
+            acc += tl.exp2(shift - top[:, None]) * value
+        tl.store(out[:, None] + F + i[None, :], acc * factor[:, None], mask=inside)
+    else:
+        j = (chunk - row_chunks) * BLOCK + tl.arange(0, BLOCK)
+        inside = live[:, None] & (j < columns)[None, :]
+        for split in tl.range(0, splits, loop_unroll_factor=4):
+            index = split * column_blocks + j // BJ
+            shift = tl.load(shift_at + index[None, :] * line, mask=inside, other=0.0)
+            at = (split * (B * N) + row)[:, None] * padded + j[None, :]
+            acc += tl.exp2(shift - top[:, None]) * tl.load(column_parts + at, mask=inside, other=0.0)
+        tl.store(out[:, None] + F + rows + j[None, :], acc * factor[:, None], mask=inside)
 
 
 def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -254,7 +282,7 @@ def forward_launches(
     tokens, launches = describe_tokens(grid, feat, scale, mask, seed)
     column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded)
     row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
-    sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 3)
+    sum_parts = q.new_empty(cut.partials, grid.batch, grid.features + 3, grid.queries)
     common = sizes(grid, cut, tokens) | dict(
         column_parts=column_parts, row_parts=row_parts, sum_parts=sum_parts, per_split=cut.rows_per_split,
         F=grid.features, BJ=config.tokens,
@@ -266,9 +294,15 @@ def forward_launches(
     lse = q.new_empty(q.shape[:2], dtype=torch.float64)
     kept = q.new_empty(q.shape[:2] if dropout > 0 else (0,))
     merge = common | dict(o=o, lse=lse, kept=kept if dropout > 0 else None, column_blocks=cut.columns)
-    merge |= dict(keep_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
-    launches.append(Launch(grid_attention_merge_kernel, grid.batch * grid.queries, merge))
+    merge |= MERGED | dict(keep_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials))
+    launches.append(Launch(grid_attention_merge_kernel, merge_programs(grid), merge))
     return o, lse, kept, launches
+
+
+def merge_programs(grid: Grid) -> int:
+    """Programs of a kernel that merges, see :func:`merge_place`."""
+    chunks = triton.cdiv(grid.rows, MERGED["BLOCK"]) + triton.cdiv(grid.columns, MERGED["BLOCK"])
+    return grid.batch * triton.cdiv(grid.queries, MERGED["BN"]) * chunks
 
 
 def sizes(grid: Grid, cut: Blocks, tokens: TokenArrays) -> dict[str, int]:

@@ -23,7 +23,18 @@ from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.dropout import hash_rows
 from perceiver_fast.kernels.grid import Grid, blocks, precision_of
-from perceiver_fast.kernels.grid_attention import CHECK, check, holes, place, seen, sizes, sweep_arguments
+from perceiver_fast.kernels.grid_attention import (
+    CHECK,
+    MERGED,
+    check,
+    holes,
+    merge_place,
+    merge_programs,
+    place,
+    seen,
+    sizes,
+    sweep_arguments,
+)
 from perceiver_fast.kernels.grid_attention_token_grads import token_grads_launch
 from perceiver_fast.kernels.grid_attention_tokens import describe_tokens
 from perceiver_fast.kernels.grid_sweep_fma import load_features, sweep_backward_fma
@@ -93,7 +104,7 @@ def grid_attention_backward_kernel(
         stats         [4, B N]                                in   fp32, of grid_attention_delta_kernel
         column_parts  [splits, B, N, padded]                  out  fp32: sum of dS r by column
         row_parts     [column blocks, B, rows, N]             out  fp32: sum of dS r by row
-        sum_parts     [splits, column blocks, B, N, F + 1]    out  fp32: sums of dS r x, and of dS
+        sum_parts     [splits, column blocks, B, F + 1, N]    out  fp32: sums of dS r x, and of dS
 
         B .. threshold  as in grid_attention_forward_kernel
         keep_scale      of dropout: 1 / (1 - p)
@@ -125,7 +136,7 @@ def grid_attention_backward_kernel(
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     step = b * 0 + N  # from row to row there, int64
     part = (split * B + b) * N + n
-    sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 1)
+    sums_out = sum_parts + ((split * tl.cdiv(columns, BJ) + block) * B + b) * N * (F + 1) + n
     first, last = split * per_split, tl.minimum(rows, (split + 1) * per_split)
     if PRECISION == "fma":
         g, d_features = load_features(query, live, F), load_features(d_query, live, F)
@@ -138,7 +149,7 @@ def grid_attention_backward_kernel(
             d_kept, rows_out, step, row_hash, token_hashes, threshold, F, BN, BJ, DROPOUT, HOLES,
         )  # fmt: skip
         for f in tl.static_range(F):
-            tl.store(sums_out + f, sums[f], mask=live)
+            tl.store(sums_out + f * N, sums[f], mask=live)
     else:
         g = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION, True)
         d_g = load_packed(d_query, factor, live, F, K, PRECISION, False)
@@ -150,23 +161,23 @@ def grid_attention_backward_kernel(
             F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
         )  # fmt: skip
         c = tl.arange(0, V)
-        tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
+        tl.store(sums_out[:, None] + c[None, :] * N, acc, mask=live[:, None] & (c < F)[None, :])
     tl.store(column_parts + part[:, None] * padded + j[None, :], column_sums, mask=live[:, None])
-    tl.store(sums_out + F, residual, mask=live)
+    tl.store(sums_out + F * N, residual, mask=live)
 
 
 @triton.jit
 def grid_attention_backward_merge_kernel(
     column_parts, row_parts, sum_parts, d_lse, kept, stats, dq, correction,
     B, N, rows, columns, padded, splits, column_blocks,
-    F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    F: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query's partial gradients summed, in order; and what rounding of delta left in them is found.
+    """Queries' partial gradients summed, in order; and what rounding of delta left in them is found.
 
         dq = ln(2) sum of parts,    residual = sum dS - d_lse,    factor delta += factor residual
         correction = residual, or with dropout residual / kept
 
-    Grid: ``B * N`` programs.
+    Grid: one program for BN queries, BLOCK rows or columns, and a batch element, see grid_attention.merge_place.
 
         column_parts, row_parts, sum_parts                in      as grid_attention_backward_kernel leaves them
         d_lse       [B, N]                                in      fp64, or None
@@ -178,43 +189,49 @@ def grid_attention_backward_merge_kernel(
         B, N, rows, columns, padded, splits               as in grid_attention_forward_kernel
         column_blocks                                     blocks of columns of grid_attention_backward_kernel
 
-        PARTS  power of two, at least splits * column_blocks; parts beyond the last read as zeros
-        BLOCK  rows, or columns, at a time
+        PARTS      power of two, at least splits * column_blocks; parts beyond the last read as zeros
+        BN, BLOCK  queries of a program, and its rows or columns
 
     In dq every dS is wrong by P times the residual, so that dq is wrong by the residual times sum_m P r [x ; ..], which
     is o. With dropout o sums only weights that were kept: that sum is about o / kept then, and exactly so where one
     token has all the weight. A query of which nothing was kept is left as it is.
     """
-    row = tl.program_id(0).to(tl.int64)
-    b, n = row // N, row % N
-    k = tl.arange(0, PARTS)
-    there = k < splits * column_blocks
-    part = sum_parts + (k * (B * N) + row) * (F + 1)
+    n, b, chunk, row_chunks = merge_place(tl.program_id(0), N, rows, columns, BN, BLOCK)
+    live = n < N
+    row = b * N + n
     out = dq + row * (F + rows + columns)
-    for f in tl.static_range(F):
-        tl.store(out + f, tl.sum(tl.load(part + f, mask=there, other=0.0), 0) * LN_2)
-    residual = tl.sum(tl.load(part + F, mask=there, other=0.0), 0)
-    if d_lse is not None:
-        residual -= tl.load(d_lse + row).to(tl.float32)
-    line = row * 0 + B * N  # from one of the stats to the next, int64
-    delta = stats + 2 * line + row
-    tl.store(delta, tl.load(delta) + residual * tl.load(stats + line + row))  # stats hold factor delta
-    if kept is not None:
-        share = tl.load(kept + row)
-        residual = tl.where(share > 0, residual / share, 0.0)
-    tl.store(correction + row, residual)
-    for start in range(0, rows, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        acc = tl.zeros([BLOCK], tl.float32)
-        for block in range(column_blocks):
-            acc += tl.load(row_parts + ((block * B + b) * rows + i) * N + n, mask=i < rows, other=0.0)
-        tl.store(out + F + i, acc * LN_2, mask=i < rows)
-    for start in range(0, columns, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        acc = tl.zeros([BLOCK], tl.float32)
-        for split in range(splits):
-            acc += tl.load(column_parts + (split * (B * N) + row) * padded + j, mask=j < columns, other=0.0)
-        tl.store(out + F + rows + j, acc * LN_2, mask=j < columns)
+    if chunk == 0:
+        k = tl.arange(0, PARTS)
+        there = (k < splits * column_blocks)[:, None] & live[None, :]
+        part = sum_parts + (k[:, None] * B + b) * N * (F + 1) + n[None, :]  # [PARTS, BN]
+        for f in tl.static_range(F):
+            tl.store(out + f, tl.sum(tl.load(part + f * N, mask=there, other=0.0), 0) * LN_2, mask=live)
+        residual = tl.sum(tl.load(part + F * N, mask=there, other=0.0), 0)
+        if d_lse is not None:
+            residual -= tl.load(d_lse + row, mask=live, other=0.0).to(tl.float32)
+        line = b * 0 + B * N  # from one of the stats to the next, int64
+        delta = stats + 2 * line + row
+        factor = tl.load(stats + line + row, mask=live, other=0.0)
+        tl.store(delta, tl.load(delta, mask=live, other=0.0) + residual * factor, mask=live)  # stats hold factor delta
+        if kept is not None:
+            share = tl.load(kept + row, mask=live, other=0.0)
+            residual = tl.where(share > 0, residual / share, 0.0)
+        tl.store(correction + row, residual, mask=live)
+    acc = tl.zeros([BN, BLOCK], tl.float32)
+    if chunk < row_chunks:
+        i = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = live[:, None] & (i < rows)[None, :]
+        for block in tl.range(0, column_blocks, loop_unroll_factor=4):
+            at = ((block * B + b) * rows + i[None, :]) * N + n[:, None]
+            acc += tl.load(row_parts + at, mask=inside, other=0.0)
+        tl.store(out[:, None] + F + i[None, :], acc * LN_2, mask=inside)
+    else:
+        j = (chunk - row_chunks) * BLOCK + tl.arange(0, BLOCK)
+        inside = live[:, None] & (j < columns)[None, :]
+        for split in tl.range(0, splits, loop_unroll_factor=4):
+            at = (split * (B * N) + row)[:, None] * padded + j[None, :]
+            acc += tl.load(column_parts + at, mask=inside, other=0.0)
+        tl.store(out[:, None] + F + rows + j[None, :], acc * LN_2, mask=inside)
 
 
 def backward_launches(
@@ -239,7 +256,7 @@ def backward_launches(
     common = sizes(grid, cut, tokens) | dict(
         column_parts=q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded),
         row_parts=q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries),
-        sum_parts=q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 1),
+        sum_parts=q.new_empty(cut.partials, grid.batch, grid.features + 1, grid.queries),
         stats=stats, F=grid.features,
     )  # fmt: skip
     sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
@@ -249,8 +266,8 @@ def backward_launches(
     launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
     dq, correction = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1)
     merge = common | dict(d_lse=d_lse, kept=kept if dropout > 0 else None, dq=dq, correction=correction)
-    merge |= dict(column_blocks=cut.columns, PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
-    launches.append(Launch(grid_attention_backward_merge_kernel, count, merge))
+    merge |= MERGED | dict(column_blocks=cut.columns, PARTS=triton.next_power_of_2(cut.partials))
+    launches.append(Launch(grid_attention_backward_merge_kernel, merge_programs(grid), merge))
     if not token_grads:
         return dq, correction, feat.new_empty(0), scale.new_empty(0), launches
     dfeat, dscale = torch.zeros_like(feat), torch.zeros_like(scale)

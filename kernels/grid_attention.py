@@ -47,7 +47,7 @@ from perceiver_fast.reference.dropout import dropout_scale
 from perceiver_fast.reference.softmax import EMPTY_LSE
 
 CHECK = Check("grid_attention")
-MERGED = dict(BN=32, BLOCK=64)  # queries, and rows or columns, of a program that merges: 128 bytes a line either way
+MERGED = dict(BN=32, BLOCK=32)  # queries, and rows or columns, of a program that merges: 128 bytes a line either way
 LEAST_TOTAL, MOST_TOTAL = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)  # beyond, a walk is taken again with a shift
 
 
@@ -236,7 +236,7 @@ def grid_attention_merge_kernel(
     if chunk < row_chunks:
         i = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = live[:, None] & (i < rows)[None, :]
-        for block in tl.range(0, column_blocks, loop_unroll_factor=4):
+        for block in tl.range(0, column_blocks, loop_unroll_factor=2):
             index = (i // per_split) * column_blocks + block
             shift = tl.load(shift_at + index[None, :] * line, mask=inside, other=0.0)
             value = tl.load(row_parts + ((block * B + b) * rows + i[None, :]) * N + n[:, None], mask=inside, other=0.0)
@@ -245,7 +245,7 @@ def grid_attention_merge_kernel(
     else:
         j = (chunk - row_chunks) * BLOCK + tl.arange(0, BLOCK)
         inside = live[:, None] & (j < columns)[None, :]
-        for split in tl.range(0, splits, loop_unroll_factor=4):
+        for split in tl.range(0, splits, loop_unroll_factor=2):
             index = split * column_blocks + j // BJ
             shift = tl.load(shift_at + index[None, :] * line, mask=inside, other=0.0)
             at = (split * (B * N) + row)[:, None] * padded + j[None, :]

@@ -27,11 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
+from perceiver_fast.kernels import grid_attention_cuda
 from perceiver_fast.kernels.base2 import LN_2
 from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.dropout import hash_rows, threshold_bits
 from perceiver_fast.kernels.grid import GROUP, Blocks, Grid, blocks, precision_of
+from perceiver_fast.kernels.grid_attention_cuda import Sweep
 from perceiver_fast.kernels.grid_attention_tokens import (
     HOLE,
     TokenArrays,
@@ -271,25 +273,35 @@ def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor 
 
 def forward_launches(
     q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None, dropout: float, seed: Tensor | None, arch: int
-) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
+) -> tuple[Tensor, Tensor, Tensor, list[Launch | Sweep]]:
     """o ``[B, N, F + rows + columns]``, lse ``[B, N]``, kept ``[B, N]`` or empty, and the launches that compute them.
 
     q is folded (``Grid.fold``), the mask as :func:`seen` gives it, feat and scale dense; seed is None without dropout.
     """
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
-    config = grid.config("grid_attention_forward", arch, dropout)
+    in_cuda = grid_attention_cuda.chosen(grid, feat, dropout)
+    config = grid_attention_cuda.FORWARD if in_cuda else grid.config("grid_attention_forward", arch, dropout)
     cut = blocks(grid, config, q.device)
-    tokens, launches = describe_tokens(grid, feat, scale, mask, seed)
-    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded)
+    launches: list[Launch | Sweep] = []
+    if in_cuda:
+        width = grid_attention_cuda.padded(grid.columns)
+    else:
+        tokens, launches = describe_tokens(grid, feat, scale, mask, seed)
+        width = tokens.padded
+    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, width)
     row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
     sum_parts = q.new_empty(cut.partials, grid.batch, grid.features + 3, grid.queries)
-    common = sizes(grid, cut, tokens) | dict(
+    common = sizes(grid, cut, width) | dict(
         column_parts=column_parts, row_parts=row_parts, sum_parts=sum_parts, per_split=cut.rows_per_split,
         F=grid.features, BJ=config.tokens,
     )  # fmt: skip
-    sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
-    programs = cut.queries * cut.columns * cut.splits * grid.batch
-    launches.append(Launch(grid_attention_forward_kernel, programs, sweep, config, config.queries * config.tokens))
+    if in_cuda:
+        parts = column_parts, row_parts, sum_parts
+        launches.append(Sweep("grid_attention_sums", (q, feat, scale, mask, *parts, cut.splits, cut.rows_per_split)))
+    else:
+        sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
+        programs = cut.queries * cut.columns * cut.splits * grid.batch
+        launches.append(Launch(grid_attention_forward_kernel, programs, sweep, config, config.queries * config.tokens))
     o = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float64)
     kept = q.new_empty(q.shape[:2] if dropout > 0 else (0,))
@@ -305,10 +317,10 @@ def merge_programs(grid: Grid) -> int:
     return grid.batch * triton.cdiv(grid.queries, MERGED["BN"]) * chunks
 
 
-def sizes(grid: Grid, cut: Blocks, tokens: TokenArrays) -> dict[str, int]:
+def sizes(grid: Grid, cut: Blocks, padded: int) -> dict[str, int]:
     """The sizes that sweeps and merges take."""
     return dict(
-        B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns, padded=tokens.padded, splits=cut.splits,
+        B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns, padded=padded, splits=cut.splits,
     )  # fmt: skip
 
 

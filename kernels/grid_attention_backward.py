@@ -253,7 +253,7 @@ def backward_launches(
     cut = blocks(grid, config, q.device)
     tokens, described = describe_tokens(grid, feat, scale, mask, seed)
     launches += described
-    common = sizes(grid, cut, tokens) | dict(
+    common = sizes(grid, cut, tokens.padded) | dict(
         column_parts=q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded),
         row_parts=q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries),
         sum_parts=q.new_empty(cut.partials, grid.batch, grid.features + 1, grid.queries),

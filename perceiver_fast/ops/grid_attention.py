@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from perceiver_fast import extension, reference
-from perceiver_fast.backends import Backend
+from perceiver_fast.backends import Backend, forced_again, forced_backend
+from perceiver_fast.gpu import triton_error
 from perceiver_fast.ops import blocks
 from perceiver_fast.ops.checks import check_alike, check_dropout, check_mask, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
@@ -47,6 +48,7 @@ from perceiver_fast.ranges import op_range
 
 OP = "grid_attention"
 MOST_FEATURES = 64  # that the Triton kernels are compiled for
+CUDA_FEATURES = 4  # and the CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class GridAttentionCall:
     sizes: tuple[int, ...]
     features: int = 1
     inverted: bool = False
+    half: torch.dtype | None = None  # the half-precision dtype of weights and values, if they have one
+    dropout: float = 0.0
 
 
 def _cpu_reasons(call: GridAttentionCall) -> list[str]:
@@ -73,6 +77,22 @@ def _triton_reasons(call: GridAttentionCall) -> list[str]:
         reasons.append("it has no inverted attention")
     if call.features > MOST_FEATURES:
         reasons.append(f"it takes up to {MOST_FEATURES} raw channels, not {call.features}")
+    return reasons
+
+
+def _cuda_reasons(call: GridAttentionCall) -> list[str]:
+    reasons = kernel_reasons(extension.cuda_error, "cuda", call.device, call.dtype)
+    reasons += [] if triton_error is None else [f"its sums are merged by Triton's kernels, and {triton_error}"]
+    if call.half != torch.bfloat16:
+        reasons.append(f"it multiplies in bfloat16, not {call.half or call.dtype}")
+    if len(call.sizes) != 2:
+        reasons.append(f"it takes grids of two axes, not {len(call.sizes)}")
+    if call.features > CUDA_FEATURES:
+        reasons.append(f"it takes up to {CUDA_FEATURES} raw channels, not {call.features}")
+    if call.dropout > 0:
+        reasons.append("it drops no weights")
+    if call.inverted:
+        reasons.append("it has no inverted attention")
     return reasons
 
 
@@ -139,6 +159,7 @@ GRID_ATTENTION = declare(
     OP,
     backends=(
         Backend("cpu", _cpu_reasons),
+        Backend("cuda", _cuda_reasons),
         Backend("triton", _triton_reasons),
         Backend("reference", lambda call: []),
     ),
@@ -181,6 +202,7 @@ class GridAttentionFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(q, feat, scale, mask, seed, o, lse, kept, token_lse)
         ctx.options = dropout, inverted
+        ctx.forced = forced_backend()
         ctx.set_materialize_grads(False)
         if inverted:
             ctx.mark_non_differentiable(lse)
@@ -199,10 +221,11 @@ class GridAttentionFunction(torch.autograd.Function):
 
         def kernel():
             d_out = torch.zeros_like(o) if d_o is None else d_o
-            dq, dfeat, dscale = torch.ops.perceiver_fast.grid_attention_backward(
-                d_out, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse,
-                token_grads,
-            )  # fmt: skip
+            with forced_again(ctx.forced):
+                dq, dfeat, dscale = torch.ops.perceiver_fast.grid_attention_backward(
+                    d_out, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse,
+                    token_grads,
+                )  # fmt: skip
             if not token_grads:
                 return dq, None, None
             if feat.shape[0] != q.shape[0]:  # heads apart
@@ -252,19 +275,22 @@ def grid_attention_unchecked(
     result = autocast_dtype(q.device) or q.dtype
     compute = compute_dtype(q.dtype)
     sizes = tuple(feat.shape[1:-1])
+    half = half or half_dtype(q.device, q.dtype)
     run: Callable[..., tuple[Tensor, Tensor, Any]]
     if transformed():
         backend, run = "reference", blocks.grid_attention
     else:
         if backend is None:
-            backend = GRID_ATTENTION.require(GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted))
+            backend = GRID_ATTENTION.require(
+                GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted, half, dropout)
+            )
         run = reference.grid_attention if backend == "reference" else GridAttentionFunction.apply
     shape = q.shape
     if inverted:
         q = q.unflatten(1, (heads, -1))
         # A softmax over one query is constant: its gradient is zero, exactly.
         q = (q * 0 if q.shape[2] == 1 else q).flatten(0, 1)
-    values = (half or half_dtype(q.device, q.dtype) or compute) if backend == "triton" else compute
+    values = half or compute if backend in ("cuda", "triton") else compute
     with unless_autocast(q.device):
         seed = dropout_seed(dropout, q.device)
         o, lse, kept = run(q.to(compute), feat.to(values), scale.to(compute), mask, dropout, seed, inverted)

@@ -1,0 +1,11 @@
+// The kernels of csrc/cuda/grid_attention.cu on the host, for ctypes.
+#include "emulation.h"
+
+#include "../../csrc/cuda/grid_attention_forward.cuh"
+
+using namespace perceiver_fast;
+
+extern "C" void forward(const GridCall* call, int features, int downwards, float* columns, float* rows, float* others) {
+  emulation::downwards = downwards;
+  grid_attention_forward(emulation::Launch{kThreads}, *call, features, GridSums{columns, rows, others});
+}

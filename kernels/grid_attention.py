@@ -28,12 +28,12 @@ from torch import Tensor
 
 from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels import grid_attention_cuda
-from perceiver_fast.kernels.base2 import LN_2
 from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.dropout import hash_rows, threshold_bits
 from perceiver_fast.kernels.grid import GROUP, Blocks, Grid, blocks, precision_of
 from perceiver_fast.kernels.grid_attention_cuda import Sweep
+from perceiver_fast.kernels.grid_attention_merge import MERGED, grid_attention_merge_kernel, merge_programs
 from perceiver_fast.kernels.grid_attention_tokens import (
     HOLE,
     TokenArrays,
@@ -49,7 +49,6 @@ from perceiver_fast.reference.dropout import dropout_scale
 from perceiver_fast.reference.softmax import EMPTY_LSE
 
 CHECK = Check("grid_attention")
-MERGED = dict(BN=32, BLOCK=32)  # queries, and rows or columns, of a program that merges: 128 bytes a line either way
 LEAST_TOTAL, MOST_TOTAL = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)  # beyond, a walk is taken again with a shift
 
 
@@ -164,97 +163,6 @@ def grid_attention_forward_kernel(
                 shift = tl.where(shift > HOLE / 2, shift, float("-inf"))  # -inf: nothing but holes
 
 
-@triton.jit
-def merge_place(program, N, rows, columns, BN: tl.constexpr, BLOCK: tl.constexpr):
-    """A merging program's queries n ``[BN]``, batch element, and which BLOCK rows it merges, or which BLOCK columns.
-
-    Returns:
-        n: ``[BN]``.
-        b: int64.
-        chunk: the BLOCK rows; at least ``row_chunks`` where it merges columns.
-        row_chunks: how many there are.
-    """
-    query_blocks, row_chunks = tl.cdiv(N, BN), tl.cdiv(rows, BLOCK)
-    chunks = row_chunks + tl.cdiv(columns, BLOCK)
-    n = (program % query_blocks) * BN + tl.arange(0, BN)
-    return n, (program // (query_blocks * chunks)).to(tl.int64), program // query_blocks % chunks, row_chunks
-
-
-@triton.jit
-def grid_attention_merge_kernel(
-    column_parts, row_parts, sum_parts, o, lse, kept,
-    B, N, rows, columns, padded, splits, per_split, column_blocks, keep_scale,
-    F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Partial sums of queries, each in units of 2^shift, made one and divided by the total.
-
-        top = max shift,    total = sum 2^(shift - top) total_part,    lse = ln(2) (top + log2(total))
-        o = ln(2) keep_scale / total sum 2^(shift - top) part
-
-    Grid: one program for BN queries, BLOCK rows or columns, and a batch element, see :func:`merge_place`. Every part
-    counts 2^(shift - largest shift); one that met no token has a shift of -inf and counts nothing, as do parts beyond the
-    last.
-
-        column_parts, row_parts, sum_parts                in   as grid_attention_forward_kernel leaves them
-        o     [B, N, F + rows + columns]                  out  fp32, dense
-        lse   [B, N]                                      out  fp64, natural logarithm
-        kept  [B, N]                                      out  fp32, or None without dropout
-
-        B, N, rows, columns, padded, splits, per_split    as there
-        column_blocks                                     blocks of BJ columns
-        keep_scale                                        of dropout: 1 / (1 - p)
-
-        PARTS      power of two, at least splits * column_blocks
-        BN, BLOCK  queries of a program, and its rows or columns
-
-    Tiles are read along the queries, or the columns, as they lie in memory, and written along o's rows.
-    """
-    n, b, chunk, row_chunks = merge_place(tl.program_id(0), N, rows, columns, BN, BLOCK)
-    live = n < N
-    line = (b * 0 + B) * N * (F + 3)  # from part to part; int64, though B or N may be the constant 1
-    sums = sum_parts + b * N * (F + 3) + n  # [BN], of part 0; a part's sums follow each other N apart
-    k = tl.arange(0, PARTS)
-    part, there = (
-        sums[None, :] + k[:, None] * line,
-        (k < splits * column_blocks)[:, None] & live[None, :],
-    )  # [PARTS, BN]
-    shifts = tl.load(part + (F + 2) * N, mask=there, other=float("-inf"))
-    top = tl.where(live, tl.max(shifts, 0), 0.0)
-    weight = tl.exp2(shifts - top[None, :])
-    total = tl.where(live, tl.sum(weight * tl.load(part + F * N, mask=there, other=0.0), 0), 1.0)
-    factor = LN_2 * keep_scale / total
-    row = b * N + n
-    out = o + row * (F + rows + columns)
-    if chunk == 0:
-        for f in tl.static_range(F):
-            acc = tl.sum(weight * tl.load(part + f * N, mask=there, other=0.0), 0)
-            tl.store(out + f, acc * factor, mask=live)
-        tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * LN_2, mask=live)
-        if kept is not None:
-            acc = tl.sum(weight * tl.load(part + (F + 1) * N, mask=there, other=0.0), 0)
-            tl.store(kept + row, acc * keep_scale / total, mask=live)
-    acc = tl.zeros([BN, BLOCK], tl.float32)
-    shift_at = (sums + (F + 2) * N)[:, None]
-    if chunk < row_chunks:
-        i = chunk * BLOCK + tl.arange(0, BLOCK)
-        inside = live[:, None] & (i < rows)[None, :]
-        for block in tl.range(0, column_blocks, loop_unroll_factor=2):
-            index = (i // per_split) * column_blocks + block
-            shift = tl.load(shift_at + index[None, :] * line, mask=inside, other=0.0)
-            value = tl.load(row_parts + ((block * B + b) * rows + i[None, :]) * N + n[:, None], mask=inside, other=0.0)
-            acc += tl.exp2(shift - top[:, None]) * value
-        tl.store(out[:, None] + F + i[None, :], acc * factor[:, None], mask=inside)
-    else:
-        j = (chunk - row_chunks) * BLOCK + tl.arange(0, BLOCK)
-        inside = live[:, None] & (j < columns)[None, :]
-        for split in tl.range(0, splits, loop_unroll_factor=2):
-            index = split * column_blocks + j // BJ
-            shift = tl.load(shift_at + index[None, :] * line, mask=inside, other=0.0)
-            at = (split * (B * N) + row)[:, None] * padded + j[None, :]
-            acc += tl.exp2(shift - top[:, None]) * tl.load(column_parts + at, mask=inside, other=0.0)
-        tl.store(out[:, None] + F + rows + j[None, :], acc * factor[:, None], mask=inside)
-
-
 def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Queries, mask, and which batch elements are all masked: those attend uniformly, as zero queries unmasked do.
 
@@ -272,14 +180,15 @@ def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor 
 
 
 def forward_launches(
-    q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None, dropout: float, seed: Tensor | None, arch: int
-) -> tuple[Tensor, Tensor, Tensor, list[Launch | Sweep]]:
+    q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None, dropout: float, seed: Tensor | None, arch: int,
+    in_cuda: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[Launch | Sweep]]:  # fmt: skip
     """o ``[B, N, F + rows + columns]``, lse ``[B, N]``, kept ``[B, N]`` or empty, and the launches that compute them.
 
     q is folded (``Grid.fold``), the mask as :func:`seen` gives it, feat and scale dense; seed is None without dropout.
+    ``in_cuda``: the sweep is the CUDA library's.
     """
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
-    in_cuda = grid_attention_cuda.chosen(grid, feat, dropout)
     config = grid_attention_cuda.FORWARD if in_cuda else grid.config("grid_attention_forward", arch, dropout)
     cut = blocks(grid, config, q.device)
     launches: list[Launch | Sweep] = []
@@ -309,12 +218,6 @@ def forward_launches(
     merge |= MERGED | dict(keep_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials))
     launches.append(Launch(grid_attention_merge_kernel, merge_programs(grid), merge))
     return o, lse, kept, launches
-
-
-def merge_programs(grid: Grid) -> int:
-    """Programs of a kernel that merges, see :func:`merge_place`."""
-    chunks = triton.cdiv(grid.rows, MERGED["BLOCK"]) + triton.cdiv(grid.columns, MERGED["BLOCK"])
-    return grid.batch * triton.cdiv(grid.queries, MERGED["BN"]) * chunks
 
 
 def sizes(grid: Grid, cut: Blocks, padded: int) -> dict[str, int]:
@@ -383,6 +286,23 @@ def forward(
     Raises:
         RuntimeError: see :func:`check`.
     """
+    return _forward(q, feat, scale, mask, dropout, seed, inverted, in_cuda=False)
+
+
+def forward_in_cuda(
+    q: Tensor,
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    inverted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`forward` with the CUDA library's sweep, of the calls that the op's declaration gives to it."""
+    return _forward(q, feat, scale, mask, dropout, seed, inverted, in_cuda=True)
+
+
+def _forward(q, feat, scale, mask, dropout, seed, inverted, in_cuda) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(q, feat, scale, mask, dropout, seed, inverted)
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
     nothing = q.new_empty(0, dtype=torch.float64)
@@ -392,7 +312,7 @@ def forward(
     q, mask, empty = seen(q, mask)
     o, lse, kept, launches = forward_launches(
         grid.fold(q), feat.contiguous(), scale.contiguous(), mask, dropout, seed if dropout > 0 else None,
-        architecture(q.device),
+        architecture(q.device), in_cuda,
     )  # fmt: skip
     for launch in launches:
         launch.run()

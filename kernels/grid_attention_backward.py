@@ -23,17 +23,11 @@ from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.dropout import hash_rows
 from perceiver_fast.kernels.grid import Grid, blocks, precision_of
-from perceiver_fast.kernels.grid_attention import (
-    CHECK,
+from perceiver_fast.kernels.grid_attention import CHECK, check, holes, place, seen, sizes, sweep_arguments
+from perceiver_fast.kernels.grid_attention_merge import (
     MERGED,
-    check,
-    holes,
-    merge_place,
+    grid_attention_backward_merge_kernel,
     merge_programs,
-    place,
-    seen,
-    sizes,
-    sweep_arguments,
 )
 from perceiver_fast.kernels.grid_attention_token_grads import token_grads_launch
 from perceiver_fast.kernels.grid_attention_tokens import describe_tokens
@@ -164,74 +158,6 @@ def grid_attention_backward_kernel(
         tl.store(sums_out[:, None] + c[None, :] * N, acc, mask=live[:, None] & (c < F)[None, :])
     tl.store(column_parts + part[:, None] * padded + j[None, :], column_sums, mask=live[:, None])
     tl.store(sums_out + F * N, residual, mask=live)
-
-
-@triton.jit
-def grid_attention_backward_merge_kernel(
-    column_parts, row_parts, sum_parts, d_lse, kept, stats, dq, correction,
-    B, N, rows, columns, padded, splits, column_blocks,
-    F: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Queries' partial gradients summed, in order; and what rounding of delta left in them is found.
-
-        dq = ln(2) sum of parts,    residual = sum dS - d_lse,    factor delta += factor residual
-        correction = residual, or with dropout residual / kept
-
-    Grid: one program for BN queries, BLOCK rows or columns, and a batch element, see grid_attention.merge_place.
-
-        column_parts, row_parts, sum_parts                in      as grid_attention_backward_kernel leaves them
-        d_lse       [B, N]                                in      fp64, or None
-        kept        [B, N]                                in      fp32, or None without dropout
-        stats       [4, B N]                              in out  fp32: delta is corrected
-        dq          [B, N, F + rows + columns]            out     fp32, dense, folded; correction times o is still in it
-        correction  [B, N, 1]                             out     fp32
-
-        B, N, rows, columns, padded, splits               as in grid_attention_forward_kernel
-        column_blocks                                     blocks of columns of grid_attention_backward_kernel
-
-        PARTS      power of two, at least splits * column_blocks; parts beyond the last read as zeros
-        BN, BLOCK  queries of a program, and its rows or columns
-
-    In dq every dS is wrong by P times the residual, so that dq is wrong by the residual times sum_m P r [x ; ..], which
-    is o. With dropout o sums only weights that were kept: that sum is about o / kept then, and exactly so where one
-    token has all the weight. A query of which nothing was kept is left as it is.
-    """
-    n, b, chunk, row_chunks = merge_place(tl.program_id(0), N, rows, columns, BN, BLOCK)
-    live = n < N
-    row = b * N + n
-    out = dq + row * (F + rows + columns)
-    if chunk == 0:
-        k = tl.arange(0, PARTS)
-        there = (k < splits * column_blocks)[:, None] & live[None, :]
-        part = sum_parts + (k[:, None] * B + b) * N * (F + 1) + n[None, :]  # [PARTS, BN]
-        for f in tl.static_range(F):
-            tl.store(out + f, tl.sum(tl.load(part + f * N, mask=there, other=0.0), 0) * LN_2, mask=live)
-        residual = tl.sum(tl.load(part + F * N, mask=there, other=0.0), 0)
-        if d_lse is not None:
-            residual -= tl.load(d_lse + row, mask=live, other=0.0).to(tl.float32)
-        line = b * 0 + B * N  # from one of the stats to the next, int64
-        delta = stats + 2 * line + row
-        factor = tl.load(stats + line + row, mask=live, other=0.0)
-        tl.store(delta, tl.load(delta, mask=live, other=0.0) + residual * factor, mask=live)  # stats hold factor delta
-        if kept is not None:
-            share = tl.load(kept + row, mask=live, other=0.0)
-            residual = tl.where(share > 0, residual / share, 0.0)
-        tl.store(correction + row, residual, mask=live)
-    acc = tl.zeros([BN, BLOCK], tl.float32)
-    if chunk < row_chunks:
-        i = chunk * BLOCK + tl.arange(0, BLOCK)
-        inside = live[:, None] & (i < rows)[None, :]
-        for block in tl.range(0, column_blocks, loop_unroll_factor=4):
-            at = ((block * B + b) * rows + i[None, :]) * N + n[:, None]
-            acc += tl.load(row_parts + at, mask=inside, other=0.0)
-        tl.store(out[:, None] + F + i[None, :], acc * LN_2, mask=inside)
-    else:
-        j = (chunk - row_chunks) * BLOCK + tl.arange(0, BLOCK)
-        inside = live[:, None] & (j < columns)[None, :]
-        for split in tl.range(0, splits, loop_unroll_factor=4):
-            at = (split * (B * N) + row)[:, None] * padded + j[None, :]
-            acc += tl.load(column_parts + at, mask=inside, other=0.0)
-        tl.store(out[:, None] + F + rows + j[None, :], acc * LN_2, mask=inside)
 
 
 def backward_launches(

@@ -3,6 +3,7 @@
 import torch
 from support import grid_inputs, relative_error
 
+import perceiver_fast as pf
 from perceiver_fast import reference
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 
@@ -33,7 +34,7 @@ def gradients(function, inputs, weights):
     return dict(zip(("o", "lse", "kept"), out)) | dict(zip(("dq", "dfeat", "dscale"), found))
 
 
-def errors(device, dtype, case, magnitude=1.0, dropout=0.0, shift=0.0):
+def errors(device, dtype, case, magnitude=1.0, dropout=0.0, shift=0.0, backend="triton"):
     """Errors of the kernels and of plain PyTorch in ``dtype``, both against float64."""
     batch, queries, features, sizes, masked = case
     q, feat, scale, mask = grid_inputs(batch, queries, features, sizes, torch.float32, masked, magnitude)
@@ -58,7 +59,8 @@ def errors(device, dtype, case, magnitude=1.0, dropout=0.0, shift=0.0):
         half = None if dtype == torch.float32 else dtype
         return grid_attention_unchecked(q, feat, scale, mask, dropout, half=half)
 
-    kernel = gradients(fast, (q, feat, scale), weights)
+    with pf.use_backend(backend):
+        kernel = gradients(fast, (q, feat, scale), weights)
     exact = gradients(plain, (q.double(), feat.double(), scale.double()), weights)
     rounded = gradients(plain, (q.to(dtype), feat.to(dtype), scale.to(dtype)), weights)
     rows = {}

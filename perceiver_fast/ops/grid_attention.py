@@ -125,6 +125,12 @@ def _backward_outputs(
     return q.new_empty(q.shape), dfeat, dscale
 
 
+def _asked(q, feat, scale, mask, dropout, seed, inverted):
+    """What the backends are asked about a forward."""
+    half = feat.dtype if feat.dtype in (torch.bfloat16, torch.float16) else None
+    return GridAttentionCall(q.dtype, q.device, tuple(feat.shape[1:-1]), feat.shape[-1], inverted, half, dropout)
+
+
 def _sample(
     make, dtype=torch.float32, features=3, options=False, queries=4, sizes=(5, 6), inverted=False, token_grads=True
 ):
@@ -171,6 +177,8 @@ GRID_ATTENTION = declare(
             _forward_outputs,
             work=lambda *a: grid_attention_work(a[0], a[1], inverted=a[6]),
             triton="grid_attention.forward",
+            cuda="grid_attention.forward_in_cuda",
+            asks=_asked,
         ),
         Operator(
             "grid_attention_backward(Tensor d_o, Tensor? d_lse, Tensor? d_kept, Tensor q, Tensor feat, Tensor scale, "

@@ -53,8 +53,8 @@ def _compared(call: Call, backend: str, device: torch.device) -> Outcome:
         for dtype, bound in BOUNDS.items():
             try:
                 found = _results(call, backend, Same(device), dtype)
-            except BackendError as error:  # kernels need not take both dtypes
-                refused.append(error)
+            except BackendError as refusal:  # kernels need not take both dtypes
+                refused.append(refusal)
                 if len(refused) == len(BOUNDS):
                     raise
                 continue

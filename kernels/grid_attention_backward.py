@@ -24,13 +24,14 @@ from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.dropout import hash_rows
 from perceiver_fast.kernels.grid import Grid, blocks, precision_of
 from perceiver_fast.kernels.grid_attention import CHECK, check, holes, place, seen, sizes, sweep_arguments
+from perceiver_fast.kernels.grid_attention_cuda import BACKWARD, Sweep, padded
 from perceiver_fast.kernels.grid_attention_merge import (
     MERGED,
     grid_attention_backward_merge_kernel,
     merge_programs,
 )
 from perceiver_fast.kernels.grid_attention_token_grads import token_grads_launch
-from perceiver_fast.kernels.grid_attention_tokens import describe_tokens
+from perceiver_fast.kernels.grid_attention_tokens import TokenArrays, describe_tokens
 from perceiver_fast.kernels.grid_sweep_fma import load_features, sweep_backward_fma
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, sweep_backward_mma
 from perceiver_fast.kernels.launch import Launch
@@ -163,33 +164,40 @@ def grid_attention_backward_kernel(
 def backward_launches(
     d_o: Tensor, d_lse: Tensor | None, d_kept: Tensor | None, q: Tensor, feat: Tensor, scale: Tensor,
     mask: Tensor | None, dropout: float, seed: Tensor | None, o: Tensor, folded_d_o: Tensor, lse: Tensor, kept: Tensor,
-    token_grads: bool, arch: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Launch]]:  # fmt: skip
+    token_grads: bool, arch: int, in_cuda: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Launch | Sweep]]:  # fmt: skip
     """Folded dq, what to take out of it times o ``[B, N, 1]``, dfeat, dscale, and the launches that compute them.
 
     q is folded, and d_o is given both folded and as it comes; all are dense but q. The gradients of the tokens are
-    empty without ``token_grads``.
+    empty without ``token_grads``. ``in_cuda``: the sweep is the CUDA library's.
     """
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
     count, length = grid.batch * grid.queries, o.shape[-1]
     stats = q.new_empty(4, count)
     delta = dict(d_o=d_o, o=o, d_lse=d_lse, lse=lse, d_kept=d_kept, kept=kept, stats=stats, rows=count, L=length)
-    launches = [Launch(grid_attention_delta_kernel, count, delta | dict(BLOCK=256))]
-    config = grid.config("grid_attention_backward", arch, dropout)
+    launches: list[Launch | Sweep] = [Launch(grid_attention_delta_kernel, count, delta | dict(BLOCK=256))]
+    config = BACKWARD if in_cuda else grid.config("grid_attention_backward", arch, dropout)
     cut = blocks(grid, config, q.device)
-    tokens, described = describe_tokens(grid, feat, scale, mask, seed)
-    launches += described
-    common = sizes(grid, cut, tokens.padded) | dict(
+    if in_cuda:
+        tokens = TokenArrays(padded(grid.columns), None)
+    else:
+        tokens, described = describe_tokens(grid, feat, scale, mask, seed)
+        launches += described
+    parts = dict(
         column_parts=q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded),
         row_parts=q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries),
         sum_parts=q.new_empty(cut.partials, grid.batch, grid.features + 1, grid.queries),
-        stats=stats, F=grid.features,
-    )  # fmt: skip
-    sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
-    sweep |= dict(d_o=folded_d_o, per_split=cut.rows_per_split, keep_scale=dropout_scale(dropout))
-    sweep |= dict(BJ=config.tokens, HAS_D_KEPT=d_kept is not None)
-    programs = cut.queries * cut.columns * cut.splits * grid.batch
-    launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
+    )
+    common = sizes(grid, cut, tokens.padded) | parts | dict(stats=stats, F=grid.features)
+    if in_cuda:
+        given = q, feat, scale, mask, folded_d_o, stats, *parts.values(), cut.splits, cut.rows_per_split
+        launches.append(Sweep("grid_attention_gradient_sums", given))
+    else:
+        sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
+        sweep |= dict(d_o=folded_d_o, per_split=cut.rows_per_split, keep_scale=dropout_scale(dropout))
+        sweep |= dict(BJ=config.tokens, HAS_D_KEPT=d_kept is not None)
+        programs = cut.queries * cut.columns * cut.splits * grid.batch
+        launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
     dq, correction = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1)
     merge = common | dict(d_lse=d_lse, kept=kept if dropout > 0 else None, dq=dq, correction=correction)
     merge |= MERGED | dict(column_blocks=cut.columns, PARTS=triton.next_power_of_2(cut.partials))
@@ -233,6 +241,39 @@ def backward(
     Raises:
         RuntimeError: see :func:`perceiver_fast.kernels.grid_attention.check`.
     """
+    return _backward(
+        d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads,
+        in_cuda=False,
+    )  # fmt: skip
+
+
+def backward_in_cuda(
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    d_kept: Tensor | None,
+    q: Tensor,
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    inverted: bool,
+    o: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    token_lse: Tensor,
+    token_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`backward` with the CUDA library's sweep, of the calls that the op's declaration gives to it."""
+    return _backward(
+        d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads,
+        in_cuda=True,
+    )  # fmt: skip
+
+
+def _backward(
+    d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads, in_cuda
+) -> tuple[Tensor, Tensor, Tensor]:
     check(q, feat, scale, mask, dropout, seed, inverted)
     rows = q.shape[:2]
     for name, t in (("d_o", d_o), ("o", o)):
@@ -255,7 +296,7 @@ def backward(
     d_lse, d_kept = (None if t is None else t.contiguous() for t in (d_lse, d_kept))
     dq, correction, dfeat, dscale, launches = backward_launches(
         d_o, d_lse, d_kept, grid.fold(q), feat, scale, mask, dropout, seed if dropout > 0 else None, o, grid.fold(d_o),
-        lse, kept, token_grads, architecture(q.device),
+        lse, kept, token_grads, architecture(q.device), in_cuda,
     )  # fmt: skip
     for launch in launches:
         launch.run()

@@ -12,7 +12,8 @@ import torch
 
 from perceiver_fast.kernels.configs import Config
 
-FORWARD = Config(queries=128, tokens=32, warps=4, registers=168)  # what grid_attention_tiles.cuh fixes
+FORWARD = Config(queries=128, tokens=32, warps=4, registers=168)  # tiles as csrc/cuda/grid_attention_tiles.cuh has them
+BACKWARD = Config(queries=128, tokens=32, warps=4, registers=255)
 
 
 @dataclass(frozen=True)

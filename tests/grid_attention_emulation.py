@@ -64,7 +64,13 @@ def operators(library):
             lambda down: library.forward(ctypes.byref(call), feat.shape[-1], down, *map(address, outputs)), outputs
         )
 
+    def gradient_sums(q, feat, scale, mask, d_o, stats, column_parts, row_parts, sum_parts, splits, per_split):
+        call = described(q, feat, scale, mask, column_parts.shape[-1], splits, per_split)
+        given, outputs = map(address, (d_o, stats)), (column_parts, row_parts, sum_parts)
+        given = [*given, *map(address, outputs)]
+        both_ways(lambda down: library.backward(ctypes.byref(call), feat.shape[-1], down, *given), outputs)
+
     source = (ROOT / "csrc" / "cuda" / "grid_attention.cu").read_text()
     schemas = ["".join(re.findall(r'"([^"]*)"', part)) for part in re.findall(r"m\.def\((.*?)\);", source, re.DOTALL)]
-    functions = dict(grid_attention_sums=sums)
+    functions = dict(grid_attention_sums=sums, grid_attention_gradient_sums=gradient_sums)
     return {schema: functions[schema.partition("(")[0]] for schema in schemas}

@@ -1,5 +1,6 @@
 // torch operators for grid attention on CUDA tensors, on torch's stable ABI: the sums over tokens that
 // perceiver_fast/kernels/grid_attention_cuda.py asks for and merges. It has checked all but where tensors lie.
+#include "grid_attention_backward.cuh"
 #include "grid_attention_forward.cuh"
 
 #include "torch_stable.h"
@@ -42,19 +43,19 @@ GridCall checked(const Tensor& q, const Tensor& feat, const Tensor& scale, const
   return call;
 }
 
-// Sums that are written: dense float32 of so many elements, on q's device.
-float* sums(const Tensor& t, int64_t elements, const Tensor& q) {
+// Numbers by query: dense float32 of so many elements, on q's device.
+float* numbers(const Tensor& t, int64_t elements, const Tensor& q) {
   expect(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == elements && t.is_cuda() &&
              t.get_device_index() == q.get_device_index(),
-         "dense float32 sums of the op's shapes");
+         "dense float32 sums and gradients of the op's shapes");
   return pointer<float>(t);
 }
 
 GridSums sums_of(const GridCall& call, const Tensor& q, const Tensor& column_parts, const Tensor& row_parts,
                  const Tensor& sum_parts, int64_t others) {
   const int64_t count = int64_t(call.batch) * call.queries, parts = int64_t(call.splits) * call.column_blocks();
-  return {sums(column_parts, call.splits * count * call.padded, q),
-          sums(row_parts, call.column_blocks() * count * call.rows, q), sums(sum_parts, parts * count * others, q)};
+  return {numbers(column_parts, call.splits * count * call.padded, q),
+          numbers(row_parts, call.column_blocks() * count * call.rows, q), numbers(sum_parts, parts * count * others, q)};
 }
 
 void forward(const Tensor& q, const Tensor& feat, const Tensor& scale, const std::optional<Tensor>& mask,
@@ -67,13 +68,30 @@ void forward(const Tensor& q, const Tensor& feat, const Tensor& scale, const std
   grid_attention_forward(Launch{current_stream(q)}, call, features, out);
 }
 
+void backward(const Tensor& q, const Tensor& feat, const Tensor& scale, const std::optional<Tensor>& mask,
+              const Tensor& d_o, const Tensor& stats, const Tensor& column_parts, const Tensor& row_parts,
+              const Tensor& sum_parts, int64_t splits, int64_t per_split) {
+  const DeviceGuard guard(q.get_device_index());
+  const GridCall call = checked(q, feat, scale, mask, column_parts, splits, per_split);
+  const int features = int(feat.size(3));
+  const int64_t count = int64_t(call.batch) * call.queries;
+  const GridGradients in{numbers(d_o, count * q.size(2), q), numbers(stats, 4 * count, q)};
+  const GridSums out = sums_of(call, q, column_parts, row_parts, sum_parts, features + 1);
+  grid_attention_backward(Launch{current_stream(q)}, call, features, in, out);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(perceiver_fast, m) {
   m.def("grid_attention_sums(Tensor q, Tensor feat, Tensor scale, Tensor? mask, Tensor(a!) column_parts, "
         "Tensor(b!) row_parts, Tensor(c!) sum_parts, int splits, int per_split) -> ()");
+  m.def("grid_attention_gradient_sums(Tensor q, Tensor feat, Tensor scale, Tensor? mask, Tensor d_o, Tensor stats, "
+        "Tensor(a!) column_parts, Tensor(b!) row_parts, Tensor(c!) sum_parts, int splits, int per_split) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(perceiver_fast, CUDA, m) { m.impl("grid_attention_sums", TORCH_BOX(&forward)); }
+STABLE_TORCH_LIBRARY_IMPL(perceiver_fast, CUDA, m) {
+  m.impl("grid_attention_sums", TORCH_BOX(&forward));
+  m.impl("grid_attention_gradient_sums", TORCH_BOX(&backward));
+}
 
 }  // namespace perceiver_fast

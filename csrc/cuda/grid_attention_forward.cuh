@@ -8,18 +8,15 @@ namespace perceiver_fast {
 
 constexpr float kLeastTotal = 0x1p-60f, kMostTotal = 0x1p100f;  // beyond, rows are taken again with a shift
 
-// Where a block's sums go: by column [splits, B, N, padded], by row [column blocks, B, rows, N], and by channel, then of
-// the weights, an entry that is left out, and the shift: [splits, column blocks, B, F + 3, N].
-struct GridSums {
-  float *columns, *rows, *others;
-};
-
 // Four lanes have a query together.
 inline __device__ float quad_maximum(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
+// Sums go by column to [splits, B, N, padded], by row to [column blocks, B, rows, N], by channel, then of the weights, an
+// entry that is left out, and the shift to [splits, column blocks, B, F + 3, N].
+//
 // Registers: the tile's table of columns and its sums by column, 32 each. A weight costs one exponential, about two
 // other operations and a quarter of three words from shared memory.
 template <int F>
@@ -37,14 +34,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) grid_attention_forwa
   const RowSums<F> by_row(call, at, out.rows);
   float table[2][tiles][4], shift[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const Query lanes = query(n0 - at.n0 + 8 * k);
-#pragma unroll
-    for (int u = 0; u < 2 * tiles; ++u) {
-      const int j = min(at.j0 + 4 * (u - u % 2) + 2 * t + u % 2, call.columns - 1);
-      table[k / 2][u / 2][k % 2 * 2 + u % 2] = lanes[F + call.rows + j];
-    }
-  }
+  for (int k = 0; k < 4; ++k) load_table<F>(table[k / 2], k % 2, call, at, query(threadIdx.x - lane + g + 8 * k));
   const auto fill = [&](int i0) {
     __syncthreads();
     tokens.fill(call, at, i0);
@@ -99,23 +89,11 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) grid_attention_forwa
       good &= total[k] >= kLeastTotal && total[k] <= kMostTotal;
     }
     if (again || !__syncthreads_or(!good)) {
-      const int64_t part = (int64_t(at.split) * call.column_blocks() + at.block) * call.batch + at.b;
+      store_sums<F>(call, at, sums, acc, out, F + 3);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int n = n0 + 8 * k;
-        if (n >= call.queries) continue;
-        float* by_column = out.columns + ((int64_t(at.split) * call.batch + at.b) * call.queries + n) * call.padded;
-#pragma unroll
-        for (int u = 0; u < tiles; ++u) {
-          const float* pair = &sums[k / 2][u][k % 2 * 2];
-          *reinterpret_cast<float2*>(by_column + at.j0 + 8 * u + 2 * t) = float2{pair[0], pair[1]};
-        }
-        float* others = out.others + part * (F + 3) * call.queries + n;
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          if (2 * t + c <= F) others[int64_t(2 * t + c) * call.queries] = acc[k / 2][k % 2 * 2 + c];
-        if (t == 0) others[int64_t(F + 2) * call.queries] = total[k] == 0 ? -INFINITY : shift[k];  // nothing but holes
-      }
+      for (int k = 0; k < 4; ++k)  // of nothing but holes there is no maximum
+        if (t == 0 && n0 + 8 * k < call.queries)
+          out.others[at.other(call, F + 3, F + 2, n0 + 8 * k)] = total[k] == 0 ? -INFINITY : shift[k];
       return;
     }
     float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};

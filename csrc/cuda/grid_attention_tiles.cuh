@@ -61,6 +61,12 @@ struct TilePlace {
     j0 = block * kTileColumns;
     first = split * call.per_split, last = min(call.rows, first + call.per_split);
   }
+
+  // Where sum c of `kinds` for query n lies in [splits, column blocks, B, kinds, N].
+  __device__ int64_t other(const GridCall& call, int kinds, int c, int n) const {
+    const int64_t part = (int64_t(split) * call.column_blocks() + block) * call.batch + b;
+    return (part * kinds + c) * call.queries + n;
+  }
 };
 
 // Tokens of a chunk as second operands of both products, and their scales times log2(e).
@@ -75,17 +81,19 @@ struct TokenChunk {
   __device__ void fill(const GridCall& call, const TilePlace& at, int i0) {
     constexpr float log2_e = 1.44269504088896341f;
     const int row = threadIdx.x / (kTileColumns / 2), pair = threadIdx.x % (kTileColumns / 2);
-    const int64_t line = (at.b * call.rows + i0 + row) * call.columns;
+    const int left = i0 + row < call.rows ? call.columns - at.j0 - 2 * pair : 0;  // columns from here on
+    const int64_t token = (at.b * call.rows + i0 + row) * call.columns + at.j0 + 2 * pair;
+    const uint16_t* feat = call.feat + token * F;
+    const float* scale = call.scale + token;
+    const uint8_t* mask = call.mask ? call.mask + token : nullptr;
     uint16_t x[2][F];
     float r[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int j = at.j0 + 2 * pair + h;
-      bool there = i0 + row < call.rows && j < call.columns;
-      if (there && call.mask) there = call.mask[line + j] != 0;
-      r[h] = there ? call.scale[line + j] * log2_e : 1.0f;
+      const bool there = h < left && (!mask || mask[h]);
+      r[h] = there ? scale[h] * log2_e : 1.0f;
 #pragma unroll
-      for (int f = 0; f < F; ++f) x[h][f] = there ? call.feat[(line + j) * F + f] : 0;
+      for (int f = 0; f < F; ++f) x[h][f] = there ? feat[h * F + f] : 0;
       const auto term = [&](int k) { return k < 3 * F ? uint32_t(x[h][k % F]) : 0u; };
       const auto word = [&](int w) { return term(2 * w) | term(2 * w + 1) << 16; };
       uint2* key = keys[row][2 * pair + h];
@@ -117,11 +125,12 @@ struct QueryChunk {
   uint2 apart[8];                      // puts what follows into the other banks
   uint2 fixed[kTileQueries];           // terms 8, 9 and 10, 11
 
-  // A thread makes its query's. Rows beyond the last repeat it: their tokens are holes.
+  // A thread makes its query's. Rows beyond the last are zeros: their tokens are holes.
   __device__ void fill(const Query& query, int features, int rows, float hole, int i0) {
+    const Query here{query.channels + features + i0, query.factor};
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const Pieces row(query[features + min(i0 + i, rows - 1)]);
+      const Pieces row(i < rows - i0 ? here[i] : 0.0f);
       moving[i][threadIdx.x] = {pack_bf16(hole, row.first), pack_bf16(row.second, row.third)};
     }
   }
@@ -165,6 +174,46 @@ struct QueryTerms {
     a[0] = early[m][0], a[1] = early[m][1], a[2] = words[0], a[3] = words[16];
   }
 };
+
+// A query's part of what a lane has of the table by column: rows g or, of `half` 1, g + 8. Columns beyond the last repeat
+// it: their tokens are holes.
+template <int F>
+__device__ void load_table(float (&table)[kTileColumns / 8][4], int half, const GridCall& call, const TilePlace& at,
+                           const Query& query) {
+#pragma unroll
+  for (int u = 0; u < kTileColumns / 8; ++u)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int j = at.j0 + 8 * u + threadIdx.x % 4 * 2 + c;
+      table[u][2 * half + c] = query[F + call.rows + min(j, call.columns - 1)];
+    }
+}
+
+// Where partial sums go; kernels say which.
+struct GridSums {
+  float *columns, *rows, *others;
+};
+
+// Writes a lane's sums by column, and of acc those by channel and over all tokens; `kinds` of the latter are there.
+template <int F>
+__device__ void store_sums(const GridCall& call, const TilePlace& at, const float (&sums)[2][kTileColumns / 8][4],
+                           const float (&acc)[2][4], const GridSums& out, int kinds) {
+  const int lane = threadIdx.x % 32, t = lane % 4, n0 = at.n0 + threadIdx.x - lane + lane / 4;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int n = n0 + 8 * k;
+    if (n >= call.queries) continue;
+    float* by_column = out.columns + ((int64_t(at.split) * call.batch + at.b) * call.queries + n) * call.padded;
+#pragma unroll
+    for (int u = 0; u < kTileColumns / 8; ++u) {
+      const float* pair = &sums[k / 2][u][k % 2 * 2];
+      *reinterpret_cast<float2*>(by_column + at.j0 + 8 * u + 2 * t) = float2{pair[0], pair[1]};
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+      if (2 * t + c <= F) out.others[at.other(call, kinds, 2 * t + c, n)] = acc[k / 2][k % 2 * 2 + c];
+  }
+}
 
 // Where a lane's sums by row go, which stand apart in columns of acc: [column blocks, B, rows, N].
 template <int F>

@@ -126,7 +126,7 @@ def _backward_outputs(
 
 
 def _asked(q, feat, scale, mask, dropout, seed, inverted):
-    """What the backends are asked about a forward."""
+    """What the backends are asked about a call of the operators."""
     half = feat.dtype if feat.dtype in (torch.bfloat16, torch.float16) else None
     return GridAttentionCall(q.dtype, q.device, tuple(feat.shape[1:-1]), feat.shape[-1], inverted, half, dropout)
 
@@ -187,6 +187,8 @@ GRID_ATTENTION = declare(
             _backward_outputs,
             work=lambda *a: _backward_work(a[3], a[4], inverted=a[9], token_grads=a[14]),
             triton="grid_attention_backward.backward",
+            cuda="grid_attention_backward.backward_in_cuda",
+            asks=lambda *a: _asked(*a[3:10]),
         ),
     ),
     sample=_sample,

@@ -189,7 +189,9 @@ def forward_launches(
     ``in_cuda``: the sweep is the CUDA library's.
     """
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
-    config = grid_attention_cuda.FORWARD if in_cuda else grid.config("grid_attention_forward", arch, dropout)
+    config = (
+        grid_attention_cuda.forward_config(arch) if in_cuda else grid.config("grid_attention_forward", arch, dropout)
+    )
     cut = blocks(grid, config, q.device)
     launches: list[Launch | Sweep] = []
     if in_cuda:

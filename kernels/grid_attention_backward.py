@@ -164,7 +164,7 @@ def grid_attention_backward_kernel(
 def backward_launches(
     d_o: Tensor, d_lse: Tensor | None, d_kept: Tensor | None, q: Tensor, feat: Tensor, scale: Tensor,
     mask: Tensor | None, dropout: float, seed: Tensor | None, o: Tensor, folded_d_o: Tensor, lse: Tensor, kept: Tensor,
-    token_grads: bool, arch: int, in_cuda: bool,
+    token_grads: bool, arch: int, in_cuda: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Launch | Sweep]]:  # fmt: skip
     """Folded dq, what to take out of it times o ``[B, N, 1]``, dfeat, dscale, and the launches that compute them.
 

@@ -6,14 +6,13 @@ tokens before. The op's declaration says which calls are theirs (perceiver_fast/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from perceiver_fast.kernels.configs import Config
 
-FORWARD = Config(queries=128, tokens=32, warps=4, registers=168)  # tiles as csrc/cuda/grid_attention_tiles.cuh has them
-BACKWARD = Config(queries=128, tokens=32, warps=4, registers=255)
+BACKWARD = Config(queries=128, tokens=32, warps=4, registers=255)  # the tile of csrc/cuda/grid_attention_tiles.cuh
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,11 @@ class Sweep:
         getattr(torch.ops.perceiver_fast, self.operator)(*self.arguments)
 
 
+def forward_config(architecture: int) -> Config:
+    """The forward's tile, and the registers it is bounded to: kForwardBlocks of grid_attention_tiles.cuh."""
+    return replace(BACKWARD, registers=168 if architecture < 100 else 255)
+
+
 def padded(columns: int) -> int:
     """Columns in memory of sums by column: whole tiles."""
-    return -(-columns // FORWARD.tokens) * FORWARD.tokens
+    return -(-columns // BACKWARD.tokens) * BACKWARD.tokens

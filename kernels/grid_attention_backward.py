@@ -166,7 +166,7 @@ def backward_launches(
     mask: Tensor | None, dropout: float, seed: Tensor | None, o: Tensor, folded_d_o: Tensor, lse: Tensor, kept: Tensor,
     token_grads: bool, arch: int, in_cuda: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Launch | Sweep]]:  # fmt: skip
-    """Folded dq, what to take out of it times o ``[B, N, 1]``, dfeat, dscale, and the launches that compute them.
+    """Folded dq, what to take out of it times o ``[B, N, 1]`` where o is not folded, dfeat, dscale, and the launches that compute them.
 
     q is folded, and d_o is given both folded and as it comes; all are dense but q. The gradients of the tokens are
     empty without ``token_grads``. ``in_cuda``: the sweep is the CUDA library's.
@@ -200,7 +200,9 @@ def backward_launches(
         launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
     dq, correction = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1)
     merge = common | dict(d_lse=d_lse, kept=kept if dropout > 0 else None, dq=dq, correction=correction)
-    merge |= MERGED | dict(column_blocks=cut.columns, PARTS=triton.next_power_of_2(cut.partials))
+    merge |= MERGED | dict(
+        o=o if grid.is_folded else None, column_blocks=cut.columns, PARTS=triton.next_power_of_2(cut.partials)
+    )
     launches.append(Launch(grid_attention_backward_merge_kernel, merge_programs(grid), merge))
     if not token_grads:
         return dq, correction, feat.new_empty(0), scale.new_empty(0), launches
@@ -300,7 +302,8 @@ def _backward(
     )  # fmt: skip
     for launch in launches:
         launch.run()
-    dq = torch.addcmul(grid.unfold(dq), correction, o, value=-1)
+    if not grid.is_folded:
+        dq = torch.addcmul(grid.unfold(dq), correction, o, value=-1)
     if empty is not None:
         dq = dq.masked_fill(empty[:, None, None], 0.0)
     return dq, dfeat, dscale

@@ -107,22 +107,23 @@ def grid_attention_merge_kernel(
 
 @triton.jit
 def grid_attention_backward_merge_kernel(
-    column_parts, row_parts, sum_parts, d_lse, kept, stats, dq, correction,
+    column_parts, row_parts, sum_parts, d_lse, kept, o, stats, dq, correction,
     B, N, rows, columns, padded, splits, column_blocks,
     F: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Queries' partial gradients summed, in order; and what rounding of delta left in them is found.
+    """Queries' partial gradients summed, in order, and what rounding of delta left in them taken out.
 
-        dq = ln(2) sum of parts,    residual = sum dS - d_lse,    factor delta += factor residual
-        correction = residual, or with dropout residual / kept
+        residual = sum dS - d_lse,    factor delta += factor residual
+        correction = residual, or with dropout residual / kept,    dq = ln(2) sum of parts - correction o
 
     Grid: one program for BN queries, BLOCK rows or columns, and a batch element, see :func:`merge_place`.
 
         column_parts, row_parts, sum_parts                in      as grid_attention_backward_kernel leaves them
         d_lse       [B, N]                                in      fp64, or None
         kept        [B, N]                                in      fp32, or None without dropout
+        o           [B, N, F + rows + columns]            in      fp32, dense; None where it is not folded
         stats       [4, B N]                              in out  fp32: delta is corrected
-        dq          [B, N, F + rows + columns]            out     fp32, dense, folded; correction times o is still in it
+        dq          [B, N, F + rows + columns]            out     fp32, dense, folded; without o nothing is taken out of it
         correction  [B, N, 1]                             out     fp32
 
         B, N, rows, columns, padded, splits               as in grid_attention_forward_kernel
@@ -138,39 +139,47 @@ def grid_attention_backward_merge_kernel(
     n, b, chunk, row_chunks = merge_place(tl.program_id(0), N, rows, columns, BN, BLOCK)
     live = n < N
     row = b * N + n
-    out = dq + row * (F + rows + columns)
+    k = tl.arange(0, PARTS)
+    there = (k < splits * column_blocks)[:, None] & live[None, :]
+    part = sum_parts + (k[:, None] * B + b) * N * (F + 1) + n[None, :]  # [PARTS, BN]
+    residual = tl.sum(tl.load(part + F * N, mask=there, other=0.0), 0)
+    if d_lse is not None:
+        residual -= tl.load(d_lse + row, mask=live, other=0.0).to(tl.float32)
     if chunk == 0:
-        k = tl.arange(0, PARTS)
-        there = (k < splits * column_blocks)[:, None] & live[None, :]
-        part = sum_parts + (k[:, None] * B + b) * N * (F + 1) + n[None, :]  # [PARTS, BN]
-        for f in tl.static_range(F):
-            tl.store(out + f, tl.sum(tl.load(part + f * N, mask=there, other=0.0), 0) * LN_2, mask=live)
-        residual = tl.sum(tl.load(part + F * N, mask=there, other=0.0), 0)
-        if d_lse is not None:
-            residual -= tl.load(d_lse + row, mask=live, other=0.0).to(tl.float32)
         line = b * 0 + B * N  # from one of the stats to the next, int64
         delta = stats + 2 * line + row
         factor = tl.load(stats + line + row, mask=live, other=0.0)
         tl.store(delta, tl.load(delta, mask=live, other=0.0) + residual * factor, mask=live)  # stats hold factor delta
-        if kept is not None:
-            share = tl.load(kept + row, mask=live, other=0.0)
-            residual = tl.where(share > 0, residual / share, 0.0)
+    if kept is not None:
+        share = tl.load(kept + row, mask=live, other=0.0)
+        residual = tl.where(share > 0, residual / share, 0.0)
+    at = row * (F + rows + columns)  # of a query, in dq and o
+    if chunk == 0:
         tl.store(correction + row, residual, mask=live)
+        for f in tl.static_range(F):
+            value = tl.sum(tl.load(part + f * N, mask=there, other=0.0), 0) * LN_2
+            if o is not None:
+                value -= residual * tl.load(o + at + f, mask=live, other=0.0)
+            tl.store(dq + at + f, value, mask=live)
     acc = tl.zeros([BN, BLOCK], tl.float32)
     if chunk < row_chunks:
         i = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = live[:, None] & (i < rows)[None, :]
-        for block in tl.range(0, column_blocks, loop_unroll_factor=4):
-            at = ((block * B + b) * rows + i[None, :]) * N + n[:, None]
-            acc += tl.load(row_parts + at, mask=inside, other=0.0)
-        tl.store(out[:, None] + F + i[None, :], acc * LN_2, mask=inside)
+        for block in tl.range(0, column_blocks, loop_unroll_factor=2):
+            index = ((block * B + b) * rows + i[None, :]) * N + n[:, None]
+            acc += tl.load(row_parts + index, mask=inside, other=0.0)
+        place = at[:, None] + F + i[None, :]
     else:
         j = (chunk - row_chunks) * BLOCK + tl.arange(0, BLOCK)
         inside = live[:, None] & (j < columns)[None, :]
-        for split in tl.range(0, splits, loop_unroll_factor=4):
-            at = (split * (B * N) + row)[:, None] * padded + j[None, :]
-            acc += tl.load(column_parts + at, mask=inside, other=0.0)
-        tl.store(out[:, None] + F + rows + j[None, :], acc * LN_2, mask=inside)
+        for split in tl.range(0, splits, loop_unroll_factor=2):
+            index = (split * (B * N) + row)[:, None] * padded + j[None, :]
+            acc += tl.load(column_parts + index, mask=inside, other=0.0)
+        place = at[:, None] + F + rows + j[None, :]
+    acc *= LN_2
+    if o is not None:
+        acc -= residual[:, None] * tl.load(o + place, mask=inside, other=0.0)
+    tl.store(dq + place, acc, mask=inside)
 
 
 def merge_programs(grid: Grid) -> int:

@@ -30,9 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from perceiver_fast.layers.cross_attention_parameters import CrossAttentionParameters, times_tables
 from perceiver_fast.ops.cross_attention import cross_attention_unchecked
+from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 from perceiver_fast.ops.library import half_dtype, unless_autocast
 from perceiver_fast.tokens import GridTokens, Tokens
@@ -54,7 +56,9 @@ def attend_grid(
     feat, heads, features = tokens.shifted(), layer.fn.heads, tokens.elements
     half = half_dtype(z.device, tokens.dtype)
     logit_bias: Any  # None where nobody needs it
-    q, logit_bias, values, value_bias = layer.grid_tables(z, tokens, biased=inverted or with_lse)
+    # Plain PyTorch would round keys, weights and values to this dtype. Others could overflow, and compilers may not know it.
+    narrow = half == torch.bfloat16 and backend in ("cuda", "triton") and not (is_compiling() or transformed())
+    q, logit_bias, values, value_bias = layer.grid_tables(z, tokens, inverted or with_lse, narrow)
     with unless_autocast(z.device):
         scale = tokens.scale(layer.norm_context.eps)
         if inverted:  # the keys' bias: a channel that is one after scaling, and the bias as its query
@@ -69,7 +73,7 @@ def attend_grid(
         o = o.unflatten(1, (heads, -1))
         if inverted or features == 0:
             o = torch.cat([o[..., :features], o[..., features + 1 :]], -1)
-        out = times_tables(o, values).transpose(1, 2) + layer.weighted_bias(value_bias, weight_sums)
+        out = times_tables(o, values, narrow).transpose(1, 2) + layer.weighted_bias(value_bias, weight_sums)
         if not with_lse:
             return out, None
         return out, lse.unflatten(1, (heads, -1)).transpose(1, 2) + logit_bias.transpose(1, 2)

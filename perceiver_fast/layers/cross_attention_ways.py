@@ -53,11 +53,13 @@ def attend_grid(
     backend: str,
 ) -> Result:
     """Attend to raw channels and one table entry an axis and index; no token, key or value is built."""
-    feat, heads, features = tokens.shifted(), layer.fn.heads, tokens.elements
+    heads, features = layer.fn.heads, tokens.elements
     half = half_dtype(z.device, tokens.dtype)
+    on_gpu = backend in ("cuda", "triton") and not transformed()
+    feat = tokens.shifted(half if on_gpu and features > 0 and not inverted else None)
     logit_bias: Any  # None where nobody needs it
     # Plain PyTorch would round keys, weights and values to this dtype. Others could overflow, and compilers may not know it.
-    narrow = half == torch.bfloat16 and backend in ("cuda", "triton") and not (is_compiling() or transformed())
+    narrow = half == torch.bfloat16 and on_gpu and not is_compiling()
     q, logit_bias, values, value_bias = layer.grid_tables(z, tokens, inverted or with_lse, narrow)
     with unless_autocast(z.device):
         scale = tokens.scale(layer.norm_context.eps)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from grid_attention_cases import CASES, FLOOR, errors
 from grid_attention_emulation import build, compiler, operators
+from support import grid_inputs
 
+import perceiver_fast as pf
 from perceiver_fast import extension
-from perceiver_fast.ops.grid_attention import GRID_ATTENTION, GridAttentionCall
+from perceiver_fast.ops.grid_attention import GRID_ATTENTION, GridAttentionCall, grid_attention_unchecked
 from perceiver_fast.ops.trial import Outcome, held
 
 BF16 = torch.bfloat16
@@ -75,3 +77,11 @@ def test_extreme_logits(device, magnitude, shift):
 
 def test_they_prove_themselves(device):
     assert held(GRID_ATTENTION.trial, "cuda", device) == Outcome("")
+
+
+def test_one_set_of_queries_for_the_batch(device):
+    q, feat, scale, _ = (t if t is None else t.to(device) for t in grid_inputs(3, 6, 3, (5, 34), torch.float32))
+    shared = q[:1].expand(3, -1, -1)
+    with pf.use_backend("cuda"):
+        mine, theirs = (grid_attention_unchecked(t, feat, scale, half=BF16)[0] for t in (shared, shared.contiguous()))
+    assert torch.equal(mine, theirs)

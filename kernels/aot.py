@@ -71,7 +71,7 @@ def compile_instances(instances: Sequence[Instance], architecture: int) -> list[
     The disassembler takes most of a second to begin, however little there is to read: it runs once for all.
     """
     kernels = [_compile(instance, architecture) for instance in instances]
-    usages = (_run_tool("cuobjdump", "-res-usage", kernel.asm["cubin"]) for kernel in kernels)
+    usages = (run_tool("cuobjdump", "-res-usage", kernel.asm["cubin"]) for kernel in kernels)
     return [_read(*parts) for parts in zip(kernels, usages, _disassemble(kernels))]
 
 
@@ -94,7 +94,7 @@ def _compile(instance: Instance, architecture: int) -> CompiledKernel:
     )
 
 
-def _run_tool(name: str, option: str, binary: bytes) -> str:
+def run_tool(name: str, option: str, binary: bytes) -> str:
     """What one of Triton's CUDA tools prints of a binary."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile() as file:
@@ -119,13 +119,18 @@ def _code_of(cubin: bytes) -> bytes:
     return b"".join(found)
 
 
+def listing(sass: str) -> list[tuple[int, str]]:
+    """Addresses and instructions of what nvdisasm, or cuobjdump, prints of a function."""
+    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+
+
 def _disassemble(kernels: Sequence[CompiledKernel]) -> list[list[tuple[int, str]]]:
     """Of every kernel its instructions and their addresses, which count on from kernel to kernel, as jumps do."""
     parts = [_code_of(kernel.asm["cubin"]) for kernel in kernels]
     targets = {re.search(r"^\.target sm_(\w+)", kernel.asm["ptx"], re.MULTILINE)[1] for kernel in kernels}
     (target,) = targets
-    sass = _run_tool("nvdisasm", f"--binary SM{target}", b"".join(parts))
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    sass = run_tool("nvdisasm", f"--binary SM{target}", b"".join(parts))
+    code = listing(sass)
     ends = list(itertools.accumulate(map(len, parts)))
     cuts = [0, *(bisect.bisect_left(code, (end,)) for end in ends)]
     return [code[begin:end] for begin, end in itertools.pairwise(cuts)]
@@ -135,7 +140,7 @@ def _read(kernel: CompiledKernel, usage: str, code: list[tuple[int, str]]) -> Co
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     ops = Counter(_opcode(text) for _, text in code)
     spills, traps, shared = ops["LDL"] + ops["STL"], ops["BPT"], kernel.metadata.shared
-    return Compiled(registers, shared, stack, spills, traps, _innermost_loop(code), kernel.asm["ptx"])
+    return Compiled(registers, shared, stack, spills, traps, innermost_loop(code), kernel.asm["ptx"])
 
 
 def faults(instance: Instance, compiled: Compiled, architecture: int) -> list[str]:
@@ -162,7 +167,7 @@ def _opcode(text: str) -> str:
     return ".".join(word.split(".")[:2]) if word.startswith("MUFU") else word.split(".")[0]
 
 
-def _innermost_loop(code: list[tuple[int, str]]) -> Counter:
+def innermost_loop(code: list[tuple[int, str]]) -> Counter:
     """Opcodes of the shortest loop that holds an exponential: from the target of a backward branch to the branch."""
     branches = ((re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text), at) for at, text in code)
     loops = ((int(jump[1], 16), at) for jump, at in branches if jump)

@@ -53,5 +53,8 @@ class Check:
     def dropout(self, probability: float, seed: Tensor | None) -> None:
         """A probability, and the seed that decides what is dropped."""
         self.expect(0 <= probability < 1, "a dropout probability in [0, 1)", probability)
-        self.tensor("seed", seed, torch.int64, (1,), "of one number")
+        if seed is None or seed.numel() != 2:  # the second is the index of the first token
+            self.tensor("seed", seed, torch.int64, (1,), "of one number, or two")
+        else:
+            self.tensor("seed", seed, torch.int64, (2,), "of one number, or two")
         self.expect(probability == 0 or seed is not None, f"a seed with dropout {probability}", "none")

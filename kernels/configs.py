@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ TABLE = Path(__file__).with_name("configs.json")
 ARCHITECTURES = (80, 86, 90, 100)
 
 MOST = 255  # registers a thread can have
+REGISTERS = 1 << 16  # of a multiprocessor; threads take them by eights
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Config:
     warps: int
     stages: int = 1
     registers: int | None = None
+
+    @property
+    def resident(self) -> int:
+        """How many of its programs a multiprocessor surely holds: as many as its registers suffice for."""
+        return max(1, REGISTERS // (32 * self.warps * math.ceil((self.registers or MOST) / 8) * 8))
 
     @property
     def options(self) -> dict[str, int | None]:

@@ -29,9 +29,9 @@ from perceiver_fast.gpu import architecture
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.configs import MOST, Config, config
-from perceiver_fast.kernels.cross_attention_inverted import LOG_EPS, token_terms
+from perceiver_fast.kernels.cross_attention_inverted import LOG_EPS, LOG_TINY, token_terms
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, cut, hold, place, product, scaled, store, zeros
-from perceiver_fast.kernels.dropout import cross_attention_hashes_kernel, dropout_keep, threshold_bits
+from perceiver_fast.kernels.dropout import cross_attention_hashes_kernel, dropout_keep, threshold_bits, two_numbers
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 from perceiver_fast.reference.dropout import dropout_scale
 
@@ -67,13 +67,14 @@ def power_of_two(x):
 def normaliser(peak, total, INVERTED: tl.constexpr):
     """Natural logarithm, fp64, of ``2^peak total``, and the factor that divides by it what is summed in units of 2^peak.
 
-    INVERTED: it is at least EPS, as torch.nn.functional.normalize has it, and then the factor divides by that.
+    INVERTED: the factor divides by EPS at least, as torch.nn.functional.normalize does. The logarithm is of the sum itself:
+    a part of the tokens may have a smaller one than all of them.
     """
     natural = (peak.to(tl.float64) + tl.math.log2(total).to(tl.float64)) * LN_2
     inverse = 1.0 / total
     if INVERTED:
         inverse = tl.where(natural <= LOG_EPS, tl.math.exp2(peak - LOG_EPS * LOG2_E), inverse)  # NaN stays NaN
-        natural = tl.where(natural <= LOG_EPS, LOG_EPS, natural)
+        natural = tl.where(natural <= LOG_TINY, LOG_TINY, natural)
     return natural, inverse
 
 
@@ -278,7 +279,7 @@ def common(
     rows, first, hashes = batch * heads * queries, [], dict(row_hashes=None, token_hashes=None)
     if dropout > 0:
         hashes = dict(zip(hashes, (q.new_empty(size, dtype=torch.int32) for size in (rows, tokens))))
-        numbers = dict(seed=seed, rows=rows, tokens=tokens, BLOCK=256)
+        numbers = dict(seed=two_numbers(seed), rows=rows, tokens=tokens, BLOCK=256)
         first.append(Launch(cross_attention_hashes_kernel, triton.cdiv(max(rows, tokens), 256), hashes | numbers))
     if mask is not None and mask.stride(1) != 1:
         mask = mask.contiguous()

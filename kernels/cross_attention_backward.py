@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
+from perceiver_fast.kernels.base2 import LOG2_E
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.cross_attention import CHECK, MERGED, check, common, summed, variant
 from perceiver_fast.kernels.cross_attention_gradients import cross_attention_dkv_kernel, cross_attention_dq_kernel
-from perceiver_fast.kernels.cross_attention_inverted import CLAMPED, token_terms, whole_and_factor
+from perceiver_fast.kernels.cross_attention_inverted import LOG_EPS, token_terms, whole_and_factor
 from perceiver_fast.kernels.dense_tiles import Pieces, load
 from perceiver_fast.kernels.launch import Launch, aligned_rows, share, strides
 
@@ -50,7 +51,7 @@ def cross_attention_terms_kernel(
 
         heads, queries, blocks  H, N, and blocks of BLOCK_N queries
         V, BLOCK_N, BLOCK_V     channels of v, and the tile that is read at a time
-        INVERTED                lse is the logarithm of max(T, EPS)
+        INVERTED                lse is the logarithm of T
     """
     pid = tl.program_id(0)
     head, n = (pid // blocks).to(tl.int64), pid % blocks * BLOCK_N
@@ -63,13 +64,17 @@ def cross_attention_terms_kernel(
         x = load(d_o, g_n, queries - n, channel, V, BLOCK_N, BLOCK_V, False, False).to(tl.float32)
         y = load(o, V, queries - n, channel, V, BLOCK_N, BLOCK_V, False, False).to(tl.float32)
         total += tl.sum(x * y, 1)
-    if d_lse is not None:
-        total -= tl.load(d_lse + at, mask=there, other=0.0).to(tl.float32)
     natural = tl.load(lse + at, mask=there, other=0.0)
-    whole, factor = whole_and_factor(natural)
+    divided = natural
+    if INVERTED:
+        divided = tl.where(natural <= LOG_EPS, LOG_EPS, natural)
+        total = tl.where(natural > LOG_EPS, total, 0.0)
+    if d_lse is not None:  # the weights are of the sum that they are divided by
+        share = tl.math.exp2(((divided - natural) * LOG2_E).to(tl.float32))
+        total -= tl.load(d_lse + at, mask=there, other=0.0).to(tl.float32) * share
+    whole, factor = whole_and_factor(divided)
     if INVERTED:
         factor *= tl.math.exp2(-whole)
-        total = tl.where(natural > CLAMPED, total, 0.0)
     tl.store(shift + at, whole, mask=there)
     tl.store(weight + at, factor, mask=there)
     tl.store(delta + at, total, mask=there)
@@ -106,7 +111,7 @@ def cross_attention_settle_kernel(
         error -= tl.load(d_lse + at, mask=there, other=0.0).to(tl.float32)
     wrong = tl.abs(error) > size * TOLERANCE
     if lse is not None:
-        wrong = wrong & (tl.load(lse + at, mask=there, other=0.0) > CLAMPED)
+        wrong = wrong & (tl.load(lse + at, mask=there, other=0.0) > LOG_EPS)
     tl.store(delta + at, tl.load(delta + at, mask=there, other=0.0) + error, mask=there & wrong)
     tl.store(flags + pid, tl.max(wrong.to(tl.int32)))
 

@@ -1,7 +1,7 @@
 """What inverted attention needs of every token: softmax over the queries, then normalised over the tokens.
 
     A = 2^(s - log2(e) token_lse),  T = sum_m A,  P = A / max(T, EPS)        token_lse: log-sum-exp over the queries
-    x = (dP - delta) / max(T, EPS),  eta = sum_n A x,  dS = A (x - eta)       delta = sum_m P dP, 0 where T is clamped
+    x = (dP - delta) / max(T, EPS),  eta = sum_n A x,  dS = A (x - eta)       delta = sum_m P dP - d_lse; lse = ln T
 
 A token's log-sum-exp comes to the walks of the other kernels as a whole number and a factor, A = 2^(s - shift) weight,
 so that large ones are exact. It and ``eta``, which the softmax over the queries subtracts from the gradients of the
@@ -21,8 +21,8 @@ from perceiver_fast.kernels.base2 import LOG2_E
 from perceiver_fast.kernels.launch import Launch
 from perceiver_fast.reference.softmax import EPS
 
-LOG_EPS = tl.constexpr(math.log(EPS))
-CLAMPED = tl.constexpr(math.log(EPS) + 1e-5)  # up to here a normaliser's logarithm is LOG_EPS, in float32 too
+LOG_EPS = tl.constexpr(math.log(EPS))  # up to here a normaliser is a constant, and sum_m P dP is no part of delta
+LOG_TINY = tl.constexpr(math.log(torch.finfo(torch.float32).tiny))  # of no sum at all
 BLOCK = 256  # tokens of a program
 
 

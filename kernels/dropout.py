@@ -7,8 +7,10 @@ backward finds it again. Philox, which torch uses, would cost about three times 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from perceiver_fast.reference.dropout import dropout_threshold
 
@@ -57,14 +59,19 @@ def cross_attention_hashes_kernel(seed, row_hashes, token_hashes, rows, tokens, 
 
     Grid: a program a ``BLOCK`` of indices, of rows and of tokens; indices beyond the last of either are not written.
 
-        seed          [1]      in   int64
+        seed          [2]      in   int64: the seed, and the index of the first token
         row_hashes    [rows]   out  uint32 as int32; rows = B H N
         token_hashes  [tokens] out  uint32 as int32; tokens = M
     """
     number = tl.load(seed)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(row_hashes + i, hash_rows(number, i).to(tl.int32, bitcast=True), mask=i < rows)
-    tl.store(token_hashes + i, hash_tokens(number, i).to(tl.int32, bitcast=True), mask=i < tokens)
+    tl.store(token_hashes + i, hash_tokens(number, tl.load(seed + 1) + i).to(tl.int32, bitcast=True), mask=i < tokens)
+
+
+def two_numbers(seed: Tensor | None) -> Tensor | None:
+    """A seed as kernels that hash tokens read it: int64 ``[2]``, the seed and the index of the first token."""
+    return seed if seed is None or seed.numel() == 2 else torch.cat([seed, torch.zeros_like(seed)])
 
 
 def threshold_bits(probability: float) -> int:

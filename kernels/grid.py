@@ -7,6 +7,7 @@ row belongs to every one of these entries.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -64,10 +65,13 @@ class Grid:
         return len(self.sizes) == 2
 
     def config(self, kernel: str, architecture: int, dropout: float) -> Config:
-        """A kernel's configuration. With dropout its bound on registers is lifted: hashes need some."""
+        """A kernel's configuration. Dropout's hashes need registers: no bound, and at most 16 weights a thread."""
         wide = "" if self.features <= FEW else ", wide"
         found = config(f"{kernel}[{self.precision}{wide}]", architecture)
-        return replace(found, registers=MOST) if dropout > 0 else found
+        if dropout == 0:
+            return found
+        halved = found.queries * found.tokens > 16 * 32 * found.warps
+        return replace(found, registers=MOST, tokens=found.tokens // 2 if halved else found.tokens)
 
     def fold(self, x: Tensor) -> Tensor:
         """``[B, N, F + sum(sizes)]`` to ``[B, N, F + rows + columns]``, every table's entry added where it counts."""
@@ -119,14 +123,24 @@ class Blocks:
         return self.columns * self.splits
 
 
-PROGRAMS = 4  # that a multiprocessor is to hold, so that one computes while others wait
-
-
 def blocks(grid: Grid, config: Config, device: torch.device) -> Blocks:
-    """How a call is cut: rows are split until the GPU is full, and every split is of whole groups of rows."""
+    """How a call is cut: every split is of whole groups of rows."""
     queries = math.ceil(grid.queries / config.queries)
     columns = math.ceil(grid.columns / config.tokens)
     groups = math.ceil(grid.rows / GROUP)
-    wanted = math.ceil(PROGRAMS * multiprocessors(device) / max(1, grid.batch * queries * columns))
-    per_split = math.ceil(groups / max(1, min(wanted, groups)))
+    at_once = config.resident * multiprocessors(device)
+    per_split = _groups_per_split(grid.batch * queries * columns, groups, at_once)
     return Blocks(queries, columns, math.ceil(groups / per_split), per_split * GROUP)
+
+
+BEGINNING = 1  # what a program costs before its first row and after its last, in groups of rows
+
+
+@functools.cache
+def _groups_per_split(programs: int, groups: int, at_once: int) -> int:
+    """Groups of rows for each of ``programs`` that are split: so many that all are done soonest, ``at_once`` at a time."""
+
+    def time(per_split: int) -> int:
+        return math.ceil(programs * math.ceil(groups / per_split) / at_once) * (per_split + BEGINNING)
+
+    return min(range(groups, 0, -1), key=time)

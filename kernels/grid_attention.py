@@ -27,12 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.gpu import architecture
-from perceiver_fast.kernels import grid_inverted
-from perceiver_fast.kernels.base2 import LN_2
+from perceiver_fast.kernels import grid_attention_cuda, grid_inverted
 from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.configs import Config
 from perceiver_fast.kernels.dropout import hash_rows, threshold_bits
 from perceiver_fast.kernels.grid import GROUP, Blocks, Grid, blocks, precision_of
+from perceiver_fast.kernels.grid_attention_cuda import Sweep
+from perceiver_fast.kernels.grid_attention_merge import MERGED, grid_attention_merge_kernel, merge_programs
 from perceiver_fast.kernels.grid_attention_tokens import (
     HOLE,
     TokenArrays,
@@ -88,7 +89,7 @@ def grid_attention_forward_kernel(
         token_hashes  [rows, padded]                        in   int32, or None without dropout
         column_parts  [splits, B, N, padded]                out  fp32: sum of p r by column
         row_parts     [column blocks, B, rows, N]           out  fp32: sum of p r by row
-        sum_parts     [splits, column blocks, B, N, F + 3]  out  fp32: sums of p r x, of p, of p that is kept; shift
+        sum_parts     [splits, column blocks, B, F + 3, N]  out  fp32: sums of p r x, of p, of p that is kept; shift
 
         B, N, rows, columns  sizes
         padded               columns in memory, a multiple of BJ
@@ -118,7 +119,7 @@ def grid_attention_forward_kernel(
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     step = b * 0 + N  # from row to row there, int64
     part = (split * B + b) * N + n
-    sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 3)
+    sums_out = sum_parts + ((split * tl.cdiv(columns, BJ) + block) * B + b) * N * (F + 3) + n
     first, last = split * per_split, tl.minimum(rows, (split + 1) * per_split)
     shift = tl.zeros([BN], tl.float32)
     attempt, attempts = 0, 1
@@ -137,18 +138,18 @@ def grid_attention_forward_kernel(
                 threshold, F, BN, BJ, DROPOUT, HOLES,
             )  # fmt: skip
             for f in tl.static_range(F):
-                tl.store(sums_out + f, sums[f], mask=live)
+                tl.store(sums_out + f * N, sums[f], mask=live)
         else:
             column_sums, acc, total, kept_total = sweep_mma(
                 table, query + F, live, g, scale, keys, values, padded, first, last, j, known, rows_out, step, row_hash,
                 token_hashes, threshold, F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
             )  # fmt: skip
             c = tl.arange(0, V)
-            tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
+            tl.store(sums_out[:, None] + c[None, :] * N, acc, mask=live[:, None] & (c < F)[None, :])
         tl.store(column_parts + part[:, None] * padded + j[None, :], column_sums, mask=live[:, None])
-        tl.store(sums_out + F, total, mask=live)
-        tl.store(sums_out + F + 1, kept_total, mask=live)
-        tl.store(sums_out + F + 2, shift, mask=live)
+        tl.store(sums_out + F * N, total, mask=live)
+        tl.store(sums_out + (F + 1) * N, kept_total, mask=live)
+        tl.store(sums_out + (F + 2) * N, shift, mask=live)
         attempt += 1
         if attempt == 1:
             if tl.min(((total >= LEAST_TOTAL) & (total <= MOST_TOTAL) | (live == 0)).to(tl.int32), 0) == 0:
@@ -160,70 +161,6 @@ def grid_attention_forward_kernel(
                         table, query + F, live, g, scale, keys, padded, first, last, j, K, BN, HOLES, PRECISION
                     )
                 shift = tl.where(shift > HOLE / 2, shift, float("-inf"))  # -inf: nothing but holes
-
-
-@triton.jit
-def grid_attention_merge_kernel(
-    column_parts, row_parts, sum_parts, o, lse, kept,
-    B, N, rows, columns, padded, splits, per_split, column_blocks, keep_scale,
-    F: tl.constexpr, BJ: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One query's partial sums, each in units of 2^shift, made one and divided by the total.
-
-        top = max shift,    total = sum 2^(shift - top) total_part,    lse = ln(2) (top + log2(total))
-        o = ln(2) keep_scale / total sum 2^(shift - top) part
-
-    Grid: ``B * N`` programs. Every part counts 2^(shift - largest shift); one that met no token has a shift of -inf and
-    counts nothing, as do parts beyond the last.
-
-        column_parts, row_parts, sum_parts                in   as grid_attention_forward_kernel leaves them
-        o     [B, N, F + rows + columns]                  out  fp32, dense
-        lse   [B, N]                                      out  fp64, natural logarithm
-        kept  [B, N]                                      out  fp32, or None without dropout
-
-        B, N, rows, columns, padded, splits, per_split    as there
-        column_blocks                                     blocks of BJ columns
-        keep_scale                                        of dropout: 1 / (1 - p)
-
-        PARTS  power of two, at least splits * column_blocks
-        BLOCK  rows, or columns, at a time
-    """
-    row = tl.program_id(0).to(tl.int64)  # b N + n
-    b, n = row // N, row % N
-    line = (row * 0 + B) * N * (F + 3)  # from part to part; int64, though B or N may be the constant 1
-    k = tl.arange(0, PARTS)
-    there = k < splits * column_blocks
-    part = sum_parts + (k * (B * N) + row) * (F + 3)  # [PARTS]
-    shifts = tl.load(part + F + 2, mask=there, other=float("-inf"))
-    top = tl.max(shifts, 0)
-    weight = tl.exp2(shifts - top)
-    total = tl.sum(weight * tl.load(part + F, mask=there, other=0.0), 0)
-    factor = LN_2 * keep_scale / total
-    out = o + row * (F + rows + columns)
-    for f in tl.static_range(F):
-        tl.store(out + f, tl.sum(weight * tl.load(part + f, mask=there, other=0.0), 0) * factor)
-    tl.store(lse + row, (top.to(tl.float64) + tl.log2(total.to(tl.float64))) * LN_2)
-    if kept is not None:
-        tl.store(kept + row, tl.sum(weight * tl.load(part + F + 1, mask=there, other=0.0), 0) * keep_scale / total)
-    shift_at = sum_parts + row * (F + 3) + F + 2
-    for start in range(0, rows, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        inside, split = i < rows, i // per_split
-        acc = tl.zeros([BLOCK], tl.float32)
-        for block in range(column_blocks):
-            shift = tl.load(shift_at + (split * column_blocks + block) * line, mask=inside, other=top)
-            value = tl.load(row_parts + ((block * B + b) * rows + i) * N + n, mask=inside, other=0.0)
-            acc += tl.exp2(shift - top) * value
-        tl.store(out + F + i, acc * factor, mask=inside)
-    for start in range(0, columns, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        inside, block = j < columns, j // BJ
-        acc = tl.zeros([BLOCK], tl.float32)
-        for split in range(splits):
-            shift = tl.load(shift_at + (split * column_blocks + block) * line, mask=inside, other=top)
-            value = tl.load(column_parts + (split * (B * N) + row) * padded + j, mask=inside, other=0.0)
-            acc += tl.exp2(shift - top) * value
-        tl.store(out + F + rows + j, acc * factor, mask=inside)
 
 
 def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -243,39 +180,52 @@ def seen(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor 
 
 
 def forward_launches(
-    q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None, dropout: float, seed: Tensor | None, arch: int
-) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
+    q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None, dropout: float, seed: Tensor | None, arch: int,
+    in_cuda: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[Launch | Sweep]]:  # fmt: skip
     """o ``[B, N, F + rows + columns]``, lse ``[B, N]``, kept ``[B, N]`` or empty, and the launches that compute them.
 
     q is folded (``Grid.fold``), the mask as :func:`seen` gives it, feat and scale dense; seed is None without dropout.
+    ``in_cuda``: the sweep is the CUDA library's.
     """
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
-    config = grid.config("grid_attention_forward", arch, dropout)
+    config = (
+        grid_attention_cuda.forward_config(arch) if in_cuda else grid.config("grid_attention_forward", arch, dropout)
+    )
     cut = blocks(grid, config, q.device)
-    tokens, launches = describe_tokens(grid, feat, scale, mask, seed)
-    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded)
+    launches: list[Launch | Sweep] = []
+    if in_cuda:
+        width = grid_attention_cuda.padded(grid.columns)
+    else:
+        tokens, launches = describe_tokens(grid, feat, scale, mask, seed)
+        width = tokens.padded
+    column_parts = q.new_empty(cut.splits, grid.batch, grid.queries, width)
     row_parts = q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries)
-    sum_parts = q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 3)
-    common = sizes(grid, cut, tokens) | dict(
+    sum_parts = q.new_empty(cut.partials, grid.batch, grid.features + 3, grid.queries)
+    common = sizes(grid, cut, width) | dict(
         column_parts=column_parts, row_parts=row_parts, sum_parts=sum_parts, per_split=cut.rows_per_split,
         F=grid.features, BJ=config.tokens,
     )  # fmt: skip
-    sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
-    programs = cut.queries * cut.columns * cut.splits * grid.batch
-    launches.append(Launch(grid_attention_forward_kernel, programs, sweep, config, config.queries * config.tokens))
+    if in_cuda:
+        parts = column_parts, row_parts, sum_parts
+        launches.append(Sweep("grid_attention_sums", (q, feat, scale, mask, *parts, cut.splits, cut.rows_per_split)))
+    else:
+        sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
+        programs = cut.queries * cut.columns * cut.splits * grid.batch
+        launches.append(Launch(grid_attention_forward_kernel, programs, sweep, config, config.queries * config.tokens))
     o = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float64)
     kept = q.new_empty(q.shape[:2] if dropout > 0 else (0,))
     merge = common | dict(o=o, lse=lse, kept=kept if dropout > 0 else None, column_blocks=cut.columns)
-    merge |= dict(keep_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
-    launches.append(Launch(grid_attention_merge_kernel, grid.batch * grid.queries, merge))
+    merge |= MERGED | dict(keep_scale=dropout_scale(dropout), PARTS=triton.next_power_of_2(cut.partials))
+    launches.append(Launch(grid_attention_merge_kernel, merge_programs(grid), merge))
     return o, lse, kept, launches
 
 
-def sizes(grid: Grid, cut: Blocks, tokens: TokenArrays) -> dict[str, int]:
+def sizes(grid: Grid, cut: Blocks, padded: int) -> dict[str, int]:
     """The sizes that sweeps and merges take."""
     return dict(
-        B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns, padded=tokens.padded, splits=cut.splits,
+        B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns, padded=padded, splits=cut.splits,
     )  # fmt: skip
 
 
@@ -340,6 +290,23 @@ def forward(
     Raises:
         RuntimeError: see :func:`check`.
     """
+    return _forward(q, feat, scale, mask, dropout, seed, inverted, in_cuda=False)
+
+
+def forward_in_cuda(
+    q: Tensor,
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    inverted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`forward` with the CUDA library's sweep, of the calls that the op's declaration gives to it."""
+    return _forward(q, feat, scale, mask, dropout, seed, inverted, in_cuda=True)
+
+
+def _forward(q, feat, scale, mask, dropout, seed, inverted, in_cuda) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(q, feat, scale, mask, dropout, seed, inverted)
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
     nothing = q.new_empty(0, dtype=torch.float64)
@@ -353,7 +320,7 @@ def forward(
     q, mask, empty = seen(q, mask)
     o, lse, kept, launches = forward_launches(
         grid.fold(q), feat.contiguous(), scale.contiguous(), mask, dropout, seed if dropout > 0 else None,
-        architecture(q.device),
+        architecture(q.device), in_cuda,
     )  # fmt: skip
     for launch in launches:
         launch.run()

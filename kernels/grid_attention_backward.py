@@ -25,8 +25,14 @@ from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.dropout import hash_rows
 from perceiver_fast.kernels.grid import Grid, blocks, precision_of
 from perceiver_fast.kernels.grid_attention import CHECK, check, holes, place, seen, sizes, sweep_arguments
+from perceiver_fast.kernels.grid_attention_cuda import BACKWARD, Sweep, padded
+from perceiver_fast.kernels.grid_attention_merge import (
+    MERGED,
+    grid_attention_backward_merge_kernel,
+    merge_programs,
+)
 from perceiver_fast.kernels.grid_attention_token_grads import token_grads_launch
-from perceiver_fast.kernels.grid_attention_tokens import describe_tokens
+from perceiver_fast.kernels.grid_attention_tokens import TokenArrays, describe_tokens
 from perceiver_fast.kernels.grid_sweep_fma import load_features, sweep_backward_fma
 from perceiver_fast.kernels.grid_sweep_mma import load_packed, sweep_backward_mma
 from perceiver_fast.kernels.launch import Launch
@@ -94,7 +100,7 @@ def grid_attention_backward_kernel(
         stats         [4, B N]                                in   fp32, of grid_attention_delta_kernel
         column_parts  [splits, B, N, padded]                  out  fp32: sum of dS r by column
         row_parts     [column blocks, B, rows, N]             out  fp32: sum of dS r by row
-        sum_parts     [splits, column blocks, B, N, F + 1]    out  fp32: sums of dS r x, and of dS
+        sum_parts     [splits, column blocks, B, F + 1, N]    out  fp32: sums of dS r x, and of dS
 
         B .. threshold  as in grid_attention_forward_kernel
         keep_scale      of dropout: 1 / (1 - p)
@@ -126,7 +132,7 @@ def grid_attention_backward_kernel(
     rows_out = row_parts + ((block * B + b) * rows) * N + n
     step = b * 0 + N  # from row to row there, int64
     part = (split * B + b) * N + n
-    sums_out = sum_parts + (((split * tl.cdiv(columns, BJ) + block) * B + b) * N + n) * (F + 1)
+    sums_out = sum_parts + ((split * tl.cdiv(columns, BJ) + block) * B + b) * N * (F + 1) + n
     first, last = split * per_split, tl.minimum(rows, (split + 1) * per_split)
     if PRECISION == "fma":
         g, d_features = load_features(query, live, F), load_features(d_query, live, F)
@@ -139,7 +145,7 @@ def grid_attention_backward_kernel(
             d_kept, rows_out, step, row_hash, token_hashes, threshold, F, BN, BJ, DROPOUT, HOLES,
         )  # fmt: skip
         for f in tl.static_range(F):
-            tl.store(sums_out + f, sums[f], mask=live)
+            tl.store(sums_out + f * N, sums[f], mask=live)
     else:
         g = load_packed(query, tl.full([BN], 1.0, tl.float32), live, F, K, PRECISION, True)
         d_g = load_packed(d_query, factor, live, F, K, PRECISION, False)
@@ -151,107 +157,54 @@ def grid_attention_backward_kernel(
             F, K, V, GROUP, BN, BJ, DROPOUT, HOLES, PRECISION,
         )  # fmt: skip
         c = tl.arange(0, V)
-        tl.store(sums_out[:, None] + c[None, :], acc, mask=live[:, None] & (c < F)[None, :])
+        tl.store(sums_out[:, None] + c[None, :] * N, acc, mask=live[:, None] & (c < F)[None, :])
     tl.store(column_parts + part[:, None] * padded + j[None, :], column_sums, mask=live[:, None])
-    tl.store(sums_out + F, residual, mask=live)
-
-
-@triton.jit
-def grid_attention_backward_merge_kernel(
-    column_parts, row_parts, sum_parts, d_lse, kept, stats, dq, correction,
-    B, N, rows, columns, padded, splits, column_blocks,
-    F: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One query's partial gradients summed, in order; and what rounding of delta left in them is found.
-
-        dq = ln(2) sum of parts,    residual = sum dS - d_lse,    factor delta += factor residual
-        correction = residual, or with dropout residual / kept
-
-    Grid: ``B * N`` programs.
-
-        column_parts, row_parts, sum_parts                in      as grid_attention_backward_kernel leaves them
-        d_lse       [B, N]                                in      fp64, or None
-        kept        [B, N]                                in      fp32, or None without dropout
-        stats       [4, B N]                              in out  fp32: delta is corrected
-        dq          [B, N, F + rows + columns]            out     fp32, dense, folded; correction times o is still in it
-        correction  [B, N, 1]                             out     fp32
-
-        B, N, rows, columns, padded, splits               as in grid_attention_forward_kernel
-        column_blocks                                     blocks of columns of grid_attention_backward_kernel
-
-        PARTS  power of two, at least splits * column_blocks; parts beyond the last read as zeros
-        BLOCK  rows, or columns, at a time
-
-    In dq every dS is wrong by P times the residual, so that dq is wrong by the residual times sum_m P r [x ; ..], which
-    is o. With dropout o sums only weights that were kept: that sum is about o / kept then, and exactly so where one
-    token has all the weight. A query of which nothing was kept is left as it is.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    b, n = row // N, row % N
-    k = tl.arange(0, PARTS)
-    there = k < splits * column_blocks
-    part = sum_parts + (k * (B * N) + row) * (F + 1)
-    out = dq + row * (F + rows + columns)
-    for f in tl.static_range(F):
-        tl.store(out + f, tl.sum(tl.load(part + f, mask=there, other=0.0), 0) * LN_2)
-    residual = tl.sum(tl.load(part + F, mask=there, other=0.0), 0)
-    if d_lse is not None:
-        residual -= tl.load(d_lse + row).to(tl.float32)
-    line = row * 0 + B * N  # from one of the stats to the next, int64
-    delta = stats + 2 * line + row
-    tl.store(delta, tl.load(delta) + residual * tl.load(stats + line + row))  # stats hold factor delta
-    if kept is not None:
-        share = tl.load(kept + row)
-        residual = tl.where(share > 0, residual / share, 0.0)
-    tl.store(correction + row, residual)
-    for start in range(0, rows, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        acc = tl.zeros([BLOCK], tl.float32)
-        for block in range(column_blocks):
-            acc += tl.load(row_parts + ((block * B + b) * rows + i) * N + n, mask=i < rows, other=0.0)
-        tl.store(out + F + i, acc * LN_2, mask=i < rows)
-    for start in range(0, columns, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        acc = tl.zeros([BLOCK], tl.float32)
-        for split in range(splits):
-            acc += tl.load(column_parts + (split * (B * N) + row) * padded + j, mask=j < columns, other=0.0)
-        tl.store(out + F + rows + j, acc * LN_2, mask=j < columns)
+    tl.store(sums_out + F * N, residual, mask=live)
 
 
 def backward_launches(
     d_o: Tensor, d_lse: Tensor | None, d_kept: Tensor | None, q: Tensor, feat: Tensor, scale: Tensor,
     mask: Tensor | None, dropout: float, seed: Tensor | None, o: Tensor, folded_d_o: Tensor, lse: Tensor, kept: Tensor,
-    token_grads: bool, arch: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Launch]]:  # fmt: skip
-    """Folded dq, what to take out of it times o ``[B, N, 1]``, dfeat, dscale, and the launches that compute them.
+    token_grads: bool, arch: int, in_cuda: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Launch | Sweep]]:  # fmt: skip
+    """Folded dq, what to take out of it times o ``[B, N, 1]`` where o is not folded, dfeat, dscale, and the launches that compute them.
 
     q is folded, and d_o is given both folded and as it comes; all are dense but q. The gradients of the tokens are
-    empty without ``token_grads``.
+    empty without ``token_grads``. ``in_cuda``: the sweep is the CUDA library's.
     """
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), precision_of(feat.dtype, feat.shape[-1]))
     count, length = grid.batch * grid.queries, o.shape[-1]
     stats = q.new_empty(4, count)
     delta = dict(d_o=d_o, o=o, d_lse=d_lse, lse=lse, d_kept=d_kept, kept=kept, stats=stats, rows=count, L=length)
-    launches = [Launch(grid_attention_delta_kernel, count, delta | dict(BLOCK=256))]
-    config = grid.config("grid_attention_backward", arch, dropout)
+    launches: list[Launch | Sweep] = [Launch(grid_attention_delta_kernel, count, delta | dict(BLOCK=256))]
+    config = BACKWARD if in_cuda else grid.config("grid_attention_backward", arch, dropout)
     cut = blocks(grid, config, q.device)
-    tokens, described = describe_tokens(grid, feat, scale, mask, seed)
-    launches += described
-    common = sizes(grid, cut, tokens) | dict(
+    if in_cuda:
+        tokens = TokenArrays(padded(grid.columns), None)
+    else:
+        tokens, described = describe_tokens(grid, feat, scale, mask, seed)
+        launches += described
+    parts = dict(
         column_parts=q.new_empty(cut.splits, grid.batch, grid.queries, tokens.padded),
         row_parts=q.new_empty(cut.columns, grid.batch, grid.rows, grid.queries),
-        sum_parts=q.new_empty(cut.partials, grid.batch, grid.queries, grid.features + 1),
-        stats=stats, F=grid.features,
-    )  # fmt: skip
-    sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
-    sweep |= dict(d_o=folded_d_o, per_split=cut.rows_per_split, keep_scale=dropout_scale(dropout))
-    sweep |= dict(BJ=config.tokens, HAS_D_KEPT=d_kept is not None)
-    programs = cut.queries * cut.columns * cut.splits * grid.batch
-    launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
+        sum_parts=q.new_empty(cut.partials, grid.batch, grid.features + 1, grid.queries),
+    )
+    common = sizes(grid, cut, tokens.padded) | parts | dict(stats=stats, F=grid.features)
+    if in_cuda:
+        given = q, feat, scale, mask, folded_d_o, stats, *parts.values(), cut.splits, cut.rows_per_split
+        launches.append(Sweep("grid_attention_gradient_sums", given))
+    else:
+        sweep = common | sweep_arguments(grid, tokens, q, seed, dropout, config) | dict(HOLES=holes(grid, mask, config))
+        sweep |= dict(d_o=folded_d_o, per_split=cut.rows_per_split, keep_scale=dropout_scale(dropout))
+        sweep |= dict(BJ=config.tokens, HAS_D_KEPT=d_kept is not None)
+        programs = cut.queries * cut.columns * cut.splits * grid.batch
+        launches.append(Launch(grid_attention_backward_kernel, programs, sweep, config, config.queries * config.tokens))
     dq, correction = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1)
     merge = common | dict(d_lse=d_lse, kept=kept if dropout > 0 else None, dq=dq, correction=correction)
-    merge |= dict(column_blocks=cut.columns, PARTS=triton.next_power_of_2(cut.partials), BLOCK=128)
-    launches.append(Launch(grid_attention_backward_merge_kernel, count, merge))
+    merge |= MERGED | dict(
+        o=o if grid.is_folded else None, column_blocks=cut.columns, PARTS=triton.next_power_of_2(cut.partials)
+    )
+    launches.append(Launch(grid_attention_backward_merge_kernel, merge_programs(grid), merge))
     if not token_grads:
         return dq, correction, feat.new_empty(0), scale.new_empty(0), launches
     dfeat, dscale = torch.zeros_like(feat), torch.zeros_like(scale)
@@ -291,6 +244,39 @@ def backward(
     Raises:
         RuntimeError: see :func:`perceiver_fast.kernels.grid_attention.check`.
     """
+    return _backward(
+        d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads,
+        in_cuda=False,
+    )  # fmt: skip
+
+
+def backward_in_cuda(
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    d_kept: Tensor | None,
+    q: Tensor,
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    inverted: bool,
+    o: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    token_lse: Tensor,
+    token_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`backward` with the CUDA library's sweep, of the calls that the op's declaration gives to it."""
+    return _backward(
+        d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads,
+        in_cuda=True,
+    )  # fmt: skip
+
+
+def _backward(
+    d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse, token_grads, in_cuda
+) -> tuple[Tensor, Tensor, Tensor]:
     check(q, feat, scale, mask, dropout, seed, inverted)
     rows = q.shape[:2]
     for name, t in (("d_o", d_o), ("o", o)):
@@ -307,9 +293,8 @@ def backward(
         tokens = (t.new_zeros(q.shape[0], *t.shape[1:]) if token_grads else t.new_empty(0) for t in (feat, scale))
         return q.new_empty(q.shape), *tokens
     if inverted:
-        CHECK.expect(d_lse is None, "no d_lse where attention is inverted", "one")
         return grid_inverted.backward(
-            d_o, d_kept, q, feat, scale, mask, dropout, seed, o, lse, kept, token_lse, token_grads
+            d_o, d_lse, d_kept, q, feat, scale, mask, dropout, seed, o, lse, kept, token_lse, token_grads
         )
     grid = Grid(*q.shape[:2], feat.shape[-1], tuple(feat.shape[1:-1]), "")
     q, mask, empty = seen(q, mask)
@@ -320,11 +305,12 @@ def backward(
     d_lse, d_kept = (None if t is None else t.contiguous() for t in (d_lse, d_kept))
     dq, correction, dfeat, dscale, launches = backward_launches(
         d_o, d_lse, d_kept, grid.fold(q), feat, scale, mask, dropout, seed if dropout > 0 else None, o, grid.fold(d_o),
-        lse, kept, token_grads, architecture(q.device),
+        lse, kept, token_grads, architecture(q.device), in_cuda,
     )  # fmt: skip
     for launch in launches:
         launch.run()
-    dq = torch.addcmul(grid.unfold(dq), correction, o, value=-1)
+    if not grid.is_folded:
+        dq = torch.addcmul(grid.unfold(dq), correction, o, value=-1)
     if empty is not None:
         dq = dq.masked_fill(empty[:, None, None], 0.0)
     return dq, dfeat, dscale

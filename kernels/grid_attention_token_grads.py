@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
-from perceiver_fast.kernels.dropout import dropout_keep, hash_rows, hash_tokens, threshold_bits
+from perceiver_fast.kernels.dropout import dropout_keep, hash_rows, hash_tokens, threshold_bits, two_numbers
 from perceiver_fast.kernels.grid import FEW, Grid
 from perceiver_fast.kernels.grid_attention_tokens import TokenArrays, key_width
 from perceiver_fast.kernels.grid_sweep_mma import add_keys, load_packed
@@ -69,7 +69,7 @@ def grid_attention_token_grads_kernel(
         scale   [B, rows, columns]          in   fp32, dense
         mask    [B, rows, columns]          in   uint8, dense, 0 for masked tokens; or None
         keys    [B, rows, padded, K]        in   see grid_attention_tokens; None for precision "fma"
-        seed    [1]                         in   int64, or None without dropout
+        seed    [2]                         in   int64: the seed, and the index of the first token; or None without dropout
         dfeat   [B, rows, columns, F]       out  dtype of feat, dense; not written for masked tokens
         dscale  [B, rows, columns]          out  fp32, dense; likewise
 
@@ -95,6 +95,7 @@ def grid_attention_token_grads_kernel(
     b = (program // (column_blocks * row_blocks)).to(tl.int64)
     line = b * 0 + B * N  # from one of the stats to the next, int64
     number = tl.load(seed) if DROPOUT else 0
+    first_token = tl.load(seed + 1) if DROPOUT else 0
     token, there, r, token_hash, x = (), (), (), (), ()  # of every row; all [BJ], and x is F of them, or keys [BJ, K]
     for k in tl.static_range(ROWS):
         at = (b * rows + first + k) * columns + j
@@ -103,7 +104,7 @@ def grid_attention_token_grads_kernel(
             inside = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
         token, there = token + (at,), there + (inside,)
         r = r + (tl.load(scale + at, mask=inside, other=0.0) * LOG2_E,)
-        token_hash = token_hash + (hash_tokens(number, at - b * rows * columns) if DROPOUT else at,)
+        token_hash = token_hash + (hash_tokens(number, first_token + at - b * rows * columns) if DROPOUT else at,)
         if PRECISION == "fma":
             channels = ()
             for f in tl.static_range(F):
@@ -208,7 +209,7 @@ def token_grads_launch(
     rows = ROWS if few and grid.features <= FEW else 1
     q = arguments["q"]
     arguments = arguments | dict(
-        keys=None if few else tokens.keys, B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns,
+        keys=None if few else tokens.keys, seed=two_numbers(arguments["seed"]), B=grid.batch, N=grid.queries, rows=grid.rows, columns=grid.columns,
         padded=tokens.padded, q_batch=q.stride(0), q_row=q.stride(1), threshold=threshold_bits(dropout),
         keep_scale=dropout_scale(dropout), F=grid.features, K=key_width(grid),
         C=max(16, triton.next_power_of_2(grid.features)), BN=config.queries, BJ=config.tokens, ROWS=rows,

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_fast.kernels.base2 import LOG2_E
-from perceiver_fast.kernels.dropout import hash_tokens
+from perceiver_fast.kernels.dropout import hash_tokens, two_numbers
 from perceiver_fast.kernels.grid import FEW, GROUP, Grid
 from perceiver_fast.kernels.launch import Launch
 
@@ -141,14 +141,14 @@ def grid_attention_hashes_kernel(seed, token_hashes, columns, padded, across, BL
 
     Grid: ``rows * across`` programs of BLOCK tokens.
 
-        seed          [1]             in   int64
+        seed          [2]             in   int64: the seed, and the index of the first token
         token_hashes  [rows, padded]  out  uint32 as int32
 
         columns, padded, across  columns, columns in memory, and padded / BLOCK
     """
     row = (tl.program_id(0) // across).to(tl.int64)
     j = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
-    token_hash = hash_tokens(tl.load(seed), row * columns + j)
+    token_hash = hash_tokens(tl.load(seed), tl.load(seed + 1) + row * columns + j)
     tl.store(token_hashes + row * padded + j, token_hash.to(tl.int32, bitcast=True))
 
 
@@ -208,7 +208,9 @@ def describe_tokens(
     launches, token_hashes = [], None
     if seed is not None:
         token_hashes = scale.new_empty(grid.rows, padded, dtype=torch.int32)
-        arguments = dict(seed=seed, token_hashes=token_hashes, columns=grid.columns, padded=padded, across=across)
+        arguments = dict(
+            seed=two_numbers(seed), token_hashes=token_hashes, columns=grid.columns, padded=padded, across=across
+        )
         launches.append(Launch(grid_attention_hashes_kernel, grid.rows * across, arguments | dict(BLOCK=block)))
     common = dict(feat=feat, scale=scale, mask=mask, columns=grid.columns, padded=padded, across=across)
     common |= dict(F=grid.features, BLOCK=block)

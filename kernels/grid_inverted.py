@@ -23,7 +23,7 @@ from torch import Tensor
 
 from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.configs import MOST, Config
-from perceiver_fast.kernels.cross_attention_inverted import CLAMPED
+from perceiver_fast.kernels.cross_attention_inverted import LOG_EPS, LOG_TINY
 from perceiver_fast.kernels.dropout import threshold_bits
 from perceiver_fast.kernels.grid import FLOAT32, Grid
 from perceiver_fast.kernels.grid_attention_tokens import describe_tokens
@@ -110,7 +110,7 @@ def forward(
     """The operator ``grid_attention_forward``, inverted: q may have several times feat's batch, its heads.
 
     Returns:
-        o ``[B, N, L]`` float32, lse ``[B, N]`` float64, the logarithm of max(T, EPS), kept ``[B, N]``, the sums of the
+        o ``[B, N, L]`` float32, lse ``[B, N]`` float64, the logarithm of T, kept ``[B, N]``, the sums of the
         weights, and token_lse ``[B, M]`` float64.
     """
     call = Call(q, feat.contiguous(), scale.contiguous(), mask, dropout, seed if dropout > 0 else None)
@@ -118,30 +118,34 @@ def forward(
     call.walk_queries(token_lse=token_lse)
     call.normalised_by(token_lse)
     sums, total, kept = call.walk_rows()
-    total = total.double().clamp_min(EPS)
-    factor = (dropout_scale(dropout) / total).float()
-    return call.grid.unfold(sums * (factor * LN_2.value).unsqueeze(-1)), total.log(), kept * factor, token_lse
+    total = total.double()
+    factor = (dropout_scale(dropout) / total.clamp_min(EPS)).float()
+    lse = total.log().clamp_min(LOG_TINY.value)
+    return call.grid.unfold(sums * (factor * LN_2.value).unsqueeze(-1)), lse, kept * factor, token_lse
 
 
 def backward(
-    d_o: Tensor, d_kept: Tensor | None, q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None, dropout: float,
+    d_o: Tensor, d_lse: Tensor | None, d_kept: Tensor | None, q: Tensor, feat: Tensor, scale: Tensor, mask: Tensor | None, dropout: float,
     seed: Tensor | None, o: Tensor, lse: Tensor, kept: Tensor, token_lse: Tensor, token_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator ``grid_attention_backward``, inverted: dq, and of every element of q's batch dfeat and dscale."""
     call = Call(q, feat.contiguous(), scale.contiguous(), mask, dropout, seed if dropout > 0 else None)
     call.normalised_by(token_lse)
-    owned = lse > CLAMPED.value  # else the normaliser is a constant
+    owned, divided = lse > LOG_EPS.value, lse.clamp_min(LOG_EPS.value)  # else the normaliser is a constant
     delta = (d_o.double() * o).sum(-1)
     delta = delta if d_kept is None else delta + d_kept.double() * kept
     stats = torch.zeros(4, *q.shape[:2], device=q.device)
-    stats[0], stats[1] = (-lse).exp(), delta.where(owned, 0.0)
+    delta = delta.where(owned, 0.0)
+    if d_lse is not None:
+        delta = delta - d_lse * (divided - lse).exp()
+    stats[0], stats[1] = (-divided).exp(), delta
     if d_kept is not None:
         stats[3] = d_kept
     call.arguments |= dict(d_o=call.grid.fold(d_o.contiguous()), stats=stats)
     exact = feat.dtype == torch.float32
     if exact:
         _, _, error = call.walk_rows(sums_alone=True)
-        stats[2] = error * stats[0] * owned
+        stats[2] = (error if d_lse is None else error - d_lse) * stats[0] * owned
     for name in ("eta", "eta_low") if exact else ("eta",):
         found = stats.new_empty(call.arguments["token_shift"].shape)
         call.walk_queries(eta_out=found)

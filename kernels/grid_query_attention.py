@@ -25,7 +25,7 @@ from perceiver_fast.kernels.base2 import LN_2, LOG2_E
 from perceiver_fast.kernels.checks import HALF_OR_FLOAT, Check
 from perceiver_fast.kernels.cross_attention import LOWEST, power_of_two
 from perceiver_fast.kernels.dense_tiles import Pieces, accumulate, place, store, zeros
-from perceiver_fast.kernels.dropout import cross_attention_hashes_kernel, dropout_keep, threshold_bits
+from perceiver_fast.kernels.dropout import cross_attention_hashes_kernel, dropout_keep, threshold_bits, two_numbers
 from perceiver_fast.kernels.grid_query_keys import DOUBLED, FORWARD, Keys, Variant, describe_keys
 from perceiver_fast.kernels.grid_query_tiles import (
     axes_sum,
@@ -212,7 +212,9 @@ def common(
         rows = batch * heads * queries
         row_hashes, key_hashes = (keys.v.new_empty(size, dtype=torch.int32) for size in (rows, padded))
         hashes = dict(row_hashes=row_hashes, key_hashes=key_hashes)
-        numbers = dict(row_hashes=row_hashes, token_hashes=key_hashes, seed=seed, rows=rows, tokens=padded, BLOCK=256)
+        numbers = dict(
+            row_hashes=row_hashes, token_hashes=key_hashes, seed=two_numbers(seed), rows=rows, tokens=padded, BLOCK=256
+        )
         launches.append(Launch(cross_attention_hashes_kernel, triton.cdiv(max(rows, padded), 256), numbers))
     shared = feat.shape[0] == 1
     n1, n2, n3 = [0] * (3 - len(keys.groups)) + keys.sizes

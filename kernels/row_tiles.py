@@ -19,7 +19,6 @@ from perceiver_fast.kernels.launch import Launch
 
 NARROWEST = 16  # columns of a tile, at least
 TALLEST = 16  # rows of a tile, at most: addresses and statistics of every row take registers
-REGISTERS = 1 << 16  # of a multiprocessor
 COLUMNS = 32  # that a program adds up at the end: 128 bytes of float32, as much as memory reads at once
 MERGED = 64  # parts that it reads at a time, so that its walk is short
 
@@ -38,8 +37,7 @@ class Tiles:
 
         Registers are what limits that.
         """
-        resident = REGISTERS // (32 * config.warps * (config.registers or 256))
-        return max(1, min(self.count, resident * multiprocessors(device) // self.blocks))
+        return max(1, min(self.count, config.resident * multiprocessors(device) // self.blocks))
 
 
 def tiles(rows: int, width: int, config: Config) -> Tiles:

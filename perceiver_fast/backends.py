@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from perceiver_fast.settings import Setting, Use
 
@@ -105,7 +108,7 @@ class use_backend(Use):
     Args:
         name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels),
             ``"triton"`` (the Triton kernels of the ops that have them, on GPUs),
-            ``"cuda"`` (the CUDA kernels; ``fourier_projection`` alone has them) or ``"reference"`` (plain PyTorch). The
+            ``"cuda"`` (the CUDA kernels of ``fourier_projection``, and of ``grid_attention`` in bfloat16) or ``"reference"`` (plain PyTorch). The
             environment variable PERCEIVER_FAST_BACKEND sets the process's own value.
 
     Raises:
@@ -122,6 +125,14 @@ class use_backend(Use):
 
     def __init__(self, name: str):
         super().__init__(_backend, _check(name, "use_backend"))
+
+
+def forced_again(name: str) -> AbstractContextManager:
+    """Within, what was forced in a forward is forced in its backward, which GPUs run in a thread of their own.
+
+    Nothing is where ``name`` is "auto", nor while torch.compile traces.
+    """
+    return nullcontext() if name == "auto" or torch.compiler.is_compiling() else use_backend(name)
 
 
 _backend = Setting("backend", _check(os.environ.get("PERCEIVER_FAST_BACKEND") or "auto", "PERCEIVER_FAST_BACKEND"))

@@ -14,18 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
+from perceiver_fast.layers.narrow_products import NarrowProduct
 from perceiver_fast.ops.library import dropout_seed, seed_from, unless_autocast
 from perceiver_fast.tokens import GridTokens
 
 Layer = TypeVar("Layer", bound="CrossAttentionParameters")
 
 
-def times_tables(x: Tensor, table: Tensor) -> Tensor:
-    """``x [B, H, N, K]`` times every head's table ``[H, K, L]``: ``[B, H, N, L]``, one product a head for the whole batch."""
+def times_tables(x: Tensor, table: Tensor, narrow: bool = False) -> Tensor:
+    """``x [B, H, N, K]`` times every head's table ``[H, K, L]``: ``[B, H, N, L]``, one product a head for the whole batch.
+
+    ``narrow``: both are rounded to bfloat16, as autocast would; the result is float32.
+    """
     batch, heads, rows, _ = x.shape
+    product = NarrowProduct.apply if narrow else torch.bmm
     if batch == 1:
-        return torch.bmm(x.squeeze(0), table).unsqueeze(0)
-    return torch.bmm(x.transpose(0, 1).flatten(1, 2), table).unflatten(1, (batch, rows)).transpose(0, 1)
+        return product(x.squeeze(0), table).unsqueeze(0)
+    return product(x.transpose(0, 1).flatten(1, 2), table).unflatten(1, (batch, rows)).transpose(0, 1)
 
 
 class CrossAttentionParameters:
@@ -75,22 +80,27 @@ class CrossAttentionParameters:
             self._q = self.fn.project("to_q", z)
         return self._q
 
-    def queries(self, z: Tensor, keys: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def queries(
+        self, z: Tensor, keys: Tensor, key_bias: Tensor | None, narrow: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Queries moved to the columns of a table of keys, so that they attend to the columns themselves.
 
         Args:
             z: normalised latents ``[B, N, D]``.
             keys: ``[H, d, L]``, times the scale of the logits.
             key_bias: ``[H, d]``, times the same scale; None where it does not matter.
+            narrow: queries and keys are rounded to bfloat16. Default: False.
 
         Returns:
             ``to_q(z)`` times the keys ``[B, H, N, L]``, and times their bias ``[B, H, N]``: what it adds to the logits.
         """
         q = self.to_q(z)
         with unless_autocast(z.device):
-            q = q.to(keys.dtype).unflatten(-1, (self.fn.heads, -1)).transpose(1, 2)
-            moved = times_tables(q, keys)
-            return moved, None if key_bias is None else times_tables(q, key_bias.unsqueeze(-1)).squeeze(-1)
+            q = q.unflatten(-1, (self.fn.heads, -1)).transpose(1, 2)
+            moved = times_tables(q, keys, True) if narrow else times_tables(q.to(keys.dtype), keys)
+            if key_bias is None:
+                return moved, None
+            return moved, times_tables(q.to(keys.dtype), key_bias.unsqueeze(-1)).squeeze(-1)
 
     def by_head(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A projection of tokens to keys and values, taken apart.
@@ -108,7 +118,7 @@ class CrossAttentionParameters:
         return keys * fn.scale, key_bias * fn.scale, values, value_bias
 
     def grid_tables(
-        self, z: Tensor, tokens: GridTokens, biased: bool = True
+        self, z: Tensor, tokens: GridTokens, biased: bool = True, narrow: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """What grid attention needs of normalised latents ``z [B, N, D]``, in the dtype that it computes in.
 
@@ -116,6 +126,7 @@ class CrossAttentionParameters:
             z: normalised latents.
             tokens: what is attended to.
             biased: whether it matters what the keys' bias adds to the logits. Default: True.
+            narrow: the product that gives the queries rounds both factors to bfloat16. Default: False.
 
         Returns:
             Queries ``[B, H, N, L]``, L = elements + sum(sizes); what the keys' bias adds to the logits ``[B, H, N]``, or None; values
@@ -124,7 +135,7 @@ class CrossAttentionParameters:
         with unless_autocast(z.device):
             table = self.by_head(*tokens.project(self.to_kv, self.norm_context))
         keys, key_bias, values, value_bias = table
-        q, logit_bias = self.queries(z, keys, key_bias if biased else None)
+        q, logit_bias = self.queries(z, keys, key_bias if biased else None, narrow)
         return q, logit_bias, values.transpose(1, 2), value_bias
 
     def weighted_bias(self, value_bias: Tensor, weight_sums: Tensor | None) -> Tensor:

@@ -30,9 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from perceiver_fast.layers.cross_attention_parameters import CrossAttentionParameters, times_tables
 from perceiver_fast.ops.cross_attention import cross_attention_unchecked
+from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 from perceiver_fast.ops.library import half_dtype, unless_autocast
 from perceiver_fast.tokens import GridTokens, Tokens
@@ -51,10 +53,14 @@ def attend_grid(
     backend: str,
 ) -> Result:
     """Attend to raw channels and one table entry an axis and index; no token, key or value is built."""
-    feat, heads, features = tokens.shifted(), layer.fn.heads, tokens.elements
+    heads, features = layer.fn.heads, tokens.elements
     half = half_dtype(z.device, tokens.dtype)
+    on_gpu = backend in ("cuda", "triton") and not transformed()
+    feat = tokens.shifted(half if on_gpu and features > 0 and not inverted else None)
     logit_bias: Any  # None where nobody needs it
-    q, logit_bias, values, value_bias = layer.grid_tables(z, tokens, biased=inverted or with_lse)
+    # Plain PyTorch would round keys, weights and values to this dtype. Others could overflow, and compilers may not know it.
+    narrow = half == torch.bfloat16 and on_gpu and not is_compiling()
+    q, logit_bias, values, value_bias = layer.grid_tables(z, tokens, inverted or with_lse, narrow)
     with unless_autocast(z.device):
         scale = tokens.scale(layer.norm_context.eps)
         if inverted:  # the keys' bias: a channel that is one after scaling, and the bias as its query
@@ -73,7 +79,7 @@ def attend_grid(
         if inverted or features == 0:
             raw, _, axes = o.split([features, 1, o.shape[-1] - features - 1], -1)
             o = torch.cat([raw, axes], -1)
-        out = times_tables(o, values).transpose(1, 2) + layer.weighted_bias(value_bias, weight_sums)
+        out = times_tables(o, values, narrow).transpose(1, 2) + layer.weighted_bias(value_bias, weight_sums)
         if not with_lse:
             return out, None
         return out, lse.unflatten(1, (heads, -1)).transpose(1, 2) + logit_bias.transpose(1, 2)

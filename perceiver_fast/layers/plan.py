@@ -177,8 +177,11 @@ def _grid_choice(tokens: Tokens, layer: Layer) -> Choice:
     if not isinstance(tokens, GridTokens):
         return Choice("grid_attention", None, {"any": [f"{tokens.kind} are no grid"]})
     choice = GRID_ATTENTION.choose(
-        GridAttentionCall(tokens.compute, tokens.device, tokens.sizes, max(1, tokens.elements), layer.inverted)
-    )
+        GridAttentionCall(
+            tokens.compute, tokens.device, tokens.sizes, max(1, tokens.elements), layer.inverted,
+            half_dtype(tokens.device, tokens.dtype), layer.dropout,
+        )
+    )  # fmt: skip
     if forced_backend() != "auto" or choice.backend is None:
         return choice
     if choice.backend == "reference":

@@ -42,12 +42,18 @@ class Operator:
         work: from the operator's arguments, tensors as their shapes, its multiply-adds and exponentials; ``no_work``
             where it is elementwise and counts by its bytes.
         triton: where its Triton kernel is, ``"module.function"`` within kernels/. Default: there is none.
+        cuda: where what has CUDA kernels in it is, in the place of Triton's, likewise. Default: there is none, or it is
+            the CUDA library's own.
+        asks: from the operator's arguments the call that the op's backends are asked about, which decides between the
+            two. Needed with ``cuda`` alone.
     """
 
     schema: str
     outputs: Callable[..., object]
     work: Callable[..., Work]
     triton: str | None = None
+    cuda: str | None = None
+    asks: Callable[..., object] | None = None
 
     @property
     def name(self) -> str:
@@ -97,8 +103,18 @@ class Operator:
 
     def triton_kernel(self) -> Callable:
         """The function that launches its Triton kernels; its module, and with it triton, is imported here."""
-        module, _, function = (self.triton or "").partition(".")
-        return getattr(importlib.import_module(f"perceiver_fast.kernels.{module}"), function)
+        return _within_kernels(self.triton or "")
+
+    def gpu_kernel(self, op: Op, arguments: Sequence[object]) -> Callable:
+        """The function that runs it on a GPU: Triton's, or the one with CUDA kernels where the op gives it the call."""
+        if self.cuda is not None and self.asks is not None and op.choose(self.asks(*arguments)).backend == "cuda":
+            return _within_kernels(self.cuda)
+        return self.triton_kernel()
+
+
+def _within_kernels(name: str) -> Callable:
+    module, _, function = name.partition(".")
+    return getattr(importlib.import_module(f"perceiver_fast.kernels.{module}"), function)
 
 
 @dataclass(frozen=True)
@@ -185,14 +201,14 @@ def declare(name: str, **facts: Any) -> Op:
         library.define(operator.schema)
         library.fake(operator.name)(operator.fake)
         if operator.triton is not None:
-            _register_triton(operator)
+            _register_triton(op, operator)
     return op
 
 
-def _register_triton(operator: Operator) -> None:
+def _register_triton(op: Op, operator: Operator) -> None:
     def run(*arguments: Any) -> Any:
-        kernel = operator.triton_kernel()
         operator.check_tensors(arguments)
+        kernel = operator.gpu_kernel(op, arguments)
         device = next(
             value.device for value in arguments if isinstance(value, Tensor)
         )  # a missing gradient comes first

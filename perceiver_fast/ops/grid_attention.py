@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from perceiver_fast import extension, reference
-from perceiver_fast.backends import Backend
+from perceiver_fast.backends import Backend, forced_again, forced_backend
+from perceiver_fast.gpu import triton_error
 from perceiver_fast.ops import blocks
 from perceiver_fast.ops.checks import check_alike, check_dropout, check_mask, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
@@ -47,6 +48,7 @@ from perceiver_fast.ranges import op_range
 
 OP = "grid_attention"
 MOST_FEATURES = 64  # that the Triton kernels are compiled for
+CUDA_FEATURES = 4  # and the CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class GridAttentionCall:
     sizes: tuple[int, ...]
     features: int = 1
     inverted: bool = False
+    half: torch.dtype | None = None  # the half-precision dtype of weights and values, if they have one
+    dropout: float = 0.0
 
 
 def _cpu_reasons(call: GridAttentionCall) -> list[str]:
@@ -71,6 +75,22 @@ def _triton_reasons(call: GridAttentionCall) -> list[str]:
     reasons = triton_reasons(call.device, call.dtype)
     if call.features > MOST_FEATURES:
         reasons.append(f"it takes up to {MOST_FEATURES} raw channels, not {call.features}")
+    return reasons
+
+
+def _cuda_reasons(call: GridAttentionCall) -> list[str]:
+    reasons = kernel_reasons(extension.cuda_error, "cuda", call.device, call.dtype)
+    reasons += [] if triton_error is None else [f"its sums are merged by Triton's kernels, and {triton_error}"]
+    if call.half != torch.bfloat16:
+        reasons.append(f"it multiplies in bfloat16, not {call.half or call.dtype}")
+    if len(call.sizes) != 2:
+        reasons.append(f"it takes grids of two axes, not {len(call.sizes)}")
+    if call.features > CUDA_FEATURES:
+        reasons.append(f"it takes up to {CUDA_FEATURES} raw channels, not {call.features}")
+    if call.dropout > 0:
+        reasons.append("it drops no weights")
+    if call.inverted:
+        reasons.append("it has no inverted attention")
     return reasons
 
 
@@ -101,6 +121,12 @@ def _backward_outputs(
     dfeat = feat.new_empty((q.shape[0], *feat.shape[1:]) if token_grads else (0,))
     dscale = scale.new_empty((q.shape[0], *scale.shape[1:]) if token_grads else (0,))
     return q.new_empty(q.shape), dfeat, dscale
+
+
+def _asked(q, feat, scale, mask, dropout, seed, inverted):
+    """What the backends are asked about a call of the operators."""
+    half = feat.dtype if feat.dtype in (torch.bfloat16, torch.float16) else None
+    return GridAttentionCall(q.dtype, q.device, tuple(feat.shape[1:-1]), feat.shape[-1], inverted, half, dropout)
 
 
 def _sample(
@@ -142,6 +168,7 @@ GRID_ATTENTION = declare(
     OP,
     backends=(
         Backend("cpu", _cpu_reasons),
+        Backend("cuda", _cuda_reasons),
         Backend("triton", _triton_reasons),
         Backend("reference", lambda call: []),
     ),
@@ -153,6 +180,8 @@ GRID_ATTENTION = declare(
             _forward_outputs,
             work=lambda *a: grid_attention_work(a[0], a[1], inverted=a[6]),
             triton="grid_attention.forward",
+            cuda="grid_attention.forward_in_cuda",
+            asks=_asked,
         ),
         Operator(
             "grid_attention_backward(Tensor d_o, Tensor? d_lse, Tensor? d_kept, Tensor q, Tensor feat, Tensor scale, "
@@ -161,6 +190,8 @@ GRID_ATTENTION = declare(
             _backward_outputs,
             work=lambda *a: _backward_work(a[3], a[4], inverted=a[9], token_grads=a[14]),
             triton="grid_attention_backward.backward",
+            cuda="grid_attention_backward.backward_in_cuda",
+            asks=lambda *a: _asked(*a[3:10]),
         ),
     ),
     sample=_sample,
@@ -184,6 +215,7 @@ class GridAttentionFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(q, feat, scale, mask, seed, o, lse, kept, token_lse)
         ctx.options = dropout, inverted
+        ctx.forced = forced_backend()
         ctx.set_materialize_grads(False)
         return o, lse, kept
 
@@ -198,10 +230,11 @@ class GridAttentionFunction(torch.autograd.Function):
 
         def kernel():
             d_out = torch.zeros_like(o) if d_o is None else d_o
-            dq, dfeat, dscale = torch.ops.perceiver_fast.grid_attention_backward(
-                d_out, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse,
-                token_grads,
-            )  # fmt: skip
+            with forced_again(ctx.forced):
+                dq, dfeat, dscale = torch.ops.perceiver_fast.grid_attention_backward(
+                    d_out, d_lse, d_kept, q, feat, scale, mask, dropout, seed, inverted, o, lse, kept, token_lse,
+                    token_grads,
+                )  # fmt: skip
             if not token_grads:
                 return dq, None, None
             if feat.shape[0] != q.shape[0]:  # heads apart
@@ -253,12 +286,15 @@ def grid_attention_unchecked(
     result = autocast_dtype(q.device) or q.dtype
     compute = compute_dtype(q.dtype)
     sizes = tuple(feat.shape[1:-1])
+    half = half or half_dtype(q.device, q.dtype)
     run: Callable[..., tuple[Tensor, Tensor, Any]]
     if transformed():
         backend, run = "reference", blocks.grid_attention
     else:
         if backend is None:
-            backend = GRID_ATTENTION.require(GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted))
+            backend = GRID_ATTENTION.require(
+                GridAttentionCall(compute, q.device, sizes, feat.shape[-1], inverted, half, dropout)
+            )
         plain = reference if q.device.type == "cpu" else blocks  # whose N x M weights a GPU has no memory for
         run = plain.grid_attention if backend == "reference" else GridAttentionFunction.apply
     shape = q.shape
@@ -266,9 +302,8 @@ def grid_attention_unchecked(
         q = q.unflatten(1, (heads, -1))
         # A softmax over one query is constant: its gradient is zero, exactly.
         q = (q * 0 if q.shape[2] == 1 else q).flatten(0, 1)
-    values = compute
-    if backend == "triton" and not inverted:  # whose kernels are float32 throughout
-        values = half or half_dtype(q.device, q.dtype) or compute
+    # Inverted, Triton's kernels are float32 throughout.
+    values = half or compute if backend in ("cuda", "triton") and not inverted else compute
     with unless_autocast(q.device):
         seed = dropout_seed(dropout, q.device) if seed is None else seed
         o, lse, kept = run(q.to(compute), feat.to(values), scale.to(compute), mask, dropout, seed, inverted)

@@ -19,7 +19,7 @@ from perceiver_fast.backends import Backend
 from perceiver_fast.ops.checks import check_device, check_dtype, check_floating, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import transformed
-from perceiver_fast.ops.library import compute_dtype, kernel_reasons
+from perceiver_fast.ops.library import compute_dtype, cpu_error, kernel_reasons, triton_reasons
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.ops.work import no_work
 from perceiver_fast.ranges import op_range
@@ -35,13 +35,20 @@ def _outputs(feat, axis_mean, axis_square, axis_channels, eps):
 
 def _sample(make, dtype=torch.float32, sizes=(5, 6), features=3):
     statistics = make(sum(sizes), dtype=dtype), make.positive(sum(sizes), dtype=dtype)
-    return GridScaleFunction.apply(make(2, *sizes, features, dtype=dtype), *statistics, [7] * len(sizes), 1e-5, "cpu")
+    feat = make(2, *sizes, features, dtype=dtype)
+    return GridScaleFunction.apply(feat, *statistics, [7] * len(sizes), 1e-5, "kernel")
+
+
+def _trial(make, dtype):
+    statistics = make(43, dtype=dtype), make.positive(43, dtype=dtype)
+    return grid_scale(make(2, 3, 40, 3, dtype=dtype), *statistics, [5, 7])
 
 
 GRID_SCALE = declare(
     OP,
     backends=(
-        Backend("cpu", lambda call: kernel_reasons(extension.error, "cpu", call.device, call.dtype, CPU_DTYPES)),
+        Backend("cpu", lambda c: kernel_reasons(cpu_error(extension.error), "cpu", c.device, c.dtype, CPU_DTYPES)),
+        Backend("triton", lambda call: triton_reasons(call.device, call.dtype)),
         Backend("reference", lambda call: []),
     ),
     call=PointwiseCall,
@@ -51,10 +58,13 @@ GRID_SCALE = declare(
             "-> Tensor",
             _outputs,
             work=no_work,
+            triton="grid_scale.forward",
         ),
     ),
     sample=_sample,
+    trial=_trial,
     variants=({}, dict(dtype=torch.float64, sizes=(7,))),
+    instances={"float32": dict(sizes=(224, 224)), "bfloat16, 64 channels": dict(dtype=torch.bfloat16, features=64)},
 )
 
 
@@ -68,7 +78,7 @@ class GridScaleFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, feat, axis_mean, axis_square, axis_channels, eps, backend):
-        run = torch.ops.perceiver_fast.grid_scale_forward if backend == "cpu" else reference.grid_scale
+        run = reference.grid_scale if backend == "reference" else torch.ops.perceiver_fast.grid_scale_forward
         scale = run(feat, axis_mean, axis_square, axis_channels, eps)
         ctx.save_for_backward(feat, axis_mean, scale)
         ctx.set_materialize_grads(False)

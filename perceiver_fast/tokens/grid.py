@@ -29,7 +29,7 @@ class GridTokens(Tokens):
         self.feat = feat.to(compute_dtype(feat.dtype))
         self.codes = codes
         self._scale: dict[float, Tensor] = {}
-        self._shifted: Tensor | None = None
+        self._shifted: dict[torch.dtype, Tensor] = {}
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -51,20 +51,25 @@ class GridTokens(Tokens):
         """Channels of :meth:`shifted`: F, or F + 1."""
         return self.features + self._is_shifted
 
-    def shifted(self) -> Tensor:
+    def shifted(self, dtype: torch.dtype | None = None) -> Tensor:
         """The raw channels as products see them, ``[B, *sizes, F]``, or less their mean and the mean ``[B, *sizes, F + 1]``.
 
         Far from zero, products of the channels themselves lose the digits that LayerNorm is there to keep. The shift
-        changes nothing else, so it has no gradient.
+        changes nothing else, so it has no gradient. In ``dtype``, by default that of :attr:`feat`: computed once for all
+        layers, as :meth:`scale`.
         """
-        if not self._is_shifted:
+        dtype = dtype or self.feat.dtype
+        if not self._is_shifted and dtype == self.feat.dtype:
             return self.feat
-        shifted = self._shifted
+        shifted = self._shifted.get(dtype)
         if shifted is None or (torch.is_grad_enabled() and self.learns()):
-            mean = (self.feat.detach() * (1 / self.features)).sum(-1, keepdim=True)  # a sum alone could overflow
-            shifted = torch.cat([self.feat - mean, mean], -1)
+            shifted = self.feat
+            if self._is_shifted:
+                mean = (shifted.detach() * (1 / self.features)).sum(-1, keepdim=True)  # a sum alone could overflow
+                shifted = torch.cat([shifted - mean, mean], -1)
+            shifted = shifted.to(dtype)
             if not shifted.requires_grad:
-                self._shifted = shifted
+                self._shifted[dtype] = shifted
         return shifted
 
     @property

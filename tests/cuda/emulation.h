@@ -2,7 +2,8 @@
 //
 // Every thread of a block is a fiber that runs until it reaches __syncthreads(). Between two barriers the threads run
 // one after the other, upwards or downwards: a kernel that lacks a barrier computes something else in one of the two
-// orders. A barrier that only some threads reach is an error.
+// orders. A barrier that only some threads reach is an error. What warps do together, shuffles and products on tensor
+// cores, are two such barriers: all warps of a block have to do as many.
 #pragma once
 
 #include <ucontext.h>
@@ -12,10 +13,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <vector>
 
 #define __global__
+#define __host__
 #define __device__
 #define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
@@ -42,6 +45,7 @@ inline ucontext_t scheduler;
 inline Fiber* current;
 inline const std::function<void()>* body;
 inline bool downwards;
+inline int block_threads;
 
 inline void enter() {
   (*body)();
@@ -52,6 +56,7 @@ inline void enter() {
 inline void run_block(int threads, const std::function<void()>& work) {
   static std::vector<Fiber> fibers(threads);
   body = &work;
+  block_threads = threads;
   for (Fiber& fiber : fibers) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -91,3 +96,79 @@ struct Launch {
 }  // namespace emulation
 
 inline void __syncthreads() { swapcontext(&emulation::current->context, &emulation::scheduler); }
+
+struct float2 {
+  float x, y;
+};
+struct uint2 {
+  uint32_t x, y;
+};
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+namespace emulation {
+
+// Every thread's value, where all can read it: `read` is called once all are there, and before any is replaced.
+template <class T, class Read>
+auto exchanged(const T& value, const Read& read) {
+  static T values[1024];
+  values[threadIdx.x] = value;
+  __syncthreads();
+  const auto result = read(values);
+  __syncthreads();
+  return result;
+}
+
+inline uint32_t bf16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline float flushed(float x) { return x < 0x1p-126f ? 0.0f : x; }
+
+// csrc/cuda/tensor_core.cuh says which lane holds what. Sums are in float32, in order: how GPUs round is not emulated.
+inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  struct Lane {
+    uint32_t a[4], b[2];
+  };
+  const Lane mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x - lane;
+  struct Four {
+    float at[4];
+  };
+  const Four sums = exchanged(mine, [&](const Lane* lanes) {
+    const auto half = [](uint32_t word, int k) { return __uint_as_float(k % 2 ? word & 0xffff0000u : word << 16); };
+    Four out;
+    for (int e = 0; e < 4; ++e) {
+      const int row = lane / 4, upper = e / 2, column = lane % 4 * 2 + e % 2;
+      float sum = c[e];
+      for (int k = 0; k < 16; ++k) {
+        const float x = half(lanes[warp + 4 * row + k % 8 / 2].a[k / 8 * 2 + upper], k);
+        sum += x * half(lanes[warp + 4 * column + k % 8 / 2].b[k / 8], k);
+      }
+      out.at[e] = sum;
+    }
+    return out;
+  });
+  for (int e = 0; e < 4; ++e) d[e] = sums.at[e];
+}
+
+}  // namespace emulation
+
+inline float __shfl_sync(uint32_t, float x, int lane) {
+  const int warp = threadIdx.x / 32 * 32;
+  return emulation::exchanged(x, [&](const float* values) { return values[warp + lane % 32]; });
+}
+
+inline float __shfl_xor_sync(uint32_t all, float x, int mask) { return __shfl_sync(all, x, threadIdx.x % 32 ^ mask); }
+
+inline bool __syncthreads_or(bool x) {
+  return emulation::exchanged(x, [](const bool* values) {
+    return std::any_of(values, values + emulation::block_threads, [](bool value) { return value; });
+  });
+}

@@ -32,15 +32,15 @@ def inputs(case, device, magnitude=1.0, seed=0):
     q = draw(batch * heads, queries, features + sum(sizes)) * magnitude
     feat = draw(batch, *sizes, features).bfloat16().float()  # exact in all dtypes: what is measured is the arithmetic
     mask = draw(batch, *sizes) > -0.5 if masked else None
-    return (q, feat, draw(batch, *sizes).abs() + 0.5), mask, (draw(*q.shape), draw(*q.shape[:2]))
+    return (q, feat, draw(batch, *sizes).abs() + 0.5), mask, (draw(*q.shape), draw(*q.shape[:2]), draw(*q.shape[:2]))
 
 
 def run(function, tensors, mask, weights, dropout, dtype, raw=None):
     """Results and gradients of one implementation in ``dtype``, and of raw channels in ``raw``."""
     q, feat, scale = (t.to(dtype).requires_grad_() for t in tensors)
-    seed = torch.tensor([12345], device=q.device) if dropout else None
+    seed = torch.tensor([12345, 7], device=q.device) if dropout else None  # of tokens from the eighth on
     o, lse, kept = function(q, feat.to(raw or dtype), scale, mask, dropout, seed, True)
-    loss = (o * weights[0].to(dtype)).sum() + (kept * weights[1].to(dtype)).sum()
+    loss = (o * weights[0].to(dtype)).sum() + (kept * weights[1].to(dtype)).sum() + (lse * weights[2]).sum()
     return dict(zip(NAMES, (o, lse, kept, *torch.autograd.grad(loss, (q, feat, scale)))))
 
 
@@ -82,7 +82,7 @@ def test_nothing_seen_is_nothing(device):
     found = run(GridAttentionFunction.apply, (q, feat, scale), mask, weights, 0.0, torch.float32)
     assert not found["o"][:2].any() and not found["kept"][:2].any()
     assert not any(found[name][:1].any() for name in ("dq", "dfeat", "dscale")) and found["dq"][2:].any()
-    assert (found["lse"][:2] == math.log(1e-8)).all()
+    assert (found["lse"][:2] - math.log(torch.finfo(torch.float32).tiny)).abs().max() < 1e-4
 
 
 def test_the_same_every_time_and_queries_shared_by_the_batch(device):
@@ -104,15 +104,13 @@ def test_registered_ops(device):
     for d_kept in (None, torch.randn_like(saved[2])):
         backward = (
             torch.randn_like(q),
-            None,
+            None if d_kept is None else torch.randn_like(saved[1]),
             d_kept,
             *call,
             *saved,
             d_kept is None,
         )  # with gradients of tokens, and without
         torch.library.opcheck(ops.grid_attention_backward, backward, test_utils=tests)
-    with pytest.raises(RuntimeError, match="d_lse"):
-        ops.grid_attention_backward(torch.randn_like(q), saved[1], None, *call, *saved, True)
 
 
 def test_nothing_to_attend_with(device):

@@ -57,6 +57,22 @@ def test_autocast(device, name):
     assert relative_error(fast, exact) <= 2 * relative_error(plain, exact) + 2e-3
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_gradients_under_autocast(device, offset):
+    """Products with tables are rounded as plain PyTorch rounds keys and values, and no worse."""
+    keywords, shape = MODELS["grid"]
+    torch.manual_seed(0)
+    model, data = pf.Perceiver(**keywords, cross_dim_head=64).to(device), torch.randn(shape, device=device) + offset
+    with torch.autocast(device.type, torch.bfloat16):
+        fast = outputs_and_gradients(model, data)
+        with pf.use_backend("reference"):
+            plain = outputs_and_gradients(model, data)
+    with pf.use_backend("reference"):
+        exact = outputs_and_gradients(model.double(), data.double())
+    for key, gradient in exact[1].items():
+        assert relative_error(fast[1][key], gradient) <= 2 * relative_error(plain[1][key], gradient) + 4e-3, key
+
+
 @pytest.mark.parametrize("grid", [True, False])
 def test_decoder_of_described_queries(device, grid):
     """In float32, under autocast, in parts into a tensor, and its gradients; by the description, without the queries."""

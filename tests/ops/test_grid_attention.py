@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 
 import pytest
 import torch
@@ -353,3 +354,23 @@ def test_the_registered_op_refuses_what_it_cannot_read():
     for d_o, d_lse in ((o[:, :2], None), (o.double(), None), (o, lse.float())):
         with pytest.raises(RuntimeError, match="grid_attention: expected"):
             backward(d_o, d_lse, None, q, feat, scale, None, *plain, o, lse, kept, token_lse, False)
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_a_backward_is_forced_as_its_forward_was(monkeypatch):
+    """On GPUs it runs in a thread of its own, in which nothing is forced."""
+    backward, seen = torch.ops.perceiver_fast.grid_attention_backward, []
+
+    def record(*arguments):
+        seen.append(pf.backends.forced_backend())
+        return backward(*arguments)
+
+    monkeypatch.setattr(torch.ops.perceiver_fast, "grid_attention_backward", record)
+    q, feat, scale, _ = grid_inputs(1, 4, 3, (5, 6), torch.float32)
+    with pf.use_backend("cpu"):
+        forced = grid_attention_unchecked(q.requires_grad_(), feat, scale)[0].sum()
+    for loss in (forced, grid_attention_unchecked(q, feat, scale)[0].sum()):
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert seen == ["cpu", pf.backends.forced_backend()]

@@ -1,0 +1,104 @@
+// Sums of dS, the gradient by the logits, over a split of the rows and 32 columns, for 128 queries; see
+// kernels/grid_attention_backward.py for the maths, the sums' layouts and their merge.
+//
+//   p = 2^(s - shift),    dS = p (r (d_column[n, j] + d_row[n, i] + d_g[n] . x) - delta[n])
+//
+// with the factor 2^(shift - lse) ln(2) in the gradients. Both bracketed sums are products with the tokens' keys.
+#pragma once
+
+#include "grid_attention_tiles.cuh"
+
+namespace perceiver_fast {
+
+struct GridGradients {
+  const float* d_o;    // [B, N, F + rows + columns], dense
+  const float* stats;  // [4, B N]: shift, factor but for ln(2), factor times delta
+};
+
+// Sums go by column to [splits, B, N, padded], by row to [column blocks, B, rows, N], by channel and over all tokens to
+// [splits, column blocks, B, F + 1, N].
+template <int F>
+__global__ void __launch_bounds__(kThreads, 2)
+    grid_attention_backward_kernel(GridCall call, GridGradients in, GridSums out) {
+  constexpr int tiles = kTileColumns / 8, group = TokenChunk<F>::group;
+  __shared__ TokenChunk<F> tokens;
+  __shared__ QueryChunk rows, d_rows;
+  const TilePlace at(call);
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int64_t count = int64_t(call.batch) * call.queries;
+  const auto inside = [&](int n) { return at.b * call.queries + min(at.n0 + n, call.queries - 1); };
+  const auto query = [&](int n) {
+    return Query{call.q + at.b * call.q_batch + min(at.n0 + n, call.queries - 1) * call.q_row, 1.0f};
+  };
+  const auto d_query = [&](int n) {
+    constexpr float ln_2 = 0.693147180559945309f;
+    const int64_t row = inside(n);
+    return Query{in.d_o + row * (F + call.rows + call.columns), in.stats[count + row] * ln_2};
+  };
+  const QueryTerms<F> terms(rows, query), d_terms(d_rows, d_query);
+  const RowSums<F> by_row(call, at, out.rows);
+  float table[2][tiles][4], d_table[2][tiles][4], shift[4], delta[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int n = threadIdx.x - lane + g + 8 * k;
+    load_table<F>(table[k / 2], k % 2, call, at, query(n));
+    load_table<F>(d_table[k / 2], k % 2, call, at, d_query(n));
+    shift[k] = in.stats[inside(n)], delta[k] = in.stats[2 * count + inside(n)];
+  }
+  float sums[2][tiles][4] = {}, acc[2][4] = {};
+  for (int i0 = at.first; i0 < at.last; i0 += kChunk) {
+    __syncthreads();
+    tokens.fill(call, at, i0);
+    rows.fill(query(threadIdx.x), F, call.rows, kHole, i0);
+    d_rows.fill(d_query(threadIdx.x), F, call.rows, 0.0f, i0);
+    __syncthreads();
+#pragma unroll 1
+    for (int start = 0; start < kChunk; start += group) {
+#pragma unroll 1
+      for (int i = start; i < start + group; ++i) {
+        uint32_t a[2][4], d_a[2][4];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) terms.load(a[m], m, i), d_terms.load(d_a[m], m, i);
+#pragma unroll
+        for (int u = 0; u < tiles; u += 2) {
+          uint32_t gradients[2][4], values[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint2 key = tokens.keys[i][8 * (u + h) + g][t];
+            const float2 r = tokens.scales[i][4 * (u + h) + t];
+            values[h] = tokens.values[i][4 * (u + h) + t][g];
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              float s[4], d_s[4];
+              mma(s, a[m], key.x, key.y, table[m][u + h]);
+              mma(d_s, d_a[m], key.x, key.y, d_table[m][u + h]);
+#pragma unroll
+              for (int c = 0; c < 4; ++c) {
+                const float scale = c % 2 ? r.y : r.x;
+                d_s[c] = exp2_approx(s[c] * scale - shift[2 * m + c / 2]) * (d_s[c] * scale - delta[2 * m + c / 2]);
+                sums[m][u + h][c] += d_s[c] * scale;
+              }
+              gradients[m][2 * h] = pack_bf16(d_s[0], d_s[1]), gradients[m][2 * h + 1] = pack_bf16(d_s[2], d_s[3]);
+            }
+          }
+#pragma unroll
+          for (int m = 0; m < 2; ++m) mma(acc[m], gradients[m], values[0], values[1], acc[m]);
+        }
+      }
+      by_row.flush(call, acc, i0 + start);
+    }
+  }
+  store_sums<F>(call, at, sums, acc, out, F + 1);
+}
+
+template <class Launch>
+void grid_attention_backward(const Launch& launch, const GridCall& call, int features, const GridGradients& in,
+                             const GridSums& out) {
+  const dim3 grid(unsigned(call.blocks()));
+  if (features == 1) launch(grid_attention_backward_kernel<1>, grid, call, in, out);
+  if (features == 2) launch(grid_attention_backward_kernel<2>, grid, call, in, out);
+  if (features == 3) launch(grid_attention_backward_kernel<3>, grid, call, in, out);
+  if (features == 4) launch(grid_attention_backward_kernel<4>, grid, call, in, out);
+}
+
+}  // namespace perceiver_fast

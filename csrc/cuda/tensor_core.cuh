@@ -1,0 +1,64 @@
+// Products on tensor cores in bf16 with float32 sums, and what lanes hold of their operands.
+//
+// mma(d, a, b0, b1, c) is a warp's D [16, 8] = A [16, 16] B [16, 8] + C. Lane 4 g + t holds words of two bf16, the first
+// in the low half, and four floats:
+//
+//   a      A[g][2t ..], A[g + 8][2t ..], A[g][2t + 8 ..], A[g + 8][2t + 8 ..]
+//   b0 b1  B[2t ..][g], B[2t + 8 ..][g]
+//   c, d   C[g][2t], C[g][2t + 1], C[g + 8][2t], C[g + 8][2t + 1]
+//
+// Four floats that are packed in pairs are thus two words of an A.
+#pragma once
+
+#include <cstdint>
+
+namespace perceiver_fast {
+
+constexpr uint32_t kBf16One = 0x3f80;
+
+// Both rounded to the nearest bf16, ties to even.
+inline __device__ uint32_t pack_bf16(float first, float second) {
+#ifdef __CUDACC__
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+#else
+  return emulation::bf16_bits(first) | emulation::bf16_bits(second) << 16;
+#endif
+}
+
+inline __device__ float first_of(uint32_t word) { return __uint_as_float(word << 16); }
+inline __device__ float second_of(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+inline __device__ float to_bf16(float x) { return first_of(pack_bf16(x, 0)); }
+
+// A float32 in three pieces of bf16 whose sum it is.
+struct Pieces {
+  float first, second, third;
+  __device__ explicit Pieces(float x) : first(to_bf16(x)), second(to_bf16(x - first)), third((x - first) - second) {}
+};
+
+// 2^x to 2^-22, and zero for results below 2^-126.
+inline __device__ float exp2_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return emulation::flushed(exp2f(x));
+#endif
+}
+
+// All lanes of a warp take part: volatile, so that it is not moved to where only some of them need the result.
+inline __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+  emulation::mma(d, a, b0, b1, c);
+#endif
+}
+
+}  // namespace perceiver_fast

@@ -26,7 +26,7 @@ from benchmarks import gpu_battery, output  # noqa: E402
 from benchmarks.gpu import cases, check, clock, measure_case, prepare, record, runs, sides  # noqa: E402
 from benchmarks.gpu.problem import Problem  # noqa: E402
 from benchmarks.gpu.steps import Steps  # noqa: E402
-from benchmarks.gpu.worker import Worker  # noqa: E402
+from benchmarks.gpu.worker import Worker, WorkerLost  # noqa: E402
 from benchmarks.sides import Peer  # noqa: E402
 from perceiver_fast.insight.geometries import GEOMETRIES  # noqa: E402
 
@@ -367,6 +367,19 @@ def test_a_step_leaves_what_it_did_not_need_to_the_next(tmp_path, monkeypatch):
     doing = Steps(tmp_path, {"cases": [], "skipped": [], "conditions": {}, "outcome": "running"}, None, "none")
     doing.run([runs.Step("trials", 10), runs.Step("sanitizer", 20), runs.Step("tuner", 30)], now + 60)
     assert given == [10, 30, 60] and json.loads((tmp_path / "battery.json").read_text())["outcome"] == "complete"
+
+
+def test_what_cannot_be_timed_leaves_the_other_steps(tmp_path, monkeypatch):
+    def start(self):
+        raise WorkerLost("no device", "")
+
+    monkeypatch.setattr(Worker, "start", start)
+    monkeypatch.setattr(Steps, "tests", lambda self, step, until: self.result.update(tests={"outcome": "passed"}))
+    result = {"cases": [], "skipped": [], "conditions": {}, "outcome": "running"}
+    steps = [runs.Step("timings", 10, (cases.parse_case("op/readme/8/bf16/forward"),)), runs.Step("tests", 10)]
+    Steps(tmp_path, result, None, "none").run(steps, time.monotonic() + 60)
+    assert result["outcome"] == "failed: no device" and result["tests"]["outcome"] == "passed"
+    assert [entry["case"] for entry in result["skipped"]] == ["op/readme/8/bf16/forward"]
 
 
 def test_kernels_that_fail_their_trial_or_a_tool_are_complaints():

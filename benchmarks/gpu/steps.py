@@ -41,18 +41,23 @@ class Steps:
         }  # fmt: skip
         try:
             for done, step in enumerate(steps):
-                kinds[step.kind](step, end - sum(later.seconds for later in steps[done + 1 :]))
+                if step.kind != "timings":
+                    result[step.kind] = {"outcome": "running"}
                 self.save()
-            result["outcome"] = "budget spent" if self.unmeasured(steps) else "complete"
+                try:
+                    kinds[step.kind](step, end - sum(later.seconds for later in steps[done + 1 :]))
+                except WorkerLost as error:  # no process could be started: there are other steps
+                    result["outcome"] = f"failed: {error}"
+            if result["outcome"] == "running":
+                result["outcome"] = "budget spent" if self.unmeasured(steps) else "complete"
         except KeyboardInterrupt:
             result["outcome"] = "interrupted"
-        except WorkerLost as error:
-            result["outcome"] = f"failed: {error}"
         finally:
             reason = "the time was spent" if result["outcome"] == "budget spent" else result["outcome"]
             result["skipped"] += [{"case": case.name, "reason": reason} for case in self.unmeasured(steps)]
-            for step in steps[done + 1 :] if result["outcome"] == "interrupted" else ():
-                result.setdefault(step.kind, {"outcome": "interrupted"})
+            for step in steps[done:] if result["outcome"] == "interrupted" else ():
+                if step.kind != "timings":
+                    result[step.kind] = {"outcome": "interrupted"}
             self.worker.stop(at_once=result["outcome"] == "interrupted")
             result["conditions"]["clocks_at_end"] = machine.clocks()
             result["seconds"] = round(time.monotonic() - start, 1)

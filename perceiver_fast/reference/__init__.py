@@ -7,6 +7,7 @@ from perceiver_fast.reference.geglu import geglu
 from perceiver_fast.reference.grid_attention import grid_attention, grid_logits
 from perceiver_fast.reference.grid_query_attention import grid_query_attention
 from perceiver_fast.reference.grid_scale import grid_scale
+from perceiver_fast.reference.latent_layers import latent_layers
 from perceiver_fast.reference.layer_norm import add_layer_norm, smooth_layer_norm
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "grid_logits",
     "grid_query_attention",
     "grid_scale",
+    "latent_layers",
     "smooth_layer_norm",
 ]

@@ -1,7 +1,7 @@
 // What latents in vector lanes are computed with, for one instruction set: what LayerNorm and softmax sum over runs
 // down the lanes, so that no sum crosses them.
 #include "elements.h"
-#include "latent_layers.h"
+#include "latent_kernels.h"
 #include "normal_distribution.h"
 #include "tile_gemm.h"
 #include "transpose.h"
@@ -171,16 +171,16 @@ void row_sums(int64_t rows, int64_t columns, const T* x, T* sums) {
 }
 
 template <class T>
-const LatentLayersKernels<T>& latent_layers_table() {
-  static constexpr LatentLayersKernels<T> table{product<T>,          transpose<T>, normalize<T>,
+const LatentKernels<T>& latent_table() {
+  static constexpr LatentKernels<T> table{product<T>,          transpose<T>, normalize<T>,
                                                 normalize_backward<T>, affine<T>,    join<T>,
                                                 softmax<T>,            softmax_backward<T>, geglu<T>,
                                                 geglu_backward<T>,     row_sums<T>};
   return table;
 }
 
-template const LatentLayersKernels<float>& latent_layers_table<float>();
-template const LatentLayersKernels<double>& latent_layers_table<double>();
+template const LatentKernels<float>& latent_table<float>();
+template const LatentKernels<double>& latent_table<double>();
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

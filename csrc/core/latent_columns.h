@@ -88,12 +88,12 @@ class LatentColumns {
   int64_t columns(int64_t chunk) const { return count(chunk) * padded_N; }
   int64_t most_columns() const { return group * padded_N; }
 
-  // The elements of a chunk in [batch, N, D] as [D, columns], and back.
-  void load(int64_t chunk, const T* from, T* to) const {
+  // The elements of a chunk in [batch, N, D], or the one that all share, as [D, columns]; and back.
+  void load(int64_t chunk, const T* from, T* to, bool shared = false) const {
     const int64_t C = columns(chunk);
     if (padded_N != N) std::fill_n(to, D * C, T(0));
     for (int64_t e = 0; e < count(chunk); ++e)
-      kernels.transpose(N, D, from + (first(chunk) + e) * N * D, D, to + e * padded_N, C);
+      kernels.transpose(N, D, from + (shared ? 0 : first(chunk) + e) * N * D, D, to + e * padded_N, C);
   }
   void store(int64_t chunk, const T* from, T* to) const {
     for (int64_t e = 0; e < count(chunk); ++e)

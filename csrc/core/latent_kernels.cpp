@@ -89,6 +89,13 @@ void affine(int64_t channels, int64_t columns, const T* xhat, const T* weight, c
 }
 
 template <class T>
+void add_bias(int64_t channels, int64_t columns, const T* bias, T* x) {
+  using S = Simd<T>;
+  for (int64_t k = 0; k < channels; ++k)
+    for (int64_t c = k * columns; c < (k + 1) * columns; c += S::lanes) S::store(x + c, S::load(x + c) + bias[k]);
+}
+
+template <class T>
 void join(int64_t channels, int64_t columns, const T* branch, const T* bias, T* x) {
   using S = Simd<T>;
   for (int64_t k = 0; k < channels; ++k)
@@ -173,7 +180,7 @@ void row_sums(int64_t rows, int64_t columns, const T* x, T* sums) {
 template <class T>
 const LatentKernels<T>& latent_table() {
   static constexpr LatentKernels<T> table{product<T>,          transpose<T>, normalize<T>,
-                                                normalize_backward<T>, affine<T>,    join<T>,
+                                                normalize_backward<T>, affine<T>,    add_bias<T>, join<T>,
                                                 softmax<T>,            softmax_backward<T>, geglu<T>,
                                                 geglu_backward<T>,     row_sums<T>};
   return table;

@@ -22,6 +22,8 @@ struct LatentKernels {
                              const T* weight, T* d_x, T* weight_sums, T* bias_sums);
   // z = xhat weight + bias.
   void (*affine)(int64_t channels, int64_t columns, const T* xhat, const T* weight, const T* bias, T* z);
+  // x += bias.
+  void (*add_bias)(int64_t channels, int64_t columns, const T* bias, T* x);
   // x += branch + bias.
   void (*join)(int64_t channels, int64_t columns, const T* branch, const T* bias, T* x);
   // Softmax of `scale` times logits [tokens, columns] over the tokens, in place.

@@ -31,7 +31,7 @@ from perceiver_fast.ranges import op_range
 
 OP = "latent_layers"
 PARAMETERS = 6  # of a layer
-COLUMNS = 64  # latents that go through all layers together, as csrc/core/latent_layers.cpp has it
+COLUMNS = 64  # latents that are computed with together, as csrc/core/latent_columns.h has it
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,21 @@ def _work(x, parameters, heads) -> Work:
     return Work(products, exponentials)
 
 
+def padded_columns(shape: Sequence[int], lanes: int) -> int:
+    """Columns of latents ``[B, N, D]`` in chunks, as csrc/core/latent_columns.h pads them to whole vectors."""
+    padded = -(-shape[1] // lanes) * lanes
+    group = max(1, min(shape[0], COLUMNS // padded))
+    return -(-shape[0] // group) * group * padded
+
+
 def _saved(x, parameters, heads) -> int:
     """How many numbers a forward saves: every layer's normalised latents, and what its nonlinearity takes and makes."""
-    batch, latents, channels = x.shape
-    lanes = 64 // x.element_size()
-    padded = -(-latents // lanes) * lanes
-    group = max(1, min(batch, COLUMNS // padded))
+    latents, channels = x.shape[1:]
     numbers = 0
     for layer, count in enumerate(heads):
         inner = _inner(parameters, layer)
         numbers += channels + 1 + (4 * inner + count * latents if count else 2 * inner)
-    return -(-batch // group) * group * padded * numbers
+    return padded_columns(x.shape, 64 // x.element_size()) * numbers
 
 
 def _forward_outputs(x, parameters, heads, scales, eps, saves):

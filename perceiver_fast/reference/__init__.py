@@ -5,6 +5,7 @@ from perceiver_fast.reference.dropout import apply_dropout, dropout_keep
 from perceiver_fast.reference.fourier_projection import fourier_encode, fourier_projection
 from perceiver_fast.reference.geglu import geglu
 from perceiver_fast.reference.grid_attention import grid_attention, grid_logits
+from perceiver_fast.reference.grid_cross_attention import grid_cross_attention
 from perceiver_fast.reference.grid_query_attention import grid_query_attention
 from perceiver_fast.reference.grid_scale import grid_scale
 from perceiver_fast.reference.latent_layers import latent_layers
@@ -19,6 +20,7 @@ __all__ = [
     "fourier_projection",
     "geglu",
     "grid_attention",
+    "grid_cross_attention",
     "grid_logits",
     "grid_query_attention",
     "grid_scale",

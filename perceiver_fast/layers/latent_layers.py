@@ -8,21 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.fusing import why_not
-from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.pre_norm import BRANCHES, PreNorm, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
+from perceiver_fast.layers.small import is_small
 from perceiver_fast.ops.latent_layers import LATENT_LAYERS, latent_layers
-from perceiver_fast.ops.library import autocast_dtype
-from perceiver_fast.ops.pointwise import runs_kernel
-from perceiver_fast.tracing import intercepted
-
-MOST_LATENTS = 256
-MOST_CHANNELS = 256
 
 
 def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: bool) -> None:
@@ -33,7 +26,7 @@ def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: boo
         layers: PreNorms without context, or whatever was put in their place.
         watched: whether modules have to be called in any case: see :func:`perceiver_fast.layers.fusing.is_watched`.
     """
-    if not watched and layers and _is_small(stream):
+    if not watched and layers and is_small(stream, LATENT_LAYERS):
         x = stream.value()
         arguments = _arguments(x, layers)
         if arguments is not None:
@@ -41,18 +34,6 @@ def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: boo
             return
     for layer in layers:
         add_layer(stream, layer, watched)
-
-
-def _is_small(stream: ResidualStream) -> bool:
-    """Whether the op may run, and calls of the layers would cost about as much as their products."""
-    if torch.compiler.is_compiling():
-        return False
-    shape, dtype, device = stream.shape, stream.dtype, stream.device
-    if len(shape) != 3 or not 0 < shape[1] <= MOST_LATENTS or not 0 < shape[2] <= MOST_CHANNELS or shape[0] == 0:
-        return False
-    if autocast_dtype(device) is not None or intercepted() or observer() is not None:
-        return False
-    return device.type == "cpu" and runs_kernel(LATENT_LAYERS, dtype, device)
 
 
 def _arguments(

@@ -101,6 +101,10 @@ class ResidualStream:
         """Where the latents are."""
         return self._x.device
 
+    def rows(self) -> Tensor:
+        """The latents ``[B, N, D]`` or one shared row ``[1, N, D]``, all branches added."""
+        return self._added()
+
     def become(self, x: Tensor) -> None:
         """Go on with other latents ``[B, N, D]``, which all branches and more have been added to."""
         self._x = self._whole = x

@@ -1,6 +1,9 @@
 // Drivers of latents through pre-normalised layers: a chunk of batch elements (latent_columns.h) goes through all layers
 // before the next one does.
 //
+// The backward needs every layer's normalised latents, and what is between its products. The latter is computed again
+// where the latents have few channels: a number then costs fewer multiply-adds than it takes to write and read it.
+//
 // Threads share the chunks, or where these are few the rows of every product.
 // Memory: a chunk's matrices for each thread, and in the backward the parameters' gradients for each part of the sum.
 #include "latent_layers.h"
@@ -12,6 +15,8 @@
 namespace perceiver_fast {
 
 namespace {
+
+constexpr int64_t kAgain = 64;  // channels up to which it is computed again
 
 template <class T>
 int64_t rows_of_first(const LatentLayer<T>& layer) {  // and of to_kv, which lies behind to_q's gradient
@@ -32,7 +37,7 @@ class Pass : public LatentColumns<T> {
     for (const auto& layer : layers) {
       inner_ = std::max(inner_, layer.inner);
       wide_ = std::max(wide_, rows_of_first(layer));
-      most_ = std::max(most_, saved_of(layer));
+      most_ = std::max(most_, between(layer));
       saved += saved_of(layer);
       gradients += gradients_of(layer);
       work += layer.inner * (D * (layer.heads > 0 ? 4 : 3) + 2 * N) * call.batch * N;
@@ -61,10 +66,13 @@ class Pass : public LatentColumns<T> {
   int64_t saved = 0, gradients = 0, work = 0;  // numbers that a chunk saves, those of all gradients, multiply-adds
 
  private:
-  // xhat, rstd, then of attention q, k, v, weights, and what they make; of a feed-forward h with its bias.
+  // What is between a layer's products: of attention q, k, v, weights, and what they make; of a feed-forward h.
+  int64_t between(const LatentLayer<T>& layer) const {
+    return (layer.heads > 0 ? 4 * layer.inner + layer.heads * N : 2 * layer.inner) * this->most_columns();
+  }
+  // xhat and rstd, and what is between.
   int64_t saved_of(const LatentLayer<T>& layer) const {
-    const int64_t more = layer.heads > 0 ? 4 * layer.inner + layer.heads * N : 2 * layer.inner;
-    return (D + 1 + more) * this->most_columns();
+    return (D + 1) * this->most_columns() + (D > kAgain ? between(layer) : 0);
   }
 
   // body(where the head's channels begin in [I, columns], where its weights [N, columns] do, room for two of these).
@@ -77,6 +85,8 @@ class Pass : public LatentColumns<T> {
         body(i % layer.heads * d * columns + i / layer.heads * padded_N, i * N * padded_N, room.get());
     });
   }
+  // `made` [I, columns] from z [D, columns], with what is between; returns it, where attention has it.
+  T* make(const LatentLayer<T>& layer, int64_t columns, const T* z, T* h, T* made, Team team) const;
   void attend(const LatentLayer<T>& layer, int64_t columns, const T* qkv, T* weights, T* o, Team team) const;
   void attend_backward(const LatentLayer<T>& layer, int64_t columns, const T* qkv, const T* weights, const T* d_o,
                        T* d_qkv, Team team) const;
@@ -117,28 +127,37 @@ void Pass<T>::attend_backward(const LatentLayer<T>& layer, int64_t C, const T* q
 }
 
 template <class T>
+T* Pass<T>::make(const LatentLayer<T>& layer, int64_t C, const T* z, T* h, T* made, Team team) const {
+  const auto& p = layer.parameters;
+  const int64_t I = layer.inner;
+  if (layer.heads == 0) {
+    this->product(2 * I, C, D, p.first, D, 1, z, h, team);
+    kernels.geglu(I, C, p.second, h, made);
+    return made;
+  }
+  T* weights = h + 3 * I * C;
+  made = weights + layer.heads * N * C;
+  this->product(I, C, D, p.first, D, 1, z, h, team);
+  this->product(2 * I, C, D, p.second, D, 1, z, h + I * C, team);
+  attend(layer, C, h, weights, made, team);
+  return made;
+}
+
+template <class T>
 void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) const {
   const int64_t C = this->columns(chunk);
-  const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), unsaved(saved ? 0 : most_);
+  const bool keeps = saved && D > kAgain;
+  const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), unsaved(keeps ? 0 : most_);
+  const Aligned<T> statistics(saved ? 0 : (D + 1) * C);
   T *x = stream.get(), *z = normed.get();
   this->load(chunk, x_, x);
   for (const auto& layer : layers) {
     const auto& p = layer.parameters;
-    const int64_t I = layer.inner;
-    T *xhat = saved ? saved : unsaved.get(), *rstd = xhat + D * C, *h = rstd + C, *made = inner.get();
+    T *xhat = saved ? saved : statistics.get(), *rstd = xhat + D * C;
     kernels.normalize(D, C, x, layer.eps, xhat, rstd);
     kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, z);
-    if (layer.heads > 0) {
-      T* weights = h + 3 * I * C;
-      made = weights + layer.heads * N * C;
-      this->product(I, C, D, p.first, D, 1, z, h, team);
-      this->product(2 * I, C, D, p.second, D, 1, z, h + I * C, team);
-      attend(layer, C, h, weights, made, team);
-    } else {
-      this->product(2 * I, C, D, p.first, D, 1, z, h, team);
-      kernels.geglu(I, C, p.second, h, made);
-    }
-    this->product(D, C, I, p.last, I, 1, made, branch.get(), team);
+    const T* made = make(layer, C, z, keeps ? rstd + C : unsaved.get(), inner.get(), team);
+    this->product(D, C, layer.inner, p.last, layer.inner, 1, made, branch.get(), team);
     kernels.join(D, C, branch.get(), p.last_bias, x);
     if (saved) saved += saved_of(layer);
   }
@@ -149,7 +168,7 @@ template <class T>
 void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* sums, Team team) const {
   const int64_t C = this->columns(chunk);
   const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), remade(inner_ * C), wide(wide_ * C);
-  const Aligned<T> turned(C * padded(std::max(D, inner_)));
+  const Aligned<T> turned(C * padded(std::max(D, inner_))), again(D > kAgain ? 0 : most_);
   T *d = stream.get(), *z = normed.get(), *d_z = branch.get(), *d_made = inner.get(), *d_h = wide.get();
   T* const room = turned.get();
   this->load(chunk, d_y, d);
@@ -163,6 +182,11 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
     const int64_t I = layer->inner;
     const bool attention = layer->heads > 0;
     const T *xhat = kept, *rstd = xhat + D * C, *h = rstd + C, *made = remade.get();
+    kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, z);
+    if (D <= kAgain) {
+      make(*layer, C, z, again.get(), remade.get(), team);
+      h = again.get();
+    }
     kernels.row_sums(D, C, d, sum.last_bias);
     this->product(I, C, D, p.last, 1, I, d, d_made, team);
     if (attention) {
@@ -174,7 +198,6 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
       kernels.row_sums(2 * I, C, d_h, sum.second);
     }
     this->outer(D, I, C, d, made, room, sum.last, team);
-    kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, z);
     this->outer(rows_of_first(*layer), D, C, d_h, z, room, sum.first, team);
     this->product(D, C, attention ? I : 2 * I, p.first, 1, D, d_h, d_z, team);
     if (attention) this->product(D, C, 2 * I, p.second, 1, D, d_h + I * C, d_z, team, true);

@@ -31,6 +31,7 @@ from perceiver_fast.ranges import op_range
 
 OP = "latent_layers"
 PARAMETERS = 6  # of a layer
+AGAIN = 64  # channels of latents up to which what is between products is computed again, as csrc/core/latent_layers.cpp has it
 COLUMNS = 64  # latents that are computed with together, as csrc/core/latent_columns.h has it
 
 
@@ -66,12 +67,13 @@ def padded_columns(shape: Sequence[int], lanes: int) -> int:
 
 
 def _saved(x, parameters, heads) -> int:
-    """How many numbers a forward saves: every layer's normalised latents, and what its nonlinearity takes and makes."""
+    """How many numbers a forward saves: every layer's normalised latents, and of wide ones what is between its products."""
     latents, channels = x.shape[1:]
     numbers = 0
     for layer, count in enumerate(heads):
         inner = _inner(parameters, layer)
-        numbers += channels + 1 + (4 * inner + count * latents if count else 2 * inner)
+        between = 4 * inner + count * latents if count else 2 * inner
+        numbers += channels + 1 + (between if channels > AGAIN else 0)
     return padded_columns(x.shape, 64 // x.element_size()) * numbers
 
 

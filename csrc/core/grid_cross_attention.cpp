@@ -34,14 +34,14 @@ class Sides {
     for (int64_t size : call.sizes) L += size;
     row = x.padded(L);
     tables_size = 2 * I * (row + 1);
-    x_saved = (D + 1 + I) * x.most_columns();
-    y_saved = I * y.most_columns();
     work = call.batch * N * I * (D + L);
   }
 
-  int64_t rest() const { return tables_size + x.chunks() * x_saved + y.chunks() * y_saved; }
-  T* of_x(T* rest, int64_t chunk) const { return rest + tables_size + chunk * x_saved; }
-  T* of_y(T* rest, int64_t chunk) const { return rest + tables_size + x.chunks() * x_saved + chunk * y_saved; }
+  // Saved: the tables; xhat, rstd and to_q's product of every chunk of latents; what to_out multiplies of every one of the
+  // batch.
+  T* of_x(T* rest, int64_t chunk) const { return rest + tables_size + (D + 1 + I) * x.columns_before(chunk); }
+  T* of_y(T* rest, int64_t chunk) const { return of_x(rest, 0) + (D + 1 + I) * x.all_columns() + I * y.columns_before(chunk); }
+  int64_t rest() const { return tables_size + (D + 1 + I) * x.all_columns() + I * y.all_columns(); }
 
   // The first of a head's rows of q or o.
   int64_t at(int64_t element, int64_t head) const { return (element * H + head) * N * L; }
@@ -78,7 +78,7 @@ class Sides {
   const LatentColumns<T> x, y;
   const LatentKernels<T>& kernels;
   const int64_t N, D, I, H, d, channels;
-  int64_t L, row, tables_size, x_saved, y_saved, work;  // `row`: L, padded to whole vectors
+  int64_t L, row, tables_size, work;  // `row`: L, padded to whole vectors
 };
 
 // to_kv with LayerNorm's weight, a row less its mean.

@@ -16,7 +16,7 @@ namespace perceiver_fast {
 
 constexpr int64_t kColumns = 64;         // of a chunk
 constexpr int64_t kShareWork = 1 << 19;  // multiply-adds of a thread's share at least
-constexpr int64_t kPartChunks = 4;       // of a part of a sum over chunks: its memory is filled and read once
+constexpr int64_t kPartChunks = 8;       // of a part of a sum over chunks: its memory is filled and read once
 constexpr int64_t kMostParts = 32;
 
 // The threads that share a step; the caller's alone where there is no other.
@@ -86,7 +86,8 @@ class LatentColumns {
   int64_t first(int64_t chunk) const { return chunk * group; }
   int64_t count(int64_t chunk) const { return std::min(group, batch - chunk * group); }
   int64_t columns(int64_t chunk) const { return count(chunk) * padded_N; }
-  int64_t most_columns() const { return group * padded_N; }
+  int64_t all_columns() const { return batch * padded_N; }
+  int64_t columns_before(int64_t chunk) const { return first(chunk) * padded_N; }
 
   // The elements of a chunk in [batch, N, D], or the one that all share, as [D, columns]; and back.
   void load(int64_t chunk, const T* from, T* to, bool shared = false) const {

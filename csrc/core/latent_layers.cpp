@@ -63,17 +63,15 @@ class Pass : public LatentColumns<T> {
   }
 
   const std::vector<LatentLayer<T>>& layers;
-  int64_t saved = 0, gradients = 0, work = 0;  // numbers that a chunk saves, those of all gradients, multiply-adds
+  int64_t saved = 0, gradients = 0, work = 0;  // numbers that a column saves, those of all gradients, multiply-adds
 
  private:
-  // What is between a layer's products: of attention q, k, v, weights, and what they make; of a feed-forward h.
+  // Rows of what is between a layer's products: of attention q, k, v, weights, and what they make; of a feed-forward h.
   int64_t between(const LatentLayer<T>& layer) const {
-    return (layer.heads > 0 ? 4 * layer.inner + layer.heads * N : 2 * layer.inner) * this->most_columns();
+    return layer.heads > 0 ? 4 * layer.inner + layer.heads * N : 2 * layer.inner;
   }
-  // xhat and rstd, and what is between.
-  int64_t saved_of(const LatentLayer<T>& layer) const {
-    return (D + 1) * this->most_columns() + (D > kAgain ? between(layer) : 0);
-  }
+  // Of xhat and rstd, and what is between.
+  int64_t saved_of(const LatentLayer<T>& layer) const { return D + 1 + (D > kAgain ? between(layer) : 0); }
 
   // body(where the head's channels begin in [I, columns], where its weights [N, columns] do, room for two of these).
   template <class Body>
@@ -147,7 +145,7 @@ template <class T>
 void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) const {
   const int64_t C = this->columns(chunk);
   const bool keeps = saved && D > kAgain;
-  const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), unsaved(keeps ? 0 : most_);
+  const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), unsaved(keeps ? 0 : most_ * C);
   const Aligned<T> statistics(saved ? 0 : (D + 1) * C);
   T *x = stream.get(), *z = normed.get();
   this->load(chunk, x_, x);
@@ -159,7 +157,7 @@ void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) con
     const T* made = make(layer, C, z, keeps ? rstd + C : unsaved.get(), inner.get(), team);
     this->product(D, C, layer.inner, p.last, layer.inner, 1, made, branch.get(), team);
     kernels.join(D, C, branch.get(), p.last_bias, x);
-    if (saved) saved += saved_of(layer);
+    if (saved) saved += saved_of(layer) * C;
   }
   this->store(chunk, x, y);
 }
@@ -168,14 +166,14 @@ template <class T>
 void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* sums, Team team) const {
   const int64_t C = this->columns(chunk);
   const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), remade(inner_ * C), wide(wide_ * C);
-  const Aligned<T> turned(C * padded(std::max(D, inner_))), again(D > kAgain ? 0 : most_);
+  const Aligned<T> turned(C * padded(std::max(D, inner_))), again(D > kAgain ? 0 : most_ * C);
   T *d = stream.get(), *z = normed.get(), *d_z = branch.get(), *d_made = inner.get(), *d_h = wide.get();
   T* const room = turned.get();
   this->load(chunk, d_y, d);
-  kept += saved;
+  kept += saved * C;
   sums += gradients;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) {
-    kept -= saved_of(*layer);
+    kept -= saved_of(*layer) * C;
     sums -= gradients_of(*layer);
     const auto& p = layer->parameters;
     const auto sum = gradients_in(*layer, sums);
@@ -211,14 +209,14 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
 template <class T>
 int64_t latent_layers_saved(const LatentLayers<T>& call) {
   const Pass<T> pass(call);
-  return pass.chunks() * pass.saved;
+  return pass.all_columns() * pass.saved;
 }
 
 template <class T>
 void latent_layers_forward(const LatentLayers<T>& call, const T* x, T* y, T* saved, const Parallel& parallel) {
   const Pass<T> pass(call);
   for_calls(pass.chunks(), pass.work, parallel, [&](int64_t chunk, Team team) {
-    pass.forward(chunk, x, y, saved ? saved + chunk * pass.saved : nullptr, team);
+    pass.forward(chunk, x, y, saved ? saved + pass.columns_before(chunk) * pass.saved : nullptr, team);
   });
 }
 
@@ -228,7 +226,7 @@ void latent_layers_backward(const LatentLayers<T>& call, const T* d_y, const T* 
   const Pass<T> pass(call);
   const Aligned<T> sums = sum_chunks<T>(
       pass.chunks(), pass.gradients, pass.work, parallel, [&](int64_t chunk, T* sums, Team team) {
-        pass.backward(chunk, d_y, saved + chunk * pass.saved, d_x, sums, team);
+        pass.backward(chunk, d_y, saved + pass.columns_before(chunk) * pass.saved, d_x, sums, team);
       });
   T* at = sums.get();
   for (size_t i = 0; i < call.layers.size(); ++i) {

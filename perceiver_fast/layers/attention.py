@@ -127,9 +127,9 @@ class Attention(nn.Module):
         found = why_not("dropout", dropout, nn.Dropout)
         return "dropout drops all weights" if found is None and dropout.p >= 1 and dropout.training else found
 
-    def projections(self) -> tuple[Tensor | None, ...] | None:
-        """Weights of ``to_q``, ``to_kv`` and ``to_out``, and the bias of the last, where they are all that self-attention
-        depends on beside heads and scale; else None. Only where :meth:`why_modules` is None."""
+    def projections(self) -> tuple[Any, ...] | None:
+        """Weights of ``to_q``, ``to_kv`` and ``to_out``, and the bias of the last, if attention depends on no more than
+        them, heads and scale; else None. Only where :meth:`why_modules` is None."""
         layers: dict[str, Any] = self._modules
         to_q, to_kv, to_out = (layers[name]._parameters for name in ("to_q", "to_kv", "to_out"))
         if self.active_dropout > 0 or to_q["bias"] is not None or to_kv["bias"] is not None:

@@ -83,8 +83,8 @@ class FeedForward(nn.Module):
             return "net has a linear layer without bias"
         return found
 
-    def projections(self) -> tuple[Tensor | None, ...] | None:
-        """Weight and bias of both linear layers, where they are all that the result depends on; else None. Only where
+    def projections(self) -> tuple[Any, ...] | None:
+        """Weight and bias of both linear layers, if the result depends on no more; else None. Only where
         :meth:`why_modules` is None."""
         net: Any = self._modules["net"]
         first, _, second, *dropout = net._modules.values()

@@ -101,9 +101,7 @@ def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: i
     return grid_work(batch, rows, sizes, max(1, tokens.elements + layer.inverted), layer.dims, layer.inverted)
 
 
-def grid_work(
-    batch: int, rows: int, sizes: tuple[int, ...], features: int, dims: int, inverted: bool = False
-) -> Work:
+def grid_work(batch: int, rows: int, sizes: tuple[int, ...], features: int, dims: int, inverted: bool = False) -> Work:
     """The work on the grid's way, of ``rows`` queries (heads folded in) of ``dims`` channels of keys and values together."""
     length, count = features + sum(sizes), prod(sizes)
     attention = grid_attention_work((batch, rows, length), (batch, *sizes, features), inverted)

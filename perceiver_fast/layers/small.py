@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from perceiver_fast.gpu import INTERPRETED
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ops.declaration import Op
@@ -22,9 +26,25 @@ def is_small(stream: ResidualStream, op: Op) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    shape, device = stream.shape, stream.device
-    if len(shape) != 3 or shape[1] > MOST_LATENTS or shape[2] > MOST_CHANNELS or 0 in shape or device.type != "cpu":
+    shape, device = stream.shape, stream.device  # the interpreted Triton kernels are of the ops that layers call
+    if (
+        len(shape) != 3
+        or shape[1] > MOST_LATENTS
+        or shape[2] > MOST_CHANNELS
+        or 0 in shape
+        or device.type != "cpu"
+        or INTERPRETED
+    ):
         return False
     if autocast_dtype(device) is not None or observer() is not None or intercepted():
         return False
     return runs_kernel(op, stream.dtype, device)
+
+
+def fit(parameters: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], stream: ResidualStream) -> bool:
+    """Whether all parameters are there, of these shapes, and of the stream's dtype and device."""
+    dtype, device = stream.dtype, stream.device
+    for p, shape in zip(parameters, shapes):
+        if p is None or p.dtype is not dtype or p.shape != shape or p.device != device:
+            return False
+    return True

@@ -15,7 +15,6 @@ large product is faster on a library (ops/linear.py), whose calls then cost noth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -23,58 +22,48 @@ from torch import Tensor
 
 from perceiver_fast import extension, reference
 from perceiver_fast.backends import Backend
+from perceiver_fast.ops.checks import check_alike, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
-from perceiver_fast.ops.library import cpu_error, kernel_reasons, learns
+from perceiver_fast.ops.library import kernel_reasons, learns
+from perceiver_fast.ops.pointwise import PointwiseCall, runs_kernel
 from perceiver_fast.ops.work import Work
 from perceiver_fast.ranges import op_range
 
 OP = "latent_layers"
 PARAMETERS = 6  # of a layer
+CPU_BACKENDS = (
+    Backend("cpu", lambda c: kernel_reasons(extension.error, "cpu", c.device, c.dtype, (torch.float64, torch.float32))),
+    Backend("reference", lambda c: []),
+)
 AGAIN = 64  # channels of latents up to which what is between products is computed again, as csrc/core/latent_layers.cpp has it
-COLUMNS = 64  # latents that are computed with together, as csrc/core/latent_columns.h has it
-
-
-@dataclass(frozen=True)
-class LatentLayersCall:
-    """What the choice of a backend may depend on."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _inner(parameters, layer: int) -> int:
-    """Channels of all heads of a layer together, or the width of a feed-forward."""
-    return parameters[PARAMETERS * layer + 4].shape[1]
 
 
 def _work(x, parameters, heads) -> Work:
     """Products, and attention of a layer with heads; a feed-forward has as many exponentials as its width."""
     rows, latents, channels = prod(x[:2]), x[1], x[2]
     products = exponentials = 0
-    for layer, count in enumerate(heads):
-        inner = _inner(parameters, layer)
+    for (_, inner), count in zip(parameters[4::PARAMETERS], heads):  # shapes of the last weights
         products += rows * inner * (4 * channels + 2 * latents if count else 3 * channels)
         exponentials += rows * (count * latents if count else inner)
     return Work(products, exponentials)
 
 
-def padded_columns(shape: Sequence[int], lanes: int) -> int:
-    """Columns of latents ``[B, N, D]`` in chunks, as csrc/core/latent_columns.h pads them to whole vectors."""
-    padded = -(-shape[1] // lanes) * lanes
-    group = max(1, min(shape[0], COLUMNS // padded))
-    return -(-shape[0] // group) * group * padded
+def padded(size: int, dtype: torch.dtype) -> int:
+    """``size`` up to whole vectors of every instruction set, as csrc/core/latent_columns.h has it."""
+    lanes = 64 // dtype.itemsize
+    return -(-size // lanes) * lanes
 
 
 def _saved(x, parameters, heads) -> int:
     """How many numbers a forward saves: every layer's normalised latents, and of wide ones what is between its products."""
     latents, channels = x.shape[1:]
     numbers = 0
-    for layer, count in enumerate(heads):
-        inner = _inner(parameters, layer)
+    for last, count in zip(parameters[4::PARAMETERS], heads):
+        inner = last.shape[1]
         between = 4 * inner + count * latents if count else 2 * inner
         numbers += channels + 1 + (between if channels > AGAIN else 0)
-    return padded_columns(x.shape, 64 // x.element_size()) * numbers
+    return x.shape[0] * padded(latents, x.dtype) * numbers
 
 
 def _forward_outputs(x, parameters, heads, scales, eps, saves):
@@ -102,16 +91,8 @@ def _sample(make, dtype=torch.float32, heads=(0, 2, 0), batch=3, latents=5, chan
 
 LATENT_LAYERS = declare(
     OP,
-    backends=(
-        Backend(
-            "cpu",
-            lambda call: kernel_reasons(
-                cpu_error(extension.error), "cpu", call.device, call.dtype, (torch.float64, torch.float32)
-            ),
-        ),
-        Backend("reference", lambda call: []),
-    ),
-    call=LatentLayersCall,
+    backends=CPU_BACKENDS,
+    call=PointwiseCall,
     operators=(
         Operator(
             "latent_layers_forward(Tensor x, Tensor[] parameters, int[] heads, float[] scales, float[] eps, bool saves) "
@@ -162,34 +143,69 @@ class LatentLayersFunction(torch.autograd.Function):
         return None, None, None, *grads
 
 
-@op_range(OP)
 def latent_layers(
     x: Tensor, parameters: Sequence[Tensor], heads: Sequence[int], scales: Sequence[float], eps: Sequence[float]
 ) -> Tensor:
-    """Layers one after the other, each added to the stream that it takes; shapes are checked by the kernels alone.
+    """Layers one after the other, each added to the latents that it takes.
 
     Args:
-        x: ``[B, N, D]``, float32 or float64, not empty.
+        x: ``[B, N, D]``, floating point, not empty.
         parameters: six a layer, of the dtype of x: LayerNorm's weight ``[D]`` and bias ``[D]``; of attention to_q
-            ``[I, D]``, to_kv ``[2 I, D]``, of a feed-forward the weight ``[2 I, D]``, values then gates, and its bias
-            ``[2 I]``; and the last projection's weight ``[D, I]`` and bias ``[D]``.
-        heads: of every layer; 0 for a feed-forward.
+            ``[I, D]`` and to_kv ``[2 I, D]``, of a feed-forward its weight ``[2 I, D]``, values then gates, and bias
+            ``[2 I]``; the last projection's weight ``[D, I]`` and bias ``[D]``.
+        heads: of every layer, a divisor of its I; 0 for a feed-forward.
         scales: of every layer's logits.
         eps: of every layer's LayerNorm, more than 0.
 
     Returns:
-        ``[B, N, D]``. Differentiable any number of times in x and the parameters.
+        ``[B, N, D]``, the dtype of x. Differentiable any number of times in x and the parameters.
 
     Raises:
-        RuntimeError: a size or dtype does not fit.
+        TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
 
     Example:
         >>> import torch
-        >>> from perceiver_fast.ops.latent_layers import latent_layers
+        >>> from perceiver_fast.ops import latent_layers
         >>> shapes = (8,), (8,), (12, 8), (24, 8), (8, 12), (8,)
         >>> latent_layers(torch.randn(2, 5, 8), [torch.randn(shape) for shape in shapes], [3], [0.5], [1e-5]).shape
         torch.Size([2, 5, 8])
     """
+    _check(x, parameters, heads, scales, eps)
+    return latent_layers_unchecked(x, parameters, heads, scales, eps)
+
+
+@op_range(OP)
+def latent_layers_unchecked(
+    x: Tensor, parameters: Sequence[Tensor], heads: Sequence[int], scales: Sequence[float], eps: Sequence[float]
+) -> Tensor:
+    """:func:`latent_layers` for callers whose tensors fit each other; they are not checked."""
+    if not runs_kernel(LATENT_LAYERS, x.dtype, x.device):
+        return reference.latent_layers(x, parameters, heads, scales, eps)
     if learns(x, *parameters):
         return LatentLayersFunction.apply(heads, scales, eps, x, *parameters)
     return torch.ops.perceiver_fast.latent_layers_forward(x, parameters, heads, scales, eps, False)[0]
+
+
+def _check(x, parameters, heads, scales, eps) -> None:
+    check_alike(OP, x=x, **{f"parameters[{i}]": p for i, p in enumerate(parameters)})
+    if x.dim() != 3 or x.numel() == 0:
+        raise ValueError(f"{OP}: expected latents x [B, N, D], got {tuple(x.shape)}; add the batch dimension")
+    if len(parameters) != PARAMETERS * len(heads) or len(scales) != len(heads) or len(eps) != len(heads):
+        raise ValueError(
+            f"{OP}: expected {PARAMETERS} parameters, a scale and an eps for each of {len(heads)} heads, got "
+            f"{len(parameters)}, {len(scales)} and {len(eps)}; give a 0 in heads for a feed-forward"
+        )
+    for layer, (count, epsilon) in enumerate(zip(heads, eps)):
+        own, width = parameters[PARAMETERS * layer : PARAMETERS * (layer + 1)], x.shape[2]
+        inner = own[4].shape[-1] if own[4].dim() else 0
+        if count < 0 or inner == 0 or (count > 0 and inner % count) or not epsilon > 0:
+            raise ValueError(
+                f"{OP}: expected heads that divide {inner} channels and eps above 0, got {count} and {epsilon}; "
+                "the last weight [D, I] says how many there are"
+            )
+        first = ((inner, width), (2 * inner, width)) if count else ((2 * inner, width), (2 * inner,))
+        for i, (p, shape) in enumerate(zip(own, ((width,), (width,), *first, (width, inner), (width,)))):
+            check_shape(
+                OP, f"parameters[{PARAMETERS * layer + i}]", p, shape, f"x and the last weight of layer {layer} say so"
+            )

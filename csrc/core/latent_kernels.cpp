@@ -103,7 +103,8 @@ void join(int64_t channels, int64_t columns, const T* branch, const T* bias, T* 
       S::store(x + c, S::load(x + c) + (S::load(branch + c) + bias[k]));
 }
 
-// A maximum that a NaN is lost in does no harm: its exponential is NaN, and so is the sum.
+// A maximum that a NaN is lost in does no harm: its exponential is NaN, and so is the sum. Logits are scaled and rounded
+// before the maximum is taken off, which a fused multiply-add would not do: off the largest has to leave zero.
 template <class T>
 void softmax(int64_t tokens, int64_t columns, T* logits, double scale) {
   using S = Simd<T>;
@@ -113,9 +114,13 @@ void softmax(int64_t tokens, int64_t columns, T* logits, double scale) {
   for (int64_t c = 0; c < columns; c += S::lanes) {
     const auto at = [&](int64_t m) PF_INLINE_LAMBDA { return logits + m * columns + c; };
     auto most = S::load(at(0)) * factor;
-    for (int64_t m = 1; m < tokens; ++m) most = S::max(most, S::load(at(m)) * factor);
+    for (int64_t m = 0; m < tokens; ++m) {
+      const auto logit = S::load(at(m)) * factor;
+      S::store(at(m), logit);
+      most = S::max(most, logit);
+    }
     const auto sum = sum_down<T>(tokens, [&](int64_t m) PF_INLINE_LAMBDA {
-      const auto weight = exp2<T, false>(S::load(at(m)) * factor - most, typename S::Vec{});
+      const auto weight = exp2<T, false>(S::load(at(m)) - most, typename S::Vec{});
       S::store(at(m), weight);
       return weight;
     });

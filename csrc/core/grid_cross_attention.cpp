@@ -65,9 +65,10 @@ class Sides {
   void tables(T* tables) const;
   void tables_backward(const T* d_tables, const GridCrossAttentionParameters<T>& to) const;
   void queries(int64_t chunk, T* rest, T* q, Team team) const;
-  void queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d_stream, T* d_x, T* sums, Team team) const;
+  void queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d_stream, T* d_x, T* sums, bool begins,
+                        Team team) const;
   void results(int64_t chunk, T* rest, const T* o, T* out, Team team) const;
-  void results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, Team team) const;
+  void results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, bool begins, Team team) const;
 
   // Sums over chunks: of the queries' side to_q, the norm's and the keys, of the results' to_out, its bias, the values and
   // their bias.
@@ -170,7 +171,7 @@ void Sides<T>::queries(int64_t chunk, T* rest, T* q, Team team) const {
 // d_q of the chunk's latents, and what reaches them past the attention.
 template <class T>
 void Sides<T>::queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d_stream, T* d_x, T* sums,
-                                Team team) const {
+                                bool begins, Team team) const {
   const auto& p = call.parameters;
   const int64_t C = x.columns(chunk), wide = x.padded(D);
   const Aligned<T> stream(D * C), normed(D * C), d_projected(I * C), room(C * wide);
@@ -179,6 +180,7 @@ void Sides<T>::queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d
   T *d_to_q = sums, *d_norm = d_to_q + I * wide, *d_keys = d_norm + 2 * D;
   std::fill_n(padded.get(), N * row, T(0));
   std::fill_n(turned.get(), L * x.padded_N, T(0));
+  if (begins) std::fill_n(d_norm, 2 * D, T(0));
   for (int64_t e = 0; e < x.count(chunk); ++e)
     for (int64_t h = 0; h < H; ++h) {
       const T* from = d_q + at(x.first(chunk) + e, h);
@@ -187,10 +189,11 @@ void Sides<T>::queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d
       kernels.transpose(N, L, from, L, turned.get(), x.padded_N);
       kernels.product(d, x.padded_N, L, rest + h * d * row, row, 1, turned.get(), x.padded_N, d_projected.get() + first,
                       C, false);
-      kernels.product(d, row, N, projected + first, C, 1, padded.get(), row, d_keys + h * d * row, row, true);
+      kernels.product(d, row, N, projected + first, C, 1, padded.get(), row, d_keys + h * d * row, row,
+                      !begins || e > 0);
     }
   kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, normed.get());
-  x.outer(I, D, C, d_projected.get(), normed.get(), room.get(), d_to_q, team);
+  x.outer(I, D, C, d_projected.get(), normed.get(), room.get(), d_to_q, begins, team);
   x.product(D, C, I, p.to_q, 1, D, d_projected.get(), normed.get(), team);
   x.load(chunk, d_stream, stream.get());
   kernels.normalize_backward(D, C, normed.get(), xhat, rstd, p.norm_weight, stream.get(), d_norm, d_norm + D);
@@ -219,16 +222,21 @@ void Sides<T>::results(int64_t chunk, T* rest, const T* o, T* out, Team team) co
 }
 
 template <class T>
-void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, Team team) const {
+void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, bool begins,
+                                Team team) const {
   const auto& p = call.parameters;
   const int64_t C = y.columns(chunk), wide = x.padded(I);
   const Aligned<T> stream(D * C), d_made(I * C), room(C * wide), padded(N * row);
   const T *made = of_y(rest, chunk), *values = rest + I * row;
   T *d_to_out = sums, *d_to_out_bias = d_to_out + D * wide, *d_values = d_to_out_bias + D, *d_bias = d_values + I * row;
   y.load(chunk, d_y, stream.get());
+  if (begins) {
+    std::fill_n(d_to_out_bias, D, T(0));
+    std::fill_n(d_bias, I, T(0));
+  }
   kernels.row_sums(D, C, stream.get(), d_to_out_bias);
   y.product(I, C, D, p.to_out, 1, I, stream.get(), d_made.get(), team);
-  y.outer(D, I, C, stream.get(), made, room.get(), d_to_out, team);
+  y.outer(D, I, C, stream.get(), made, room.get(), d_to_out, begins, team);
   kernels.row_sums(I, C, d_made.get(), d_bias);
   for (int64_t e = 0; e < y.count(chunk); ++e)
     for (int64_t h = 0; h < H; ++h) {
@@ -238,7 +246,8 @@ void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y
       copy_rows(N, L, padded.get(), row, d_o + of, L);
       std::fill_n(padded.get(), N * row, T(0));
       copy_rows(N, L, o + of, L, padded.get(), row);
-      kernels.product(this->d, row, N, d, C, 1, padded.get(), row, d_values + h * this->d * row, row, true);
+      kernels.product(this->d, row, N, d, C, 1, padded.get(), row, d_values + h * this->d * row, row,
+                      !begins || e > 0);
     }
 }
 
@@ -277,8 +286,8 @@ void grid_cross_attention_backward(const GridCrossAttention<T>& call, const T* d
   const int64_t B = call.batch, N = sides.N, D = sides.D, I = sides.I, rows = sides.H * N * sides.L, row = sides.row;
   const Aligned<T> d_o(B * rows), d_q(B * rows), d_tables(sides.tables_size);
   const Aligned<T> of_results = sum_chunks<T>(
-      sides.y.chunks(), sides.result_sums(), sides.work, parallel, [&](int64_t chunk, T* sums, Team team) {
-        sides.results_backward(chunk, saved.rest, saved.o, d_y, d_o.get(), sums, team);
+      sides.y.chunks(), sides.result_sums(), sides.work, parallel, [&](int64_t chunk, T* sums, bool begins, Team team) {
+        sides.results_backward(chunk, saved.rest, saved.o, d_y, d_o.get(), sums, begins, team);
       });
   grid_attention_backward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr},
                              {d_o.get(), nullptr, nullptr}, d_q.get(), nullptr, nullptr, parallel);
@@ -289,9 +298,9 @@ void grid_cross_attention_backward(const GridCrossAttention<T>& call, const T* d
     sum_batch(B, N * D, d_y, stream.get());
   }
   const Aligned<T> of_queries = sum_chunks<T>(
-      sides.x.chunks(), sides.query_sums(), sides.work, parallel, [&](int64_t chunk, T* sums, Team team) {
+      sides.x.chunks(), sides.query_sums(), sides.work, parallel, [&](int64_t chunk, T* sums, bool begins, Team team) {
         sides.queries_backward(chunk, saved.rest, shared ? summed.get() : d_q.get(), shared ? stream.get() : d_y, d_x,
-                               sums, team);
+                               sums, begins, team);
       });
   const T *from = of_queries.get(), *from_results = of_results.get();
   const int64_t wide = sides.x.padded(D), wide_inner = sides.x.padded(I);

@@ -47,8 +47,8 @@ void for_calls(int64_t count, int64_t work, const Parallel& parallel, const Body
   }
 }
 
-// Sums of `size` numbers over chunks: body(chunk, sums, team) adds to them. Chunks are cut into parts by their number
-// alone, and the parts' sums added in order.
+// Sums of `size` numbers over chunks: body(chunk, sums, begins, team) adds to them, or begins with its own. Chunks are cut
+// into parts by their number alone, and the parts' sums added in order.
 template <class T, class Body>
 Aligned<T> sum_chunks(int64_t chunks, int64_t size, int64_t work, const Parallel& parallel, const Body& body) {
   const int64_t parts = std::clamp<int64_t>(chunks / kPartChunks, 1, kMostParts);
@@ -56,8 +56,8 @@ Aligned<T> sum_chunks(int64_t chunks, int64_t size, int64_t work, const Parallel
   T* const total = memory.get();
   for_calls(parts, work, parallel, [&](int64_t part, Team team) {
     T* sums = total + part * size;
-    std::fill_n(sums, size, T(0));
-    for (int64_t chunk = chunks * part / parts; chunk < chunks * (part + 1) / parts; ++chunk) body(chunk, sums, team);
+    const int64_t first = chunks * part / parts, last = chunks * (part + 1) / parts;
+    for (int64_t chunk = first; chunk < last; ++chunk) body(chunk, sums, chunk == first, team);
   });
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < size; ++i) total[i] += total[part * size + i];
@@ -110,14 +110,14 @@ class LatentColumns {
     });
   }
 
-  // sums [rows, padded(channels)] += d a^T, of d [rows, columns] and a [channels, columns]; room is for a^T.
-  void outer(int64_t rows, int64_t channels, int64_t columns, const T* d, const T* a, T* room, T* sums,
+  // sums [rows, padded(channels)] = or += d a^T, of d [rows, columns] and a [channels, columns]; room is for a^T.
+  void outer(int64_t rows, int64_t channels, int64_t columns, const T* d, const T* a, T* room, T* sums, bool begins,
              Team team) const {
     const int64_t row = padded(channels);
     kernels.transpose(channels, columns, a, columns, room, row);
     team.run(rows, 8, rows * columns * row, [&](int64_t begin, int64_t end) {
       kernels.product(end - begin, row, columns, d + begin * columns, columns, 1, room, row, sums + begin * row, row,
-                      true);
+                      !begins);
     });
   }
 

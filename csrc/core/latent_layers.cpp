@@ -45,7 +45,7 @@ class Pass : public LatentColumns<T> {
   }
 
   void forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) const;
-  void backward(int64_t chunk, const T* d_y, const T* saved, T* d_x, T* sums, Team team) const;
+  void backward(int64_t chunk, const T* d_y, const T* saved, T* d_x, T* sums, bool begins, Team team) const;
 
   // Gradients of a layer's parameters in a sum over chunks, where rows are padded to whole vectors.
   int64_t gradients_of(const LatentLayer<T>& layer) const {
@@ -163,7 +163,7 @@ void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) con
 }
 
 template <class T>
-void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* sums, Team team) const {
+void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* sums, bool begins, Team team) const {
   const int64_t C = this->columns(chunk);
   const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), remade(inner_ * C), wide(wide_ * C);
   const Aligned<T> turned(C * padded(std::max(D, inner_))), again(D > kAgain ? 0 : most_ * C);
@@ -185,6 +185,10 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
       make(*layer, C, z, again.get(), remade.get(), team);
       h = again.get();
     }
+    if (begins) {
+      std::fill_n(sum.norm_weight, 3 * D, T(0));  // and the two biases behind it
+      if (!attention) std::fill_n(sum.second, 2 * I, T(0));
+    }
     kernels.row_sums(D, C, d, sum.last_bias);
     this->product(I, C, D, p.last, 1, I, d, d_made, team);
     if (attention) {
@@ -195,8 +199,8 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
       kernels.geglu_backward(I, C, d_made, h, remade.get(), d_h);
       kernels.row_sums(2 * I, C, d_h, sum.second);
     }
-    this->outer(D, I, C, d, made, room, sum.last, team);
-    this->outer(rows_of_first(*layer), D, C, d_h, z, room, sum.first, team);
+    this->outer(D, I, C, d, made, room, sum.last, begins, team);
+    this->outer(rows_of_first(*layer), D, C, d_h, z, room, sum.first, begins, team);
     this->product(D, C, attention ? I : 2 * I, p.first, 1, D, d_h, d_z, team);
     if (attention) this->product(D, C, 2 * I, p.second, 1, D, d_h + I * C, d_z, team, true);
     kernels.normalize_backward(D, C, d_z, xhat, rstd, p.norm_weight, d, sum.norm_weight, sum.norm_bias);
@@ -225,8 +229,8 @@ void latent_layers_backward(const LatentLayers<T>& call, const T* d_y, const T* 
                             const std::vector<LatentLayerParameters<T>>& gradients, const Parallel& parallel) {
   const Pass<T> pass(call);
   const Aligned<T> sums = sum_chunks<T>(
-      pass.chunks(), pass.gradients, pass.work, parallel, [&](int64_t chunk, T* sums, Team team) {
-        pass.backward(chunk, d_y, saved + pass.columns_before(chunk) * pass.saved, d_x, sums, team);
+      pass.chunks(), pass.gradients, pass.work, parallel, [&](int64_t chunk, T* sums, bool begins, Team team) {
+        pass.backward(chunk, d_y, saved + pass.columns_before(chunk) * pass.saved, d_x, sums, begins, team);
       });
   T* at = sums.get();
   for (size_t i = 0; i < call.layers.size(); ++i) {

@@ -66,58 +66,57 @@ class Pass : public LatentColumns<T> {
   int64_t saved = 0, gradients = 0, work = 0;  // numbers that a column saves, those of all gradients, multiply-adds
 
  private:
-  // Rows of what is between a layer's products: of attention q, k, v, weights, and what they make; of a feed-forward h.
-  int64_t between(const LatentLayer<T>& layer) const {
-    return layer.heads > 0 ? 4 * layer.inner + layer.heads * N : 2 * layer.inner;
-  }
+  // Rows of what is between a layer's products: of attention q, k, v and what they make; of a feed-forward h.
+  static int64_t between(const LatentLayer<T>& layer) { return (layer.heads > 0 ? 4 : 2) * layer.inner; }
   // Of xhat and rstd, and what is between.
   int64_t saved_of(const LatentLayer<T>& layer) const { return D + 1 + (D > kAgain ? between(layer) : 0); }
 
-  // body(where the head's channels begin in [I, columns], where its weights [N, columns] do, room for two of these).
+  // body(where a head's channels begin in [I, columns], its weights [tokens, queries], room for two more of these).
   template <class Body>
-  void for_heads(const LatentLayer<T>& layer, int64_t columns, Team team, const Body& body) const {
-    const int64_t count = columns / padded_N * layer.heads, d = layer.inner / layer.heads;
-    team.run(count, 1, count * N * padded_N * d * 2, [&](int64_t begin, int64_t end) {
-      const Aligned<T> room(2 * N * padded_N);
-      for (int64_t i = begin; i < end; ++i)
-        body(i % layer.heads * d * columns + i / layer.heads * padded_N, i * N * padded_N, room.get());
+  void for_heads(const LatentLayer<T>& layer, int64_t columns, const T* q, Team team, const Body& body) const {
+    const int64_t count = columns / padded_N * layer.heads, d = layer.inner / layer.heads, size = N * padded_N;
+    team.run(count, 1, count * size * d * 2, [&](int64_t begin, int64_t end) {
+      const Aligned<T> weights(3 * size);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = i % layer.heads * d * columns + i / layer.heads * padded_N;
+        const T* k = q + layer.inner * columns;
+        kernels.product(N, padded_N, d, k + at, 1, columns, q + at, columns, weights.get(), padded_N, false);
+        kernels.softmax(N, padded_N, weights.get(), layer.scale);
+        body(at, weights.get(), weights.get() + size);
+      }
     });
   }
   // `made` [I, columns] from z [D, columns], with what is between; returns it, where attention has it.
   T* make(const LatentLayer<T>& layer, int64_t columns, const T* z, T* h, T* made, Team team) const;
-  void attend(const LatentLayer<T>& layer, int64_t columns, const T* qkv, T* weights, T* o, Team team) const;
-  void attend_backward(const LatentLayer<T>& layer, int64_t columns, const T* qkv, const T* weights, const T* d_o,
-                       T* d_qkv, Team team) const;
+  void attend(const LatentLayer<T>& layer, int64_t columns, const T* qkv, T* o, Team team) const;
+  void attend_backward(const LatentLayer<T>& layer, int64_t columns, const T* qkv, const T* d_o, T* d_qkv,
+                       Team team) const;
 
   int64_t inner_ = 0, wide_ = 0, most_ = 0;  // the largest of all layers
 };
 
 template <class T>
-void Pass<T>::attend(const LatentLayer<T>& layer, int64_t C, const T* qkv, T* weights, T* o, Team team) const {
+void Pass<T>::attend(const LatentLayer<T>& layer, int64_t C, const T* qkv, T* o, Team team) const {
   const int64_t I = layer.inner, d = I / layer.heads;
-  const T *k = qkv + I * C, *v = k + I * C;
-  for_heads(layer, C, team, [&](int64_t at, int64_t at_weights, T*) {
-    T* w = weights + at_weights;  // [tokens, queries]
-    kernels.product(N, padded_N, d, k + at, 1, C, qkv + at, C, w, padded_N, false);
-    kernels.softmax(N, padded_N, w, layer.scale);
-    kernels.product(d, padded_N, N, v + at, C, 1, w, padded_N, o + at, C, false);
+  const T* v = qkv + 2 * I * C;
+  for_heads(layer, C, qkv, team, [&](int64_t at, const T* weights, T*) {
+    kernels.product(d, padded_N, N, v + at, C, 1, weights, padded_N, o + at, C, false);
   });
 }
 
 template <class T>
-void Pass<T>::attend_backward(const LatentLayer<T>& layer, int64_t C, const T* qkv, const T* weights, const T* d_o,
-                              T* d_qkv, Team team) const {
+void Pass<T>::attend_backward(const LatentLayer<T>& layer, int64_t C, const T* qkv, const T* d_o, T* d_qkv,
+                              Team team) const {
   const int64_t I = layer.inner, d = I / layer.heads, size = N * padded_N;
   const T *k = qkv + I * C, *v = k + I * C;
   T *d_k = d_qkv + I * C, *d_v = d_k + I * C;
-  for_heads(layer, C, team, [&](int64_t at, int64_t at_weights, T* d_weights) {
-    const T* w = weights + at_weights;
+  for_heads(layer, C, qkv, team, [&](int64_t at, const T* weights, T* d_weights) {
     T* turned = d_weights + size;  // [queries, tokens], zero where there is no token
     std::fill_n(turned, size, T(0));
-    kernels.transpose(N, N, w, padded_N, turned, padded_N);
+    kernels.transpose(N, N, weights, padded_N, turned, padded_N);
     kernels.product(d, padded_N, N, d_o + at, C, 1, turned, padded_N, d_v + at, C, false);
     kernels.product(N, padded_N, d, v + at, 1, C, d_o + at, C, d_weights, padded_N, false);
-    kernels.softmax_backward(N, padded_N, w, d_weights, layer.scale);
+    kernels.softmax_backward(N, padded_N, weights, d_weights, layer.scale);
     kernels.product(d, padded_N, N, k + at, C, 1, d_weights, padded_N, d_qkv + at, C, false);
     kernels.transpose(N, N, d_weights, padded_N, turned, padded_N);
     kernels.product(d, padded_N, N, qkv + at, C, 1, turned, padded_N, d_k + at, C, false);
@@ -133,11 +132,10 @@ T* Pass<T>::make(const LatentLayer<T>& layer, int64_t C, const T* z, T* h, T* ma
     kernels.geglu(I, C, p.second, h, made);
     return made;
   }
-  T* weights = h + 3 * I * C;
-  made = weights + layer.heads * N * C;
+  made = h + 3 * I * C;
   this->product(I, C, D, p.first, D, 1, z, h, team);
   this->product(2 * I, C, D, p.second, D, 1, z, h + I * C, team);
-  attend(layer, C, h, weights, made, team);
+  attend(layer, C, h, made, team);
   return made;
 }
 
@@ -192,9 +190,8 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
     kernels.row_sums(D, C, d, sum.last_bias);
     this->product(I, C, D, p.last, 1, I, d, d_made, team);
     if (attention) {
-      const T* weights = h + 3 * I * C;
-      made = weights + layer->heads * N * C;
-      attend_backward(*layer, C, h, weights, d_made, d_h, team);
+      made = h + 3 * I * C;
+      attend_backward(*layer, C, h, d_made, d_h, team);
     } else {
       kernels.geglu_backward(I, C, d_made, h, remade.get(), d_h);
       kernels.row_sums(2 * I, C, d_h, sum.second);

@@ -57,13 +57,13 @@ def padded(size: int, dtype: torch.dtype) -> int:
 
 def _saved(x, parameters, heads) -> int:
     """How many numbers a forward saves: every layer's normalised latents, and of wide ones what is between its products."""
-    latents, channels = x.shape[1:]
+    batch, latents, channels = x.shape
     numbers = 0
     for last, count in zip(parameters[4::PARAMETERS], heads):
         inner = last.shape[1]
-        between = 4 * inner + count * latents if count else 2 * inner
+        between = (4 if count else 2) * inner
         numbers += channels + 1 + (between if channels > AGAIN else 0)
-    return x.shape[0] * padded(latents, x.dtype) * numbers
+    return batch * padded(latents, x.dtype) * numbers
 
 
 def _forward_outputs(x, parameters, heads, scales, eps, saves):

@@ -104,6 +104,16 @@ def test_one_element_s_nan_stays_its_own(value):
     assert found[2].isnan().all() and torch.equal(found[[0, 1, 3, 4, 5]], clean[[0, 1, 3, 4, 5]])
 
 
+@pytest.mark.skipif(**needs_extension)
+def test_weights_of_one_have_no_gradient():
+    """Logits of 1e19 leave one weight, whatever they round to; nothing flows back through it."""
+    x, parameters, heads, _, eps = operands((2, 6, 16), 8, 2, (ATTENTION,), torch.float32)
+    found = results(latent_layers, x, parameters, heads, [1e19], eps)
+    to_q, to_kv = found[4], found[5]
+    assert all(t.isfinite().all() for t in found)
+    assert not to_q.any() and not to_kv[:8].any() and to_kv[8:].any()
+
+
 def test_second_derivatives():
     x, parameters, *options = operands((2, 3, 4), 4, 2, (ATTENTION, FEED_FORWARD), torch.float64)
     tensors = [t.requires_grad_() for t in (x, *parameters)]

@@ -2,7 +2,7 @@
 // chunks of batch elements that go through several steps together while what is between these stays in cache.
 //
 // An element's latents begin at a multiple of the vector's lanes. Columns that are no latents begin as zeros, and their
-// gradients are zeros. What is computed depends on shapes alone, not on the instruction set or the number of threads.
+// gradients are zeros. Where what lies depends on shapes alone, not on the instruction set or the number of threads.
 #pragma once
 
 #include <algorithm>

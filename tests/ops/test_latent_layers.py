@@ -1,11 +1,15 @@
 """Latents through several layers against plain PyTorch in float64: values, gradients, and what is refused."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from support import check_over_draws, needs_extension, relative_error
+from warm_python import python
 
 import perceiver_fast as pf
-from perceiver_fast import reference
+from perceiver_fast import extension, reference
 from perceiver_fast.ops import latent_layers
 
 ATTENTION, FEED_FORWARD = True, False
@@ -112,6 +116,31 @@ def test_weights_of_one_have_no_gradient():
     to_q, to_kv = found[4], found[5]
     assert all(t.isfinite().all() for t in found)
     assert not to_q.any() and not to_kv[:8].any() and to_kv[8:].any()
+
+
+@pytest.mark.skipif(**needs_extension)
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_values_and_gradients_on_every_instruction_set(isa):
+    """Of this op and of grid_cross_attention, which computes with the same kernels."""
+    if isa not in extension.module.available_isas():
+        pytest.skip(f"this CPU has no {isa}")
+    if isa == extension.module.active_isa():
+        return  # what this process runs
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("latent_layers", "grid_cross_attention")]
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *files,
+        "-k",
+        "values_and_gradients and auto or nan",
+    ]
+    done = python(*command, env=os.environ | {"PERCEIVER_FAST_CPU_ISA": isa}, cwd=str(Path(__file__).parent))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
 def test_second_derivatives():

@@ -145,31 +145,30 @@ void softmax_backward(int64_t tokens, int64_t columns, const T* weights, T* d_we
 }
 
 template <class T>
-void geglu(int64_t features, int64_t columns, const T* bias, T* h, T* u) {
+void geglu(int64_t features, int64_t columns, const T* value_bias, const T* gate_bias, T* values, T* gates, T* u) {
   using S = Simd<T>;
   const FlushDenormals flush;
   for (int64_t f = 0; f < features; ++f)
     for (int64_t c = f * columns; c < (f + 1) * columns; c += S::lanes) {
-      T* at = h + features * columns + c;
-      const auto value = S::load(h + c) + bias[f], gate = S::load(at) + bias[features + f];
-      S::store(h + c, value);
-      S::store(at, gate);
+      const auto value = S::load(values + c) + value_bias[f], gate = S::load(gates + c) + gate_bias[f];
+      S::store(values + c, value);
+      S::store(gates + c, gate);
       S::store(u + c, value * (gate * normal(gate).below));
     }
 }
 
 template <class T>
-void geglu_backward(int64_t features, int64_t columns, const T* d_u, const T* h, T* u, T* d_h) {
+void geglu_backward(int64_t features, int64_t columns, const T* d_u, const T* values, const T* gates, T* u, T* d_values,
+                    T* d_gates) {
   using S = Simd<T>;
   const FlushDenormals flush;
-  const int64_t half = features * columns;
-  for (int64_t c = 0; c < half; c += S::lanes) {
-    const auto value = S::load(h + c), gate = S::load(h + half + c), d = S::load(d_u + c);
+  for (int64_t c = 0; c < features * columns; c += S::lanes) {
+    const auto value = S::load(values + c), gate = S::load(gates + c), d = S::load(d_u + c);
     const Normal<T> of = normal(gate);
     const auto gelu = gate * of.below;
     S::store(u + c, value * gelu);
-    S::store(d_h + c, d * gelu);
-    S::store(d_h + half + c, d * value * (of.below + gate * of.density));
+    S::store(d_values + c, d * gelu);
+    S::store(d_gates + c, d * value * (of.below + gate * of.density));
   }
 }
 

@@ -30,9 +30,10 @@ struct LatentKernels {
   void (*softmax)(int64_t tokens, int64_t columns, T* logits, double scale);
   // d_weights become the gradient of the logits.
   void (*softmax_backward)(int64_t tokens, int64_t columns, const T* weights, T* d_weights, double scale);
-  // h [2 F, columns] += bias, u = geglu(h).
-  void (*geglu)(int64_t features, int64_t columns, const T* bias, T* h, T* u);
-  void (*geglu_backward)(int64_t features, int64_t columns, const T* d_u, const T* h, T* u, T* d_h);
+  // Values and gates [F, columns] += their bias, u = geglu of them.
+  void (*geglu)(int64_t features, int64_t columns, const T* value_bias, const T* gate_bias, T* values, T* gates, T* u);
+  void (*geglu_backward)(int64_t features, int64_t columns, const T* d_u, const T* values, const T* gates, T* u,
+                         T* d_values, T* d_gates);
   // Sums over the columns.
   void (*row_sums)(int64_t rows, int64_t columns, const T* x, T* sums);
 };

@@ -16,7 +16,8 @@ namespace perceiver_fast {
 
 namespace {
 
-constexpr int64_t kAgain = 64;  // channels up to which it is computed again
+constexpr int64_t kAgain = 64;       // channels up to which it is computed again
+constexpr int64_t kGegluWork = 16;  // multiply-adds in whose time a GEGLU is done
 
 template <class T>
 int64_t rows_of_first(const LatentLayer<T>& layer) {  // and of to_kv, which lies behind to_q's gradient
@@ -129,7 +130,10 @@ T* Pass<T>::make(const LatentLayer<T>& layer, int64_t C, const T* z, T* h, T* ma
   const int64_t I = layer.inner;
   if (layer.heads == 0) {
     this->product(2 * I, C, D, p.first, D, 1, z, h, team);
-    kernels.geglu(I, C, p.second, h, made);
+    team.run(I, 1, I * C * kGegluWork, [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * C;
+      kernels.geglu(end - begin, C, p.second + begin, p.second + I + begin, h + at, h + I * C + at, made + at);
+    });
     return made;
   }
   made = h + 3 * I * C;
@@ -193,7 +197,10 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
       made = h + 3 * I * C;
       attend_backward(*layer, C, h, d_made, d_h, team);
     } else {
-      kernels.geglu_backward(I, C, d_made, h, remade.get(), d_h);
+      team.run(I, 1, I * C * kGegluWork, [&](int64_t begin, int64_t end) {
+        const int64_t at = begin * C, gates = I * C + at;
+        kernels.geglu_backward(end - begin, C, d_made + at, h + at, h + gates, remade.get() + at, d_h + at, d_h + gates);
+      });
       kernels.row_sums(2 * I, C, d_h, sum.second);
     }
     this->outer(D, I, C, d, made, room, sum.last, begins, team);

@@ -67,9 +67,9 @@ struct Inputs {
     scale = check.dense("scale", scale_, dtype, grid, "[B, *sizes]");
     check.dtype("mask", mask_, ScalarType::Bool);
     check.shape("mask", mask_, grid, "[B, *sizes]");
-    if (mask_) mask = torch::stable::contiguous(*mask_);
-    x = torch::stable::contiguous(x_);
-    feat = torch::stable::contiguous(feat_);
+    if (mask_) mask = dense(*mask_);
+    x = dense(x_);
+    feat = dense(feat_);
   }
 
   Shape queries(int64_t batch) const { return {batch, heads * latents, entries}; }

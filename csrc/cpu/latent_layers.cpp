@@ -74,7 +74,7 @@ struct Inputs {
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensors& parameters, const std::vector<int64_t>& heads,
                                    const std::vector<double>& scales, const std::vector<double>& eps, bool saves) {
   const Inputs in("x", x, parameters, heads, scales, eps);
-  const Tensor latents = torch::stable::contiguous(x);
+  const Tensor latents = dense(x);
   Tensor y = torch::stable::new_empty(x, sizes_of(x)), saved = x;
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensors> backward(const Tensor& d_y, const Tensor& saved, con
                                      const std::vector<int64_t>& heads, const std::vector<double>& scales,
                                      const std::vector<double>& eps) {
   const Inputs in("d_y", d_y, parameters, heads, scales, eps);
-  const Tensor grad = torch::stable::contiguous(d_y);
+  const Tensor grad = dense(d_y);
   Tensor d_x = torch::stable::new_empty(d_y, sizes_of(d_y));
   Tensors gradients;
   for (const Shape& shape : in.shapes) gradients.push_back(torch::stable::new_empty(d_y, shape));

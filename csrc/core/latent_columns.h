@@ -16,7 +16,7 @@ namespace perceiver_fast {
 
 constexpr int64_t kColumns = 64;         // of a chunk
 constexpr int64_t kShareWork = 1 << 19;  // multiply-adds of a thread's share at least
-constexpr int64_t kPartChunks = 8;       // of a part of a sum over chunks: its memory is filled and read once
+constexpr int64_t kPartChunks = 4;       // of a part of a sum over chunks, whose memory is written and read once more
 constexpr int64_t kMostParts = 32;
 
 // The threads that share a step; the caller's alone where there is no other.
@@ -35,10 +35,10 @@ struct Team {
   }
 };
 
-// Calls body(i, team) for [0, count): threads share the calls, or where these are few the steps within each.
+// Calls body(i, team) for [0, count): threads share the calls, or where that would leave some idle the steps within each.
 template <class Body>
 void for_calls(int64_t count, int64_t work, const Parallel& parallel, const Body& body) {
-  if (count < 2 * parallel.threads || work < kShareWork) {
+  if ((count < 2 * parallel.threads && count % parallel.threads != 0) || work < kShareWork) {
     for (int64_t i = 0; i < count; ++i) body(i, Team{&parallel});
   } else {
     parallel.run(count, [&](int64_t begin, int64_t end) {

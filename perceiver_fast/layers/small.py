@@ -24,17 +24,12 @@ def is_small(stream: ResidualStream, op: Op) -> bool:
 
     An observer, or a mode that sees operators one by one, is shown layer by layer.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or INTERPRETED:  # what is interpreted are kernels of the ops that layers call
         return False
-    shape, device = stream.shape, stream.device  # the interpreted Triton kernels are of the ops that layers call
-    if (
-        len(shape) != 3
-        or shape[1] > MOST_LATENTS
-        or shape[2] > MOST_CHANNELS
-        or 0 in shape
-        or device.type != "cpu"
-        or INTERPRETED
-    ):
+    shape, device = stream.shape, stream.device
+    if device.type != "cpu" or len(shape) != 3 or 0 in shape:
+        return False
+    if shape[1] > MOST_LATENTS or shape[2] > MOST_CHANNELS:
         return False
     if autocast_dtype(device) is not None or observer() is not None or intercepted():
         return False

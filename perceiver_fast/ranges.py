@@ -59,7 +59,8 @@ class ranges:
     """Turn named ranges on, at once and, used as a context manager, until the end of the block.
 
     A range is opened around every layer, named as in the model (``layers.0.cross_attn``), and around every op in it
-    (``grid_attention``; in the backward ``grid_attention.backward``). Outputs are the same to the bit. It holds for the
+    (``grid_attention``; in the backward ``grid_attention.backward``). Where one op does the work of several layers of a
+    small model, they are one range, the op's. Outputs are the same to the bit. It holds for the
     whole process, all threads included; compiled and exported models have no ranges.
 
     Args:
@@ -77,7 +78,7 @@ class ranges:
         >>> model = pf.Perceiver(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)
         >>> with pf.ranges(model), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ...     logits = model(torch.randn(1, 6, 6, 3))
-        >>> {"layers.0.cross_attn", "grid_attention"} <= {event.key for event in profile.key_averages()}
+        >>> {"layers.0.cross_attn", "grid_cross_attention"} <= {event.key for event in profile.key_averages()}
         True
     """
 

@@ -42,15 +42,15 @@ def test_ranges_of_a_step_add_up_to_the_whole(tmp_path, capsys):
     assert {"layers.0", "layers.2.cross_attn", "to_logits"} <= {
         n for n, time in times.items() if time["kind"] == "layer"
     }
-    assert {"grid_attention", "grid_attention.backward"} <= {n for n, time in times.items() if time["kind"] == "op"}
-    assert times["grid_attention"]["calls"] == 3 and times["profiled"]["calls"] == 1
+    assert {"latent_layers", "latent_layers.backward"} <= {n for n, time in times.items() if time["kind"] == "op"}
+    assert times["grid_cross_attention"]["calls"] == 3 and times["profiled"]["calls"] == 1
     assert sum(time["self_us"] for time in times.values()) == pytest.approx(times["profiled"]["total_us"])
     assert sum(time["share"] for time in times.values()) == pytest.approx(1)
     assert all(time["self_us"] <= time["total_us"] * (1 + 1e-9) for time in times.values())
     assert times["profiled"]["cuda_total_us"] is None
     assert result["conditions"]["geometry"] == "readme" and result["conditions"]["iterations"] == 2
     trace = json.loads(Path(result["trace"]).read_text())
-    assert {"layers.0.cross_attn", "grid_attention.backward"} <= {event.get("name") for event in trace["traceEvents"]}
+    assert {"layers.0.cross_attn", "latent_layers.backward"} <= {event.get("name") for event in trace["traceEvents"]}
     assert ranges_kind() == "off"
 
 

@@ -16,6 +16,7 @@ SMALL = dict(
     num_freq_bands=2, depth=3, max_freq=4.0, num_latents=4, latent_dim=16, latent_heads=2, latent_dim_head=8,
     num_classes=5,
 )  # fmt: skip
+MANY = SMALL | dict(num_latents=257)  # more than layers are run together for
 LAYERS = ("", ".cross_attn", ".cross_ff.fn", ".self_attns.0.0.fn", ".self_attns.0.1.fn")
 
 
@@ -38,7 +39,7 @@ def stepper(model, data):
 
 @pytest.mark.skipif(**needs_extension)
 def test_layers_and_ops_are_named_in_forward_and_backward_and_only_when_asked_for():
-    model, data = pf.Perceiver(**SMALL), torch.randn(2, 6, 5, 3, requires_grad=True)
+    model, data = pf.Perceiver(**MANY), torch.randn(2, 6, 5, 3, requires_grad=True)
     step = stepper(model, data)
     assert seen(step) == set()
     with pf.ranges(model):
@@ -55,6 +56,16 @@ def test_layers_and_ops_are_named_in_forward_and_backward_and_only_when_asked_fo
         names = seen(step)
     assert {"PerceiverBlock", "PreNorm", "Attention", "FeedForward", "Head"} | forward - {"to_logits"} <= names
     assert not any(name.startswith("layers.") for name in names)
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_layers_that_run_together_are_one_range():
+    model, data = pf.Perceiver(**SMALL), torch.randn(2, 6, 5, 3)
+    with pf.ranges(model):
+        names = seen(stepper(model, data))
+    ops = {"grid_cross_attention", "latent_layers"}
+    layers = {f"layers.{i}{part}" for i in range(3) for part in ("", ".cross_attn")}
+    assert names == layers | ops | {f"{op}.backward" for op in ops} | {"describe", "grid_scale", "to_logits"}
 
 
 @pytest.mark.skipif(**needs_extension)
@@ -97,7 +108,7 @@ def test_multimodal_and_io_are_named():
     model = pf.MultimodalPerceiver([audio], depth=1, num_latents=4, latent_dim=16)
     with pf.ranges(model):
         assert {"describe", "layers.0.cross_attn", "to_logits"} <= seen(lambda: model({"audio": torch.randn(1, 9, 1)}))
-    model = pf.PerceiverIO(depth=1, dim=9, queries_dim=6, num_latents=8, latent_dim=16)
+    model = pf.PerceiverIO(depth=1, dim=9, queries_dim=6, num_latents=257, latent_dim=16)
     with pf.ranges(model):
         names = seen(lambda: model(torch.randn(1, 9, 9), queries=torch.randn(5, 6)))
     assert {"cross_attend_block.cross_attn", "layers.0.self_attns.0.0.fn", "decoder_cross_attn"} <= names

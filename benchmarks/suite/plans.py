@@ -45,6 +45,8 @@ PLANS = {
     "io-512": Plan(DENSE),
     "io-32": Plan(DENSE),
     "small": Plan(("model",)),
+    "small-images": Plan(("model",)),
+    "small-signal": Plan(("model",)),
     "inverted": Plan(("model",)),
 }
 assert list(PLANS) == [name for name in PLANS if name in GEOMETRIES]

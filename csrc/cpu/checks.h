@@ -80,7 +80,7 @@ struct Check {
   Tensor dense(const char* name, const Tensor& t, ScalarType expected, const Shape& sizes, const char* form) const {
     dtype(name, t, expected);
     shape(name, t, sizes, form);
-    return torch::stable::contiguous(t);
+    return perceiver_fast::dense(t);
   }
   std::optional<Tensor> dense(const char* name, const std::optional<Tensor>& t, ScalarType expected, const Shape& sizes,
                               const char* form) const {

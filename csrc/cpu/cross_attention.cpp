@@ -40,13 +40,13 @@ struct Inputs {
     q = dense_rows(q_);
     k = dense_rows(k_);
     v = dense_rows(v_);
-    if (mask_) mask = torch::stable::contiguous(*mask_);
+    if (mask_) mask = dense(*mask_);
   }
 
   bool empty() const { return q.size(0) == 0 || q.size(1) == 0; }
 
   static Tensor dense_rows(const Tensor& t) {
-    return t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+    return t.size(3) == 1 || t.stride(3) == 1 ? t : dense(t);
   }
 
   template <class T>

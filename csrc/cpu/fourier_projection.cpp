@@ -45,10 +45,10 @@ struct Inputs {
     check.shape("frequencies", frequencies_, {axes, bands}, "[A, K]");
     const int64_t codes = check.product("channels", {axes, 2 * bands + 1});
     check.shape("weight", weight_, {check.sum("channels", {features, codes}), weight_.size(1)}, "[F + A (2 K + 1), D]");
-    if (feat_) feat = torch::stable::contiguous(*feat_);
-    coords = torch::stable::contiguous(coords_);
-    frequencies = torch::stable::contiguous(frequencies_);
-    weight = torch::stable::contiguous(weight_);
+    if (feat_) feat = dense(*feat_);
+    coords = dense(coords_);
+    frequencies = dense(frequencies_);
+    weight = dense(weight_);
   }
 
   template <class T>

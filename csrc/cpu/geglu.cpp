@@ -25,7 +25,7 @@ struct Inputs {
     with_dtypes(check.op, bias_dtype, dtype, [](auto) {});
     u_shape = with_last(rows.shape, rows.columns / 2);
     bias = check.dense("bias", bias_, bias_dtype, {rows.columns}, "[2 F]");
-    h = torch::stable::contiguous(h_);
+    h = dense(h_);
   }
 
   static ScalarType dtype_of(const char* name, const Tensor& t) {

@@ -52,10 +52,10 @@ struct Inputs {
     check.shape("q", q_, {q_.size(0), q_.size(1), length}, "[B, N, F + sum(sizes)]");
     check.shape("scale", scale_, grid, "[B, *sizes]");
     check.shape("mask", mask_, grid, "[B, *sizes]");
-    q = shares_queries(q_) ? q_ : torch::stable::contiguous(q_);
-    feat = torch::stable::contiguous(feat_);
-    scale = torch::stable::contiguous(scale_);
-    if (mask_) mask = torch::stable::contiguous(*mask_);
+    q = shares_queries(q_) ? q_ : dense(q_);
+    feat = dense(feat_);
+    scale = dense(scale_);
+    if (mask_) mask = dense(*mask_);
   }
 
   bool empty() const { return q.size(0) == 0; }

@@ -62,12 +62,12 @@ struct Inputs {
     check.shape("bias", bias_, {B, H, N}, "[B, H, N]");
     check.shape("v", v_, {B, H, N, v_.size(3)}, "[B, H, N, C]");
     check.shape("mask", mask_, {B, N}, "[B, N]");
-    tables = torch::stable::contiguous(tables_);
-    feat = torch::stable::contiguous(feat_);
-    v = torch::stable::contiguous(v_);
-    if (scale_) scale = torch::stable::contiguous(*scale_);
-    if (bias_) bias = torch::stable::contiguous(*bias_);
-    if (mask_) mask = torch::stable::contiguous(*mask_);
+    tables = dense(tables_);
+    feat = dense(feat_);
+    v = dense(v_);
+    if (scale_) scale = dense(*scale_);
+    if (bias_) bias = dense(*bias_);
+    if (mask_) mask = dense(*mask_);
   }
 
   bool empty() const { return tables.size(0) == 0 || queries == 0; }

@@ -28,7 +28,7 @@ Tensor forward(const Tensor& feat, const Tensor& axis_mean, const Tensor& axis_s
   check.product("tokens", shape);
   const Tensor mean = check.dense("axis_mean", axis_mean, dtype, positions, "[sum(sizes)]");
   const Tensor square = check.dense("axis_square", axis_square, dtype, positions, "[sum(sizes)]");
-  const Tensor x = torch::stable::contiguous(feat);
+  const Tensor x = dense(feat);
   Tensor scale = torch::stable::new_empty(feat, shape);
   if (scale.numel() == 0) return scale;
   with_type(feat, [&](auto zero) {

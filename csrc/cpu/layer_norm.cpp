@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::o
   const auto joining_bias = check.dense("branch_bias", branch_bias, dtype, vector, "[D]");
   const Tensor scale = check.dense("weight", weight, dtype, vector, "[D]");
   const Tensor shift = check.dense("bias", bias, dtype, vector, "[D]");
-  const Tensor stream = torch::stable::contiguous(x);
+  const Tensor stream = dense(x);
   Tensor y = torch::stable::new_empty(x, branch ? shape : Shape{0});
   Tensor z = torch::stable::new_empty(x, shape, out_dtype);
   Tensor mean = torch::stable::new_empty(x, outer, statistics), rstd = torch::stable::new_empty(x, outer, statistics);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const std::optional<
   const Tensor middle = check.dense("mean", mean, statistics, rows.outer, "of y's rows");
   const Tensor spread = check.dense("rstd", rstd, statistics, rows.outer, "of y's rows");
   const Tensor scale = check.dense("weight", weight, dtype, vector, "[D]");
-  const Tensor stream = torch::stable::contiguous(y);
+  const Tensor stream = dense(y);
   Tensor d_x = torch::stable::new_empty(y, shape);
   Tensor d_branch = torch::stable::new_empty(d_z, out_dtype == dtype ? none : shape);
   Tensor d_weight = torch::stable::new_empty(weight, vector), d_bias = torch::stable::new_empty(weight, vector);

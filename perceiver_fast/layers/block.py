@@ -10,7 +10,8 @@ from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.described import describe_keywords
 from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import fusable, is_watched
-from perceiver_fast.layers.pre_norm import PreNorm, add_cross_attention, add_layer
+from perceiver_fast.layers.latent_layers import add_layers
+from perceiver_fast.layers.pre_norm import PreNorm, add_cross_attention
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import Description, TokenGroups, Tokens
@@ -117,10 +118,10 @@ class PerceiverBlock(nn.Module):
             batch = context.shape[0] if isinstance(context, Tensor) else context.batch
             stream = ResidualStream(trainable(x), batch)
             add_cross_attention(stream, modules["cross_attn"], watched, type(self).__name__, **keywords)
-            add_layer(stream, modules["cross_ff"], watched)
-        for self_attn, self_ff in modules["self_attns"]:
-            add_layer(stream, self_attn, watched)
-            add_layer(stream, self_ff, watched)
+        layers = [modules["cross_ff"]] if self.has_cross_attn else []
+        for pair in modules["self_attns"]:
+            layers += pair
+        add_layers(stream, layers, watched)
         return stream.value()
 
     if TYPE_CHECKING:  # torch leaves open what a call takes and returns

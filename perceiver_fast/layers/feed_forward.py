@@ -83,6 +83,16 @@ class FeedForward(nn.Module):
             return "net has a linear layer without bias"
         return found
 
+    def projections(self) -> tuple[Any, ...] | None:
+        """Weight and bias of both linear layers, if the result depends on no more; else None. Only where
+        :meth:`why_modules` is None."""
+        net: Any = self._modules["net"]
+        first, _, second, *dropout = net._modules.values()
+        if dropout and dropout[0].training and dropout[0].p > 0:
+            return None
+        wide, narrow = first._parameters, second._parameters
+        return wide["weight"], wide["bias"], narrow["weight"], narrow["bias"]
+
     @layer_range
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The feed-forward in the place of a call, only where :meth:`why_modules` is None.

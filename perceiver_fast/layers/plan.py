@@ -98,11 +98,15 @@ def count_work(path: str, tokens: Tokens, layer: Layer) -> Work:
 def _grid_work(tokens: GridTokens, layer: Layer, batch: int, rows: int, count: int) -> Work:
     sizes = tuple(known(size, len(tokens.sizes)) for size in tokens.sizes)
     # Inverted, there is one more channel, with the keys' bias; and there is one in any case.
-    features = max(1, tokens.elements + layer.inverted)
-    length = features + sum(sizes)
-    attention = grid_attention_work((batch, rows, length), (batch, *sizes, features), layer.inverted)
+    return grid_work(batch, rows, sizes, max(1, tokens.elements + layer.inverted), layer.dims, layer.inverted)
+
+
+def grid_work(batch: int, rows: int, sizes: tuple[int, ...], features: int, dims: int, inverted: bool = False) -> Work:
+    """The work on the grid's way, of ``rows`` queries (heads folded in) of ``dims`` channels of keys and values together."""
+    length, count = features + sum(sizes), prod(sizes)
+    attention = grid_attention_work((batch, rows, length), (batch, *sizes, features), inverted)
     # The tables of queries and of results are products, written and read; and the tokens are read.
-    tables = batch * rows * layer.dims * length
+    tables = batch * rows * dims * length
     return attention + Work(tables, bytes=FLOAT * batch * (4 * rows * length + count * (features + 2)))
 
 

@@ -14,6 +14,7 @@ from perceiver_fast.layers.cross_attention import cross_attention_branch, descri
 from perceiver_fast.layers.described import describe_keywords
 from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, is_watched, watcher, why_not
+from perceiver_fast.layers.grid_cross_attention import add_grid_cross_attention
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream, normalize, with_bias
 from perceiver_fast.tokens import DenseTokens, Description, TokenGroups, Tokens, TokenStream
@@ -197,6 +198,10 @@ def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool,
             passes.
     """
     if not watched and why_not("layer", layer, PreNorm) is None:
+        if add_grid_cross_attention(
+            stream, layer, keywords.get("context"), keywords.get("mask"), keywords.get("inverted_attention", False)
+        ):
+            return
         branch = _cross_branch(layer, stream, **keywords, who=who, residual=True)
         if branch is not None:
             stream.add(*branch)

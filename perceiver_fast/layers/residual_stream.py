@@ -91,6 +91,25 @@ class ResidualStream:
         """The shape of the latents, ``[1, N, D]`` as long as the whole batch shares them."""
         return self._x.shape if self._branch is None else self._branch.shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the latents."""
+        return self._x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the latents are."""
+        return self._x.device
+
+    def rows(self) -> Tensor:
+        """The latents ``[B, N, D]`` or one shared row ``[1, N, D]``, all branches added."""
+        return self._added()
+
+    def become(self, x: Tensor) -> None:
+        """Go on with other latents ``[B, N, D]``, which all branches and more have been added to."""
+        self._x = self._whole = x
+        self._branch = self._bias = None
+
     def add(self, branch: Tensor, bias: Tensor | None = None) -> None:
         """Add ``branch [B, N, D]`` and ``bias [D]``, as late as possible."""
         x = self._added()

@@ -81,13 +81,20 @@ class Operator:
         for (name, tensor), value in zip(self._arguments, arguments):
             if isinstance(value, Tensor):
                 devices.add(value.device)
+            elif isinstance(value, (list, tuple)):
+                devices.update(each.device for each in value if isinstance(each, Tensor))
             elif tensor:
                 raise TypeError(
                     f"{self.name}: expected a tensor for {name}, got {value}; only optional ones may be left out"
                 )
         if len(devices) > 1:
             pairs = zip(self._arguments, arguments)
-            got = (f"{name} on {value.device}" for (name, _), value in pairs if isinstance(value, Tensor))
+            got = (
+                f"{name} on {each.device}"
+                for (name, _), value in pairs
+                for each in tree_leaves(value)
+                if isinstance(each, Tensor)
+            )
             raise ValueError(
                 f"{self.name}: expected all tensors on one device, got {', '.join(got)}; move them with .to(..)"
             )
@@ -99,7 +106,7 @@ class Operator:
 
     def count(self, arguments: Sequence[object]) -> Work:
         """The work of one call."""
-        return self.work(*(value.shape if isinstance(value, Tensor) else value for value in arguments))
+        return self.work(*tree_map_only(Tensor, lambda t: t.shape, arguments))
 
     def triton_kernel(self) -> Callable:
         """The function that launches its Triton kernels; its module, and with it triton, is imported here."""

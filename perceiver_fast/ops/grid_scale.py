@@ -8,7 +8,7 @@ The mean itself is never needed: subtracting it is linear, so the layers centre 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 
 import torch
@@ -19,7 +19,7 @@ from perceiver_fast.backends import Backend
 from perceiver_fast.ops.checks import check_device, check_dtype, check_floating, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import transformed
-from perceiver_fast.ops.library import compute_dtype, cpu_error, kernel_reasons, triton_reasons
+from perceiver_fast.ops.library import compute_dtype, cpu_error, kernel_reasons, learns, triton_reasons
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.ops.work import no_work
 from perceiver_fast.ranges import op_range
@@ -78,8 +78,7 @@ class GridScaleFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, feat, axis_mean, axis_square, axis_channels, eps, backend):
-        run = reference.grid_scale if backend == "reference" else torch.ops.perceiver_fast.grid_scale_forward
-        scale = run(feat, axis_mean, axis_square, axis_channels, eps)
+        scale = _run(backend)(feat, axis_mean, axis_square, axis_channels, eps)
         ctx.save_for_backward(feat, axis_mean, scale)
         ctx.set_materialize_grads(False)
         ctx.axis_channels = axis_channels
@@ -109,6 +108,10 @@ class GridScaleFunction(torch.autograd.Function):
             d_mean.append((factor * (deviation * scale).masked_fill(lost, 0.0)).sum(others) * width)
             d_square.append((factor * scale).sum(others) / 2)
         return d_feat, torch.cat(d_mean), torch.cat(d_square), None, None, None
+
+
+def _run(backend: str) -> Callable[..., Tensor]:
+    return torch.ops.perceiver_fast.grid_scale_forward if backend == "cpu" else reference.grid_scale
 
 
 def grid_scale(
@@ -153,7 +156,9 @@ def grid_scale_unchecked(
     if transformed():
         return reference.grid_scale(feat, axis_mean, axis_square, axis_channels, eps)
     backend = GRID_SCALE.require(PointwiseCall(feat.dtype, feat.device))
-    return GridScaleFunction.apply(feat, axis_mean, axis_square, axis_channels, eps, backend)
+    if learns(feat, axis_mean, axis_square):
+        return GridScaleFunction.apply(feat, axis_mean, axis_square, axis_channels, eps, backend)
+    return _run(backend)(feat, axis_mean, axis_square, axis_channels, eps)
 
 
 def _check(feat, axis_mean, axis_square, widths, eps) -> None:

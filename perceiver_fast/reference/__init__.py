@@ -5,8 +5,10 @@ from perceiver_fast.reference.dropout import apply_dropout, dropout_keep
 from perceiver_fast.reference.fourier_projection import fourier_encode, fourier_projection
 from perceiver_fast.reference.geglu import geglu
 from perceiver_fast.reference.grid_attention import grid_attention, grid_logits
+from perceiver_fast.reference.grid_cross_attention import grid_cross_attention
 from perceiver_fast.reference.grid_query_attention import grid_query_attention
 from perceiver_fast.reference.grid_scale import grid_scale
+from perceiver_fast.reference.latent_layers import latent_layers
 from perceiver_fast.reference.layer_norm import add_layer_norm, smooth_layer_norm
 
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
     "fourier_projection",
     "geglu",
     "grid_attention",
+    "grid_cross_attention",
     "grid_logits",
     "grid_query_attention",
     "grid_scale",
+    "latent_layers",
     "smooth_layer_norm",
 ]

@@ -45,7 +45,7 @@ class EmbeddedGrid(GridTokens):
         return self.weight.shape[0]
 
     @property
-    def _is_shifted(self) -> bool:
+    def is_shifted(self) -> bool:
         return False
 
     def uses(self, path: str) -> tuple[Choice, ...]:

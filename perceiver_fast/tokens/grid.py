@@ -42,14 +42,14 @@ class GridTokens(Tokens):
         return self.feat.shape[-1]
 
     @property
-    def _is_shifted(self) -> bool:
+    def is_shifted(self) -> bool:
         """Whether raw channels are so many that a token far from zero has a small variance beside its mean."""
         return self.features > self.channels - self.features
 
     @property
     def elements(self) -> int:
         """Channels of :meth:`shifted`: F, or F + 1."""
-        return self.features + self._is_shifted
+        return self.features + self.is_shifted
 
     def shifted(self, dtype: torch.dtype | None = None) -> Tensor:
         """The raw channels as products see them, ``[B, *sizes, F]``, or less their mean and the mean ``[B, *sizes, F + 1]``.
@@ -59,12 +59,12 @@ class GridTokens(Tokens):
         layers, as :meth:`scale`.
         """
         dtype = dtype or self.feat.dtype
-        if not self._is_shifted and dtype == self.feat.dtype:
+        if not self.is_shifted and dtype == self.feat.dtype:
             return self.feat
         shifted = self._shifted.get(dtype)
         if shifted is None or (torch.is_grad_enabled() and self.learns()):
             shifted = self.feat
-            if self._is_shifted:
+            if self.is_shifted:
                 mean = (shifted.detach() * (1 / self.features)).sum(-1, keepdim=True)  # a sum alone could overflow
                 shifted = torch.cat([shifted - mean, mean], -1)
             shifted = shifted.to(dtype)
@@ -112,7 +112,7 @@ class GridTokens(Tokens):
         weight, bias = absorb_norm(to_kv, norm, self.feat.dtype, self.order)
         weight = centred(weight, 1)
         feat, *axes = weight.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
-        if self._is_shifted:  # the codes lack the shift; their columns' sum is minus that of the raw channels
+        if self.is_shifted:  # the codes lack the shift; their columns' sum is minus that of the raw channels
             feat = torch.cat([feat, -weight[:, self.features :].sum(1, keepdim=True)], dim=1)
         return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1), bias
 

@@ -70,7 +70,7 @@ def grid_attention(case: dict, make: Make) -> Callable:
         o_feat, o_axes, lse = pf.ops.grid_attention(
             q_feat, list(q_axes.values()), feat, scale, mask, inverted=case["inverted"]
         )
-        return o_feat, *o_axes, lse.detach() if case["inverted"] else lse  # which has no gradient when inverted
+        return o_feat, *o_axes, lse
 
     return call
 
@@ -106,7 +106,7 @@ def cross_attention(case: dict, make: Make) -> Callable:
     make.harsh("v", batch, heads, tokens, case["width"])
     make.normal("q", batch, heads, rows, case["channels"], by=case["sharp"])
     make.normal("k", batch, heads, tokens, case["channels"])
-    mask, with_lse = make.mask(batch, tokens), case["flag"] and not case["inverted"]
+    mask, with_lse = make.mask(batch, tokens), case["flag"]
     return lambda q, k, v: pf.ops.cross_attention(q, k, v, mask, inverted=case["inverted"], return_lse=with_lse)
 
 

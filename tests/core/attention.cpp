@@ -76,8 +76,8 @@ Attended attend(int64_t N, int64_t M, int64_t channels, int64_t row, bool invert
   for (int64_t n = 0; n < N; ++n) {
     double sum = 0;
     for (int64_t m = 0; m < M; ++m) sum += p[n * M + m];
-    if (inverted) sum = std::fmax(sum, 1e-8);
     lse[n] = std::log(sum);
+    if (inverted) sum = std::fmax(sum, 1e-8);
     for (int64_t m = 0; m < M; ++m) {
       if (dropout && lowbias32(dropout.query_hash(row + n) ^ dropout.token_hash(m)) < dropout.threshold) continue;
       for (int64_t c = 0; c < channels; ++c)

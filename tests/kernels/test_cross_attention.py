@@ -217,7 +217,7 @@ def test_inverted_attention_to_nothing_is_zero(device):
     assert not out[0].any() and all(not grad[0].any() for grad in grads)
     twins = [t.detach()[1:].double().requires_grad_() for t in tensors]
     exact, lse = reference.cross_attention(*twins, inverted=True)
-    assert lse[0, 0, 0] == math.log(1e-8)
+    assert lse[0, 0, 0] < math.log(1e-8)
     for mine, true in zip((out, *grads), (exact, *torch.autograd.grad(exact.square().sum(), twins))):
         assert (mine[1] - true[0]).norm() <= 1e-5 * true.norm()
 

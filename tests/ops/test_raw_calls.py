@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import needs_extension
+from torch.utils._pytree import tree_leaves, tree_map_only
 from warm_python import python
 
 from perceiver_fast.gpu import INTERPRETED, triton_error
@@ -92,6 +93,11 @@ def changed(argument, value):
         yield from (
             (f"{other}", other) for other in (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool)
         )
+    elif isinstance(value, (list, tuple)) and isinstance(value[0], torch.Tensor):
+        yield from (("one less", value[1:]), ("none", []), ("twice", [*value, *value]))
+        for i, t in enumerate(value):
+            for what, other in changed_tensors(t):
+                yield f"{i} {what}", [*value[:i], other, *value[i + 1 :]]
     elif isinstance(value, (list, tuple)):
         for other in (
             [],
@@ -110,7 +116,7 @@ def _with(shape, axis, size):
 
 def tensors_of(result):
     """The outputs; an operator that writes into an argument has none."""
-    return [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if t is not None]
+    return [t for t in tree_leaves(result) if t is not None]
 
 
 def call(operator, arguments):
@@ -124,7 +130,8 @@ def call(operator, arguments):
         return outputs
     kinds = [str(argument.type) for argument in operator.packet.default._schema.arguments]
     on_meta = [
-        t.to("meta") if isinstance(t, torch.Tensor) and "Tensor" in kind else t for t, kind in zip(arguments, kinds)
+        tree_map_only(torch.Tensor, lambda t: t.to("meta"), value) if "Tensor" in kind else value
+        for value, kind in zip(arguments, kinds)
     ]
     expected = tensors_of(operator.packet(*on_meta))
     assert [(t.shape, t.dtype) for t in outputs] == [(t.shape, t.dtype) for t in expected]
@@ -174,8 +181,10 @@ def try_operator(name):
                 refused, computed = refused + (found is None), computed + (found is not None)
                 if found is None or any(t.device.type == "meta" for t in found):
                     continue
-                finite = all(v.isfinite().all() for v in given if isinstance(v, torch.Tensor) and v.numel() < HUGE)
-                finite = finite and all(abs(v) < 1e30 for v in given if isinstance(v, float))
+                finite = all(
+                    v.isfinite().all() for v in tree_leaves(given) if isinstance(v, torch.Tensor) and v.numel() < HUGE
+                )
+                finite = finite and all(abs(v) < 1e30 for v in tree_leaves(given) if isinstance(v, float))
                 if INTERPRETED:  # Triton's interpreter multiplies the bit patterns of half precision
                     finite = finite and not any(
                         t.dtype in HALF for t in (*given, *found) if isinstance(t, torch.Tensor)

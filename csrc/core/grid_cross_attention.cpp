@@ -1,0 +1,327 @@
+// Drivers of cross-attention to a grid, around grid_attention's:
+//
+//   tables   [keys | values] [2 I, L] = to_kv' basis^T, to_kv' with LayerNorm's weight and less its rows' means
+//   queries  q [H N, L] = (to_q LayerNorm(x)) keys, of a chunk of the latents that there are
+//   results  y = x + to_out (o values^T + bias), of a chunk of the batch
+//
+// Latents are columns (latent_columns.h). The backward goes through the same three the other way round.
+#include "grid_cross_attention.h"
+
+#include <algorithm>
+
+#include "grid_attention.h"
+#include "latent_columns.h"
+
+namespace perceiver_fast {
+
+namespace {
+
+template <class T>
+class Sides {
+ public:
+  explicit Sides(const GridCrossAttention<T>& call)
+      : call(call),
+        x(call.x_batch, call.latents, call.channels),
+        y(call.batch, call.latents, call.channels),
+        kernels(x.kernels),
+        N(call.latents),
+        D(call.channels),
+        I(call.inner),
+        H(call.heads),
+        d(call.inner / call.heads),
+        channels(call.context_channels),
+        L(call.features) {
+    for (int64_t size : call.sizes) L += size;
+    row = x.padded(L);
+    tables_size = 2 * I * (row + 1);
+    work = call.batch * N * I * (D + L);
+  }
+
+  // Saved: the tables; xhat, rstd and to_q's product of every chunk of latents; what to_out multiplies of every one of the
+  // batch.
+  T* of_x(T* rest, int64_t chunk) const { return rest + tables_size + (D + 1 + I) * x.columns_before(chunk); }
+  T* of_y(T* rest, int64_t chunk) const { return of_x(rest, 0) + (D + 1 + I) * x.all_columns() + I * y.columns_before(chunk); }
+  int64_t rest() const { return tables_size + (D + 1 + I) * x.all_columns() + I * y.all_columns(); }
+
+  // The first of a head's rows of q or o.
+  int64_t at(int64_t element, int64_t head) const { return (element * H + head) * N * L; }
+
+  GridAttentionInput<T> attention(const T* q) const {
+    GridAttentionInput<T> in;
+    in.batch = call.batch;
+    in.queries = H * N;
+    in.features = call.features;
+    in.heads = 1;
+    in.sizes = call.sizes;
+    in.q = q;
+    in.q_batch_stride = call.x_batch == 1 ? 0 : H * N * L;
+    in.feat = call.feat;
+    in.scale = call.scale;
+    in.mask = call.mask;
+    return in;
+  }
+
+  void basis(T* to, int64_t row) const;
+  void tables(T* tables) const;
+  void tables_backward(const T* d_tables, const GridCrossAttentionParameters<T>& to) const;
+  void queries(int64_t chunk, T* rest, T* q, Team team) const;
+  void queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d_stream, T* d_x, T* sums, bool begins,
+                        Team team) const;
+  void results(int64_t chunk, T* rest, const T* o, T* out, Team team) const;
+  void results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, bool begins, Team team) const;
+
+  // Sums over chunks: of the queries' side to_q, the norm's and the keys, of the results' to_out, its bias, the values and
+  // their bias.
+  int64_t query_sums() const { return I * x.padded(D) + 2 * D + I * row; }
+  int64_t result_sums() const { return D * x.padded(I) + D + I * row + I; }
+
+  const GridCrossAttention<T>& call;
+  const LatentColumns<T> x, y;
+  const LatentKernels<T>& kernels;
+  const int64_t N, D, I, H, d, channels;
+  int64_t L, row, tables_size, work;  // `row`: L, padded to whole vectors
+};
+
+// to_kv with LayerNorm's weight, a row less its mean.
+template <class T>
+void centred_row(int64_t channels, const T* weight, const T* norm, T* to) {
+  double sum = 0;
+  for (int64_t c = 0; c < channels; ++c) sum += to[c] = weight[c] * norm[c];
+  const T mean = T(sum / channels);
+  for (int64_t c = 0; c < channels; ++c) to[c] -= mean;
+}
+
+// Tokens [L, row] that are one raw channel or the code of one index alone.
+template <class T>
+void Sides<T>::basis(T* to, int64_t row) const {
+  std::fill_n(to, L * row, T(0));
+  for (int64_t f = 0; f < call.features; ++f) to[f * row + f] = 1;
+  to += call.features * row + call.features;
+  for (size_t a = 0; a < call.sizes.size(); ++a) {
+    const int64_t size = call.sizes[a], width = call.code_channels[a];
+    copy_rows(size, width, call.codes[a], width, to, row);
+    to += size * row + width;
+  }
+}
+
+// [2 I, row], keys times the scale of the logits, and behind it what the norm's bias adds to keys and values [2 I].
+template <class T>
+void Sides<T>::tables(T* tables) const {
+  const auto& p = call.parameters;
+  const Aligned<T> weight(2 * I * channels), tokens(L * channels), turned(channels * row);
+  basis(tokens.get(), channels);
+  std::fill_n(turned.get(), channels * row, T(0));
+  kernels.transpose(L, channels, tokens.get(), channels, turned.get(), row);
+  T* bias = tables + 2 * I * row;
+  for (int64_t r = 0; r < 2 * I; ++r) {
+    centred_row(channels, p.to_kv + r * channels, p.context_weight, weight.get() + r * channels);
+    T sum = 0;
+    for (int64_t c = 0; c < channels; ++c) sum += p.to_kv[r * channels + c] * p.context_bias[c];
+    bias[r] = sum;
+  }
+  kernels.product(2 * I, row, channels, weight.get(), channels, 1, turned.get(), row, tables, row, false);
+  for (int64_t i = 0; i < I * row; ++i) tables[i] *= T(call.logit_scale);
+}
+
+// From the gradients of the keys, of the values [I, row] each, and of what is added to values [I].
+template <class T>
+void Sides<T>::tables_backward(const T* d_tables, const GridCrossAttentionParameters<T>& to) const {
+  const auto& p = call.parameters;
+  const int64_t wide = x.padded(channels);
+  const Aligned<T> tokens(L * wide), d_weight(2 * I * wide);
+  basis(tokens.get(), wide);
+  kernels.product(2 * I, wide, L, d_tables, row, 1, tokens.get(), wide, d_weight.get(), wide, false);
+  const T* d_bias = d_tables + 2 * I * row;
+  std::fill_n(to.context_weight, channels, T(0));
+  std::fill_n(to.context_bias, channels, T(0));
+  for (int64_t r = 0; r < 2 * I; ++r) {
+    const T* weight = p.to_kv + r * channels;
+    T *d = d_weight.get() + r * wide, *d_to = to.to_kv + r * channels;
+    const T scale = r < I ? T(call.logit_scale) : T(1), added = r < I ? T(0) : d_bias[r - I];
+    double sum = 0;
+    for (int64_t c = 0; c < channels; ++c) sum += d[c];
+    const T mean = T(sum / channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const T grad = (d[c] - mean) * scale;
+      d_to[c] = grad * p.context_weight[c] + added * p.context_bias[c];
+      to.context_weight[c] += grad * weight[c];
+      to.context_bias[c] += added * weight[c];
+    }
+  }
+}
+
+template <class T>
+void Sides<T>::queries(int64_t chunk, T* rest, T* q, Team team) const {
+  const auto& p = call.parameters;
+  const int64_t C = x.columns(chunk);
+  const Aligned<T> stream(D * C), normed(D * C), padded(N * row);
+  T *xhat = of_x(rest, chunk), *rstd = xhat + D * C, *projected = rstd + C;
+  x.load(chunk, call.x, stream.get());
+  kernels.normalize(D, C, stream.get(), call.eps, xhat, rstd);
+  kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, normed.get());
+  x.product(I, C, D, p.to_q, D, 1, normed.get(), projected, team);
+  for (int64_t e = 0; e < x.count(chunk); ++e)
+    for (int64_t h = 0; h < H; ++h) {
+      kernels.product(N, row, d, projected + h * d * C + e * x.padded_N, 1, C, rest + h * d * row, row, padded.get(),
+                      row, false);
+      copy_rows(N, L, padded.get(), row, q + at(x.first(chunk) + e, h), L);
+    }
+}
+
+// d_q of the chunk's latents, and what reaches them past the attention.
+template <class T>
+void Sides<T>::queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d_stream, T* d_x, T* sums,
+                                bool begins, Team team) const {
+  const auto& p = call.parameters;
+  const int64_t C = x.columns(chunk), wide = x.padded(D);
+  const Aligned<T> stream(D * C), normed(D * C), d_projected(I * C), room(C * wide);
+  const Aligned<T> padded(N * row), turned(L * x.padded_N);
+  const T *xhat = of_x(rest, chunk), *rstd = xhat + D * C, *projected = rstd + C;
+  T *d_to_q = sums, *d_norm = d_to_q + I * wide, *d_keys = d_norm + 2 * D;
+  std::fill_n(padded.get(), N * row, T(0));
+  std::fill_n(turned.get(), L * x.padded_N, T(0));
+  if (begins) std::fill_n(d_norm, 2 * D, T(0));
+  for (int64_t e = 0; e < x.count(chunk); ++e)
+    for (int64_t h = 0; h < H; ++h) {
+      const T* from = d_q + at(x.first(chunk) + e, h);
+      const int64_t first = h * d * C + e * x.padded_N;
+      copy_rows(N, L, from, L, padded.get(), row);
+      kernels.transpose(N, L, from, L, turned.get(), x.padded_N);
+      kernels.product(d, x.padded_N, L, rest + h * d * row, row, 1, turned.get(), x.padded_N, d_projected.get() + first,
+                      C, false);
+      kernels.product(d, row, N, projected + first, C, 1, padded.get(), row, d_keys + h * d * row, row,
+                      !begins || e > 0);
+    }
+  kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, normed.get());
+  x.outer(I, D, C, d_projected.get(), normed.get(), room.get(), d_to_q, begins, team);
+  x.product(D, C, I, p.to_q, 1, D, d_projected.get(), normed.get(), team);
+  x.load(chunk, d_stream, stream.get());
+  kernels.normalize_backward(D, C, normed.get(), xhat, rstd, p.norm_weight, stream.get(), d_norm, d_norm + D);
+  x.store(chunk, stream.get(), d_x);
+}
+
+template <class T>
+void Sides<T>::results(int64_t chunk, T* rest, const T* o, T* out, Team team) const {
+  const auto& p = call.parameters;
+  const int64_t C = y.columns(chunk);
+  const Aligned<T> stream(D * C), branch(D * C), turned(L * y.padded_N);
+  T* made = of_y(rest, chunk);
+  const T *values = rest + I * row, *bias = rest + 2 * I * row + I;
+  std::fill_n(turned.get(), L * y.padded_N, T(0));
+  for (int64_t e = 0; e < y.count(chunk); ++e)
+    for (int64_t h = 0; h < H; ++h) {
+      kernels.transpose(N, L, o + at(y.first(chunk) + e, h), L, turned.get(), y.padded_N);
+      kernels.product(d, y.padded_N, L, values + h * d * row, row, 1, turned.get(), y.padded_N,
+                      made + h * d * C + e * y.padded_N, C, false);
+    }
+  kernels.add_bias(I, C, bias, made);
+  y.product(D, C, I, p.to_out, I, 1, made, branch.get(), team);
+  y.load(chunk, call.x, stream.get(), call.x_batch == 1);
+  kernels.join(D, C, branch.get(), p.to_out_bias, stream.get());
+  y.store(chunk, stream.get(), out);
+}
+
+template <class T>
+void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, bool begins,
+                                Team team) const {
+  const auto& p = call.parameters;
+  const int64_t C = y.columns(chunk), wide = x.padded(I);
+  const Aligned<T> stream(D * C), d_made(I * C), room(C * wide), padded(N * row);
+  const T *made = of_y(rest, chunk), *values = rest + I * row;
+  T *d_to_out = sums, *d_to_out_bias = d_to_out + D * wide, *d_values = d_to_out_bias + D, *d_bias = d_values + I * row;
+  y.load(chunk, d_y, stream.get());
+  if (begins) {
+    std::fill_n(d_to_out_bias, D, T(0));
+    std::fill_n(d_bias, I, T(0));
+  }
+  kernels.row_sums(D, C, stream.get(), d_to_out_bias);
+  y.product(I, C, D, p.to_out, 1, I, stream.get(), d_made.get(), team);
+  y.outer(D, I, C, stream.get(), made, room.get(), d_to_out, begins, team);
+  kernels.row_sums(I, C, d_made.get(), d_bias);
+  for (int64_t e = 0; e < y.count(chunk); ++e)
+    for (int64_t h = 0; h < H; ++h) {
+      const int64_t of = at(y.first(chunk) + e, h);
+      const T* d = d_made.get() + h * this->d * C + e * y.padded_N;
+      kernels.product(N, row, this->d, d, 1, C, values + h * this->d * row, row, padded.get(), row, false);
+      copy_rows(N, L, padded.get(), row, d_o + of, L);
+      std::fill_n(padded.get(), N * row, T(0));
+      copy_rows(N, L, o + of, L, padded.get(), row);
+      kernels.product(this->d, row, N, d, C, 1, padded.get(), row, d_values + h * this->d * row, row,
+                      !begins || e > 0);
+    }
+}
+
+// The sum of [batch, count] over the batch.
+template <class T>
+void sum_batch(int64_t batch, int64_t count, const T* from, T* to) {
+  std::copy_n(from, count, to);
+  for (int64_t b = 1; b < batch; ++b)
+    for (int64_t i = 0; i < count; ++i) to[i] += from[b * count + i];
+}
+
+}  // namespace
+
+template <class T>
+int64_t grid_cross_attention_rest(const GridCrossAttention<T>& call) {
+  return Sides<T>(call).rest();
+}
+
+template <class T>
+void grid_cross_attention_forward(const GridCrossAttention<T>& call, T* y, const GridCrossAttentionSaved<T>& saved,
+                                  const Parallel& parallel) {
+  const Sides<T> sides(call);
+  sides.tables(saved.rest);
+  for_calls(sides.x.chunks(), sides.work, parallel,
+            [&](int64_t chunk, Team team) { sides.queries(chunk, saved.rest, saved.q, team); });
+  grid_attention_forward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr}, parallel);
+  for_calls(sides.y.chunks(), sides.work, parallel,
+            [&](int64_t chunk, Team team) { sides.results(chunk, saved.rest, saved.o, y, team); });
+}
+
+template <class T>
+void grid_cross_attention_backward(const GridCrossAttention<T>& call, const T* d_y,
+                                   const GridCrossAttentionSaved<T>& saved, T* d_x,
+                                   const GridCrossAttentionParameters<T>& gradients, const Parallel& parallel) {
+  const Sides<T> sides(call);
+  const int64_t B = call.batch, N = sides.N, D = sides.D, I = sides.I, rows = sides.H * N * sides.L, row = sides.row;
+  const Aligned<T> d_o(B * rows), d_q(B * rows), d_tables(sides.tables_size);
+  const Aligned<T> of_results = sum_chunks<T>(
+      sides.y.chunks(), sides.result_sums(), sides.work, parallel, [&](int64_t chunk, T* sums, bool begins, Team team) {
+        sides.results_backward(chunk, saved.rest, saved.o, d_y, d_o.get(), sums, begins, team);
+      });
+  grid_attention_backward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr},
+                             {d_o.get(), nullptr, nullptr}, d_q.get(), nullptr, nullptr, parallel);
+  const bool shared = call.x_batch == 1;
+  const Aligned<T> summed(shared ? rows : 0), stream(shared ? N * D : 0);
+  if (shared) {
+    sum_batch(B, rows, d_q.get(), summed.get());
+    sum_batch(B, N * D, d_y, stream.get());
+  }
+  const Aligned<T> of_queries = sum_chunks<T>(
+      sides.x.chunks(), sides.query_sums(), sides.work, parallel, [&](int64_t chunk, T* sums, bool begins, Team team) {
+        sides.queries_backward(chunk, saved.rest, shared ? summed.get() : d_q.get(), shared ? stream.get() : d_y, d_x,
+                               sums, begins, team);
+      });
+  const T *from = of_queries.get(), *from_results = of_results.get();
+  const int64_t wide = sides.x.padded(D), wide_inner = sides.x.padded(I);
+  copy_rows(I, D, from, wide, gradients.to_q, D);
+  std::copy_n(from += I * wide, D, gradients.norm_weight);
+  std::copy_n(from += D, D, gradients.norm_bias);
+  std::copy_n(from += D, I * row, d_tables.get());
+  copy_rows(D, I, from_results, wide_inner, gradients.to_out, I);
+  std::copy_n(from_results += D * wide_inner, D, gradients.to_out_bias);
+  std::copy_n(from_results += D, I * row + I, d_tables.get() + I * row);
+  sides.tables_backward(d_tables.get(), gradients);
+}
+
+#define PF_INSTANTIATE(T)                                                                                           \
+  template int64_t grid_cross_attention_rest<T>(const GridCrossAttention<T>&);                                      \
+  template void grid_cross_attention_forward<T>(const GridCrossAttention<T>&, T*, const GridCrossAttentionSaved<T>&, \
+                                                const Parallel&);                                                   \
+  template void grid_cross_attention_backward<T>(const GridCrossAttention<T>&, const T*,                            \
+                                                 const GridCrossAttentionSaved<T>&, T*,                             \
+                                                 const GridCrossAttentionParameters<T>&, const Parallel&);
+PF_INSTANTIATE(float)
+PF_INSTANTIATE(double)
+
+}  // namespace perceiver_fast

@@ -1,0 +1,266 @@
+// Drivers of latents through pre-normalised layers: a chunk of batch elements (latent_columns.h) goes through all layers
+// before the next one does.
+//
+// The backward needs every layer's normalised latents, and what is between its products. The latter is computed again
+// where the latents have few channels: a number then costs fewer multiply-adds than it takes to write and read it.
+//
+// Threads share the chunks, or where these are few the rows of every product.
+// Memory: a chunk's matrices for each thread, and in the backward the parameters' gradients for each part of the sum.
+#include "latent_layers.h"
+
+#include <algorithm>
+
+#include "latent_columns.h"
+
+namespace perceiver_fast {
+
+namespace {
+
+constexpr int64_t kAgain = 64;       // channels up to which it is computed again
+constexpr int64_t kGegluWork = 16;  // multiply-adds in whose time a GEGLU is done
+
+template <class T>
+int64_t rows_of_first(const LatentLayer<T>& layer) {  // and of to_kv, which lies behind to_q's gradient
+  return (layer.heads > 0 ? 3 : 2) * layer.inner;
+}
+
+template <class T>
+class Pass : public LatentColumns<T> {
+ public:
+  using LatentColumns<T>::N;
+  using LatentColumns<T>::D;
+  using LatentColumns<T>::kernels;
+  using LatentColumns<T>::padded_N;
+  using LatentColumns<T>::padded;
+
+  explicit Pass(const LatentLayers<T>& call)
+      : LatentColumns<T>(call.batch, call.latents, call.channels), layers(call.layers) {
+    for (const auto& layer : layers) {
+      inner_ = std::max(inner_, layer.inner);
+      wide_ = std::max(wide_, rows_of_first(layer));
+      most_ = std::max(most_, between(layer));
+      saved += saved_of(layer);
+      gradients += gradients_of(layer);
+      work += layer.inner * (D * (layer.heads > 0 ? 4 : 3) + 2 * N) * call.batch * N;
+    }
+  }
+
+  void forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) const;
+  void backward(int64_t chunk, const T* d_y, const T* saved, T* d_x, T* sums, bool begins, Team team) const;
+
+  // Gradients of a layer's parameters in a sum over chunks, where rows are padded to whole vectors.
+  int64_t gradients_of(const LatentLayer<T>& layer) const {
+    return 3 * D + rows_of_first(layer) * padded(D) + (layer.heads > 0 ? 0 : 2 * layer.inner) + D * padded(layer.inner);
+  }
+  LatentLayerParameters<T> gradients_in(const LatentLayer<T>& layer, T* at) const {
+    LatentLayerParameters<T> to;
+    to.norm_weight = at;
+    to.norm_bias = at + D;
+    to.last_bias = at + 2 * D;
+    to.first = at + 3 * D;
+    to.second = to.first + (layer.heads > 0 ? layer.inner : rows_of_first(layer)) * padded(D);
+    to.last = at + gradients_of(layer) - D * padded(layer.inner);
+    return to;
+  }
+
+  const std::vector<LatentLayer<T>>& layers;
+  int64_t saved = 0, gradients = 0, work = 0;  // numbers that a column saves, those of all gradients, multiply-adds
+
+ private:
+  // Rows of what is between a layer's products: of attention q, k, v and what they make; of a feed-forward h.
+  static int64_t between(const LatentLayer<T>& layer) { return (layer.heads > 0 ? 4 : 2) * layer.inner; }
+  // Of xhat and rstd, and what is between.
+  int64_t saved_of(const LatentLayer<T>& layer) const { return D + 1 + (D > kAgain ? between(layer) : 0); }
+
+  // body(where a head's channels begin in [I, columns], its weights [tokens, queries], room for two more of these).
+  template <class Body>
+  void for_heads(const LatentLayer<T>& layer, int64_t columns, const T* q, Team team, const Body& body) const {
+    const int64_t count = columns / padded_N * layer.heads, d = layer.inner / layer.heads, size = N * padded_N;
+    team.run(count, 1, count * size * d * 2, [&](int64_t begin, int64_t end) {
+      const Aligned<T> weights(3 * size);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = i % layer.heads * d * columns + i / layer.heads * padded_N;
+        const T* k = q + layer.inner * columns;
+        kernels.product(N, padded_N, d, k + at, 1, columns, q + at, columns, weights.get(), padded_N, false);
+        kernels.softmax(N, padded_N, weights.get(), layer.scale);
+        body(at, weights.get(), weights.get() + size);
+      }
+    });
+  }
+  // `made` [I, columns] from z [D, columns], with what is between; returns it, where attention has it.
+  T* make(const LatentLayer<T>& layer, int64_t columns, const T* z, T* h, T* made, Team team) const;
+  void attend(const LatentLayer<T>& layer, int64_t columns, const T* qkv, T* o, Team team) const;
+  void attend_backward(const LatentLayer<T>& layer, int64_t columns, const T* qkv, const T* d_o, T* d_qkv,
+                       Team team) const;
+
+  int64_t inner_ = 0, wide_ = 0, most_ = 0;  // the largest of all layers
+};
+
+template <class T>
+void Pass<T>::attend(const LatentLayer<T>& layer, int64_t C, const T* qkv, T* o, Team team) const {
+  const int64_t I = layer.inner, d = I / layer.heads;
+  const T* v = qkv + 2 * I * C;
+  for_heads(layer, C, qkv, team, [&](int64_t at, const T* weights, T*) {
+    kernels.product(d, padded_N, N, v + at, C, 1, weights, padded_N, o + at, C, false);
+  });
+}
+
+template <class T>
+void Pass<T>::attend_backward(const LatentLayer<T>& layer, int64_t C, const T* qkv, const T* d_o, T* d_qkv,
+                              Team team) const {
+  const int64_t I = layer.inner, d = I / layer.heads, size = N * padded_N;
+  const T *k = qkv + I * C, *v = k + I * C;
+  T *d_k = d_qkv + I * C, *d_v = d_k + I * C;
+  for_heads(layer, C, qkv, team, [&](int64_t at, const T* weights, T* d_weights) {
+    T* turned = d_weights + size;  // [queries, tokens], zero where there is no token
+    std::fill_n(turned, size, T(0));
+    kernels.transpose(N, N, weights, padded_N, turned, padded_N);
+    kernels.product(d, padded_N, N, d_o + at, C, 1, turned, padded_N, d_v + at, C, false);
+    kernels.product(N, padded_N, d, v + at, 1, C, d_o + at, C, d_weights, padded_N, false);
+    kernels.softmax_backward(N, padded_N, weights, d_weights, layer.scale);
+    kernels.product(d, padded_N, N, k + at, C, 1, d_weights, padded_N, d_qkv + at, C, false);
+    kernels.transpose(N, N, d_weights, padded_N, turned, padded_N);
+    kernels.product(d, padded_N, N, qkv + at, C, 1, turned, padded_N, d_k + at, C, false);
+  });
+}
+
+template <class T>
+T* Pass<T>::make(const LatentLayer<T>& layer, int64_t C, const T* z, T* h, T* made, Team team) const {
+  const auto& p = layer.parameters;
+  const int64_t I = layer.inner;
+  if (layer.heads == 0) {
+    this->product(2 * I, C, D, p.first, D, 1, z, h, team);
+    team.run(I, 1, I * C * kGegluWork, [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * C;
+      kernels.geglu(end - begin, C, p.second + begin, p.second + I + begin, h + at, h + I * C + at, made + at);
+    });
+    return made;
+  }
+  made = h + 3 * I * C;
+  this->product(I, C, D, p.first, D, 1, z, h, team);
+  this->product(2 * I, C, D, p.second, D, 1, z, h + I * C, team);
+  attend(layer, C, h, made, team);
+  return made;
+}
+
+template <class T>
+void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) const {
+  const int64_t C = this->columns(chunk);
+  const bool keeps = saved && D > kAgain;
+  const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), unsaved(keeps ? 0 : most_ * C);
+  const Aligned<T> statistics(saved ? 0 : (D + 1) * C);
+  T *x = stream.get(), *z = normed.get();
+  this->load(chunk, x_, x);
+  for (const auto& layer : layers) {
+    const auto& p = layer.parameters;
+    T *xhat = saved ? saved : statistics.get(), *rstd = xhat + D * C;
+    kernels.normalize(D, C, x, layer.eps, xhat, rstd);
+    kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, z);
+    const T* made = make(layer, C, z, keeps ? rstd + C : unsaved.get(), inner.get(), team);
+    this->product(D, C, layer.inner, p.last, layer.inner, 1, made, branch.get(), team);
+    kernels.join(D, C, branch.get(), p.last_bias, x);
+    if (saved) saved += saved_of(layer) * C;
+  }
+  this->store(chunk, x, y);
+}
+
+template <class T>
+void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* sums, bool begins, Team team) const {
+  const int64_t C = this->columns(chunk);
+  const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), remade(inner_ * C), wide(wide_ * C);
+  const Aligned<T> turned(C * padded(std::max(D, inner_))), again(D > kAgain ? 0 : most_ * C);
+  T *d = stream.get(), *z = normed.get(), *d_z = branch.get(), *d_made = inner.get(), *d_h = wide.get();
+  T* const room = turned.get();
+  this->load(chunk, d_y, d);
+  kept += saved * C;
+  sums += gradients;
+  for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) {
+    kept -= saved_of(*layer) * C;
+    sums -= gradients_of(*layer);
+    const auto& p = layer->parameters;
+    const auto sum = gradients_in(*layer, sums);
+    const int64_t I = layer->inner;
+    const bool attention = layer->heads > 0;
+    const T *xhat = kept, *rstd = xhat + D * C, *h = rstd + C, *made = remade.get();
+    kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, z);
+    if (D <= kAgain) {
+      make(*layer, C, z, again.get(), remade.get(), team);
+      h = again.get();
+    }
+    if (begins) {
+      std::fill_n(sum.norm_weight, 3 * D, T(0));  // and the two biases behind it
+      if (!attention) std::fill_n(sum.second, 2 * I, T(0));
+    }
+    kernels.row_sums(D, C, d, sum.last_bias);
+    this->product(I, C, D, p.last, 1, I, d, d_made, team);
+    if (attention) {
+      made = h + 3 * I * C;
+      attend_backward(*layer, C, h, d_made, d_h, team);
+    } else {
+      team.run(I, 1, I * C * kGegluWork, [&](int64_t begin, int64_t end) {
+        const int64_t at = begin * C, gates = I * C + at;
+        kernels.geglu_backward(end - begin, C, d_made + at, h + at, h + gates, remade.get() + at, d_h + at, d_h + gates);
+      });
+      kernels.row_sums(2 * I, C, d_h, sum.second);
+    }
+    this->outer(D, I, C, d, made, room, sum.last, begins, team);
+    this->outer(rows_of_first(*layer), D, C, d_h, z, room, sum.first, begins, team);
+    this->product(D, C, attention ? I : 2 * I, p.first, 1, D, d_h, d_z, team);
+    if (attention) this->product(D, C, 2 * I, p.second, 1, D, d_h + I * C, d_z, team, true);
+    kernels.normalize_backward(D, C, d_z, xhat, rstd, p.norm_weight, d, sum.norm_weight, sum.norm_bias);
+  }
+  this->store(chunk, d, d_x);
+}
+
+}  // namespace
+
+template <class T>
+int64_t latent_layers_saved(const LatentLayers<T>& call) {
+  const Pass<T> pass(call);
+  return pass.all_columns() * pass.saved;
+}
+
+template <class T>
+void latent_layers_forward(const LatentLayers<T>& call, const T* x, T* y, T* saved, const Parallel& parallel) {
+  const Pass<T> pass(call);
+  for_calls(pass.chunks(), pass.work, parallel, [&](int64_t chunk, Team team) {
+    pass.forward(chunk, x, y, saved ? saved + pass.columns_before(chunk) * pass.saved : nullptr, team);
+  });
+}
+
+template <class T>
+void latent_layers_backward(const LatentLayers<T>& call, const T* d_y, const T* saved, T* d_x,
+                            const std::vector<LatentLayerParameters<T>>& gradients, const Parallel& parallel) {
+  const Pass<T> pass(call);
+  const Aligned<T> sums = sum_chunks<T>(
+      pass.chunks(), pass.gradients, pass.work, parallel, [&](int64_t chunk, T* sums, bool begins, Team team) {
+        pass.backward(chunk, d_y, saved + pass.columns_before(chunk) * pass.saved, d_x, sums, begins, team);
+      });
+  T* at = sums.get();
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    const auto& layer = call.layers[i];
+    const auto from = pass.gradients_in(layer, at);
+    const auto& to = gradients[i];
+    const int64_t D = call.channels, I = layer.inner, row = pass.padded(D);
+    std::copy_n(from.norm_weight, D, to.norm_weight);
+    std::copy_n(from.norm_bias, D, to.norm_bias);
+    std::copy_n(from.last_bias, D, to.last_bias);
+    copy_rows(layer.heads > 0 ? I : 2 * I, D, from.first, row, to.first, D);
+    if (layer.heads > 0)
+      copy_rows(2 * I, D, from.second, row, to.second, D);
+    else
+      std::copy_n(from.second, 2 * I, to.second);
+    copy_rows(D, I, from.last, pass.padded(I), to.last, I);
+    at += pass.gradients_of(layer);
+  }
+}
+
+#define PF_INSTANTIATE(T)                                                                                        \
+  template int64_t latent_layers_saved<T>(const LatentLayers<T>&);                                               \
+  template void latent_layers_forward<T>(const LatentLayers<T>&, const T*, T*, T*, const Parallel&);             \
+  template void latent_layers_backward<T>(const LatentLayers<T>&, const T*, const T*, T*,                        \
+                                          const std::vector<LatentLayerParameters<T>>&, const Parallel&);
+PF_INSTANTIATE(float)
+PF_INSTANTIATE(double)
+
+}  // namespace perceiver_fast

@@ -1,0 +1,101 @@
+"""A small model's cross-attention to a grid, added to the latents by one op."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.layers import without_dropout
+from perceiver_fast.layers.attention import Attention
+from perceiver_fast.layers.fusing import are_plain, why_not
+from perceiver_fast.layers.plan import SMALL, grid_work
+from perceiver_fast.layers.residual_stream import ResidualStream
+from perceiver_fast.layers.small import fit, is_small
+from perceiver_fast.ops.grid_cross_attention import GRID_CROSS_ATTENTION, grid_cross_attention_unchecked
+from perceiver_fast.ranges import layer_range
+from perceiver_fast.tokens import GridTokens
+
+
+def add_grid_cross_attention(
+    stream: ResidualStream, layer: nn.Module, context: object, mask: Tensor | None, inverted: bool
+) -> bool:
+    """Add ``layer(x, context=context, mask=mask)`` to a stream x, and return True; or leave it as it is, and return False.
+
+    Args:
+        stream: the latents.
+        layer: a PreNorm that is plain itself.
+        context: what it attends to; only tokens on a grid are attended to here.
+        mask: bool ``[B, M]`` or ``[B, *sizes]``, True where a token may be attended to; or None.
+        inverted: softmax over the latents; not here.
+    """
+    if type(context) is not GridTokens or inverted or not is_small(stream, GRID_CROSS_ATTENTION):
+        return False
+    if not _are_served(context, stream) or not are_plain(mask, *context.sources()):
+        return False
+    parameters = _parameters(layer, context, stream)
+    if parameters is None:
+        return False
+    stream.become(_attend(layer, stream.rows(), context, mask, parameters))
+    return True
+
+
+def _are_served(tokens: GridTokens, stream: ResidualStream) -> bool:
+    """Whether the op takes tokens as they are: it knows raw channels and codes in their usual order, without gradients."""
+    if tokens.dtype is not stream.dtype or tokens.features == 0 or tokens.order is not None or tokens.is_shifted:
+        return False
+    if tokens.shard is not None:  # other processes have the rest of them
+        return False
+    return not tokens.was_changed() and not (torch.is_grad_enabled() and tokens.learns())
+
+
+def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream) -> list[Any] | None:
+    """The parameters of ``layer``, as the op takes them; None if it may not stand in for the layers inside."""
+    modules: dict[str, Any] = layer._modules
+    norm, norm_context, fn = modules["norm"], modules["norm_context"], modules["fn"]
+    for module in norm, norm_context:
+        if why_not("", module, nn.LayerNorm) is not None:
+            return None
+    if why_not("", fn, Attention, without_dropout.Attention) is not None or fn.why_modules() is not None:
+        return None
+    of = fn.projections()
+    if of is None or fn.queries_contribute_kv or norm.eps <= 0:
+        return None
+    to_q, to_kv, to_out, to_out_bias = of
+    norms = [module._parameters[name] for module in (norm, norm_context) for name in ("weight", "bias")]
+    parameters = [*norms[:2], to_q, *norms[2:], to_kv, to_out, to_out_bias]
+    inner, width, channels = len(to_q), stream.shape[2], tokens.channels
+    shapes = (
+        (width,),
+        (width,),
+        (inner, width),
+        (channels,),
+        (channels,),
+        (2 * inner, channels),
+        (width, inner),
+        (width,),
+    )
+    if not fit(parameters, shapes, stream) or not _takes_grid(
+        tokens.sizes, tokens.features, fn.heads * stream.shape[1], 2 * inner // fn.heads
+    ):
+        return None
+    return parameters
+
+
+@functools.lru_cache(256)
+def _takes_grid(sizes: tuple[int, ...], features: int, rows: int, dims: int) -> bool:
+    """Whether layers/plan.py takes the grid's way for its small error alone: then no plan need be made."""
+    return grid_work(1, rows, sizes, features, dims).cost < SMALL
+
+
+@layer_range
+def _attend(layer: Any, rows: Tensor, tokens: GridTokens, mask: Tensor | None, parameters: list[Any]) -> Tensor:
+    modules: dict[str, Any] = layer._modules
+    fn, scale = modules["fn"], tokens.scale(modules["norm_context"].eps)
+    mask = None if mask is None else mask.reshape(scale.shape)
+    codes = [axis.code for axis in tokens.codes]
+    return grid_cross_attention_unchecked(
+        rows, tokens.feat, scale, mask, codes, parameters, fn.heads, float(fn.scale), modules["norm"].eps
+    )

@@ -1,0 +1,64 @@
+"""Layers between two cross-attentions, added to the latents one after the other: by one op where the model is small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from perceiver_fast.layers.attention import Attention
+from perceiver_fast.layers.fusing import why_not
+from perceiver_fast.layers.pre_norm import BRANCHES, PreNorm, add_layer
+from perceiver_fast.layers.residual_stream import ResidualStream
+from perceiver_fast.layers.small import fit, is_small
+from perceiver_fast.ops.latent_layers import LATENT_LAYERS, latent_layers_unchecked
+
+
+def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: bool) -> None:
+    """Add layers to a stream, each to what the ones before it made of that.
+
+    Args:
+        stream: the latents.
+        layers: PreNorms without context, or whatever was put in their place.
+        watched: whether modules have to be called in any case: see :func:`perceiver_fast.layers.fusing.is_watched`.
+    """
+    if not watched and layers and is_small(stream, LATENT_LAYERS):
+        arguments = _arguments(stream, layers)
+        if arguments is not None:
+            stream.become(latent_layers_unchecked(stream.value(), *arguments))
+            return
+    for layer in layers:
+        add_layer(stream, layer, watched)
+
+
+def _arguments(
+    stream: ResidualStream, layers: Sequence[nn.Module]
+) -> tuple[list[Any], list[int], list[float], list[float]] | None:
+    """The parameters, heads, scales and eps of layers, as the op takes them; None if it may not stand in for all."""
+    width = stream.shape[2]
+    parameters: list[Any] = []
+    heads, scales, eps = [], [], []
+    for layer in layers:
+        if why_not("", layer, PreNorm) is not None:
+            return None
+        modules: dict[str, Any] = layer._modules
+        norm, fn = modules["norm"], modules["fn"]
+        if modules.get("norm_context") is not None or why_not("", norm, nn.LayerNorm) is not None or norm.eps <= 0:
+            return None
+        if why_not("", fn, *BRANCHES) is not None or fn.why_modules() is not None:
+            return None
+        of = fn.projections()
+        if of is None:
+            return None
+        attention, inner = isinstance(fn, Attention), of[2].shape[1]
+        own = [norm._parameters["weight"], norm._parameters["bias"], *of]
+        second = (2 * inner, width) if attention else (2 * inner,)
+        first = (inner, width) if attention else (2 * inner, width)
+        if not fit(own, ((width,), (width,), first, second, (width, inner), (width,)), stream):
+            return None
+        parameters += own
+        heads.append(fn.heads if attention else 0)
+        scales.append(float(fn.scale) if attention else 1.0)
+        eps.append(norm.eps)
+    return parameters, heads, scales, eps

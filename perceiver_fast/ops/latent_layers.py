@@ -1,0 +1,211 @@
+"""A few latents through pre-normalised layers, self-attention and feed-forward, in one call.
+
+    z = LayerNorm(x)
+
+    attention      q = z to_q^T   [k, v] = z to_kv^T      made = softmax(scale q k^T) v, head by head
+    feed-forward   h = z W1^T + b1                        made = geglu(h)
+
+    x <- x + made last^T + last_bias
+
+The products of a small model take less time than the calls that ask for them. Here there is one call for all layers
+between two cross-attentions, and the latents of some batch elements stay in cache from the first layer to the last. A
+large product is faster on a library (ops/linear.py), whose calls then cost nothing to speak of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from perceiver_fast import extension, reference
+from perceiver_fast.backends import Backend
+from perceiver_fast.ops.checks import check_alike, check_shape
+from perceiver_fast.ops.declaration import Operator, declare
+from perceiver_fast.ops.derivatives import differentiable, differentiated_again
+from perceiver_fast.ops.library import kernel_reasons, learns
+from perceiver_fast.ops.pointwise import PointwiseCall, runs_kernel
+from perceiver_fast.ops.work import Work
+from perceiver_fast.ranges import op_range
+
+OP = "latent_layers"
+PARAMETERS = 6  # of a layer
+CPU_BACKENDS = (
+    Backend("cpu", lambda c: kernel_reasons(extension.error, "cpu", c.device, c.dtype, (torch.float64, torch.float32))),
+    Backend("reference", lambda c: []),
+)
+AGAIN = 64  # channels of latents up to which what is between products is computed again, as csrc/core/latent_layers.cpp has it
+
+
+def _work(x, parameters, heads) -> Work:
+    """Products, and attention of a layer with heads; a feed-forward has as many exponentials as its width."""
+    rows, latents, channels = prod(x[:2]), x[1], x[2]
+    products = exponentials = 0
+    for (_, inner), count in zip(parameters[4::PARAMETERS], heads):  # shapes of the last weights
+        products += rows * inner * (4 * channels + 2 * latents if count else 3 * channels)
+        exponentials += rows * (count * latents if count else inner)
+    return Work(products, exponentials)
+
+
+def padded(size: int, dtype: torch.dtype) -> int:
+    """``size`` up to whole vectors of every instruction set, as csrc/core/latent_columns.h has it."""
+    lanes = 64 // dtype.itemsize
+    return -(-size // lanes) * lanes
+
+
+def _saved(x, parameters, heads) -> int:
+    """How many numbers a forward saves: every layer's normalised latents, and of wide ones what is between its products."""
+    batch, latents, channels = x.shape
+    numbers = 0
+    for last, count in zip(parameters[4::PARAMETERS], heads):
+        inner = last.shape[1]
+        between = (4 if count else 2) * inner
+        numbers += channels + 1 + (between if channels > AGAIN else 0)
+    return batch * padded(latents, x.dtype) * numbers
+
+
+def _forward_outputs(x, parameters, heads, scales, eps, saves):
+    return x.new_empty(x.shape), x.new_empty(_saved(x, parameters, heads) if saves else 0)
+
+
+def _backward_outputs(d_y, saved, parameters, heads, scales, eps):
+    return d_y.new_empty(d_y.shape), [p.new_empty(p.shape) for p in parameters]
+
+
+def _backward_work(d_y, saved, parameters, heads, scales, eps) -> Work:
+    forward = _work(d_y, parameters, heads)
+    return Work(2 * forward.multiply_adds)
+
+
+def _sample(make, dtype=torch.float32, heads=(0, 2, 0), batch=3, latents=5, channels=6, inner=4):
+    x, parameters = make(batch, latents, channels, dtype=dtype), []
+    for count in heads:
+        first = ((inner, channels), (2 * inner, channels)) if count else ((2 * inner, channels), (2 * inner,))
+        shapes = ((channels,), (channels,), *first, (channels, inner), (channels,))
+        parameters += [make(*shape, dtype=dtype) for shape in shapes]
+    layers = len(heads)
+    return LatentLayersFunction.apply(heads, (0.5,) * layers, (1e-5,) * layers, x, *parameters)
+
+
+LATENT_LAYERS = declare(
+    OP,
+    backends=CPU_BACKENDS,
+    call=PointwiseCall,
+    operators=(
+        Operator(
+            "latent_layers_forward(Tensor x, Tensor[] parameters, int[] heads, float[] scales, float[] eps, bool saves) "
+            "-> (Tensor y, Tensor saved)",
+            _forward_outputs,
+            work=lambda x, parameters, heads, *_: _work(x, parameters, heads),
+        ),
+        Operator(
+            "latent_layers_backward(Tensor d_y, Tensor saved, Tensor[] parameters, int[] heads, float[] scales, "
+            "float[] eps) -> (Tensor d_x, Tensor[] d_parameters)",
+            _backward_outputs,
+            work=_backward_work,
+        ),
+    ),
+    sample=_sample,
+    variants=({}, dict(dtype=torch.float64, heads=(1,), batch=1, latents=1, channels=17), dict(heads=(0,), batch=20)),
+)
+
+
+class LatentLayersFunction(torch.autograd.Function):
+    """Connects the registered forward and backward; saves x, the parameters, and what the forward saves."""
+
+    @staticmethod
+    def forward(ctx, heads, scales, eps, x, *parameters):
+        y, saved = torch.ops.perceiver_fast.latent_layers_forward(x, parameters, heads, scales, eps, True)
+        ctx.save_for_backward(saved, x, *parameters)
+        ctx.layers = heads, scales, eps
+        return y
+
+    @staticmethod
+    @op_range(OP + ".backward")
+    def backward(ctx, d_y):
+        saved, x, *parameters = ctx.saved_tensors
+        layers = ctx.layers
+
+        def kernel():
+            d_x, d_parameters = torch.ops.perceiver_fast.latent_layers_backward(d_y, saved, parameters, *layers)
+            return d_x, *d_parameters
+
+        if differentiated_again():
+
+            def form(x, *parameters):
+                return reference.latent_layers(x, parameters, *layers)
+
+            grads = differentiable(kernel, form, (x, *parameters), (d_y,), ctx.needs_input_grad[3:])
+        else:
+            grads = kernel()
+        return None, None, None, *grads
+
+
+def latent_layers(
+    x: Tensor, parameters: Sequence[Tensor], heads: Sequence[int], scales: Sequence[float], eps: Sequence[float]
+) -> Tensor:
+    """Layers one after the other, each added to the latents that it takes.
+
+    Args:
+        x: ``[B, N, D]``, floating point, not empty.
+        parameters: six a layer, of the dtype of x: LayerNorm's weight ``[D]`` and bias ``[D]``; of attention to_q
+            ``[I, D]`` and to_kv ``[2 I, D]``, of a feed-forward its weight ``[2 I, D]``, values then gates, and bias
+            ``[2 I]``; the last projection's weight ``[D, I]`` and bias ``[D]``.
+        heads: of every layer, a divisor of its I; 0 for a feed-forward.
+        scales: of every layer's logits.
+        eps: of every layer's LayerNorm, more than 0.
+
+    Returns:
+        ``[B, N, D]``, the dtype of x. Differentiable any number of times in x and the parameters.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import latent_layers
+        >>> shapes = (8,), (8,), (12, 8), (24, 8), (8, 12), (8,)
+        >>> latent_layers(torch.randn(2, 5, 8), [torch.randn(shape) for shape in shapes], [3], [0.5], [1e-5]).shape
+        torch.Size([2, 5, 8])
+    """
+    _check(x, parameters, heads, scales, eps)
+    return latent_layers_unchecked(x, parameters, heads, scales, eps)
+
+
+@op_range(OP)
+def latent_layers_unchecked(
+    x: Tensor, parameters: Sequence[Tensor], heads: Sequence[int], scales: Sequence[float], eps: Sequence[float]
+) -> Tensor:
+    """:func:`latent_layers` for callers whose tensors fit each other; they are not checked."""
+    if not runs_kernel(LATENT_LAYERS, x.dtype, x.device):
+        return reference.latent_layers(x, parameters, heads, scales, eps)
+    if learns(x, *parameters):
+        return LatentLayersFunction.apply(heads, scales, eps, x, *parameters)
+    return torch.ops.perceiver_fast.latent_layers_forward(x, parameters, heads, scales, eps, False)[0]
+
+
+def _check(x, parameters, heads, scales, eps) -> None:
+    check_alike(OP, x=x, **{f"parameters[{i}]": p for i, p in enumerate(parameters)})
+    if x.dim() != 3 or x.numel() == 0:
+        raise ValueError(f"{OP}: expected latents x [B, N, D], got {tuple(x.shape)}; add the batch dimension")
+    if len(parameters) != PARAMETERS * len(heads) or len(scales) != len(heads) or len(eps) != len(heads):
+        raise ValueError(
+            f"{OP}: expected {PARAMETERS} parameters, a scale and an eps for each of {len(heads)} heads, got "
+            f"{len(parameters)}, {len(scales)} and {len(eps)}; give a 0 in heads for a feed-forward"
+        )
+    for layer, (count, epsilon) in enumerate(zip(heads, eps)):
+        own, width = parameters[PARAMETERS * layer : PARAMETERS * (layer + 1)], x.shape[2]
+        inner = own[4].shape[-1] if own[4].dim() else 0
+        if count < 0 or inner == 0 or (count > 0 and inner % count) or not epsilon > 0:
+            raise ValueError(
+                f"{OP}: expected heads that divide {inner} channels and eps above 0, got {count} and {epsilon}; "
+                "the last weight [D, I] says how many there are"
+            )
+        first = ((inner, width), (2 * inner, width)) if count else ((2 * inner, width), (2 * inner,))
+        for i, (p, shape) in enumerate(zip(own, ((width,), (width,), *first, (width, inner), (width,)))):
+            check_shape(
+                OP, f"parameters[{PARAMETERS * layer + i}]", p, shape, f"x and the last weight of layer {layer} say so"
+            )

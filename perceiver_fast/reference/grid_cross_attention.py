@@ -1,0 +1,38 @@
+"""Pre-normalised cross-attention of latents to the tokens of a grid, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perceiver_fast.reference.grid_attention import grid_attention
+from perceiver_fast.reference.layer_norm import smooth_layer_norm
+
+
+def grid_cross_attention(
+    x: Tensor,
+    feat: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    codes: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    heads: int,
+    logit_scale: float,
+    eps: float,
+) -> Tensor:
+    """``[B, N, D]``; the arguments are :func:`perceiver_fast.ops.grid_cross_attention.grid_cross_attention`'s."""
+    norm_weight, norm_bias, to_q, context_weight, context_bias, to_kv, to_out, to_out_bias = parameters
+    weight = to_kv * context_weight
+    weight = weight - weight.mean(1, keepdim=True)
+    basis = torch.block_diag(torch.eye(feat.shape[-1], dtype=x.dtype, device=x.device), *codes)
+    keys, values = (weight @ basis.T).unflatten(0, (2, heads, -1))  # [H, d, L]
+    bias = (to_kv @ context_bias).chunk(2)[1]
+    q = F.linear(smooth_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), to_q)
+    q = q.unflatten(-1, (heads, -1)).transpose(1, 2) @ (keys * logit_scale)  # [B, H, N, L]
+    q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
+    o = grid_attention(q, feat, scale, mask)[0].unflatten(1, (heads, -1))
+    made = (o @ values.transpose(1, 2)).transpose(1, 2).flatten(2) + bias
+    return x + F.linear(made, to_out, to_out_bias)

@@ -1,0 +1,106 @@
+"""Small models: when one op stands in for several layers, and that it makes no difference but rounding."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from support import needs_extension
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import perceiver_fast as pf
+from perceiver_fast.layers import small
+from perceiver_fast.ops.declaration import OPERATORS
+from perceiver_fast.ranges import OPS
+
+pytestmark = pytest.mark.skipif(**needs_extension)
+
+TOGETHER = {"grid_cross_attention", "latent_layers"}
+SIZES = dict(num_freq_bands=2, depth=2, max_freq=4.0, num_latents=5, latent_dim=16, latent_heads=2, latent_dim_head=4)
+
+
+def model(**options):
+    torch.manual_seed(0)
+    return pf.Perceiver(**SIZES | dict(num_classes=3) | options)
+
+
+def image(batch=2):
+    return torch.randn(batch, 6, 5, 3, generator=torch.Generator().manual_seed(1))
+
+
+def ops_of(call):
+    """Names of the ops that run in a call."""
+    with pf.ranges(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return {event.name for event in profile.events()} & OPS
+
+
+def layer_by_layer(monkeypatch):
+    monkeypatch.setattr(small, "MOST_LATENTS", 0)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(cross_heads=3, self_per_cross_attn=2, weight_tie_layers=True, depth=3)])
+def test_results_are_those_of_layers(monkeypatch, options, masked, train):
+    perceiver, data = model(**options).double(), image().double()
+    mask = torch.rand(2, 30) > 0.5 if masked else None
+
+    def results():
+        with nullcontext() if train else torch.no_grad():
+            out = perceiver(data, mask=mask)
+        return [out, *torch.autograd.grad(out.square().sum(), perceiver.parameters())] if train else [out]
+
+    found = results()
+    assert ops_of(lambda: perceiver(data, mask=mask)) >= TOGETHER
+    layer_by_layer(monkeypatch)
+    assert not ops_of(lambda: perceiver(data, mask=mask)) & TOGETHER
+    for mine, theirs in zip(found, results(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_perceiver_io_s_latents_run_together():
+    io = pf.PerceiverIO(depth=2, dim=9, queries_dim=6, num_latents=8, latent_dim=16)
+    assert "latent_layers" in ops_of(lambda: io(torch.randn(2, 9, 9), queries=torch.randn(5, 6)))
+
+
+def hooked(perceiver):
+    perceiver.layers[0].self_attns[0][1].fn.net[0].register_forward_hook(lambda *_: None)
+    perceiver.layers[0].cross_attn.fn.to_q.register_forward_hook(lambda *_: None)
+
+
+def replaced(perceiver):
+    perceiver.layers[0].cross_ff.norm = nn.Identity()
+    perceiver.layers[0].cross_attn.norm_context = nn.Identity()
+
+
+def with_dropout(perceiver):
+    for layer in perceiver.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.5
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, with_dropout])
+def test_layers_that_are_more_than_their_parameters_run_one_by_one(change):
+    perceiver = model(depth=1)
+    change(perceiver)
+    assert not ops_of(lambda: perceiver(image())) & TOGETHER
+
+
+def test_modes_run_layers_one_by_one():
+    perceiver, data = model(), image()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not ops_of(lambda: perceiver(data)) & TOGETHER
+    with FlopCounterMode(display=False):
+        assert not ops_of(lambda: perceiver(data)) & TOGETHER
+    with pf.use_backend("reference"):
+        assert not ops_of(lambda: perceiver(data)) & TOGETHER
+    assert not ops_of(lambda: pf.explain(perceiver, data)) & TOGETHER
+    assert not ops_of(lambda: torch.func.vmap(lambda x: perceiver(x.unsqueeze(0)))(data)) & TOGETHER
+    assert not ops_of(lambda: perceiver(data.clone().requires_grad_())) & {"grid_cross_attention"}
+
+
+def test_a_graph_has_the_layers_ops():
+    program = torch.export.export(model().eval(), (image(),))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not any(name in target for target in targets for name in OPERATORS if name.startswith(tuple(TOGETHER)))

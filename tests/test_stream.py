@@ -7,6 +7,8 @@ from torch import nn
 
 import perceiver_fast as pf
 from perceiver_fast import experimental, gated, mixed_latents
+from perceiver_fast.tokens.fourier import evenly_spaced
+from perceiver_fast.tokens.streams import _shown
 
 SMALL = dict(num_latents=5, latent_dim=12, latent_heads=2, latent_dim_head=5, cross_dim_head=6)
 IMAGE = dict(SMALL, num_freq_bands=3, max_freq=8.0, depth=2, num_classes=3)
@@ -149,10 +151,79 @@ def test_long_signals_and_their_default_rows(tmp_path):
     torch.testing.assert_close(model(source), model(torch.full((1, 3000, 1), 7.0, dtype=torch.float64) / 255))
 
 
-def test_progress(capfd):
+def test_progress(monkeypatch):
+    """A bar of all rows, for every time that they are read."""
+    shown = []
+    monkeypatch.setattr("perceiver_fast.tokens.streams._shown", lambda chunks, total: shown.append(total) or chunks)
     model = pf.Perceiver(**IMAGE).double()
-    model(pf.stream(numbers(1, 11, 6, 3), rows=3, progress=True))
-    assert capfd.readouterr().out == ""  # a bar goes to the standard error, where that is a terminal
+    model(pf.stream(numbers(1, 11, 6, 3), rows=3, progress=True)).sum().backward()
+    assert shown == [11] * 4  # two cross-attentions, forward and backward
+    list(_shown(pf.stream(numbers(1, 11, 6, 3), rows=3).chunks(4), 11))  # what the bar does with chunks
+
+
+def test_how_often_a_source_is_read():
+    read = []
+
+    class Chunks:
+        def __iter__(self):
+            read.append(0)
+            yield from numbers(1, 11, 6, 3).split(4, 1)
+
+    model = pf.Perceiver(**IMAGE).double()
+    source = pf.stream(Chunks(), total=11)
+    read.clear()
+    out = model(source)
+    assert len(read) == 2  # once a cross-attention
+    out.sum().backward()
+    assert len(read) == 4
+    read.clear()
+    with torch.no_grad():
+        model(pf.stream(Chunks()))
+    assert len(read) == 4  # its first chunk, and once more to count rows
+
+
+def test_the_mode_of_the_forward_is_that_of_the_backward():
+    """The backward reads the source again, whatever the model's mode is by then, and draws nothing."""
+    model, images, results = (
+        pf.Perceiver(**(IMAGE | dict(attn_dropout=0.4, ff_dropout=0.2))).double(),
+        numbers(2, 11, 6, 3),
+        [],
+    )
+    loader = torch.utils.data.DataLoader(list(images.split(4, 1)), batch_size=None)
+    for source in (images, pf.stream(images, rows=3), pf.stream(loader)):
+        model.zero_grad()
+        torch.manual_seed(1)
+        out = model.train()(source)
+        drawn = torch.rand(1)
+        model.eval()
+        out.square().sum().backward()
+        results.append([out.detach(), drawn, *(p.grad.clone() for p in model.parameters())])
+    for expected, *others in zip(*results):
+        for other in others:
+            torch.testing.assert_close(other, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_a_transform_may_write_to_its_chunk():
+    model, images = pf.Perceiver(**IMAGE).double(), numbers(1, 11, 6, 3)
+    before = images.clone()
+    torch.testing.assert_close(
+        model(pf.stream(images, rows=4, transform=lambda chunk: chunk.div_(2))), model(images / 2)
+    )
+    assert torch.equal(images, before)
+
+
+def test_rows_of_a_long_signal_are_described_alone(monkeypatch):
+    """A chunk costs what it holds, not what the whole signal does."""
+    sizes = []
+    whole = evenly_spaced
+    monkeypatch.setattr(
+        "perceiver_fast.tokens.describe.evenly_spaced",
+        lambda *place: sizes.append(len(whole(*place))) or whole(*place),
+    )
+    model = pf.Perceiver(**(IMAGE | dict(input_axis=1, input_channels=1, depth=1))).double()
+    with torch.no_grad():
+        model(pf.stream(numbers(1, 6000, 1), rows=1500))
+    assert sizes == [1500] * 4
 
 
 def test_compiled():
@@ -177,6 +248,8 @@ def test_compiled():
         (lambda model: model(pf.stream([numbers(1, 4, 6, 3), numbers(2, 4, 6, 3)])), "chunks for a batch of 1"),
         (lambda model: model(pf.stream([numbers(1, 4, 6, 3)], total=5)), "source of 5 rows in all, got 4"),
         (lambda model: model(pf.stream(numbers(1, 4, 6, 3), transform=lambda t: t[:, :1])), "transform to keep"),
+        (lambda model: model(pf.stream(numbers(1, 4, 6, 3), mask=torch.ones(9, 6) > 0)), "mask of 4 rows"),
+        (lambda model: model(pf.stream(numbers(1, 9, 3), coords=numbers(20, 2))), "coords of 9 rows"),
         (lambda model: pf.explain(model, pf.stream(numbers(1, 4, 6, 3))), "got a stream"),
         (lambda model: pf.attention_map(model, pf.stream(numbers(1, 4, 6, 3))), "got a stream"),
     ],

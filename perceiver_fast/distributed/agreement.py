@@ -144,18 +144,19 @@ def own_part(group: Any, who: str, what: str, tensor: Any) -> Any:
     if not isinstance(tensor, Tensor) or type(tensor).__name__ != "DTensor":
         return tensor
     given: Any = tensor
-    mesh = given.device_mesh
+    mesh, axis = given.device_mesh, 0 if what == "coords" and tensor.dim() == 2 else 1
+    found = False
     for dim, placement in enumerate(given.placements):
         ranks = dist.get_process_group_ranks(mesh.get_group(dim))
-        if ranks != dist.get_process_group_ranks(group):
-            continue
-        if not placement.is_shard(1):
-            raise ValueError(
-                f"{who}: expected {what} sharded along its first axis of tokens, Shard(1), on the mesh that the model "
-                f"is sharded over, got {placement}; redistribute it"
-            )
-        return given.to_local()
-    raise ValueError(
-        f"{who}: expected {what} on the mesh that the model is sharded over, got the placements {given.placements} of "
-        f"{mesh}; shard the model over one dimension of that mesh"
-    )
+        if ranks == dist.get_process_group_ranks(group):
+            found = placement.is_shard(axis) and mesh.get_local_rank(dim) == dist.get_rank(group)
+        elif not (placement.is_replicate() or (placement.is_shard(0) and axis != 0)):
+            found = False
+            break
+    if not found:
+        raise ValueError(
+            f"{who}: expected {what} sharded along its first axis of tokens, Shard({axis}), in the order of ranks, on the mesh "
+            f"that the model is sharded over, and replicated or Shard(0) on others, got {given.placements} on {mesh}; "
+            "redistribute it"
+        )
+    return given.to_local()

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.agreement import Look, Place, agree, own_part, same_random_numbers
+from perceiver_fast.distributed.agreement import Look, Place, agree, message_device, own_part, same_random_numbers
 from perceiver_fast.distributed.collectives import largest, local, summed
 from perceiver_fast.reference.softmax import EPS
 from perceiver_fast.tokens.merging import NOBODY
@@ -46,14 +47,22 @@ class Shard:
 
         def all_alike() -> Look:
             sizes, alike, found = look()
-            learning = sum(p.requires_grad for p in model.parameters())
-            mode = dict(model=type(model).__name__, training=model.training, gradients=torch.is_grad_enabled())
-            return Look(sizes, alike | mode | {"learning parameters": learning}, found)
+            return Look(sizes, alike | mode_of(model, device), found)
 
         found = agree(self.group, type(model).__name__, device, all_alike)
-        if model.training:
+        if any(module.training for module in model.modules()):
             same_random_numbers(self.group, device)
         return found
+
+    def together(self, error: Exception | None, who: str, device: torch.device) -> None:
+        """Raise on all processes if there is an ``error`` on one: a stream cannot be read, for instance."""
+        failed = largest(
+            self.group, torch.tensor([error is not None], dtype=torch.int32, device=message_device(self.group, device))
+        )
+        if error is not None:
+            raise error
+        if failed.item():
+            raise RuntimeError(f"{who}: another process failed while it read its part of the input; its error says why")
 
     def own(self, who: str, what: str, tensor: Any) -> Any:
         """See :func:`perceiver_fast.distributed.agreement.own_part`."""
@@ -126,6 +135,34 @@ class Shard:
 def _unpickled() -> None:
     """What a shard is in a pickle: a process group cannot be saved, and a loaded model is not sharded."""
     return None
+
+
+def mode_of(model: nn.Module, device: torch.device) -> dict[str, object]:
+    """What processes that share an input have to have alike beside it, by name; numbers stand for long lists.
+
+    Layers that are called, since somebody hangs on them, send their gradients in other messages than fused ones.
+    """
+    from perceiver_fast.layers.fusing import watcher  # layers import this module
+
+    training: list[object] = []
+    layers: list[object] = []
+    for name, module in model.named_modules():
+        training.append((name, module.training, getattr(module, "p", None) if isinstance(module, nn.Dropout) else None))
+        state = module.__dict__
+        if state["_forward_pre_hooks_with_kwargs"] or state["_forward_hooks_with_kwargs"]:
+            layers.append((name, "hooks that see keyword arguments"))
+        if getattr(module, "norm_context", None) is not None:
+            for inner, each in module.named_modules():
+                state = each.__dict__
+                hooked = bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
+                layers.append((f"{name}.{inner}", type(each).__name__, hooked))
+    parameters = [(name, p.requires_grad, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return {
+        "model": type(model).__name__, "training": model.training, "gradients": torch.is_grad_enabled(), "autocast": half,
+        "training of its modules": crc32(repr(training).encode()), "parameters": crc32(repr(parameters).encode()),
+        "hooks and classes of its cross-attentions": crc32(repr(layers).encode()), "modes": watcher(),
+    }  # fmt: skip
 
 
 def check_whole(who: str, model: nn.Module, data: Any) -> None:

@@ -14,7 +14,7 @@ from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, is_watche
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import with_bias
 from perceiver_fast.ops.cross_attention import cross_attention, cross_attention_unchecked
-from perceiver_fast.ops.library import dropout_seed, seed_from
+from perceiver_fast.ops.library import compute_dtype, dropout_seed, seed_from
 from perceiver_fast.ops.linear import linear, product_dtype
 from perceiver_fast.ops.self_attention import self_attention
 from perceiver_fast.ranges import layer_range
@@ -247,7 +247,7 @@ class Attention(ShardedAttention):
         found: Any
         if k.shape[2] == 0:  # this process has none; zeros with gradients of zero
             zero = sum(t.flatten()[:0].sum() for t in (q, k, v))
-            out = q.new_zeros(*q.shape[:3], v.shape[3]) + zero
+            out = (q.new_zeros(*q.shape[:3], v.shape[3]) + zero).to(compute_dtype(q.dtype))
             found = out, lse_of(torch.full_like(out[..., 0], EMPTY_LSE))
         else:
             found = cross_attention_unchecked(

@@ -26,7 +26,7 @@ from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.ops.linear import product_dtype
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.reference.softmax import EMPTY_LSE
-from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, TokenStream, merge_parts
+from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, TokenStream, is_read, merge_parts
 from perceiver_fast.tracing import trainable
 
 if TYPE_CHECKING:
@@ -176,8 +176,17 @@ class FusedCrossAttention(CrossAttentionParameters):
         """Attend to this process' tokens, and merge with what the others found."""
         self.check_parts()
         part = self.of_tensors(*shard.local(*self.tensors(z)))
-        lse: Any  # asked for, so it is there
-        out, lse = part._attend(z, tokens, mask, inverted, with_lse=True)
+        found: Any = None
+        error: Exception | None = None
+        try:
+            found = part._attend(z, tokens, mask, inverted, with_lse=True)
+        except Exception as raised:
+            error = raised
+        if is_read(tokens):  # that may fail on one process
+            shard.together(error, "stream", z.device)
+        elif error is not None:
+            raise error
+        out, lse = found
         return shard.merge(out, lse, tokens.count, inverted), None
 
     def check_parts(self) -> None:

@@ -33,6 +33,16 @@ def times_tables(x: Tensor, table: Tensor, narrow: bool = False) -> Tensor:
     return product(x.transpose(0, 1).flatten(1, 2), table).unflatten(1, (batch, rows)).transpose(0, 1)
 
 
+class _Frozen:
+    """An attention whose probability of dropout stays what it was."""
+
+    def __init__(self, fn: Attention):
+        self._fn, self.active_dropout = fn, fn.active_dropout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fn, name)
+
+
 class CrossAttentionParameters:
     """The parameters of a PreNorm with a context, and products of them, for one call of the layer.
 
@@ -61,6 +71,10 @@ class CrossAttentionParameters:
         other.to_kv = cast(nn.Linear, to_kv)
         other.norm_context = cast(nn.LayerNorm, SimpleNamespace(weight=gain, bias=shift, eps=norm.eps))
         return other
+
+    def freeze(self) -> None:
+        """Let this call keep its probability of dropout: its backward runs it again, when the model's mode may be another."""
+        self.fn = cast(Attention, _Frozen(self.fn))
 
     def seed(self, first: int, device: torch.device) -> Tensor | None:
         """Dropout's seed for tokens from index ``first`` on, None without dropout: one draw a call, then indices decide."""

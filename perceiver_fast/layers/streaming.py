@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from perceiver_fast.backends import forced_again, forced_backend
 from perceiver_fast.float64 import in_float64
 from perceiver_fast.reference.softmax import EPS
 from perceiver_fast.tokens.merging import NOBODY, merge_parts
@@ -45,6 +46,7 @@ def attend_stream(layer: FusedCrossAttention, z: Tensor, tokens: TokenStream, in
             "or an array, or run the model under torch.no_grad()"
         )
     layer.seed(0, z.device)  # one for all chunks, and for their backward
+    layer.freeze()
     return _Streamed.apply(layer, z.detach(), tokens, inverted, *inputs)
 
 
@@ -70,6 +72,8 @@ class _Streamed(torch.autograd.Function):
         out, lse = found[0].to(z.device, dtype), found[1]
         ctx.save_for_backward(out, lse, *inputs)
         ctx.call = layer, z, tokens, inverted
+        half = torch.is_autocast_enabled(z.device.type), torch.get_autocast_dtype(z.device.type)
+        ctx.mode = forced_backend(), z.device.type, *half
         return out, lse
 
     @staticmethod
@@ -92,7 +96,9 @@ class _Streamed(torch.autograd.Function):
         leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needed)]
         own = len(leaves) - len(tokens.parameters)
         at = [i for i, need in enumerate(needed) if need]
-        with torch.enable_grad():  # chunks are described inside, too: they may depend on parameters
+        forced, kind, casts, half = ctx.mode  # the forward's: each chunk's is run again
+        # Chunks are described inside, too: they may depend on parameters.
+        with torch.enable_grad(), forced_again(forced), torch.autocast(kind, dtype=half, enabled=casts):
             for part in tokens.chunks(tuple(leaves[own:])):
                 o, part_lse = _attend(layer, z, inverted, tuple(leaves[:own]), part)
                 if inverted:

@@ -144,21 +144,22 @@ class Perceiver(PooledPerceiver):
         add_layer(stream, cross_ff, watched)
         if index < len(self.layers) - 1:  # after the last layer nothing reads the tokens
             data, latents, shard, before = ResidualStream(tokens.feat), stream.value(), tokens.shard, tokens
+            drops = any(m.training and m.p > 0 for m in self.modules() if isinstance(m, nn.Dropout))
+            if shard is not None and drops:
+                raise ValueError(
+                    f"{who}: expected no dropout in training on sharded tokens, whose own rewriting would draw random "
+                    "numbers that the other processes do not; build the model with attn_dropout=0 and ff_dropout=0"
+                )
             with ExitStack() as stack:
-                if (
-                    shard is not None
-                    and self.training
-                    and any(m.p > 0 for m in self.modules() if isinstance(m, nn.Dropout))
-                ):
-                    raise ValueError(
-                        f"{who}: expected no dropout in training on sharded tokens, whose own rewriting would draw random "
-                        "numbers that the other processes do not; build the model with attn_dropout=0 and ff_dropout=0"
-                    )
                 if shard is not None:  # what rewrites own tokens alone gets a part of its gradient
                     stack.enter_context(shard.local_parameters(input_attn, rev_cross_attn, rev_cross_ff))
-                    stack.enter_context(calling(shard, None, input_attn))
                     (latents,) = shard.local(latents)
-                add_layer(data, input_attn, watched, mask=mask)
+                with nullcontext() if shard is None else calling(shard, None, input_attn) as called:
+                    add_layer(data, input_attn, watched, mask=mask)
+                if called is not None and not called.asked:
+                    raise RuntimeError(
+                        f"shard: expected the package's own LinearAttention, got {type(input_attn).__name__}"
+                    )
                 add_cross_attention(data, rev_cross_attn, watched, who, context=latents)
                 add_layer(data, rev_cross_ff, watched)
             tokens = DenseTokens(data.value())

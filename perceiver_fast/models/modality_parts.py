@@ -69,23 +69,23 @@ def read_modalities(
                 size, facts = tensor.shape[1], alike_of(tensor, coords)
             sizes.append(size)
             alike |= {f"{name}: {what}": fact for what, fact in facts.items()}
-        return Look(sizes, alike, (given, masks, present))
+        return Look(sizes, alike, (given, masks, present, sizes))
 
     if shard is None:
         seen = look()
         found, places = seen.found, [Place(0, size) for size in seen.sizes]
     else:
         found, places = shard.agree(model, look)
-    given, masks, present = found
+    given, masks, present, sizes = found
     groups: list[Any] = []
     firsts, before = [], 0
-    for name, place in zip(present, places):
+    for name, place, size in zip(present, places, sizes):
         embedding = model.embeddings(name)
         if shard is not None:
             (embedding,) = shard.local(embedding)
         value, modality = given[name], named[name]
         if isinstance(value, Stream):
-            groups.append(_stream_of(model, modality, value, embedding, place))
+            groups.append(_stream_of(model, modality, value, embedding, place, size))
             across = value.across(groups[-1].dims)
         else:
             groups.append(describe_modality(modality, value, embedding, place))
@@ -145,7 +145,7 @@ def _reader(model: MultimodalPerceiver, modality: Modality) -> Any:
 
 
 def _stream_of(
-    model: MultimodalPerceiver, modality: Modality, source: Stream, embedding: Tensor, place: Place
+    model: MultimodalPerceiver, modality: Modality, source: Stream, embedding: Tensor, place: Place, length: int
 ) -> TokenStream:
     reader, device = _reader(model, modality), like(model).device
     dims = dims_of(reader, source)
@@ -157,4 +157,4 @@ def _stream_of(
         return describe_modality(modality, given, embedding, at), chunk.mask
 
     batch = source.batch(dims)
-    return TokenStream(source, dims, describe, (embedding,), place, batch, model.input_dim, device)
+    return TokenStream(source, dims, describe, (embedding,), place, batch, model.input_dim, device, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,18 @@ if TYPE_CHECKING:
 
 
 def read_parts(
-    model: GridPerceiver | PerceiverIO, data: Any, mask: Tensor | None, coords: Tensor | None = None
+    model: GridPerceiver | PerceiverIO,
+    data: Any,
+    mask: Tensor | None,
+    coords: Tensor | None = None,
+    also: Callable[[int], dict[str, object]] = lambda batch: {},
 ) -> tuple[Tokens | TokenStream, Tensor | None]:
     """The tokens of a sharded model's part, or of a stream, and their mask.
 
     Args:
         model: has ``shard``, ``input_axis``, ``check_inputs`` and ``describe``, as :class:`GridPerceiver` has.
         data, mask, coords: as its forward takes them.
+        also: checks other inputs for a batch, and says what has to be the same of them everywhere. Default: there are none.
 
     Raises:
         TypeError, ValueError, RuntimeError: as the forward and :func:`perceiver_fast.distributed.shard` raise them.
@@ -43,23 +49,24 @@ def read_parts(
             own_mask = check_part(model, own, own_mask, own_coords)
             size = own.sizes[0] if isinstance(own, Description) else own.shape[1]
             alike = alike_of(own, own_coords)
-        return Look([size], alike, (own, own_mask, own_coords))
+        batch: Any = alike["batch"]
+        return Look([size], alike | also(batch), ((own, own_mask, own_coords), size))
 
     if shard is None:
         seen = look()
         found, place = seen.found, Place(0, seen.sizes[0])
     else:
         found, (place,) = shard.agree(model, look)
-    own, own_mask, own_coords = found
+    (own, own_mask, own_coords), size = found
     tokens: Tokens | TokenStream
     if isinstance(own, Stream):
-        tokens = stream_of(model, own, place)
+        tokens = stream_of(model, own, place, size)
         across = own.across(tokens.dims)
     else:
         describe: Any = model.describe
         tokens = describe(own, own_coords, place)
         across = prod(own.sizes[1:]) if isinstance(own, Description) else prod(own.shape[2:-1])
-    tokens.first = place.start * across
+    tokens.first, tokens.total = place.start * across, place.total * across
     tokens.shard = shard
     return tokens, own_mask
 
@@ -67,10 +74,22 @@ def read_parts(
 def alike_of(own: Any, coords: Tensor | None) -> dict[str, object]:
     """What has to be the same of all parts of one input: all but the size of its first axis."""
     if isinstance(own, Description):
-        learns = sum(p.requires_grad for p in own.embed.parameters()) if own.embed is not None else 0
-        return {"batch": own.batch, "channels": own.channels, "learning parameters of embed": learns}
+        learns = [p.requires_grad for p in own.embed.parameters()] if own.embed is not None else []
+        tensors = own.feat, getattr(own, "coords", None)
+        return {
+            "kind": type(own).__name__, "batch": own.batch, "channels": own.channels, "codes": own.code_channels,
+            "other axes": own.sizes[1:], "learning parameters of embed": learns, "gradients of inputs": _learn(*tensors),
+        }  # fmt: skip
     inner = () if coords is not None else tuple(own.shape[2:-1])
-    return {"batch": own.shape[0], "channels": own.shape[-1], "dtype": own.dtype, "other axes": inner}
+    return {
+        "kind": "positions" if coords is not None else "rows", "batch": own.shape[0], "channels": own.shape[-1],
+        "dtype": own.dtype, "other axes": inner, "gradients of inputs": _learn(own, coords),
+    }  # fmt: skip
+
+
+def _learn(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is wanted of any: where one process' latents depend on its input, all have to."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_part(model: Any, own: Any, mask: Tensor | None, coords: Tensor | None) -> Tensor | None:
@@ -98,11 +117,14 @@ def look_at_stream(
             "with the data, got them here"
         )
     dims = dims_of(model, source)
-    size, first = source.length(dims), source.first(dims)
+    size = source.length(dims)
+    source.check_lengths(dims, size)
+    first = source.first(dims)
     if first is not None:
         checked_chunk(model, first, device)
     inner = source.shape_of()[-dims + 2 : -1] if not source.points else ()
-    return size, {"batch": source.batch(dims), "other axes": tuple(inner), "streamed": True}
+    kind = "a stream of positions" if source.points else "a stream"
+    return size, {"kind": kind, "batch": source.batch(dims), "other axes": tuple(inner)}
 
 
 def dims_of(model: Any, source: Stream) -> int:
@@ -117,7 +139,7 @@ def checked_chunk(model: Any, chunk: Chunk, device: torch.device) -> Chunk:
     return Chunk(data, coords, mask, chunk.start)  # type: ignore[arg-type]
 
 
-def stream_of(model: Any, source: Stream, place: Place) -> TokenStream:
+def stream_of(model: Any, source: Stream, place: Place, length: int) -> TokenStream:
     """The tokens of a stream, every chunk of which the model describes when it is read."""
     dims, device = dims_of(model, source), like(model).device
 
@@ -127,15 +149,15 @@ def stream_of(model: Any, source: Stream, place: Place) -> TokenStream:
         return tokens, chunk.mask
 
     batch = source.batch(dims)
-    return TokenStream(source, dims, describe, (), place, batch, model.input_dim, device)
+    return TokenStream(source, dims, describe, (), place, batch, model.input_dim, device, length)
 
 
-def kept_tokens(batch: int, place: Place, size: int, dropout: float, device: torch.device) -> Tensor:
+def kept_tokens(batch: int, start: int, size: int, total: int, dropout: float, device: torch.device) -> Tensor:
     """Which of this process' tokens layers/sequence_dropout.py would keep, if one process had all: bool ``[B, M]``.
 
     All processes draw the same numbers, for all tokens.
     """
-    order = torch.randn(batch, place.total, device=device)
-    left = order.topk(max(1, int((1.0 - dropout) * place.total)), dim=1).indices
+    order = torch.randn(batch, total, device=device)
+    left = order.topk(max(1, int((1.0 - dropout) * total)), dim=1).indices
     keep = torch.zeros_like(order, dtype=torch.bool).scatter_(1, left, True)
-    return keep[:, place.start : place.start + size]
+    return keep[:, start : start + size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -23,7 +23,7 @@ from perceiver_fast.models.described import check_out, decode_described
 from perceiver_fast.models.inputs import check_queries, check_width, context_channels, like, norm_channels
 from perceiver_fast.models.parts import kept_tokens, read_parts
 from perceiver_fast.models.stack import build_blocks, first_hiddens, rows_for, run_blocks, run_checkpointed
-from perceiver_fast.tokens import DenseTokens, Description, Stream, Tokens, TokenStream
+from perceiver_fast.tokens import DenseTokens, Description, GridDescription, Stream, Tokens, TokenStream
 from perceiver_fast.tracing import own, trainable
 
 if TYPE_CHECKING:
@@ -169,14 +169,18 @@ class PerceiverIO(nn.Module):
         check_described(who, "queries", queries, like(self), batch=batch, channels=channels, argument="queries_dim")
 
     def tokens_of(
-        self, data: Tensor | Description | Stream, mask: Tensor | None
+        self,
+        data: Tensor | Description | Stream,
+        mask: Tensor | None,
+        also: Callable[[int], dict[str, object]] = lambda batch: {},
     ) -> tuple[Tokens | TokenStream, Tensor | None]:
-        """The checked and described tokens of ``data``, and their mask, for what the forward takes."""
+        """The checked and described tokens of ``data``, and their mask, for what the forward takes; ``also``: see read_parts."""
         drops = self.training and self.seq_dropout_prob > 0.0
         if self.shard is not None or isinstance(data, Stream):
-            tokens, mask = read_parts(self, data, mask)
+            tokens, mask = read_parts(self, data, mask, also=also)
             return tokens, self._drop_of_parts(tokens, mask) if drops else mask
         mask = self.check_inputs(data, mask)
+        also(data.batch if isinstance(data, Description) else data.shape[0])
         if drops:
             if isinstance(data, Description):
                 data = data.tensor(like(self))
@@ -185,12 +189,12 @@ class PerceiverIO(nn.Module):
 
     def _drop_of_parts(self, tokens: Tokens | TokenStream, mask: Tensor | None) -> Tensor:
         """The mask that leaves out the tokens that one process would drop of all of them."""
-        if mask is not None or isinstance(tokens, TokenStream) or tokens.place is None:
+        if mask is not None or isinstance(tokens, TokenStream):
             raise ValueError(
                 f"{type(self).__name__}: expected seq_dropout_prob=0 in training on streamed tokens, or on sharded ones with a "
                 f"mask, got {self.seq_dropout_prob}; set it to 0, or leave the masked tokens out"
             )
-        return kept_tokens(tokens.batch, tokens.place, tokens.count, self.seq_dropout_prob, tokens.device)
+        return kept_tokens(tokens.batch, tokens.first, tokens.count, tokens.total, self.seq_dropout_prob, tokens.device)
 
     def describe(self, data: Tensor | Description, coords: None = None, place: Place | None = None) -> Tokens:
         """The tokens of ``data``.
@@ -205,9 +209,10 @@ class PerceiverIO(nn.Module):
         elif self.shard is None:
             tokens = described_tokens(data, like(self))
         else:
+            if isinstance(data, GridDescription) and place is not None:
+                data = data.placed(*place)
             with self.shard.local_parameters(data.embed):
                 tokens = described_tokens(data, like(self))
-        tokens.place = place
         return tokens
 
     @overload
@@ -273,12 +278,18 @@ class PerceiverIO(nn.Module):
                 and what to do.
             perceiver_fast.backends.BackendError: a forced backend cannot run a layer.
         """
-        tokens, mask = self.tokens_of(data, mask)
+        shared = self.shard is None or not self.shard.queries
+
+        def check(batch: int) -> dict[str, object]:
+            self._checked_queries(queries, batch)
+            asked: dict[str, object] = {"queries": queries is not None, "block_outputs": block_outputs is not None}
+            if queries is not None and shared:
+                asked["size of queries"] = queries.count if isinstance(queries, Description) else queries.shape[-2]
+            return asked
+
+        tokens, mask = self.tokens_of(data, mask, check)
         batch = tokens.batch
-        if isinstance(queries, Description):
-            self._check_described_queries(type(self).__name__, queries, batch)
-        elif queries is not None:
-            queries = check_queries(type(self).__name__, queries, batch, self._query_channels(queries), like(self))
+        queries = self._checked_queries(queries, batch)
         x = self.latents.unsqueeze(0).expand(batch, -1, -1)
         keywords: dict[str, Any] = dict(context=tokens, mask=mask, inverted_attention=self.inverted_cross_attn)
         keywords = keywords_for(self.cross_attend_block, PerceiverBlock, keywords)
@@ -288,6 +299,14 @@ class PerceiverIO(nn.Module):
         x = run_blocks(x, self.layers, self.attn_residuals, hiddens, repeat({}), self.checkpoint)
         out = x if queries is None else self._decode_any(queries, x)
         return (out, hiddens) if return_hiddens else out
+
+    def _checked_queries(self, queries: Tensor | Description | None, batch: int) -> Tensor | Description | None:
+        """``queries``, with a dimension for the batch, after checks."""
+        if isinstance(queries, Description):
+            self._check_described_queries(type(self).__name__, queries, batch)
+        elif queries is not None:
+            queries = check_queries(type(self).__name__, queries, batch, self._query_channels(queries), like(self))
+        return queries
 
     def _decode_any(self, queries: Tensor | Description, latents: Tensor) -> Tensor:
         """The output for queries ``[B or 1, Q, queries_dim]``, or described ones."""
@@ -339,10 +358,11 @@ class PerceiverIO(nn.Module):
         who = f"{type(self).__name__}.decode_into"
         if not isinstance(queries, Description):
             raise TypeError(f"{who}: expected described queries, got {type(queries).__name__}; see grid_queries")
-        if isinstance(data, Tensor) or isinstance(data, Description):
+        if self.shard is None and not isinstance(data, Stream):  # before the work
+            self.check_inputs(data, mask)
             batch = data.batch if isinstance(data, Description) else data.shape[0]
             self._check_described_queries(who, queries, batch)
-            check_out(who, out, batch, queries)  # before the work
+            check_out(who, out, batch, queries)
         latents = self(data, mask=mask)
         self._check_described_queries(who, queries, latents.shape[0])
         self._decode_described(queries, latents, check_out(who, out, latents.shape[0], queries), progress)

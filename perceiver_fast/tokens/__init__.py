@@ -14,7 +14,7 @@ from perceiver_fast.tokens.grid import GridTokens
 from perceiver_fast.tokens.groups import TokenGroups
 from perceiver_fast.tokens.merging import merge_parts
 from perceiver_fast.tokens.points import PointTokens
-from perceiver_fast.tokens.streams import Stream, TokenStream, stream
+from perceiver_fast.tokens.streams import Stream, TokenStream, is_read, stream
 
 grid_queries = grid_tokens
 """``grid_tokens`` under the name of what it describes in a decoder."""
@@ -39,6 +39,7 @@ __all__ = [
     "absorb_norm",
     "grid_queries",
     "grid_tokens",
+    "is_read",
     "merge_parts",
     "point_queries",
     "point_tokens",

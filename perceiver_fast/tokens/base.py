@@ -14,7 +14,6 @@ from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tracing import known
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.agreement import Place
     from perceiver_fast.distributed.shards import Shard
 
 
@@ -55,7 +54,7 @@ class Tokens:
     order: Tensor | None = None
     first = 0  # index of the first token among all tokens, of which these may be a part: dropout depends on it
     shard: Shard | None = None  # of the input that these are this process' part of, perceiver_fast/distributed
-    place: Place | None = None  # of that part, where somebody has to know
+    total = 0  # tokens of all processes, where they have parts
     _tensor: Tensor | None = None  # what tensor() returned
     _version = 0  # the version of that tensor when it was first returned
 

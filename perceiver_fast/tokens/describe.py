@@ -39,7 +39,7 @@ def describe_grid(
     data = own(data)
     start, total = (0, data.shape[1]) if place is None else place
     if data.dim() == 3 and known(data.shape[1]) > ONE_AXIS_LIMIT:
-        positions = grid_positions(total, data.device)[:, start : start + data.shape[1]]
+        positions = grid_positions(total, data.device, start, start + data.shape[1])
         return describe_points(data, positions, num_freq_bands, max_freq, embedding)
     dtype = compute_dtype(data.dtype)
     sizes = (total, *data.shape[2:-1])
@@ -66,9 +66,9 @@ def _shared_code(embedding: Tensor) -> AxisCodes:
     return AxisCodes(embedding.unsqueeze(0), mean, (embedding - mean).square().sum(0, keepdim=True))
 
 
-def grid_positions(size: int, device: torch.device) -> Tensor:
-    """``size`` positions evenly spaced in [-1, 1], float64 ``[1, size, 1]``; on the CPU if ``device`` has no float64."""
-    return evenly_spaced(size).to(float64_device(device)).view(1, -1, 1)
+def grid_positions(size: int, device: torch.device, start: int = 0, stop: int | None = None) -> Tensor:
+    """``size`` positions evenly spaced in [-1, 1], or some of them: float64 ``[1, M, 1]``; on the CPU if ``device`` has none."""
+    return evenly_spaced(size, start, stop).to(float64_device(device)).view(1, -1, 1)
 
 
 def describe_points(

@@ -121,9 +121,11 @@ class GridDescription(Description):
 
     Attributes:
         codes: float64 ``[n_a, C_a]`` of every axis.
+        first_axis: ends and frequencies of the first axis; None of a part, whose rows keep their places.
     """
 
     codes: tuple[Tensor, ...]
+    first_axis: tuple[float, float, Tensor] | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -139,7 +141,14 @@ class GridDescription(Description):
 
     def part(self, start: int, stop: int) -> GridDescription:
         feat = None if self.feat is None else self.feat[:, start:stop]
-        return replace(self, codes=(self.codes[0][start:stop], *self.codes[1:]), feat=feat)
+        return replace(self, codes=(self.codes[0][start:stop], *self.codes[1:]), feat=feat, first_axis=None)
+
+    def placed(self, start: int, total: int) -> GridDescription:
+        """These rows as those from ``start`` on of a grid of ``total`` rows; a :meth:`part` has its place already."""
+        if self.first_axis is None:
+            return self
+        rows = _axis_code(*self.first_axis, total)[start : start + self.sizes[0]]
+        return replace(self, codes=(rows, *self.codes[1:]), first_axis=None)
 
     def _codes(self, like: Tensor) -> GridTokens:
         dtype, device = compute_dtype(like.dtype), like.device
@@ -252,14 +261,13 @@ def grid_tokens(
     axes = len(sizes)
     frequency = _frequencies("grid_tokens", num_freq_bands, max_freq, frequencies)
     codes = []
-    for (low, high), size in zip(_check_extent(extent, axes), sizes):
-        position = torch.linspace(low, high, size, dtype=torch.float64, device="cpu").unsqueeze(1)
-        angle = position * frequency
-        angle = math.pi * (angle - 2 * (angle / 2).round())
-        codes.append(torch.cat([angle.sin(), angle.cos(), position], 1))
+    ends = _check_extent(extent, axes)
+    for (low, high), size in zip(ends, sizes):
+        codes.append(_axis_code(low, high, frequency, size))
     if feat is not None:
         feat = _check_feat("grid_tokens", feat, sizes)
-    made = GridDescription(feat, embed, _order(layout, axes, len(frequency), feat), tuple(codes))
+    order = _order(layout, axes, len(frequency), feat)
+    made = GridDescription(feat, embed, order, tuple(codes), (*ends[0], frequency))
     _check_embed("grid_tokens", made)
     return made
 
@@ -319,6 +327,14 @@ def point_tokens(
     made = PointDescription(feat, embed, order, coords, frequency.expand(axes, -1).contiguous())
     _check_embed(who, made)
     return made
+
+
+def _axis_code(low: float, high: float, frequency: Tensor, size: int) -> Tensor:
+    """The codes of an axis of ``size`` positions from ``low`` to ``high``, float64 ``[size, 2 K + 1]``."""
+    position = torch.linspace(low, high, size, dtype=torch.float64, device="cpu").unsqueeze(1)
+    angle = position * frequency
+    angle = math.pi * (angle - 2 * (angle / 2).round())
+    return torch.cat([angle.sin(), angle.cos(), position], 1)
 
 
 def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -39,13 +39,14 @@ class AxisCodes(NamedTuple):
     square: Tensor  # [n], sum of squares about the mean
 
 
-def evenly_spaced(size: int) -> Tensor:
-    """``size`` positions from -1 to 1, float64 ``[size]``, on the CPU: some devices have no float64."""
-    if not torch.compiler.is_exporting():
+def evenly_spaced(size: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """``size`` positions from -1 to 1, or those from ``start`` to ``stop``: float64, on the CPU, as some devices have none."""
+    whole = start == 0 and (stop is None or stop == size)
+    if whole and not torch.compiler.is_exporting():
         return torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device="cpu")
-    # The same numbers, to the last digit but one, for any size: an exported linspace is for one.
-    index = torch.arange(size, dtype=torch.float64, device="cpu")
-    last = index[-1:]
+    # The same numbers, to the last digit but one, for any size and part: an exported linspace is for one.
+    index = torch.arange(start, size if stop is None else stop, dtype=torch.float64, device="cpu")
+    last = index[-1:] if whole else torch.tensor([size - 1.0], dtype=torch.float64)
     step = 2 / last.clamp_min(1)
     return torch.where((2 * index < last) | (last == 0), step * index - 1, 1 - step * (last - index))
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from perceiver_fast.distributed.shards import Shard
     from perceiver_fast.tokens.base import Tokens
 
+_END = object()
 CHUNK = 2**22  # numbers of a chunk, where its rows are not given: 16 MiB of float32
 
 
@@ -76,7 +77,7 @@ class Stream:
     @property
     def is_spent(self) -> bool:
         """Whether the source can be read once only: it is an iterator."""
-        return not self.is_array and iter(self.source) is self.source
+        return not self.is_array and isinstance(self.source, Iterator)
 
     def length(self, dims: int) -> int:
         """Rows of the source along the first axis of its tokens; an iterable whose ``total`` is not given is read for it.
@@ -93,7 +94,7 @@ class Stream:
                 "stream: expected total, the number of rows, of an iterator, which can be read once only; give it, or a "
                 "source that can be iterated over again, such as a list or a DataLoader"
             )
-        return sum(self._read(item, dims).data.shape[1] for item in self.source)
+        return sum(self._read(item, dims).data.shape[1] for item in undrawn(self.source))
 
     def _axis(self, dims: int) -> int:
         """The axis that is cut: after the batch, which a source may lack."""
@@ -108,18 +109,19 @@ class Stream:
         """A row of an array, by which to check the others; None of an iterable, whose chunks are checked as they come."""
         if not self.is_array:
             return None
-        return next(replace(self, rows=1, progress=False).chunks(dims), None)
+        return next(replace(self, rows=1, progress=False).chunks(dims, self.length(dims)), None)
 
-    def chunks(self, dims: int) -> Iterator[Chunk]:
+    def chunks(self, dims: int, total: int | None = None) -> Iterator[Chunk]:
         """All chunks, one after the other.
 
         Args:
             dims: dimensions of an input, with batch and channels.
+            total: :meth:`length`, where it is known.
 
         Raises:
             ValueError: an iterable has another number of rows than ``total``.
         """
-        total = self.length(dims)
+        total = self.length(dims) if total is None else total
         return _shown(self._chunks(dims, total), total) if self.progress else self._chunks(dims, total)
 
     def _chunks(self, dims: int, total: int) -> Iterator[Chunk]:
@@ -135,7 +137,7 @@ class Stream:
                 yield chunk
             return
         start = 0
-        for item in self.source:
+        for item in undrawn(self.source):
             chunk = self._read(item, dims, start)
             start += chunk.data.shape[1]
             yield chunk
@@ -147,8 +149,24 @@ class Stream:
         data, coords = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
         return self._prepared(data, start, dims, coords=coords)
 
+    def _transformed(self, piece: Any) -> Any:
+        """What ``transform`` makes of a piece: of a copy, since it may write to it."""
+        if self.transform is None:
+            return as_tensor(piece)
+        return self.transform(piece.clone() if isinstance(piece, Tensor) else as_tensor(piece))
+
+    def check_lengths(self, dims: int, total: int) -> None:
+        """Raise ValueError unless ``coords`` and ``mask`` are of ``total`` rows. ``dims``: as of :meth:`length`."""
+        for name, array, least in (("coords", self.coords, 2), ("mask", self.mask, dims - 2)):
+            if array is None:
+                continue
+            shape = tuple(array.shape)
+            rows = shape[0 if len(shape) == least else 1]
+            if rows != total:
+                raise ValueError(f"stream: expected {name} of {total} rows, as the source has, got {shape}")
+
     def _prepared(self, piece: Any, start: int, dims: int, stop: int | None = None, coords: Any = None) -> Chunk:
-        data = as_tensor(piece) if self.transform is None else self.transform(as_tensor(piece))
+        data = self._transformed(piece)
         if not isinstance(data, Tensor):
             raise TypeError(f"stream: expected transform to return a tensor, got {type(data).__name__}")
         if data.dim() == dims - 1:
@@ -178,6 +196,21 @@ def as_tensor(piece: Any) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.array(piece))  # a copy, since what a file maps may not be writable
+
+
+def undrawn(source: Iterable[Any]) -> Iterator[Any]:
+    """What is iterated over, while torch's generator stays as it is: a DataLoader draws from it for every new iteration.
+
+    What it draws is the same every time, so the backward reads what the forward read.
+    """
+    with torch.random.fork_rng(devices=[]):
+        items = iter(source)
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            item = next(items, _END)
+        if item is _END:
+            return
+        yield item
 
 
 def unmap(array: Any) -> None:
@@ -261,14 +294,14 @@ def stream(
         return replace(found, points=coords is not None)
     if rows is not None:
         raise ValueError("stream: expected rows for an array alone, got an iterable, whose chunks are what they are")
-    chunks = iter(source)
+    chunks = undrawn(source)
     first = next(chunks, None)
     if first is None:
         raise ValueError("stream: expected at least one chunk, got an iterable without any")
     pair = isinstance(first, (tuple, list)) and len(first) == 2
-    shape = tuple(as_tensor(first[0] if pair else first).shape)
-    if chunks is source:  # an iterator, which cannot be asked for its first chunk again
-        found = replace(found, source=chain([first], chunks))
+    shape = tuple(found._transformed(first[0] if pair else first).shape)
+    if found.is_spent:  # an iterator, which cannot be asked for its first chunk again
+        found = replace(found, source=chain([first], source))
     return replace(found, points=pair or coords is not None, first_shape=shape)
 
 
@@ -283,11 +316,13 @@ class TokenStream:
         place: of the source's rows among those of all processes.
         batch, channels: B and C.
         device: where latents are.
+        length: rows of the source, where they have been counted.
     """
 
     kind = "streamed tokens"
     shard: Shard | None = None  # see Tokens.shard
     first = 0  # see Tokens.first
+    total = 0  # see Tokens.total
 
     def __init__(
         self,
@@ -299,15 +334,17 @@ class TokenStream:
         batch: int,
         channels: int,
         device: torch.device,
+        length: int | None = None,
     ):
         self.source, self.dims, self._describe, self.parameters, self.place = source, dims, describe, parameters, place
         self.batch, self.channels, self.device = batch, channels, device
-        self.count = source.length(dims) * source.across(dims)
+        self.length = source.length(dims) if length is None else length
+        self.count = self.length * source.across(dims)
 
     def chunks(self, parameters: tuple[Tensor, ...]) -> Iterator[tuple[Tokens, Tensor | None]]:
         """Descriptions of all chunks and their masks, computed from ``parameters`` in the places of those given."""
         count = 0
-        for chunk in self.source.chunks(self.dims):
+        for chunk in self.source.chunks(self.dims, self.length):
             tokens, mask = self._describe(chunk, self.place, *parameters)
             if tokens.batch != self.batch:
                 raise ValueError(f"stream: expected chunks for a batch of {self.batch}, got {tuple(chunk.data.shape)}")
@@ -334,3 +371,10 @@ class TokenStream:
             "tensor of tokens (hooks, adapters or replaced layers: pf.explain says which); give the model a tensor, or merge "
             "the adapters"
         )
+
+
+def is_read(tokens: object) -> bool:
+    """Whether tokens are read when they are attended to: a stream, or groups with one."""
+    return isinstance(tokens, TokenStream) or any(
+        isinstance(group, TokenStream) for group in getattr(tokens, "groups", ())
+    )

@@ -79,6 +79,25 @@ def test_wrong_calls_raise_on_every_rank():
             assert text in error and bool(text) == bool(error), (rank, text, error)
 
 
+def test_what_one_rank_alone_does_raises_on_every_rank():
+    """Where it would send other messages than the others, or draw other random numbers."""
+    wanted = [
+        "hooks and classes of its cross-attentions", "training of its modules", "parameters", "autocast", "gradients of inputs",
+        ("the disk is gone", "another process failed"), "kind", ("", ""), "queries", "other axes", "",
+    ]  # fmt: skip
+    results = run(2, "one_sided")
+    for rank, errors in enumerate(results):
+        assert len(errors) == len(wanted)
+        for error, text in zip(errors, wanted):
+            assert isinstance(text, tuple) or (text in error and bool(text) == bool(error)), (rank, text, error)
+    assert "another process failed" in results[0][5] and "the disk is gone" in results[1][5]
+    assert "refused its part" in results[0][7] and "7 channels" in results[1][7]
+
+
+def test_what_a_review_found():
+    check(run(3, "reviewed"))
+
+
 def test_bytes_do_not_depend_on_the_number_of_tokens():
     for found in run(2, "bytes_sent"):
         tokens, messages, sizes = zip(*found)

@@ -285,6 +285,113 @@ def refusals(rank: int, ranks: int) -> list[str]:
     return errors
 
 
+def one_sided(rank: int, ranks: int) -> list[str]:
+    """The errors of what only one rank does, on this rank."""
+    errors = []
+
+    def refused(call: Any) -> None:
+        try:
+            call()
+            errors.append("")
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+
+    def fresh(**options: Any) -> nn.Module:
+        return pf.distributed.shard(image_model(**options))
+
+    part = images(1, 2)[:, thirds(10, rank, ranks)]
+    model = fresh()
+    if rank == 0:
+        model.layers[0].cross_attn.fn.to_kv.register_forward_hook(lambda module, inputs, output: None)
+    refused(lambda: model(part))
+    model = fresh()
+    if rank == 1:
+        model.layers[1].eval()
+    refused(lambda: model(part))
+    model = fresh()
+    (model.layers[0].cross_attn.fn.to_q if rank else model.layers[0].cross_attn.fn.to_kv).requires_grad_(False)
+    refused(lambda: model(part))
+    model = fresh().float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank == 0):
+        refused(lambda: model(part.float()))
+    model = fresh().requires_grad_(False)
+    refused(lambda: model(part.clone().requires_grad_(rank == 0)))
+    refused(
+        lambda: model(pf.stream(part, transform=lambda chunk: chunk / (rank == 0 or chunk.shape[1] == 1 or fails())))
+    )
+    line = pf.distributed.shard(image_model(input_axis=1))
+    dots = torch.zeros(2, 4, 3, dtype=torch.float64)
+    refused(lambda: line(dots, coords=torch.zeros(4, 1) if rank else None))
+    io = pf.distributed.shard(
+        pf.PerceiverIO(depth=1, dim=9, queries_dim=7, num_latents=4, latent_dim=8).double(), shard_queries=True
+    )
+    data = torch.zeros(2, 4, 9, dtype=torch.float64)
+    refused(lambda: io(data, queries=torch.zeros(3, 7 - rank, dtype=torch.float64)))
+    refused(lambda: io(data, queries=None if rank else torch.zeros(3, 7, dtype=torch.float64)))
+    wide = [
+        pf.grid_tokens(
+            (2, 3 + (w and rank)), num_freq_bands=1, max_freq=4.0, feat=torch.zeros(2, 3 + (w and rank), 3).double()
+        )
+        for w in (1, 0)
+    ]
+    refused(lambda: io(wide[0]))
+    refused(lambda: io(wide[1]))
+    return errors
+
+
+def fails() -> None:
+    raise OSError("the disk is gone")
+
+
+def reviewed(rank: int, ranks: int) -> list[tuple[str, float, str]]:
+    """Dropout that is on in a model in evaluation; adapters in half precision on no tokens; grids described by parts."""
+    found = []
+    alone = image_model(ff_dropout=0.3).eval()
+    for module in alone.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    model = pf.distributed.shard(copy.deepcopy(alone))
+    torch.manual_seed(5)
+    whole = alone(images(1, 2))
+    torch.manual_seed(5 + rank)
+    found.append(
+        (
+            "dropout in evaluation",
+            difference(model(images(1, 2)[:, thirds(10, rank, ranks)]).detach(), whole.detach()),
+            "",
+        )
+    )
+    alone = image_model()
+    for block in alone.layers:
+        block.cross_attn.fn.to_kv = Added(block.cross_attn.fn.to_kv)
+    alone = alone.bfloat16()
+    model = pf.distributed.shard(copy.deepcopy(alone))
+    cut = slice(0, 0) if rank == 0 else thirds(10, rank - 1, ranks - 1)
+    whole, part = alone(images(1, 2).bfloat16()), model(images(1, 2).bfloat16()[:, cut])
+    part.sum().backward()
+    found.append(("half precision", difference(part.detach(), whole.detach()) * 1e-11, ""))  # within 10 %
+    torch.manual_seed(0)
+    alone = pf.PerceiverIO(
+        depth=1, dim=3 + 6, queries_dim=7, num_latents=4, latent_dim=8, seq_dropout_prob=0.4
+    ).double()
+    model = pf.distributed.shard(copy.deepcopy(alone))
+    feat, start, stop = images(2, 2), 10 * rank // ranks, 10 * (rank + 1) // ranks
+    codes: dict[str, Any] = dict(num_freq_bands=1, max_freq=4.0)
+    description = pf.grid_tokens((10, 7), feat=feat, **codes)
+    for training in (True, False):
+        torch.manual_seed(3)
+        whole = alone.train(training)(description)
+        for name, own in (
+            ("own rows", pf.grid_tokens((stop - start, 7), feat=feat[:, start:stop], **codes)),
+            ("a part", description.part(start, stop)),
+        ):
+            torch.manual_seed(3 + rank)
+            found.append(
+                (f"{name}, training {training}", difference(model.train(training)(own).detach(), whole.detach()), "")
+            )
+    return found
+
+
 def bytes_sent(rank: int, ranks: int) -> list[tuple[int, int, int]]:
     """Of a forward and a backward, for inputs of several sizes: tokens, messages, and bytes of them on this rank."""
     model, found = pf.distributed.shard(image_model()).float(), []

@@ -46,18 +46,14 @@ def errors(device, dtype, case, magnitude=1.0, dropout=0.0, shift=0.0, backend="
     weights = [w.to(device) for w in weights[: 3 if dropout else 2]]
     visible = torch.ones(batch, dtype=torch.bool) if mask is None else mask.flatten(1).any(1)
     weights[1][~visible] = 0  # the lse of an all-masked row is a sentinel
-    seed = torch.tensor([1234, 5], device=device)
+    seed = torch.tensor([1234, 5], device=device)  # of tokens from the sixth on
 
     def plain(q, feat, scale):
         return reference.grid_attention(q, feat, scale, mask, dropout, seed)
 
     def fast(q, feat, scale):
-        torch.manual_seed(0)
-        drawn = torch.randint(2**62, (1,), device=device)  # the seed that the op is going to draw
-        torch.manual_seed(0)
-        seed.copy_(drawn)
         half = None if dtype == torch.float32 else dtype
-        return grid_attention_unchecked(q, feat, scale, mask, dropout, half=half)
+        return grid_attention_unchecked(q, feat, scale, mask, dropout, half=half, seed=seed)
 
     with pf.use_backend(backend):
         kernel = gradients(fast, (q, feat, scale), weights)

@@ -160,6 +160,8 @@ def _trial(make, dtype):
     feat, scale = make(2, 120, 3, dtype=dtype), make.positive(2, 120, dtype=dtype)
     mask = make.mask(2, 120)
     o, o_axes, lse = grid_attention(q, axes, feat, scale, mask)
+    if make.tried == "cuda":  # whose kernels have no inverted attention
+        return o, *o_axes, lse
     p, p_axes, _ = grid_attention(q, axes, feat, scale, mask, inverted=True)
     return o, *o_axes, lse, p, *p_axes
 

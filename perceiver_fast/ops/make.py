@@ -46,11 +46,12 @@ class Same(Make):
     Args:
         device: where.
         exact: in float64, though rounded to the dtype that is asked for: what a result's error is measured from.
+        tried: the backend that is on trial, for trials that hang on it. Default: any.
     """
 
-    def __init__(self, device: torch.device | str, exact: bool = False):
+    def __init__(self, device: torch.device | str, exact: bool = False, tried: str = ""):
         super().__init__(device)
-        self.exact = exact
+        self.exact, self.tried = exact, tried
         self._made = 0
 
     def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

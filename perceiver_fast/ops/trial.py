@@ -52,13 +52,13 @@ def _compared(call: Call, backend: str, device: torch.device) -> Outcome:
     try:
         for dtype, bound in BOUNDS.items():
             try:
-                found = _results(call, backend, Same(device), dtype)
+                found = _results(call, backend, Same(device, tried=backend), dtype)
             except BackendError as refusal:  # kernels need not take both dtypes
                 refused.append(refusal)
                 if len(refused) == len(BOUNDS):
                     raise
                 continue
-            truth = _results(call, "reference", Same("cpu", exact=True), dtype)
+            truth = _results(call, "reference", Same("cpu", exact=True, tried=backend), dtype)
             for number, (mine, true) in enumerate(zip(found, truth, strict=True)):
                 error = _distance(mine, true)
                 if not error <= bound:  # NaN is not

@@ -106,7 +106,7 @@ def cross_attention(case: dict, make: Make) -> Callable:
     make.harsh("v", batch, heads, tokens, case["width"])
     make.normal("q", batch, heads, rows, case["channels"], by=case["sharp"])
     make.normal("k", batch, heads, tokens, case["channels"])
-    mask, with_lse = make.mask(batch, tokens), case["flag"]
+    mask, with_lse = make.mask(batch, tokens), case["flag"] and not case["inverted"]
     return lambda q, k, v: pf.ops.cross_attention(q, k, v, mask, inverted=case["inverted"], return_lse=with_lse)
 
 
@@ -185,6 +185,58 @@ def feed_forward(case: dict, make: Make) -> Callable:
     make.normal("bias1", 2 * case["tokens"])
     make.normal("weight2", case["width"], case["tokens"])
     return lambda z, weight1, bias1, weight2: pf.ops.feed_forward(z, weight1, bias1, weight2)
+
+
+def latent_layers(case: dict, make: Make) -> Callable:
+    """Rows, D, an attention layer of H heads, and with ``flag`` a feed-forward after it."""
+    width, heads = case["channels"] + 1, case["heads"]
+    inner = heads * (case["width"] % 17 + 1)
+    make.harsh("x", case["batch"], case["rows"], width)
+    layers = [((inner, width), (2 * inner, width), (width, inner))]
+    if case["flag"]:
+        layers.append(((2 * case["tokens"], width), (2 * case["tokens"],), (width, case["tokens"])))
+    for i, (first, second, last) in enumerate(layers):
+        for j, shape in enumerate(((width,), (width,), first, second, last, (width,))):
+            make.normal(f"p{6 * i + j}", *shape, by=shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+    counts, scales = [heads, 0][: len(layers)], [(inner // heads) ** -0.5, 1.0][: len(layers)]
+
+    def call(x, **parameters):
+        return pf.ops.latent_layers(x, list(parameters.values()), counts, scales, [1e-5] * len(layers))
+
+    return call
+
+
+def grid_cross_attention(case: dict, make: Make) -> Callable:
+    """Rows, D, F, sizes, H, masked; gradients reach the latents and the parameters."""
+    width, heads, sizes = case["channels"] + 1, case["heads"], case["sizes"]
+    inner, features, own = heads * (case["width"] % 17 + 1), case["channels"] % 5 + 1, 2 * case["bands"] + 1
+    channels, generator = features + own * len(sizes), make.generator
+    make.harsh("x", case["batch"], case["rows"], width)
+    shapes = (
+        (width,),
+        (width,),
+        (inner, width),
+        (channels,),
+        (channels,),
+        (2 * inner, channels),
+        (width, inner),
+        (width,),
+    )
+    for i, shape in enumerate(shapes):
+        make.normal(f"p{i}", *shape, by=shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+    feat = torch.randn(case["batch"], *sizes, features, generator=generator)
+    codes = [torch.randn(size, own, generator=generator) for size in sizes]
+    scale = torch.rand(case["batch"], *sizes, generator=generator) + 0.5
+    mask = make.mask(case["batch"], feat[0, ..., 0].numel())
+    mask = None if mask is None else mask.view(scale.shape)
+
+    def call(x, **parameters):
+        like = [t.to(x.dtype) for t in (feat, scale, *codes)]
+        return pf.ops.grid_cross_attention(
+            x, *like[:2], mask, like[2:], list(parameters.values()), heads, (inner // heads) ** -0.5, 1e-5
+        )
+
+    return call
 
 
 def without_empty(out: Tensor) -> Tensor:

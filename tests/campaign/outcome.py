@@ -19,6 +19,7 @@ KINDS = {
     HANG: "no answer in time",
 }
 EXPECTED_SHARE = 1 / 1000  # of results beyond 2x
+CASES_BEYOND_2X = "cases beyond 2x"  # that have any: results of one case round alike
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Outcome:
     def find(self, kind: str, text: str) -> None:
         """Add a finding."""
         self.counts[kind] += 1
+        if kind == BEYOND_2X:
+            self.counts[CASES_BEYOND_2X] = 1
         self.findings.setdefault(kind, text)
 
     def add(self, other: Outcome) -> None:

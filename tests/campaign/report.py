@@ -12,7 +12,18 @@ from pathlib import Path
 import torch
 
 from . import OUT, ROOT
-from .outcome import BEYOND_2X, BEYOND_5X, CRASH, ERROR, EXPECTED_SHARE, FLOAT64, KINDS, NON_FINITE, is_failure
+from .outcome import (
+    BEYOND_2X,
+    BEYOND_5X,
+    CASES_BEYOND_2X,
+    CRASH,
+    ERROR,
+    EXPECTED_SHARE,
+    FLOAT64,
+    KINDS,
+    NON_FINITE,
+    is_failure,
+)
 from .sweep import Sweep
 
 PAGES = {"reliability.md": "table", "accuracy.md": "numeric"}
@@ -57,7 +68,9 @@ def record(sweeps: list[Sweep], left_out: dict[str, str], seed: int, minutes: fl
 
 
 def beyond_chance(row: dict) -> bool:
-    """Whether more results than chance explains are beyond twice plain PyTorch's error: three of few are."""
+    """Whether more results than chance explains are beyond twice plain PyTorch's error: three of few are, or those of one case."""
+    if row["counts"].get(CASES_BEYOND_2X, 2) < 2:
+        return False
     compared = row["counts"].get("results", 0)
     return row["counts"].get(BEYOND_2X, 0) > max(3, EXPECTED_SHARE * compared)
 

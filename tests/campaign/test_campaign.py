@@ -149,3 +149,5 @@ def test_a_share_beyond_twice_is_chance_and_more_is_not():
     assert not beyond_chance({"counts": {"results": 10_000, "beyond 2x": 10}})
     assert beyond_chance({"counts": {"results": 10_000, "beyond 2x": 11}})
     assert not beyond_chance({"counts": {"results": 100, "beyond 2x": 3}})
+    assert not beyond_chance({"counts": {"results": 100, "beyond 2x": 4, "cases beyond 2x": 1}})
+    assert beyond_chance({"counts": {"results": 100, "beyond 2x": 4, "cases beyond 2x": 2}})

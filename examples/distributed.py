@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,14 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("--steps", type=positive, help="of training (default: 200; with --quick 10)")
 
     args = parse(__doc__, argv, add_options)
-    if "RANK" not in os.environ:
+    if not dist.is_torchelastic_launched():
         raise SystemExit("expected torchrun to start this; try: torchrun --nproc-per-node 2 examples/distributed.py")
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
     ranks = dist.get_world_size()
     if ranks % args.data:
         raise SystemExit(f"expected --data to divide {ranks} processes, got {args.data}")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    device = torch.device("cuda", dist.get_node_local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     mesh = init_device_mesh(device.type, (args.data, ranks // args.data), mesh_dim_names=("data", "tokens"))

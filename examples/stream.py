@@ -7,7 +7,6 @@ at a time, in the forward and in the backward. With `--size 65536` it has 4.3 bi
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import shutil
 import sys
@@ -120,5 +119,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     main()

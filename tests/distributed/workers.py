@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 import perceiver_fast as pf
 
-VERBOSE = "PERCEIVER_FAST_TEST_VERBOSE" in os.environ
-
 
 def gradients(model: nn.Module, inputs: list[Tensor]) -> dict[str, Tensor]:
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -57,7 +55,6 @@ def compare(
     """The largest relative difference of outputs and gradients from one process', of some cases."""
     found = []
     for seed in range(first, first + count):
-        print(rank, seed, flush=True) if VERBOSE else None
         case = make_case(seed, kind, torch.float32 if single else torch.float64)
         whole = run_one(case, case.model, 0, case.rows, seed, drops=seed)
         model = copy.deepcopy(case.model)

@@ -5,6 +5,8 @@ Kernels may be NaN where the reference is not in a log-sum-exp that is infinite,
 not finite, beyond the channel that is not.
 """
 
+import math
+
 import pytest
 import torch
 from support import grid_inputs, needs_extension
@@ -233,5 +235,5 @@ def test_rows_without_any_token(dtype):
         reference.grid_attention(on_grid, feat, scale, mask, inverted=True)[:2],
         grid_attention_unchecked(on_grid, feat, scale, mask, inverted=True)[:2],
     ):
-        assert (o[0] == 0).all() and o.isfinite().all() and torch.allclose(lse[0], torch.tensor(1e-8).double().log())
+        assert (o[0] == 0).all() and o.isfinite().all() and (lse[0] < math.log(1e-30)).all() and lse.isfinite().all()
     assert (ops.cross_attention(q, k, v, mask, inverted=True)[0] == 0).all()

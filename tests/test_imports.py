@@ -24,9 +24,9 @@ FLOORS = (
     ("perceiver_fast.kernels",),
     ("perceiver_fast.extension", "perceiver_fast.backends"),
     ("perceiver_fast.ops",),
-    ("perceiver_fast.tokens",),
+    ("perceiver_fast.tokens", "perceiver_fast.shards"),
     ("perceiver_fast.layers",),
-    ("perceiver_fast.models", "perceiver_fast.graph", "perceiver_fast.adapters"),
+    ("perceiver_fast.models", "perceiver_fast.graph", "perceiver_fast.adapters", "perceiver_fast.distributed"),
     (
         "perceiver_fast.perceiver_pytorch",
         "perceiver_fast.perceiver_io",

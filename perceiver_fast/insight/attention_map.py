@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.shards import check_whole
 from perceiver_fast.insight.observe import Attended, LayerObserver, is_attention, layers_of
+from perceiver_fast.insight.whole import check_whole
 from perceiver_fast.layers.cross_attention import FusedCrossAttention, why_cross_attention_modules
 from perceiver_fast.layers.observer import observing
 from perceiver_fast.layers.pre_norm import is_cross_attention

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from perceiver_fast.backends import Choice
-from perceiver_fast.distributed.shards import check_whole
 from perceiver_fast.insight.explanation import Explanation, LayerPath
 from perceiver_fast.insight.observe import layers_of
 from perceiver_fast.insight.original import count_layer, count_tokens, wide_channels
 from perceiver_fast.insight.recording import Recorder, Row
 from perceiver_fast.insight.shapes import shapes_mode
+from perceiver_fast.insight.whole import check_whole
 from perceiver_fast.insight.work import WorkCounter, total
 from perceiver_fast.layers import Attention, FeedForward, PreNorm
 from perceiver_fast.layers.plan import Plan

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.shards import CalledAttention, ShardedAttention
 from perceiver_fast.float64 import lse_of
 from perceiver_fast.layers.fusing import are_plain, fusable, is_plain, is_watched, why_not
 from perceiver_fast.layers.observer import observer
@@ -19,6 +18,7 @@ from perceiver_fast.ops.linear import linear, product_dtype
 from perceiver_fast.ops.self_attention import self_attention
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.reference.softmax import EMPTY_LSE
+from perceiver_fast.shards.shard import CalledAttention, ShardedAttention
 
 
 @fusable

@@ -30,7 +30,7 @@ from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, TokenStream,
 from perceiver_fast.tracing import trainable
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.shards import Shard
+    from perceiver_fast.shards.shard import Shard
 
 
 def why_cross_attention_modules(layer: nn.Module) -> str | None:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.shards import ShardedAttention
 from perceiver_fast.layers.fusing import is_plain, is_watched
 from perceiver_fast.ranges import layer_range
+from perceiver_fast.shards.shard import ShardedAttention
 
 
 class LinearAttention(ShardedAttention):

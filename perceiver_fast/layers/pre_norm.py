@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.shards import calling
 from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.cross_attention import cross_attention_branch, describe_context, why_cross_attention_modules
@@ -17,10 +16,11 @@ from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, is_
 from perceiver_fast.layers.grid_cross_attention import add_grid_cross_attention
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream, normalize, with_bias
+from perceiver_fast.shards.shard import calling
 from perceiver_fast.tokens import DenseTokens, Description, TokenGroups, Tokens, TokenStream
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.shards import Shard
+    from perceiver_fast.shards.shard import Shard
 
 BRANCHES = (Attention, without_dropout.Attention, FeedForward, without_dropout.FeedForward)  # classes with a branch()
 CROSS_KEYWORDS = frozenset(("context", "mask", "inverted_attention"))

@@ -9,7 +9,7 @@ and computes the chunk's own backward from these, chunk by chunk, from inputs th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from perceiver_fast.backends import forced_again, forced_backend
 from perceiver_fast.float64 import in_float64
-from perceiver_fast.reference.softmax import EPS
-from perceiver_fast.tokens.merging import NOBODY, merge_parts
+from perceiver_fast.reference.softmax import EPS, NOBODY
+from perceiver_fast.tokens.merging import merge_parts
 from perceiver_fast.tokens.streams import TokenStream
 from perceiver_fast.tracing import uncompiled
-
-if TYPE_CHECKING:
-    from perceiver_fast.layers.cross_attention import FusedCrossAttention
 
 
 @uncompiled  # a graph has no place for reading
@@ -31,7 +28,7 @@ def attend_stream(layer: FusedCrossAttention, z: Tensor, tokens: TokenStream, in
     """Attention to all chunks: ``[B, N, H, d]``, and the log-sum-exp ``[B, N, H]`` (inverted: of the sums).
 
     Args:
-        layer: the cross-attention.
+        layer: the cross-attention, a FusedCrossAttention.
         z: normalised latents ``[B or 1, N, D]``.
         tokens: what is attended to.
         inverted: softmax over the latents, then normalised over the tokens.

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.shards import calling
 from perceiver_fast.layers import Attention, FeedForward, LinearAttention, PreNorm
 from perceiver_fast.layers.fusing import is_plain, is_watched
 from perceiver_fast.layers.pre_norm import add_cross_attention, add_layer
@@ -16,10 +15,11 @@ from perceiver_fast.models.grid import PooledPerceiver
 from perceiver_fast.ops.fourier_projection import fourier_projection_unchecked
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ranges import op_range
+from perceiver_fast.shards.shard import calling
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens, TokenStream
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.agreement import Place
+    from perceiver_fast.shards.agreement import Place
 
 
 def project_points(tokens: PointTokens, linear: nn.Linear) -> Tensor:

@@ -18,8 +18,8 @@ from perceiver_fast.tokens.describe import describe_grid, describe_points
 from perceiver_fast.tracing import own, trainable
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.agreement import Place
-    from perceiver_fast.distributed.shards import Shard
+    from perceiver_fast.shards.agreement import Place
+    from perceiver_fast.shards.shard import Shard
 
 
 class GridPerceiver(nn.Module):

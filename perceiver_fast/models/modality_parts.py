@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from perceiver_fast.distributed.agreement import Look, Place
+from perceiver_fast.models.agreeing import agree
 from perceiver_fast.models.inputs import like
 from perceiver_fast.models.modality import Modality, ModalityInput, check_modality_inputs
 from perceiver_fast.models.parts import alike_of, checked_chunk, dims_of, look_at_stream
+from perceiver_fast.shards.agreement import Look, Place
 from perceiver_fast.tokens import TokenGroups, Tokens, TokenStream
 from perceiver_fast.tokens.describe import describe_grid, describe_points
 from perceiver_fast.tokens.streams import Chunk, Stream
-
-if TYPE_CHECKING:
-    from perceiver_fast.models.multimodal import MultimodalPerceiver
 
 
 def describe_modality(
@@ -32,7 +30,7 @@ def describe_modality(
 
 
 def read_modalities(
-    model: MultimodalPerceiver,
+    model: Any,
     data: Mapping[str, ModalityInput | Stream],
     mask: Mapping[str, Tensor | None] | None,
 ) -> TokenGroups:
@@ -75,7 +73,7 @@ def read_modalities(
         seen = look()
         found, places = seen.found, [Place(0, size) for size in seen.sizes]
     else:
-        found, places = shard.agree(model, look)
+        found, places = agree(model, look)
     given, masks, present, sizes = found
     groups: list[Any] = []
     firsts, before = [], 0
@@ -97,7 +95,7 @@ def read_modalities(
     return tokens
 
 
-def _own(model: MultimodalPerceiver, name: str, value: Any) -> Any:
+def _own(model: Any, name: str, value: Any) -> Any:
     """This process' part of a modality's input, where it is a DTensor."""
     shard: Any = model.shard
     if isinstance(value, (tuple, list)):
@@ -131,7 +129,7 @@ def _checked(model: Any, named: dict[str, Modality], given: Any, masks: Any) -> 
     return found
 
 
-def _reader(model: MultimodalPerceiver, modality: Modality) -> Any:
+def _reader(model: Any, modality: Modality) -> Any:
     """What models/parts.py asks of a model, for one modality of it."""
 
     def check_inputs(data: Tensor, mask: Tensor | None, coords: Tensor | None = None) -> Tensor | None:
@@ -145,7 +143,7 @@ def _reader(model: MultimodalPerceiver, modality: Modality) -> Any:
 
 
 def _stream_of(
-    model: MultimodalPerceiver, modality: Modality, source: Stream, embedding: Tensor, place: Place, length: int
+    model: Any, modality: Modality, source: Stream, embedding: Tensor, place: Place, length: int
 ) -> TokenStream:
     reader, device = _reader(model, modality), like(model).device
     dims = dims_of(reader, source)

@@ -19,7 +19,7 @@ from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import Stream, TokenGroups
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.shards import Shard
+    from perceiver_fast.shards.shard import Shard
 
 
 class ModalityEmbeddings(nn.ParameterDict):

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from perceiver_fast.distributed.agreement import Look, Place
+from perceiver_fast.models.agreeing import agree
 from perceiver_fast.models.inputs import like
+from perceiver_fast.shards.agreement import Look, Place
 from perceiver_fast.tokens import Description, Tokens, TokenStream
 from perceiver_fast.tokens.streams import Chunk, Stream
 
-if TYPE_CHECKING:
-    from perceiver_fast.models.grid import GridPerceiver
-    from perceiver_fast.models.perceiver_io import PerceiverIO
-
 
 def read_parts(
-    model: GridPerceiver | PerceiverIO,
+    model: Any,
     data: Any,
     mask: Tensor | None,
     coords: Tensor | None = None,
@@ -56,7 +53,7 @@ def read_parts(
         seen = look()
         found, place = seen.found, Place(0, seen.sizes[0])
     else:
-        found, (place,) = shard.agree(model, look)
+        found, (place,) = agree(model, look)
     (own, own_mask, own_coords), size = found
     tokens: Tokens | TokenStream
     if isinstance(own, Stream):

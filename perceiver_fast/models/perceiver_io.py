@@ -29,8 +29,8 @@ from perceiver_fast.tracing import own, trainable
 if TYPE_CHECKING:
     import numpy as np
 
-    from perceiver_fast.distributed.agreement import Place
-    from perceiver_fast.distributed.shards import Shard
+    from perceiver_fast.shards.agreement import Place
+    from perceiver_fast.shards.shard import Shard
 
 DECODER_ROWS = 8192  # queries decoded at once in inference: enough for full speed, few enough to fit into CPU caches
 

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.agreement import Look
 from perceiver_fast.layers.checks import check_mask
+from perceiver_fast.models.agreeing import agree
 from perceiver_fast.models.inputs import check_ids
 from perceiver_fast.models.perceiver_io import PerceiverIO
+from perceiver_fast.shards.agreement import Look
 from perceiver_fast.tokens import Tokens
 from perceiver_fast.tracing import trainable
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.shards import Shard
+    from perceiver_fast.shards.shard import Shard
 
 
 class PerceiverLM(nn.Module):
@@ -96,7 +97,7 @@ class PerceiverLM(nn.Module):
                 own_mask = self.check_inputs(own, own_mask)
             return Look([own.shape[1]], dict(batch=own.shape[0]), (own, own_mask))
 
-        (own, own_mask), (place,) = shard.agree(self, look)
+        (own, own_mask), (place,) = agree(self, look)
         if place.total > longest:
             raise ValueError(
                 f"{who}: expected at most {longest} tokens (max_seq_len={longest}) of all processes, got {place.total}; cut "

@@ -9,6 +9,7 @@ from torch import Tensor
 # The log-sum-exp of a row that is all masked, in every dtype and on every backend: float32's least number. It is finite,
 # so that nothing that is computed from it and then left out is NaN.
 EMPTY_LSE = -3.4028234663852886e38
+NOBODY = -1e30  # a log-sum-exp below it is of tokens that are all masked
 EPS = 1e-8  # the least normaliser of inverted attention, as in perceiver-pytorch
 
 

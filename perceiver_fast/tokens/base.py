@@ -14,7 +14,7 @@ from perceiver_fast.ops.library import compute_dtype
 from perceiver_fast.tracing import known
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.shards import Shard
+    from perceiver_fast.shards.shard import Shard
 
 
 class Basis(NamedTuple):

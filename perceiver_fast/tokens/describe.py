@@ -17,7 +17,7 @@ from perceiver_fast.tokens.points import PointTokens
 from perceiver_fast.tracing import known, own
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.agreement import Place
+    from perceiver_fast.shards.agreement import Place
 
 ONE_AXIS_LIMIT = 1024  # positions; on one axis a grid's tables have an entry for every query and token, as logits do
 

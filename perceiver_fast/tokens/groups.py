@@ -12,7 +12,7 @@ from torch import Tensor
 from perceiver_fast.tokens.base import Tokens
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.shards import Shard
+    from perceiver_fast.shards.shard import Shard
 
 
 class TokenGroups:

@@ -13,9 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from perceiver_fast.reference.softmax import EMPTY_LSE, EPS, inverted_lse
-
-NOBODY = -1e30  # a log-sum-exp below it is of tokens that are all masked
+from perceiver_fast.reference.softmax import EMPTY_LSE, EPS, NOBODY, inverted_lse
 
 
 def merge_parts(

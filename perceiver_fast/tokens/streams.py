@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from perceiver_fast.distributed.agreement import Place
-    from perceiver_fast.distributed.shards import Shard
+    from perceiver_fast.shards.agreement import Place
+    from perceiver_fast.shards.shard import Shard
     from perceiver_fast.tokens.base import Tokens
 
 _END = object()

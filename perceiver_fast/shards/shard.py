@@ -5,19 +5,16 @@ o = sum_r exp(lse_r - lse) o_r        N x H x (d + 1) numbers a process, however
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
-from perceiver_fast.distributed.agreement import Look, Place, agree, message_device, own_part, same_random_numbers
-from perceiver_fast.distributed.collectives import largest, local, summed
-from perceiver_fast.reference.softmax import EPS
-from perceiver_fast.tokens.merging import NOBODY
-from perceiver_fast.tokens.streams import Stream
+from perceiver_fast.reference.softmax import EPS, NOBODY
+from perceiver_fast.shards.agreement import Place, agree, message_device, own_part, same_random_numbers
+from perceiver_fast.shards.collectives import largest, local, summed
 
 
 class Shard:
@@ -38,18 +35,13 @@ class Shard:
         return _unpickled, ()
 
     def local(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """See :func:`perceiver_fast.distributed.collectives.local`."""
+        """See :func:`perceiver_fast.shards.collectives.local`."""
         return local(self.group, *tensors)
 
     def agree(self, model: nn.Module, look: Any) -> tuple[Any, list[Place]]:
-        """See :func:`perceiver_fast.distributed.agreement.agree`; in training, also draw the same random numbers."""
+        """See :func:`perceiver_fast.shards.agreement.agree`; in training, also draw the same random numbers."""
         device = next(model.parameters()).device
-
-        def all_alike() -> Look:
-            sizes, alike, found = look()
-            return Look(sizes, alike | mode_of(model, device), found)
-
-        found = agree(self.group, type(model).__name__, device, all_alike)
+        found = agree(self.group, type(model).__name__, device, look)
         if any(module.training for module in model.modules()):
             same_random_numbers(self.group, device)
         return found
@@ -65,7 +57,7 @@ class Shard:
             raise RuntimeError(f"{who}: another process failed while it read its part of the input; its error says why")
 
     def own(self, who: str, what: str, tensor: Any) -> Any:
-        """See :func:`perceiver_fast.distributed.agreement.own_part`."""
+        """See :func:`perceiver_fast.shards.agreement.own_part`."""
         return own_part(self.group, who, what, tensor)
 
     def merge(self, out: Tensor, lse: Tensor, count: int, inverted: bool) -> Tensor:
@@ -135,50 +127,6 @@ class Shard:
 def _unpickled() -> None:
     """What a shard is in a pickle: a process group cannot be saved, and a loaded model is not sharded."""
     return None
-
-
-def mode_of(model: nn.Module, device: torch.device) -> dict[str, object]:
-    """What processes that share an input have to have alike beside it, by name; numbers stand for long lists.
-
-    Layers that are called, since somebody hangs on them, send their gradients in other messages than fused ones.
-    """
-    from perceiver_fast.layers.fusing import watcher  # layers import this module
-
-    training: list[object] = []
-    layers: list[object] = []
-    for name, module in model.named_modules():
-        training.append((name, module.training, getattr(module, "p", None) if isinstance(module, nn.Dropout) else None))
-        state = module.__dict__
-        if state["_forward_pre_hooks_with_kwargs"] or state["_forward_hooks_with_kwargs"]:
-            layers.append((name, "hooks that see keyword arguments"))
-        if getattr(module, "norm_context", None) is not None:
-            for inner, each in module.named_modules():
-                state = each.__dict__
-                hooked = bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
-                layers.append((f"{name}.{inner}", type(each).__name__, hooked))
-    parameters = [(name, p.requires_grad, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return {
-        "model": type(model).__name__, "training": model.training, "gradients": torch.is_grad_enabled(), "autocast": half,
-        "training of its modules": crc32(repr(training).encode()), "parameters": crc32(repr(parameters).encode()),
-        "hooks and classes of its cross-attentions": crc32(repr(layers).encode()), "modes": watcher(),
-    }  # fmt: skip
-
-
-def check_whole(who: str, model: nn.Module, data: Any) -> None:
-    """Raise unless a model that is to be looked at takes its whole input, at once.
-
-    Raises:
-        ValueError: it is sharded, or the data is a stream; the message says what to do.
-    """
-    if any(getattr(module, "shard", None) is not None for module in model.modules()):
-        raise ValueError(
-            f"{who}: expected a model that takes whole inputs, got a sharded one; call it before shard, or on "
-            "pf.distributed.unshard(copy.deepcopy(model))"
-        )
-    given = data.values() if isinstance(data, Mapping) else [data]
-    if any(isinstance(each, Stream) for each in given):
-        raise ValueError(f"{who}: expected a tensor, got a stream; call it on some of its rows")
 
 
 class CalledAttention:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 from torch import nn
 
-from perceiver_fast.distributed.agreement import MOST_INPUTS
-from perceiver_fast.distributed.shards import Shard
+from perceiver_fast.shards.agreement import MOST_INPUTS
+from perceiver_fast.shards.shard import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

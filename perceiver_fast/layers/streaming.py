@@ -24,7 +24,7 @@ from perceiver_fast.tracing import uncompiled
 
 
 @uncompiled  # a graph has no place for reading
-def attend_stream(layer: FusedCrossAttention, z: Tensor, tokens: TokenStream, inverted: bool) -> tuple[Tensor, Tensor]:
+def attend_stream(layer: Any, z: Tensor, tokens: TokenStream, inverted: bool) -> tuple[Tensor, Tensor]:
     """Attention to all chunks: ``[B, N, H, d]``, and the log-sum-exp ``[B, N, H]`` (inverted: of the sums).
 
     Args:

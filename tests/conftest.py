@@ -22,6 +22,7 @@ LONGEST = (
     "test_kernels_compile.py",
     "test_kernels.py",
     "test_packaging.py",
+    "test_shard.py",
     "test_campaign.py",
     "test_examples.py",
     "test_core.py",

@@ -13,7 +13,7 @@ from launch import run
 import perceiver_fast as pf
 
 EXACT = 1e-12
-CASES = 100 if "PERCEIVER_FAST_TEST_ALL_SHARDS" in os.environ else 34
+CASES = 100 if "PERCEIVER_FAST_TEST_ALL_SHARDS" in os.environ else 14
 
 
 def check(results, bound=EXACT):

@@ -295,7 +295,13 @@ def common(
     return first, arguments | hashes | strides("q", "bhn", q) | strides("k", "bhm", k) | strides("v", "bhm", v)
 
 
-def forward_launches(
+def forward_launches(q, k, v, mask, scale, dropout, seed, arch: int) -> tuple[Tensor, Tensor, list[Launch]]:
+    """``o [B, H, N, V]``, ``lse [B, H, N]`` and the launches that compute them, of attention that is not inverted."""
+    o, lse, _, launches = all_launches(q, k, v, mask, scale, dropout, seed, arch)
+    return o, lse, launches
+
+
+def all_launches(
     q, k, v, mask, scale, dropout, seed, arch: int, inverted: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
     """``o [B, H, N, V]``, ``lse [B, H, N]``, token_lse, ``[B, H, M]`` or empty, and the launches that compute them.
@@ -308,7 +314,7 @@ def forward_launches(
     rows = lse.numel()
     token_lse, first = lse.new_empty(0), []
     if inverted and rows > 0:
-        _, token_lse, _, first = forward_launches(k, q, q[..., :0], None, scale, 0.0, None, arch)
+        _, token_lse, _, first = all_launches(k, q, q[..., :0], None, scale, 0.0, None, arch)
     elif inverted:
         token_lse = lse.new_empty(batch, heads, tokens).fill_(-math.inf)
     if rows == 0:
@@ -391,7 +397,7 @@ def forward(
         RuntimeError: see :func:`check`.
     """
     check(q, k, v, mask, scale, dropout, seed)
-    *results, launches = forward_launches(q, k, v, mask, scale, dropout, seed, architecture(q.device), inverted)
+    *results, launches = all_launches(q, k, v, mask, scale, dropout, seed, architecture(q.device), inverted)
     for launch in launches:
         launch.run()
     return tuple(results)

@@ -6,6 +6,7 @@ layers/cross_attention_ways.py has the ways.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,16 +177,9 @@ class FusedCrossAttention(CrossAttentionParameters):
         """Attend to this process' tokens, and merge with what the others found."""
         self.check_parts()
         part = self.of_tensors(*shard.local(*self.tensors(z)))
-        found: Any = None
-        error: Exception | None = None
-        try:
-            found = part._attend(z, tokens, mask, inverted, with_lse=True)
-        except Exception as raised:
-            error = raised
-        if is_read(tokens):  # that may fail on one process
-            shard.together(error, "stream", z.device)
-        elif error is not None:
-            raise error
+        # Reading may fail on one process, and then on all.
+        with shard.together("stream", z.device) if is_read(tokens) else nullcontext():
+            found: Any = part._attend(z, tokens, mask, inverted, with_lse=True)
         out, lse = found
         return shard.merge(out, lse, tokens.count, inverted), None
 

@@ -14,7 +14,11 @@ from perceiver_fast.layers.fusing import are_plain, why_not
 from perceiver_fast.layers.plan import SMALL, grid_work
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.small import fit, is_small
-from perceiver_fast.ops.grid_cross_attention import GRID_CROSS_ATTENTION, grid_cross_attention_unchecked
+from perceiver_fast.ops.grid_cross_attention import (
+    GRID_CROSS_ATTENTION,
+    grid_cross_attention_unchecked,
+    parameter_shapes,
+)
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import GridTokens
 
@@ -67,16 +71,7 @@ def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream) ->
     norms = [module._parameters[name] for module in (norm, norm_context) for name in ("weight", "bias")]
     parameters = [*norms[:2], to_q, *norms[2:], to_kv, to_out, to_out_bias]
     inner, width, channels = len(to_q), stream.shape[2], tokens.channels
-    shapes = (
-        (width,),
-        (width,),
-        (inner, width),
-        (channels,),
-        (channels,),
-        (2 * inner, channels),
-        (width, inner),
-        (width,),
-    )
+    shapes = parameter_shapes(width, inner, channels)
     if not fit(parameters, shapes, stream) or not _takes_grid(
         tokens.sizes, tokens.features, fn.heads * stream.shape[1], 2 * inner // fn.heads
     ):

@@ -81,7 +81,6 @@ class _Streamed(torch.autograd.Function):
         needed = ctx.needs_input_grad[4:]
         d_out = d_out.to(lse.dtype)
         against = (d_out * out).sum(-1)  # what the sum of the weights takes away
-        d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
         if inverted:
             total = lse.exp()
             d_out = d_out / total.clamp_min(EPS).unsqueeze(-1)

@@ -117,7 +117,8 @@ def _checked(model: Any, named: dict[str, Modality], given: Any, masks: Any) -> 
             stand_ins[name] = like(model).new_zeros(batch, *sizes, modality.input_channels)
             empty.add(name)  # look_at_stream checks it
             continue
-        tensor, coords = (value, None) if isinstance(value, Tensor) else (value if len(value) == 2 else (None, None))
+        pair = isinstance(value, (tuple, list)) and len(value) == 2
+        tensor, coords = value if pair else (value, None)
         if isinstance(tensor, Tensor) and tensor.dim() > 2 and tensor.shape[1] == 0:
             some = tensor.new_zeros(tensor.shape[0], 1, *tensor.shape[2:])
             stand_ins[name] = some if coords is None else (some, coords.new_zeros(1, coords.shape[-1]))

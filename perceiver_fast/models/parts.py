@@ -131,9 +131,11 @@ def dims_of(model: Any, source: Stream) -> int:
 
 def checked_chunk(model: Any, chunk: Chunk, device: torch.device) -> Chunk:
     """A chunk on ``device``, where the model is, after the model's own checks."""
-    data, coords, mask = (None if t is None else t.to(device) for t in chunk[:3])
-    mask = model.check_inputs(data, mask) if coords is None else model.check_inputs(data, mask, coords)
-    return Chunk(data, coords, mask, chunk.start)  # type: ignore[arg-type]
+    data, mask = chunk.data.to(device), None if chunk.mask is None else chunk.mask.to(device)
+    if chunk.coords is None:
+        return Chunk(data, None, model.check_inputs(data, mask), chunk.start)
+    coords = chunk.coords.to(device)
+    return Chunk(data, coords, model.check_inputs(data, mask, coords), chunk.start)
 
 
 def stream_of(model: Any, source: Stream, place: Place, length: int) -> TokenStream:

@@ -281,7 +281,7 @@ class PerceiverIO(nn.Module):
         shared = self.shard is None or not self.shard.queries
 
         def check(batch: int) -> dict[str, object]:
-            self._checked_queries(queries, batch)
+            self._check_queries(queries, batch)
             asked: dict[str, object] = {"queries": queries is not None, "block_outputs": block_outputs is not None}
             if queries is not None and shared:
                 asked["size of queries"] = queries.count if isinstance(queries, Description) else queries.shape[-2]
@@ -289,7 +289,8 @@ class PerceiverIO(nn.Module):
 
         tokens, mask = self.tokens_of(data, mask, check)
         batch = tokens.batch
-        queries = self._checked_queries(queries, batch)
+        if isinstance(queries, Tensor) and queries.dim() == 2:
+            queries = queries.unsqueeze(0)
         x = self.latents.unsqueeze(0).expand(batch, -1, -1)
         keywords: dict[str, Any] = dict(context=tokens, mask=mask, inverted_attention=self.inverted_cross_attn)
         keywords = keywords_for(self.cross_attend_block, PerceiverBlock, keywords)
@@ -300,13 +301,12 @@ class PerceiverIO(nn.Module):
         out = x if queries is None else self._decode_any(queries, x)
         return (out, hiddens) if return_hiddens else out
 
-    def _checked_queries(self, queries: Tensor | Description | None, batch: int) -> Tensor | Description | None:
-        """``queries``, with a dimension for the batch, after checks."""
+    def _check_queries(self, queries: Tensor | Description | None, batch: int) -> None:
+        """Raise unless ``queries`` are for a batch, and of the channels that the decoder takes."""
         if isinstance(queries, Description):
             self._check_described_queries(type(self).__name__, queries, batch)
         elif queries is not None:
-            queries = check_queries(type(self).__name__, queries, batch, self._query_channels(queries), like(self))
-        return queries
+            check_queries(type(self).__name__, queries, batch, self._query_channels(queries), like(self))
 
     def _decode_any(self, queries: Tensor | Description, latents: Tensor) -> Tensor:
         """The output for queries ``[B or 1, Q, queries_dim]``, or described ones."""

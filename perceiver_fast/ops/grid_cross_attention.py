@@ -209,6 +209,12 @@ def grid_cross_attention_unchecked(
     return torch.ops.perceiver_fast.grid_cross_attention_forward(x, feat, scale, mask, codes, parameters, *options)[0]
 
 
+def parameter_shapes(width: int, inner: int, channels: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the op's parameters, for latents of ``width`` channels, H d = ``inner``, and tokens of ``channels``."""
+    norms = ((width,), (width,)), ((channels,), (channels,))
+    return *norms[0], (inner, width), *norms[1], (2 * inner, channels), (width, inner), (width,)
+
+
 def _check(x, feat, scale, mask, codes, parameters, heads, eps) -> None:
     named = {f"codes[{a}]": code for a, code in enumerate(codes)} | {
         f"parameters[{i}]": p for i, p in enumerate(parameters)
@@ -234,17 +240,7 @@ def _check(x, feat, scale, mask, codes, parameters, heads, eps) -> None:
             "says how many there are"
         )
     channels = feat.shape[-1] + sum(code.shape[1] for code in codes)
-    shapes = (
-        (width,),
-        (width,),
-        (inner, width),
-        (channels,),
-        (channels,),
-        (2 * inner, channels),
-        (width, inner),
-        (width,),
-    )
-    for i, (p, shape) in enumerate(zip(parameters, shapes)):
+    for i, (p, shape) in enumerate(zip(parameters, parameter_shapes(width, inner, channels))):
         check_shape(OP, f"parameters[{i}]", p, shape, "x, feat, codes and to_q say so")
     check_shape(OP, "scale", scale, feat.shape[:-1], "give every token of feat one")
     check_mask(OP, mask, feat.shape[:-1], x, "x")

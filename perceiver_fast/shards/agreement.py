@@ -7,7 +7,7 @@ raise: none is left waiting in a collective that the others do not enter.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from perceiver_fast.tracing import uncompiled
 
-T = TypeVar("T")
 MOST_INPUTS = 30  # of a model: the message has a fixed size
 
 

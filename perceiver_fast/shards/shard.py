@@ -46,14 +46,16 @@ class Shard:
             same_random_numbers(self.group, device)
         return found
 
-    def together(self, error: Exception | None, who: str, device: torch.device) -> None:
-        """Raise on all processes if there is an ``error`` on one: a stream cannot be read, for instance."""
-        failed = largest(
-            self.group, torch.tensor([error is not None], dtype=torch.int32, device=message_device(self.group, device))
-        )
-        if error is not None:
-            raise error
-        if failed.item():
+    @contextmanager
+    def together(self, who: str, device: torch.device) -> Iterator[None]:
+        """What raises inside on one process raises on all, at the end: a stream that cannot be read, for instance."""
+        failed = torch.zeros(1, dtype=torch.int32, device=message_device(self.group, device))
+        try:
+            yield
+        except BaseException:  # it is raised on, once the others know
+            largest(self.group, failed + 1)
+            raise
+        if largest(self.group, failed).item():
             raise RuntimeError(f"{who}: another process failed while it read its part of the input; its error says why")
 
     def own(self, who: str, what: str, tensor: Any) -> Any:

@@ -316,7 +316,7 @@ class TokenStream:
         place: of the source's rows among those of all processes.
         batch, channels: B and C.
         device: where latents are.
-        length: rows of the source, where they have been counted.
+        length: rows of the source.
     """
 
     kind = "streamed tokens"
@@ -334,12 +334,11 @@ class TokenStream:
         batch: int,
         channels: int,
         device: torch.device,
-        length: int | None = None,
+        length: int,
     ):
         self.source, self.dims, self._describe, self.parameters, self.place = source, dims, describe, parameters, place
         self.batch, self.channels, self.device = batch, channels, device
-        self.length = source.length(dims) if length is None else length
-        self.count = self.length * source.across(dims)
+        self.length, self.count = length, length * source.across(dims)
 
     def chunks(self, parameters: tuple[Tensor, ...]) -> Iterator[tuple[Tokens, Tensor | None]]:
         """Descriptions of all chunks and their masks, computed from ``parameters`` in the places of those given."""

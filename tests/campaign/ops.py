@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import perceiver_fast as pf
+from perceiver_fast.ops.grid_cross_attention import parameter_shapes
 
 from .judge import Judge, Results, size_of
 from .outcome import Outcome
@@ -212,16 +213,7 @@ def grid_cross_attention(case: dict, make: Make) -> Callable:
     inner, features, own = heads * (case["width"] % 17 + 1), case["channels"] % 5 + 1, 2 * case["bands"] + 1
     channels, generator = features + own * len(sizes), make.generator
     make.harsh("x", case["batch"], case["rows"], width)
-    shapes = (
-        (width,),
-        (width,),
-        (inner, width),
-        (channels,),
-        (channels,),
-        (2 * inner, channels),
-        (width, inner),
-        (width,),
-    )
+    shapes = parameter_shapes(width, inner, channels)
     for i, shape in enumerate(shapes):
         make.normal(f"p{i}", *shape, by=shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
     feat = torch.randn(case["batch"], *sizes, features, generator=generator)

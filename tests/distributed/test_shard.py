@@ -69,6 +69,7 @@ def test_wrong_calls_raise_on_every_rank():
             "training: True on rank 0, False on rank 1",
             "gradients: True on rank 0, False on rank 1",
             "hooks that see keyword arguments",
+            "expected a perceiver_fast.layers.Attention",
             "got a sharded one",
             "expected a model of perceiver_fast",
             "expected a DeviceMesh of one dimension",

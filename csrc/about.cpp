@@ -6,6 +6,7 @@
 
 #include "core/isa.h"
 #include "core/roofs.h"
+#include "cpu/cores.h"
 
 namespace {
 
@@ -48,3 +49,5 @@ const char* perceiver_fast_roofs(int threads, double* rates) noexcept {
     return kept(raised);
   }
 }
+
+int perceiver_fast_team_cores() noexcept { return perceiver_fast::team_cores(); }

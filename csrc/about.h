@@ -14,3 +14,6 @@ PF_API const char* perceiver_fast_available_isas() noexcept;
 // Multiply-adds, exponentials and copied bytes a second that `threads` threads reach together, measured for half a
 // second. Returns null, or a message where it cannot be.
 PF_API const char* perceiver_fast_roofs(int threads, double* rates) noexcept;
+
+// How many of the threads that torch runs the calling thread's work on can run at once (cpu/cores.h).
+PF_API int perceiver_fast_team_cores() noexcept;

@@ -37,6 +37,8 @@ PYBIND11_MODULE(_C, m) {
     if (error != nullptr) throw std::invalid_argument(error);
     return std::make_tuple(rates[0], rates[1], rates[2]);
   }, "Multiply-adds, exponentials and copied bytes a second that `threads` threads reach together; half a second.");
+  m.def("team_cores", &perceiver_fast_team_cores,
+        "How many of the threads that torch runs this thread's work on can run at once: fewer where they share processors.");
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = __VERSION__;

@@ -62,13 +62,25 @@ class Sides {
   }
 
   void basis(T* to, int64_t row) const;
-  void tables(T* tables) const;
-  void tables_backward(const T* d_tables, const GridCrossAttentionParameters<T>& to) const;
+  void tables(T* tables, Team team) const;
+  void tables_backward(const T* d_tables, const GridCrossAttentionParameters<T>& to, Team team) const;
   void queries(int64_t chunk, T* rest, T* q, Team team) const;
   void queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d_stream, T* d_x, T* sums, bool begins,
                         Team team) const;
   void results(int64_t chunk, T* rest, const T* o, T* out, Team team) const;
   void results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, bool begins, Team team) const;
+
+  // body(head, begin, end) for `rows` rows of every head, which the team shares; `work` is that of all.
+  template <class Body>
+  void for_rows_of_heads(int64_t rows, int64_t work, Team team, const Body& body) const {
+    team.run(H * rows, 8, work, [&](int64_t at, int64_t last) {
+      while (at < last) {
+        const int64_t begin = at % rows, end = std::min(rows, begin + last - at);
+        body(at / rows, begin, end);
+        at += end - begin;
+      }
+    });
+  }
 
   // Sums over chunks: of the queries' side to_q, the norm's and the keys, of the results' to_out, its bias, the values and
   // their bias.
@@ -106,31 +118,37 @@ void Sides<T>::basis(T* to, int64_t row) const {
 
 // [2 I, row], keys times the scale of the logits, and behind it what the norm's bias adds to keys and values [2 I].
 template <class T>
-void Sides<T>::tables(T* tables) const {
+void Sides<T>::tables(T* tables, Team team) const {
   const auto& p = call.parameters;
   const Aligned<T> weight(2 * I * channels), tokens(L * channels), turned(channels * row);
   basis(tokens.get(), channels);
   std::fill_n(turned.get(), channels * row, T(0));
   kernels.transpose(L, channels, tokens.get(), channels, turned.get(), row);
   T* bias = tables + 2 * I * row;
-  for (int64_t r = 0; r < 2 * I; ++r) {
-    centred_row(channels, p.to_kv + r * channels, p.context_weight, weight.get() + r * channels);
-    T sum = 0;
-    for (int64_t c = 0; c < channels; ++c) sum += p.to_kv[r * channels + c] * p.context_bias[c];
-    bias[r] = sum;
-  }
-  kernels.product(2 * I, row, channels, weight.get(), channels, 1, turned.get(), row, tables, row, false);
-  for (int64_t i = 0; i < I * row; ++i) tables[i] *= T(call.logit_scale);
+  team.run(2 * I, 8, 2 * I * row * channels, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      centred_row(channels, p.to_kv + r * channels, p.context_weight, weight.get() + r * channels);
+      T sum = 0;
+      for (int64_t c = 0; c < channels; ++c) sum += p.to_kv[r * channels + c] * p.context_bias[c];
+      bias[r] = sum;
+    }
+    kernels.product(end - begin, row, channels, weight.get() + begin * channels, channels, 1, turned.get(), row,
+                    tables + begin * row, row, false);
+    for (int64_t i = begin * row; i < std::min(end, I) * row; ++i) tables[i] *= T(call.logit_scale);
+  });
 }
 
 // From the gradients of the keys, of the values [I, row] each, and of what is added to values [I].
 template <class T>
-void Sides<T>::tables_backward(const T* d_tables, const GridCrossAttentionParameters<T>& to) const {
+void Sides<T>::tables_backward(const T* d_tables, const GridCrossAttentionParameters<T>& to, Team team) const {
   const auto& p = call.parameters;
   const int64_t wide = x.padded(channels);
   const Aligned<T> tokens(L * wide), d_weight(2 * I * wide);
   basis(tokens.get(), wide);
-  kernels.product(2 * I, wide, L, d_tables, row, 1, tokens.get(), wide, d_weight.get(), wide, false);
+  team.run(2 * I, 8, 2 * I * wide * L, [&](int64_t begin, int64_t end) {
+    kernels.product(end - begin, wide, L, d_tables + begin * row, row, 1, tokens.get(), wide,
+                    d_weight.get() + begin * wide, wide, false);
+  });
   const T* d_bias = d_tables + 2 * I * row;
   std::fill_n(to.context_weight, channels, T(0));
   std::fill_n(to.context_bias, channels, T(0));
@@ -154,18 +172,19 @@ template <class T>
 void Sides<T>::queries(int64_t chunk, T* rest, T* q, Team team) const {
   const auto& p = call.parameters;
   const int64_t C = x.columns(chunk);
-  const Aligned<T> stream(D * C), normed(D * C), padded(N * row);
+  const Aligned<T> stream(D * C), normed(D * C);
   T *xhat = of_x(rest, chunk), *rstd = xhat + D * C, *projected = rstd + C;
   x.load(chunk, call.x, stream.get());
   kernels.normalize(D, C, stream.get(), call.eps, xhat, rstd);
   kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, normed.get());
   x.product(I, C, D, p.to_q, D, 1, normed.get(), projected, team);
   for (int64_t e = 0; e < x.count(chunk); ++e)
-    for (int64_t h = 0; h < H; ++h) {
-      kernels.product(N, row, d, projected + h * d * C + e * x.padded_N, 1, C, rest + h * d * row, row, padded.get(),
-                      row, false);
-      copy_rows(N, L, padded.get(), row, q + at(x.first(chunk) + e, h), L);
-    }
+    for_rows_of_heads(N, N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+      const Aligned<T> padded((end - begin) * row);
+      kernels.product(end - begin, row, d, projected + h * d * C + e * x.padded_N + begin, 1, C, rest + h * d * row, row,
+                      padded.get(), row, false);
+      copy_rows(end - begin, L, padded.get(), row, q + at(x.first(chunk) + e, h) + begin * L, L);
+    });
 }
 
 // d_q of the chunk's latents, and what reaches them past the attention.
@@ -175,23 +194,26 @@ void Sides<T>::queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d
   const auto& p = call.parameters;
   const int64_t C = x.columns(chunk), wide = x.padded(D);
   const Aligned<T> stream(D * C), normed(D * C), d_projected(I * C), room(C * wide);
-  const Aligned<T> padded(N * row), turned(L * x.padded_N);
+  const Aligned<T> padded(H * N * row), turned(H * L * x.padded_N);
   const T *xhat = of_x(rest, chunk), *rstd = xhat + D * C, *projected = rstd + C;
   T *d_to_q = sums, *d_norm = d_to_q + I * wide, *d_keys = d_norm + 2 * D;
-  std::fill_n(padded.get(), N * row, T(0));
-  std::fill_n(turned.get(), L * x.padded_N, T(0));
+  std::fill_n(padded.get(), H * N * row, T(0));
+  std::fill_n(turned.get(), H * L * x.padded_N, T(0));
   if (begins) std::fill_n(d_norm, 2 * D, T(0));
-  for (int64_t e = 0; e < x.count(chunk); ++e)
+  for (int64_t e = 0; e < x.count(chunk); ++e) {
     for (int64_t h = 0; h < H; ++h) {
       const T* from = d_q + at(x.first(chunk) + e, h);
-      const int64_t first = h * d * C + e * x.padded_N;
-      copy_rows(N, L, from, L, padded.get(), row);
-      kernels.transpose(N, L, from, L, turned.get(), x.padded_N);
-      kernels.product(d, x.padded_N, L, rest + h * d * row, row, 1, turned.get(), x.padded_N, d_projected.get() + first,
-                      C, false);
-      kernels.product(d, row, N, projected + first, C, 1, padded.get(), row, d_keys + h * d * row, row,
-                      !begins || e > 0);
+      copy_rows(N, L, from, L, padded.get() + h * N * row, row);
+      kernels.transpose(N, L, from, L, turned.get() + h * L * x.padded_N, x.padded_N);
     }
+    for_rows_of_heads(d, 2 * N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+      const int64_t r = h * d + begin, first = r * C + e * x.padded_N;
+      kernels.product(end - begin, x.padded_N, L, rest + r * row, row, 1, turned.get() + h * L * x.padded_N, x.padded_N,
+                      d_projected.get() + first, C, false);
+      kernels.product(end - begin, row, N, projected + first, C, 1, padded.get() + h * N * row, row, d_keys + r * row,
+                      row, !begins || e > 0);
+    });
+  }
   kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, normed.get());
   x.outer(I, D, C, d_projected.get(), normed.get(), room.get(), d_to_q, begins, team);
   x.product(D, C, I, p.to_q, 1, D, d_projected.get(), normed.get(), team);
@@ -204,16 +226,19 @@ template <class T>
 void Sides<T>::results(int64_t chunk, T* rest, const T* o, T* out, Team team) const {
   const auto& p = call.parameters;
   const int64_t C = y.columns(chunk);
-  const Aligned<T> stream(D * C), branch(D * C), turned(L * y.padded_N);
+  const Aligned<T> stream(D * C), branch(D * C), turned(H * L * y.padded_N);
   T* made = of_y(rest, chunk);
   const T *values = rest + I * row, *bias = rest + 2 * I * row + I;
-  std::fill_n(turned.get(), L * y.padded_N, T(0));
-  for (int64_t e = 0; e < y.count(chunk); ++e)
-    for (int64_t h = 0; h < H; ++h) {
-      kernels.transpose(N, L, o + at(y.first(chunk) + e, h), L, turned.get(), y.padded_N);
-      kernels.product(d, y.padded_N, L, values + h * d * row, row, 1, turned.get(), y.padded_N,
-                      made + h * d * C + e * y.padded_N, C, false);
-    }
+  std::fill_n(turned.get(), H * L * y.padded_N, T(0));
+  for (int64_t e = 0; e < y.count(chunk); ++e) {
+    for (int64_t h = 0; h < H; ++h)
+      kernels.transpose(N, L, o + at(y.first(chunk) + e, h), L, turned.get() + h * L * y.padded_N, y.padded_N);
+    for_rows_of_heads(d, N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+      const int64_t r = h * d + begin;
+      kernels.product(end - begin, y.padded_N, L, values + r * row, row, 1, turned.get() + h * L * y.padded_N, y.padded_N,
+                      made + r * C + e * y.padded_N, C, false);
+    });
+  }
   kernels.add_bias(I, C, bias, made);
   y.product(D, C, I, p.to_out, I, 1, made, branch.get(), team);
   y.load(chunk, call.x, stream.get(), call.x_batch == 1);
@@ -226,7 +251,7 @@ void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y
                                 Team team) const {
   const auto& p = call.parameters;
   const int64_t C = y.columns(chunk), wide = x.padded(I);
-  const Aligned<T> stream(D * C), d_made(I * C), room(C * wide), padded(N * row);
+  const Aligned<T> stream(D * C), d_made(I * C), room(C * wide), padded(H * N * row);
   const T *made = of_y(rest, chunk), *values = rest + I * row;
   T *d_to_out = sums, *d_to_out_bias = d_to_out + D * wide, *d_values = d_to_out_bias + D, *d_bias = d_values + I * row;
   y.load(chunk, d_y, stream.get());
@@ -238,17 +263,22 @@ void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y
   y.product(I, C, D, p.to_out, 1, I, stream.get(), d_made.get(), team);
   y.outer(D, I, C, stream.get(), made, room.get(), d_to_out, begins, team);
   kernels.row_sums(I, C, d_made.get(), d_bias);
-  for (int64_t e = 0; e < y.count(chunk); ++e)
-    for (int64_t h = 0; h < H; ++h) {
-      const int64_t of = at(y.first(chunk) + e, h);
-      const T* d = d_made.get() + h * this->d * C + e * y.padded_N;
-      kernels.product(N, row, this->d, d, 1, C, values + h * this->d * row, row, padded.get(), row, false);
-      copy_rows(N, L, padded.get(), row, d_o + of, L);
-      std::fill_n(padded.get(), N * row, T(0));
-      copy_rows(N, L, o + of, L, padded.get(), row);
-      kernels.product(this->d, row, N, d, C, 1, padded.get(), row, d_values + h * this->d * row, row,
-                      !begins || e > 0);
-    }
+  for (int64_t e = 0; e < y.count(chunk); ++e) {
+    for_rows_of_heads(N, N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+      const int64_t of = at(y.first(chunk) + e, h) + begin * L;
+      T* rows = padded.get() + (h * N + begin) * row;
+      kernels.product(end - begin, row, d, d_made.get() + h * d * C + e * y.padded_N + begin, 1, C, values + h * d * row,
+                      row, rows, row, false);
+      copy_rows(end - begin, L, rows, row, d_o + of, L);
+      std::fill_n(rows, (end - begin) * row, T(0));
+      copy_rows(end - begin, L, o + of, L, rows, row);
+    });
+    for_rows_of_heads(d, N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+      const int64_t r = h * d + begin;
+      kernels.product(end - begin, row, N, d_made.get() + r * C + e * y.padded_N, C, 1, padded.get() + h * N * row, row,
+                      d_values + r * row, row, !begins || e > 0);
+    });
+  }
 }
 
 // The sum of [batch, count] over the batch.
@@ -270,7 +300,7 @@ template <class T>
 void grid_cross_attention_forward(const GridCrossAttention<T>& call, T* y, const GridCrossAttentionSaved<T>& saved,
                                   const Parallel& parallel) {
   const Sides<T> sides(call);
-  sides.tables(saved.rest);
+  sides.tables(saved.rest, Team{&parallel});
   for_calls(sides.x.chunks(), sides.work, parallel,
             [&](int64_t chunk, Team team) { sides.queries(chunk, saved.rest, saved.q, team); });
   grid_attention_forward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr}, parallel);
@@ -311,7 +341,7 @@ void grid_cross_attention_backward(const GridCrossAttention<T>& call, const T* d
   copy_rows(D, I, from_results, wide_inner, gradients.to_out, I);
   std::copy_n(from_results += D * wide_inner, D, gradients.to_out_bias);
   std::copy_n(from_results += D, I * row + I, d_tables.get() + I * row);
-  sides.tables_backward(d_tables.get(), gradients);
+  sides.tables_backward(d_tables.get(), gradients, Team{&parallel});
 }
 
 #define PF_INSTANTIATE(T)                                                                                           \

@@ -10,16 +10,14 @@
 
 #include "../core/dropout.h"
 #include "../core/parallel.h"
+#include "team.h"
 
 namespace perceiver_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Parallel torch_parallel() {
-  return {int(torch::stable::get_num_threads()),
-          [](int64_t n, const auto& body) { torch::stable::parallel_for(0, n, 1, body); }};
-}
+inline Parallel torch_parallel() { return {int(torch::stable::get_num_threads()), run_shared}; }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();

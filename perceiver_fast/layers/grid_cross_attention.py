@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from perceiver_fast.layers import without_dropout
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.fusing import are_plain, why_not
-from perceiver_fast.layers.plan import SMALL, grid_work
+from perceiver_fast.layers.plan import SMALL, Layer, grid_work, plan_cross_attention
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.small import fit, is_small
 from perceiver_fast.ops.grid_cross_attention import (
@@ -72,15 +72,17 @@ def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream) ->
     parameters = [*norms[:2], to_q, *norms[2:], to_kv, to_out, to_out_bias]
     inner, width, channels = len(to_q), stream.shape[2], tokens.channels
     shapes = parameter_shapes(width, inner, channels)
-    if not fit(parameters, shapes, stream) or not _takes_grid(
-        tokens.sizes, tokens.features, fn.heads * stream.shape[1], 2 * inner // fn.heads
-    ):
+    if not fit(parameters, shapes, stream):
         return None
-    return parameters
+    dim_head = inner // fn.heads
+    if _is_small_grid(tokens.sizes, tokens.features, fn.heads * stream.shape[1], 2 * dim_head):
+        return parameters
+    plan = plan_cross_attention(tokens, Layer(stream.shape[1], fn.heads, dim_head))
+    return parameters if plan.path == "grid" else None
 
 
 @functools.lru_cache(256)
-def _takes_grid(sizes: tuple[int, ...], features: int, rows: int, dims: int) -> bool:
+def _is_small_grid(sizes: tuple[int, ...], features: int, rows: int, dims: int) -> bool:
     """Whether layers/plan.py takes the grid's way for its small error alone: then no plan need be made."""
     return grid_work(1, rows, sizes, features, dims).cost < SMALL
 

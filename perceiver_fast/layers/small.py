@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from perceiver_fast import extension
 from perceiver_fast.gpu import INTERPRETED
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream
@@ -15,8 +17,11 @@ from perceiver_fast.ops.library import autocast_dtype
 from perceiver_fast.ops.pointwise import runs_kernel
 from perceiver_fast.tracing import intercepted
 
-MOST_LATENTS = 256
-MOST_CHANNELS = 256
+# Latents that one op is faster for, in training too. With AVX-512 also twice as many narrow ones; measured on one thread of an
+# AMD EPYC (Zen 4), 2026-11-30, models of one cross-attention and two layers between: 1.05 to 2.8 times as fast as layer by
+# layer up to here, and 0.7 to 0.9 times beyond.
+MOST_LATENTS, MOST_CHANNELS, MOST_NUMBERS = 256, 256, 2**15
+MOST_NARROW_LATENTS, NARROW = 512, 128
 
 
 def is_small(stream: ResidualStream, op: Op) -> bool:
@@ -29,11 +34,24 @@ def is_small(stream: ResidualStream, op: Op) -> bool:
     shape, device = stream.shape, stream.device
     if device.type != "cpu" or len(shape) != 3 or 0 in shape:
         return False
-    if shape[1] > MOST_LATENTS or shape[2] > MOST_CHANNELS:
+    if not are_few(shape[1], shape[2]):
         return False
     if autocast_dtype(device) is not None or observer() is not None or intercepted():
         return False
     return runs_kernel(op, stream.dtype, device)
+
+
+def are_few(latents: int, channels: int) -> bool:
+    """Whether latents ``[latents, channels]`` are so few that one op for several layers is faster."""
+    if latents <= MOST_LATENTS and channels <= MOST_CHANNELS and latents * channels <= MOST_NUMBERS:
+        return True
+    return latents <= MOST_NARROW_LATENTS and channels <= NARROW and has_avx512()
+
+
+@functools.cache
+def has_avx512() -> bool:
+    """Whether the kernels run on AVX-512."""
+    return extension.module is not None and extension.module.active_isa() == "avx512"
 
 
 def fit(parameters: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], stream: ResidualStream) -> bool:

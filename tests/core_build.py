@@ -10,7 +10,7 @@ setup = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup)
 
 ONCE_AN_ISA = ("functions", "tiles", "vectors")
-ONCE = ("attention", "main", "rows")
+ONCE = ("attention", "main", "regions", "rows")
 
 
 def sources_of_tests():

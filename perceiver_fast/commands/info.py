@@ -87,7 +87,7 @@ def _show(console: Console, info: dict) -> None:
         del packages["triton"]  # nobody without a GPU needs it
     versions = {"perceiver-fast": info["perceiver_fast"], "python": info["python"], "torch": info["torch"]}
     _pairs(console, "Versions", versions | packages)
-    machine = {"cpu": info["cpu"], "threads": info["threads"], "gpus": info["gpus"] or "none"}
+    machine = {"cpu": info["cpu"], "threads": _threads(info["threads"], info["cores_of_threads"]), "gpus": info["gpus"] or "none"}
     _pairs(console, "Machine", machine | {"forced backend": info["forced_backend"]})
     parts = [("extension", "C++ kernels"), *[("cuda_kernels", "CUDA kernels")] * gpu]
     for part, title in parts:
@@ -99,6 +99,13 @@ def _show(console: Console, info: dict) -> None:
     _pairs(console, "Environment variables", info["environment"] or {"none": "is set that changes what runs"})
     if "roofs" in info:
         _show_roofs(console, info["roofs"])
+
+
+def _threads(threads: int, cores: int | None) -> str:
+    if cores is None or cores >= threads:
+        return str(threads)
+    share = f"share {cores} cores" if cores > 1 else "share one core"
+    return f"{threads}, which {share}: torch.set_num_threads({cores}) is faster"
 
 
 def _pairs(console: Console, title: str, pairs: dict) -> None:

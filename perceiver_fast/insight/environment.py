@@ -105,6 +105,7 @@ def collect() -> dict:
         "cpu": cpu_name(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
+        "cores_of_threads": None if module is None else module.team_cores(),
         "extension": built,
         "cuda_kernels": cuda,
         "forced_backend": backends.forced_backend(),

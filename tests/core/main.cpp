@@ -27,11 +27,12 @@ GROUPS_OF(avx512)
 #endif
 }  // namespace perceiver_fast
 
-extern const Case rows_cases[], attention_cases[];
+extern const Case rows_cases[], attention_cases[], regions_cases[];
 
 static const Case* group(const std::string& name) {
   if (name == "rows") return rows_cases;
   if (name == "attention") return attention_cases;
+  if (name == "regions") return regions_cases;
 #if defined(__x86_64__)
   if (perceiver_fast::active_isa() == Isa::avx512) return perceiver_fast::avx512::group(name);
   if (perceiver_fast::active_isa() == Isa::avx2) return perceiver_fast::avx2::group(name);

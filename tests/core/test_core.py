@@ -48,7 +48,7 @@ def run(build, *arguments, **env):
     return subprocess.run([build / "core_tests", *arguments], env=os.environ | env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("group", [*ONCE_AN_ISA, "attention", "rows"])
+@pytest.mark.parametrize("group", [*ONCE_AN_ISA, "attention", "rows", "regions"])
 @pytest.mark.parametrize("isa", setup.ISAS)
 def test_core(build, isa, group):
     available = run(build, "isas").stdout.split()

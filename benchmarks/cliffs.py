@@ -146,7 +146,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.cliffs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--geometry", default="cross-only", choices=list(GEOMETRIES), help="(default: cross-only)")
-    parser.add_argument("--only", action="append", choices=list(CONDITIONS), help=f"beside '{ALONE}'; repeat for several")
+    parser.add_argument(
+        "--only", action="append", choices=list(CONDITIONS), help=f"beside '{ALONE}'; repeat for several"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="calls of each, whose median is taken (default: 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help='write the numbers; "-" prints them')
     args = parser.parse_args(argv)

@@ -25,6 +25,19 @@ struct QueryStatistics {
   T grad_weight(int64_t row) const { return weight[row] * keep_scale; }
 };
 
+// In double. Several sums, so that a compiler may compute them side by side.
+template <class T>
+double dot(int64_t count, const T* a, const T* b) {
+  constexpr int64_t kSums = 8;
+  double sums[kSums] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int64_t k = 0; k < kSums; ++k) sums[k] += double(a[i + k]) * double(b[i + k]);
+  for (; i < count; ++i) total += double(a[i]) * double(b[i]);
+  for (double sum : sums) total += sum;
+  return total;
+}
+
 template <class T>
 QueryStatistics<T> query_statistics(const GridBlocking<T>& blocking, const PackedTokens<T>& packed,
                                     const GridAttentionOutput<T>& out, const GridAttentionGradient<T>& grad,
@@ -45,7 +58,7 @@ QueryStatistics<T> query_statistics(const GridBlocking<T>& blocking, const Packe
       double delta = 0;
       // A clamped normaliser is a constant, and so are uniform weights.
       if (!constant && !uniform) {
-        for (int64_t l = 0; l < L; ++l) delta += double(grad.o[i * L + l]) * double(out.o[i * L + l]);
+        delta = dot(L, grad.o + i * L, out.o + i * L);
         if (grad.kept != nullptr) delta += double(grad.kept[i]) * double(out.kept[i]);
       }
       if (grad.lse != nullptr && !uniform) delta -= constant ? grad.lse[i] * clamped_share(out.lse[i]) : grad.lse[i];
@@ -198,23 +211,26 @@ void grid_attention_backward(const GridAttentionInput<T>& in, const GridAttentio
                   tokens_of = blocking.token_batch(b);
     const int64_t count = std::min<int64_t>(lanes, N - first);
     if (!in.inverted && errors(task, sums) && in.dropout) work(task, 0, 1, sums);
-    for (int64_t lane = 0; !in.inverted && lane < count; ++lane) {
-      const int64_t row = b * N + first + lane;
-      const T wanted = grad.lse == nullptr || packed.all_masked[tokens_of] ? T(0) : T(grad.lse[row]);
-      const T error = in.dropout ? T(0) : sums[L * lanes + lane];
-      for (int64_t l = 0; l < L; ++l) {
-        T& sum = sums[l * lanes + lane];
-        const T o = out.o[row * L + l];
-        if (packed.all_masked[tokens_of]) sum = 0;
-        else sum = packed.constant[tokens_of] && !in.dropout ? wanted * o : sum - error * o;
-      }
-    }
     // Weights that do not depend on the queries: no gradient.
     if (in.dropout && !in.inverted &&
         (packed.all_masked[tokens_of] || (packed.constant[tokens_of] && grad.lse == nullptr)))
       std::fill(sums, sums + L * lanes, T(0));
     const std::vector<T> factor(lanes, T(1));
     lanes_to_rows(sums, L, lanes, factor.data(), count, dq + (b * N + first) * L, L);
+    for (int64_t lane = 0; !in.inverted && lane < count; ++lane) {
+      const int64_t row = b * N + first + lane;
+      T* of_row = dq + row * L;
+      const T* o = out.o + row * L;
+      if (packed.all_masked[tokens_of]) {
+        std::fill_n(of_row, L, T(0));
+      } else if (packed.constant[tokens_of] && !in.dropout) {
+        const T wanted = grad.lse == nullptr ? T(0) : T(grad.lse[row]);
+        for (int64_t l = 0; l < L; ++l) of_row[l] = wanted * o[l];
+      } else if (!in.dropout) {
+        const T error = sums[L * lanes + lane];
+        for (int64_t l = 0; l < L; ++l) of_row[l] -= error * o[l];
+      }
+    }
   };
   for_each_block(blocking, parallel, work, finish);
   if (dfeat == nullptr) return;

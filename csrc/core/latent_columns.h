@@ -73,13 +73,20 @@ class LatentColumns {
         batch(batch),
         N(latents),
         D(channels),
-        padded_N(padded(latents)),
+        padded_N(padded_columns(latents)),
         group(std::max<int64_t>(1, std::min(batch, kColumns / padded_N))) {}
 
   // To whole vectors of every instruction set.
   static int64_t padded(int64_t n) {
     constexpr int64_t lanes = 64 / sizeof(T);
     return (n + lanes - 1) / lanes * lanes;
+  }
+
+  // Latents of one element. Rows a multiple of 1,024 bytes apart would fall into few sets of the first-level cache, where
+  // what runs down the channels finds none of them again: those get a vector more.
+  static int64_t padded_columns(int64_t n) {
+    const int64_t columns = padded(n);
+    return columns * sizeof(T) % 1024 == 0 ? columns + 64 / sizeof(T) : columns;
   }
 
   int64_t chunks() const { return (batch + group - 1) / group; }

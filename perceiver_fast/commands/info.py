@@ -87,7 +87,11 @@ def _show(console: Console, info: dict) -> None:
         del packages["triton"]  # nobody without a GPU needs it
     versions = {"perceiver-fast": info["perceiver_fast"], "python": info["python"], "torch": info["torch"]}
     _pairs(console, "Versions", versions | packages)
-    machine = {"cpu": info["cpu"], "threads": _threads(info["threads"], info["cores_of_threads"]), "gpus": info["gpus"] or "none"}
+    machine = {
+        "cpu": info["cpu"],
+        "threads": _threads(info["threads"], info["cores_of_threads"]),
+        "gpus": info["gpus"] or "none",
+    }
     _pairs(console, "Machine", machine | {"forced backend": info["forced_backend"]})
     parts = [("extension", "C++ kernels"), *[("cuda_kernels", "CUDA kernels")] * gpu]
     for part, title in parts:

@@ -17,11 +17,12 @@ from perceiver_fast.ops.library import autocast_dtype
 from perceiver_fast.ops.pointwise import runs_kernel
 from perceiver_fast.tracing import intercepted
 
-# Latents that one op is faster for, in training too. With AVX-512 also twice as many narrow ones; measured on one thread of an
-# AMD EPYC (Zen 4), 2026-11-30, models of one cross-attention and two layers between: 1.05 to 2.8 times as fast as layer by
-# layer up to here, and 0.7 to 0.9 times beyond.
-MOST_LATENTS, MOST_CHANNELS, MOST_NUMBERS = 256, 256, 2**15
-MOST_NARROW_LATENTS, NARROW = 512, 128
+# Latents that one op is faster for, in training too: measured on one thread of an AMD EPYC (Zen 4), 2026-11-30, by models of
+# one cross-attention and two blocks of layers. Up to here it was 1.1 to 2.8 times as fast as layer by layer, and beyond, in
+# training, 0.8 to 0.9 times.
+MOST_LATENTS, MOST_CHANNELS = 512, 256
+MOST_NUMBERS = {"avx512": 2**16}
+MOST_NUMBERS_ELSEWHERE = 2**15
 
 
 def is_small(stream: ResidualStream, op: Op) -> bool:
@@ -43,15 +44,16 @@ def is_small(stream: ResidualStream, op: Op) -> bool:
 
 def are_few(latents: int, channels: int) -> bool:
     """Whether latents ``[latents, channels]`` are so few that one op for several layers is faster."""
-    if latents <= MOST_LATENTS and channels <= MOST_CHANNELS and latents * channels <= MOST_NUMBERS:
-        return True
-    return latents <= MOST_NARROW_LATENTS and channels <= NARROW and has_avx512()
+    if latents > MOST_LATENTS or channels > MOST_CHANNELS:
+        return False
+    return latents * channels <= most_numbers()
 
 
 @functools.cache
-def has_avx512() -> bool:
-    """Whether the kernels run on AVX-512."""
-    return extension.module is not None and extension.module.active_isa() == "avx512"
+def most_numbers() -> int:
+    """How many numbers few latents are at most, on the instruction set that runs here."""
+    isa = "" if extension.module is None else extension.module.active_isa()
+    return MOST_NUMBERS.get(isa, MOST_NUMBERS_ELSEWHERE)
 
 
 def fit(parameters: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], stream: ResidualStream) -> bool:

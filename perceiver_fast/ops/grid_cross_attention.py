@@ -21,7 +21,7 @@ from perceiver_fast.ops.checks import check_alike, check_mask, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.grid_attention import grid_attention_work
-from perceiver_fast.ops.latent_layers import CPU_BACKENDS, padded
+from perceiver_fast.ops.latent_layers import CPU_BACKENDS, padded, padded_columns
 from perceiver_fast.ops.library import learns
 from perceiver_fast.ops.pointwise import PointwiseCall, runs_kernel
 from perceiver_fast.ops.work import Work
@@ -46,7 +46,7 @@ def _work(x, feat, parameters, heads) -> Work:
 def _forward_outputs(x, feat, scale, mask, codes, parameters, heads, logit_scale, eps):
     shared, rows, length = _queries(x.shape, feat.shape, heads)
     batch, inner, channels = feat.shape[0], parameters[2].shape[0], x.shape[2]
-    columns = padded(x.shape[1], x.dtype)
+    columns = padded_columns(x.shape[1], x.dtype)
     rest = 2 * inner * (padded(length, x.dtype) + 1) + columns * (shared * (channels + 1 + inner) + batch * inner)
     y, q, o = (x.new_empty(shape) for shape in ((batch, *x.shape[1:]), (shared, rows, length), (batch, rows, length)))
     return y, q, o, x.new_empty((batch, rows), dtype=torch.float64), x.new_empty(rest)

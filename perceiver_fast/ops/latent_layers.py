@@ -55,6 +55,12 @@ def padded(size: int, dtype: torch.dtype) -> int:
     return -(-size // lanes) * lanes
 
 
+def padded_columns(latents: int, dtype: torch.dtype) -> int:
+    """Latents of an element as the kernel lays them out (csrc/core/latent_columns.h)."""
+    columns = padded(latents, dtype)
+    return columns + 64 // dtype.itemsize if columns * dtype.itemsize % 1024 == 0 else columns
+
+
 def _saved(x, parameters, heads) -> int:
     """How many numbers a forward saves: every layer's normalised latents, and of wide ones what is between its products."""
     batch, latents, channels = x.shape
@@ -63,7 +69,7 @@ def _saved(x, parameters, heads) -> int:
         inner = last.shape[1]
         between = (4 if count else 2) * inner
         numbers += channels + 1 + (between if channels > AGAIN else 0)
-    return batch * padded(latents, x.dtype) * numbers
+    return batch * padded_columns(latents, x.dtype) * numbers
 
 
 def _forward_outputs(x, parameters, heads, scales, eps, saves):

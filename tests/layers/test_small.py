@@ -41,7 +41,15 @@ def layer_by_layer(monkeypatch):
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", [{}, dict(cross_heads=3, self_per_cross_attn=2, weight_tie_layers=True, depth=3)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(cross_heads=3, self_per_cross_attn=2, weight_tie_layers=True, depth=3),
+        dict(num_latents=128),  # rows of 1,024 bytes, which are laid out apart
+        dict(num_latents=500, cross_heads=2),
+    ],
+)
 def test_results_are_those_of_layers(monkeypatch, options, masked, train):
     perceiver, data = model(**options).double(), image().double()
     mask = torch.rand(2, 30) > 0.5 if masked else None

@@ -16,7 +16,7 @@ SMALL = dict(
     num_freq_bands=2, depth=3, max_freq=4.0, num_latents=4, latent_dim=16, latent_heads=2, latent_dim_head=8,
     num_classes=5,
 )  # fmt: skip
-MANY = SMALL | dict(num_latents=257)  # more than layers are run together for
+MANY = SMALL | dict(num_latents=513)  # more than layers are run together for
 LAYERS = ("", ".cross_attn", ".cross_ff.fn", ".self_attns.0.0.fn", ".self_attns.0.1.fn")
 
 
@@ -108,7 +108,7 @@ def test_multimodal_and_io_are_named():
     model = pf.MultimodalPerceiver([audio], depth=1, num_latents=4, latent_dim=16)
     with pf.ranges(model):
         assert {"describe", "layers.0.cross_attn", "to_logits"} <= seen(lambda: model({"audio": torch.randn(1, 9, 1)}))
-    model = pf.PerceiverIO(depth=1, dim=9, queries_dim=6, num_latents=257, latent_dim=16)
+    model = pf.PerceiverIO(depth=1, dim=9, queries_dim=6, num_latents=513, latent_dim=16)
     with pf.ranges(model):
         names = seen(lambda: model(torch.randn(1, 9, 9), queries=torch.randn(5, 6)))
     assert {"cross_attend_block.cross_attn", "layers.0.self_attns.0.0.fn", "decoder_cross_attn"} <= names

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import operator
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -346,3 +347,17 @@ def test_decoders_are_compared_and_timed(tmp_path, capsys):
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert len(rows) == 2 and all(0 < row["difference"] < 1e-4 and row["ours"] > 0 for row in rows.values())
     assert "over the faster" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are pinned as Linux does it")
+def test_cliffs_are_timed_beside_one_core_alone(tmp_path, capsys):
+    from benchmarks import cliffs
+
+    name = "on one core after the first calls"
+    args = ["--geometry", "small", "--rounds", "1", "--only", name, "--json", str(tmp_path / "found.json")]
+    assert cliffs.main(args) == 0
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    found = {(row["condition"], row["pass"], row["peer"]) for row in rows}
+    assert found == {(c, p, peer) for c in (cliffs.ALONE, name) for p in cliffs.PASSES for peer in cliffs.PEERS}
+    assert all(row["seconds"] > 0 for row in rows)
+    assert cliffs.ALONE in capsys.readouterr().out

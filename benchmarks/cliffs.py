@@ -31,7 +31,7 @@ from benchmarks.sides import OURS, Case
 from benchmarks.suite.levels import LEVELS
 from perceiver_fast.insight.geometries import GEOMETRIES
 
-ALONE = "one thread, one core"
+ALONE = "one core alone"
 PEERS = ("eager", "sdpa", OURS)
 PASSES = ("forward", "step")
 SPIN = "while True: sum(range(10000))"  # a busy process
@@ -101,14 +101,14 @@ def at_once(call: Callable[[], object], threads: int) -> None:
 # threads call. None: as many as there are.
 CONDITIONS: dict[str, tuple[int | None, int | None, int | None, Callable[[], Any], int]] = {
     ALONE: (1, 1, None, contextlib.nullcontext, 1),
-    "a core for each thread": (None, None, None, contextlib.nullcontext, 1),
-    "all threads on one core": (None, 1, None, contextlib.nullcontext, 1),
-    "on one core after the first calls": (None, None, 1, contextlib.nullcontext, 1),
+    "a core each": (None, None, None, contextlib.nullcontext, 1),
+    "all on one core": (None, 1, None, contextlib.nullcontext, 1),
+    "on one core later": (None, None, 1, contextlib.nullcontext, 1),
     "two threads a core": (-2, None, None, contextlib.nullcontext, 1),
-    "one busy process beside": (None, None, None, lambda: busy(1), 1),
-    "two busy processes beside": (None, None, None, lambda: busy(2), 1),
+    "a busy process": (None, None, None, lambda: busy(1), 1),
+    "two busy processes": (None, None, None, lambda: busy(2), 1),
     "two Python threads": (None, None, None, contextlib.nullcontext, 2),
-    "two DataLoader workers beside": (None, None, None, lambda: loading(2), 1),
+    "DataLoader": (None, None, None, lambda: loading(2), 1),
 }
 
 
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
                 lines.append([
                     name, *(milliseconds(seconds[name, peer]) for peer in PEERS), f"{best / ours:.1f}x", f"{ours / alone:.2f}",
                 ])  # fmt: skip
-            headings = ["", "perceiver-pytorch", "with SDPA", "perceiver-fast", "over best", f"of '{ALONE}'"]
+            headings = ["threads", "eager", "SDPA", "perceiver-fast", "over best", "of alone"]
             console.print(table(f"{args.geometry}, {step}", headings, lines))
 
     deliver({"conditions": before, "geometry": args.geometry, "rounds": args.rounds, "rows": rows}, args.json, show)

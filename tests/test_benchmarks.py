@@ -353,7 +353,7 @@ def test_decoders_are_compared_and_timed(tmp_path, capsys):
 def test_cliffs_are_timed_beside_one_core_alone(tmp_path, capsys):
     from benchmarks import cliffs
 
-    name = "on one core after the first calls"
+    name = "on one core later"
     args = ["--geometry", "small", "--rounds", "1", "--only", name, "--json", str(tmp_path / "found.json")]
     assert cliffs.main(args) == 0
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]

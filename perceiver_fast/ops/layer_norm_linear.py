@@ -23,6 +23,8 @@ OP = "layer_norm_linear"
 FEW = 2**21  # normalised numbers, 8 MB: written and read again at little cost
 WIDE = 3 * 2**19  # numbers of a weight, 6 MB: what streams the rows through it reads it from memory again and again
 
+PART = 128  # rows of a weight that are added up at a time
+
 
 def is_wide(rows: int, channels: int, out_channels: int) -> bool:
     """Whether this op is the way to project rows, rather than the kernel of fourier_projection, which keeps a tile of them.
@@ -89,7 +91,9 @@ def _gradients_of_parameters(d_out, x, gain, shift, weight, eps):
     product = grad_weight_product(d_out, _normalize(x, torch.ones_like(gain), torch.zeros_like(shift), eps)[0])
     sums = d_out.sum(0)
     d_weight = (product * gain).addr_(sums, shift)
-    return product.mul_(weight).sum(0), sums @ weight, d_weight
+    # In parts: a library adds up one row after the other, and rounding grows with the length of a sum.
+    d_shift = torch.stack([s @ part for s, part in zip(sums.split(PART), weight.split(PART))]).sum(0)
+    return product.mul_(weight).sum(0), d_shift, d_weight
 
 
 @op_range(OP)

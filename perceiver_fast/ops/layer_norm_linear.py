@@ -22,7 +22,6 @@ from perceiver_fast.ranges import op_range
 OP = "layer_norm_linear"
 FEW = 2**21  # normalised numbers, 8 MB: written and read again at little cost
 WIDE = 3 * 2**19  # numbers of a weight, 6 MB: what streams the rows through it reads it from memory again and again
-
 PART = 128  # rows of a weight that are added up at a time
 
 

@@ -134,22 +134,27 @@ def test_a_layer_of_wide_tokens(call, learns, calls):
         assert (value - expected).norm() < 2e-5 * expected.norm() + 1e-6  # inverted, the latents' shift has no gradient
 
 
-def test_tokens_in_chunks(calls):
-    """Every chunk takes the way of its own size."""
-    options = dict(num_freq_bands=1, max_freq=4.0, depth=1, num_latents=128, latent_dim=32, num_classes=3)
-    model = pf.Perceiver(
-        **options, input_axis=1, input_channels=CHANNELS, fourier_encode_data=False, cross_heads=2, cross_dim_head=64
-    )
+MODEL = dict(
+    num_freq_bands=1, max_freq=4.0, depth=1, num_latents=128, latent_dim=32, num_classes=3, input_axis=1,
+    input_channels=CHANNELS, fourier_encode_data=False, cross_heads=2, cross_dim_head=64,
+)  # fmt: skip
+
+
+def test_tokens_in_chunks_and_layers_that_run_again(calls):
+    """Every chunk takes the way of its own size; checkpoint=True runs a layer again in the backward."""
+    model = pf.Perceiver(**MODEL)
+    again = pf.Perceiver(**MODEL, checkpoint=True)
+    again.load_state_dict(model.state_dict())
     data = torch.randn(1, 700, CHANNELS)
     found = []
-    for given in (data, pf.stream(data, rows=400)):
+    for called, given in ((model, data), (model, pf.stream(data, rows=400)), (again, data)):
         model.zero_grad()
-        out = model(given)
+        out = called(given)
         out.square().sum().backward()
-        found.append((out.detach(), *(p.grad.clone() for p in model.parameters())))
-    assert {shape[1] for shape in calls} == {700, 400, 300}
-    for whole, streamed in zip(*found, strict=True):
-        assert relative_error(streamed, whole) < 1e-5
+        found.append((out.detach(), *(p.grad.clone() for p in called.parameters())))
+    assert [shape[1] for shape in calls] == [700, 400, 300, 400, 300, 700, 700]
+    for whole, streamed, checkpointed in zip(*found, strict=True):
+        assert relative_error(streamed, whole) < 1e-5 and relative_error(checkpointed, whole) < 1e-5
 
 
 def test_where_the_kernel_or_torch_runs_instead(calls):
@@ -166,11 +171,7 @@ def test_where_the_kernel_or_torch_runs_instead(calls):
 
 
 def test_explain_names_it():
-    model = pf.Perceiver(
-        num_freq_bands=1, max_freq=4.0, depth=1, num_latents=128, latent_dim=32, num_classes=3, input_axis=1,
-        input_channels=CHANNELS, fourier_encode_data=False, cross_heads=2, cross_dim_head=64,
-    )  # fmt: skip
-    data = torch.randn(1, TOKENS, CHANNELS)
+    model, data = pf.Perceiver(**MODEL), torch.randn(1, TOKENS, CHANNELS)
     plan = pf.explain(model, data).layers[0].plan
     assert plan.path == "projected" and [use.op for use in plan.uses] == ["layer_norm", "linear"]
     with pf.use_linear("torch"):

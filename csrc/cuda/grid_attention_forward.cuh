@@ -26,19 +26,21 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) grid_attention_forwa
   __shared__ QueryChunk rows;
   const TilePlace at(call);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int n0 = at.n0 + threadIdx.x - lane + g;  // the lane has queries n0, n0 + 8, n0 + 16 and n0 + 24
   const auto query = [&](int n) {
     return Query{call.q + at.b * call.q_batch + min(at.n0 + n, call.queries - 1) * call.q_row, 1.0f};
   };
   const QueryTerms<F> terms(rows, query);
+  const RowReader<F> reader(tokens);
   const RowSums<F> by_row(call, at, out.rows);
   float table[2][tiles][4], shift[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int k = 0; k < 4; ++k) load_table<F>(table[k / 2], k % 2, call, at, query(threadIdx.x - lane + g + 8 * k));
   const auto fill = [&](int i0) {
+    const typename TokenChunk<F>::Raw raw(call, at, i0);
+    const QueryChunk::Raw raw_rows(query(threadIdx.x), F, call.rows, i0);
     __syncthreads();
-    tokens.fill(call, at, i0);
-    rows.fill(query(threadIdx.x), F, call.rows, kHole, i0);
+    tokens.fill(raw);
+    rows.fill(raw_rows, kHole);
     __syncthreads();
   };
 
@@ -55,19 +57,18 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) grid_attention_forwa
           for (int m = 0; m < 2; ++m) terms.load(a[m], m, i);
 #pragma unroll
           for (int u = 0; u < tiles; u += 2) {
-            uint32_t weights[2][4], values[2];
+            const SixteenTokens sixteen(reader, i, u / 2);
+            const uint2 values = reader.values(i, u / 2);
+            uint32_t weights[2][4];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              const uint2 key = tokens.keys[i][8 * (u + h) + g][t];
-              const float2 r = tokens.scales[i][4 * (u + h) + t];
-              values[h] = tokens.values[i][4 * (u + h) + t][g];
 #pragma unroll
               for (int m = 0; m < 2; ++m) {
                 float s[4];
-                mma(s, a[m], key.x, key.y, table[m][u + h]);
+                sixteen.multiply(s, a[m], h, table[m][u + h]);
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                  const float scale = c % 2 ? r.y : r.x;
+                  const float scale = sixteen.scale(h, c);
                   s[c] = exp2_approx(s[c] * scale - shift[2 * m + c / 2]);
                   sums[m][u + h][c] += s[c] * scale;
                 }
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) grid_attention_forwa
               }
             }
 #pragma unroll
-            for (int m = 0; m < 2; ++m) mma(acc[m], weights[m], values[0], values[1], acc[m]);
+            for (int m = 0; m < 2; ++m) mma(acc[m], weights[m], values.x, values.y, acc[m]);
           }
         }
         by_row.flush(call, acc, i0 + start);
@@ -89,11 +90,13 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) grid_attention_forwa
       good &= total[k] >= kLeastTotal && total[k] <= kMostTotal;
     }
     if (again || !__syncthreads_or(!good)) {
-      store_sums<F>(call, at, sums, acc, out, F + 3);
+      const TilePlace place(call);
+      const int n0 = place.n0 + threadIdx.x - lane + g;  // the lane has queries n0, n0 + 8, n0 + 16 and n0 + 24
+      store_sums<F>(call, sums, acc, out, F + 3);
 #pragma unroll
       for (int k = 0; k < 4; ++k)  // of nothing but holes there is no maximum
         if (t == 0 && n0 + 8 * k < call.queries)
-          out.others[at.other(call, F + 3, F + 2, n0 + 8 * k)] = total[k] == 0 ? -INFINITY : shift[k];
+          out.others[place.other(call, F + 3, F + 2, n0 + 8 * k)] = total[k] == 0 ? -INFINITY : shift[k];
       return;
     }
     float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
@@ -107,12 +110,12 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) grid_attention_forwa
           terms.load(a, m, i);
 #pragma unroll
           for (int u = 0; u < tiles; ++u) {
-            const uint2 key = tokens.keys[i][8 * u + g][t];
-            const float2 r = tokens.scales[i][4 * u + t];
+            const SixteenTokens sixteen(reader, i, u / 2);
             float s[4];
-            mma(s, a, key.x, key.y, table[m][u]);
+            sixteen.multiply(s, a, u % 2, table[m][u]);
 #pragma unroll
-            for (int c = 0; c < 4; ++c) most[2 * m + c / 2] = fmaxf(most[2 * m + c / 2], s[c] * (c % 2 ? r.y : r.x));
+            for (int c = 0; c < 4; ++c)
+              most[2 * m + c / 2] = fmaxf(most[2 * m + c / 2], s[c] * sixteen.scale(u % 2, c));
           }
         }
     }

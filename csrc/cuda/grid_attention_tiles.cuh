@@ -30,6 +30,23 @@ constexpr int kForwardBlocks = 3;
 #endif
 constexpr float kHole = -0x1p100f;     // below all logits, and finite: no difference with it is NaN
 
+// A vector of words that lie aligned.
+template <class Vector, class T>
+__device__ Vector read(const T* words) {
+  return *reinterpret_cast<const Vector*>(words);
+}
+
+// A place in shared memory, computed once: not anew in every turn of a loop.
+template <class T>
+__device__ const T* settled(const T* words) {
+#ifdef __CUDACC__
+  unsigned at = __cvta_generic_to_shared(words);
+  asm volatile("" : "+r"(at));
+  words = static_cast<const T*>(__cvta_shared_to_generic(at));
+#endif
+  return words;
+}
+
 // One call. Masked tokens are holes, as is what lies beyond the last row or column.
 struct GridCall {
   const float* q;         // [B, N, F + rows + columns], the last axis dense
@@ -46,6 +63,17 @@ struct GridCall {
   __host__ __device__ int64_t blocks() const { return int64_t(query_blocks()) * column_blocks() * splits * batch; }
 };
 
+// blockIdx.x, read again wherever it is asked for: what is computed from it need not wait in registers.
+inline __device__ int block_index() {
+#ifdef __CUDACC__
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+#else
+  return blockIdx.x;
+#endif
+}
+
 // Which tile is the block's. Blocks of queries follow each other first: neighbours read the same tokens.
 struct TilePlace {
   int n0, j0, first, last;       // first query, column and row, and the row after the last
@@ -54,7 +82,7 @@ struct TilePlace {
 
   __device__ explicit TilePlace(const GridCall& call) {
     const int queries = call.query_blocks(), columns = call.column_blocks();
-    int rest = blockIdx.x;
+    int rest = block_index();
     n0 = rest % queries * kTileQueries, rest /= queries;
     block = rest % columns, rest /= columns;
     split = rest % call.splits, b = rest / call.splits;
@@ -69,45 +97,110 @@ struct TilePlace {
   }
 };
 
-// Tokens of a chunk as second operands of both products, and their scales times log2(e).
+// Tokens of a chunk as second operands of both products, and their scales times log2(e). Of a row a lane reads four
+// vectors of 16 bytes and, with the other lanes of its query, two of scales.
 template <int F>
 struct TokenChunk {
-  static constexpr int group = F < 4 ? 4 : 2;  // rows whose sums a product holds apart, in columns F + 1 ..
-  uint2 keys[kChunk][kTileColumns][4];         // terms 2t, 2t + 1 and 2t + 8, 2t + 9
-  uint32_t values[kChunk][kTileColumns / 2][8];  // of two tokens, by column of the value
-  float2 scales[kChunk][kTileColumns / 2];
+  // Where the vectors of lane 4g + t lie. One of 36 is skipped after every eight, or threads that fill them would meet in a
+  // few banks.
+  static constexpr int kSlots = 36;
+  static __device__ int slot(int g, int t) { return 4 * g + t + g / 2; }
 
-  // A thread makes two neighbours.
-  __device__ void fill(const GridCall& call, const TilePlace& at, int i0) {
+  static constexpr int group = F < 4 ? 4 : 2;  // rows whose sums a product holds apart, in columns F + 1 ..
+  struct alignas(16) Row {
+    uint32_t keys[kTileColumns / 16][kSlots][2][2];  // [16 columns][slot][8 of them]: terms 2t, 2t + 1 and 2t + 8, 2t + 9
+    uint32_t values[kSlots][kTileColumns / 8];       // [slot][8 columns], of two tokens: lane 4g + t has column g
+    float scales[kTileColumns / 16][4][2][2];        // [16 columns][t][8 of them]
+  };
+  Row rows[kChunk];
+
+  // Two neighbours in global memory, which a thread makes. It reads them before the barrier that lets it write, and all
+  // at once: what lies beyond the last row or column, or is masked, reads something that is there.
+  struct Raw {
+    uint32_t x[2][F];
+    float scale[2];
+    bool there[2];
+
+    __device__ Raw(const GridCall& call, const TilePlace& at, int i0) {
+      const int i = i0 + threadIdx.x / (kTileColumns / 2), j = at.j0 + threadIdx.x % (kTileColumns / 2) * 2;
+      const int64_t row = (at.b * call.rows + min(i, call.rows - 1)) * call.columns;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int64_t token = row + min(j + h, call.columns - 1);
+        there[h] = i < call.rows && j + h < call.columns && (!call.mask || call.mask[token]);
+        scale[h] = call.scale[token];
+#pragma unroll
+        for (int f = 0; f < F; ++f) x[h][f] = call.feat[token * F + f];
+      }
+    }
+  };
+
+  __device__ void fill(const Raw& raw) {
     constexpr float log2_e = 1.44269504088896341f;
     const int row = threadIdx.x / (kTileColumns / 2), pair = threadIdx.x % (kTileColumns / 2);
-    const int left = i0 + row < call.rows ? call.columns - at.j0 - 2 * pair : 0;  // columns from here on
-    const int64_t token = (at.b * call.rows + i0 + row) * call.columns + at.j0 + 2 * pair;
-    const uint16_t* feat = call.feat + token * F;
-    const float* scale = call.scale + token;
-    const uint8_t* mask = call.mask ? call.mask + token : nullptr;
-    uint16_t x[2][F];
+    const int half = pair / 4 % 2, t = pair % 4;
+    Row& to = rows[row];
+    uint32_t x[2][F];
     float r[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool there = h < left && (!mask || mask[h]);
-      r[h] = there ? scale[h] * log2_e : 1.0f;
+      const bool there = raw.there[h];
+      r[h] = there ? raw.scale[h] * log2_e : 1.0f;
 #pragma unroll
-      for (int f = 0; f < F; ++f) x[h][f] = there ? feat[h * F + f] : 0;
-      const auto term = [&](int k) { return k < 3 * F ? uint32_t(x[h][k % F]) : 0u; };
+      for (int f = 0; f < F; ++f) x[h][f] = there ? raw.x[h][f] : 0;
+      const auto term = [&](int k) { return k < 3 * F ? x[h][k % F] : 0u; };
       const auto word = [&](int w) { return term(2 * w) | term(2 * w + 1) << 16; };
-      uint2* key = keys[row][2 * pair + h];
-      key[0] = {word(0), word(4)}, key[1] = {word(1), word(5)};
-      key[2] = {word(2), (there ? 0u : kBf16One) | kBf16One << 16}, key[3] = {word(3), kBf16One | kBf16One << 16};
+      const auto put = [&](int lane, uint32_t first, uint32_t second) {
+        uint32_t(&key)[2] = to.keys[pair / 8][slot(2 * t + h, lane)][half];
+        key[0] = first, key[1] = second;
+      };
+      put(0, word(0), word(4)), put(1, word(1), word(5));
+      put(2, word(2), (there ? 0u : kBf16One) | kBf16One << 16), put(3, word(3), kBf16One | kBf16One << 16);
     }
-    scales[row][pair] = {r[0], r[1]};
+    to.scales[pair / 8][t][half][0] = r[0], to.scales[pair / 8][t][half][1] = r[1];
     const uint32_t packed = pack_bf16(r[0], r[1]);
-    uint32_t* value = values[row][pair];
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      if (c < F) value[c] = pack_bf16(__uint_as_float(x[0][c] << 16) * r[0], __uint_as_float(x[1][c] << 16) * r[1]);
-      else value[c] = c == F ? kBf16One | kBf16One << 16 : c - F - 1 == row % group ? packed : 0;
+      uint32_t& value = to.values[slot(c, t)][pair / 4];
+      if (c < F) value = pack_bf16(__uint_as_float(x[0][c] << 16) * r[0], __uint_as_float(x[1][c] << 16) * r[1]);
+      else value = c == F ? kBf16One | kBf16One << 16 : c - F - 1 == row % group ? packed : 0;
     }
+  }
+};
+
+// What a lane reads of a row of a chunk.
+template <int F>
+struct RowReader {
+  using Row = typename TokenChunk<F>::Row;
+  static constexpr int kStep = sizeof(Row) / 4;
+  const uint32_t* vectors;
+  const float* scales;
+
+  __device__ explicit RowReader(const TokenChunk<F>& chunk) {
+    const int lane = threadIdx.x % 32, slot = TokenChunk<F>::slot(lane / 4, lane % 4);
+    vectors = settled(chunk.rows[0].keys[0][slot][0]), scales = settled(chunk.rows[0].scales[0][lane % 4][0]);
+  }
+  __device__ uint4 keys(int i, int which) const { return read<uint4>(vectors + i * kStep + 4 * TokenChunk<F>::kSlots * which); }
+  __device__ uint2 values(int i, int which) const { return read<uint2>(vectors + i * kStep + kTileColumns / 4 * TokenChunk<F>::kSlots + 2 * which); }
+  __device__ float4 scale(int i, int which) const { return read<float4>(scales + i * kStep + 16 * which); }
+};
+
+// A lane's keys and scales of 16 columns of a row, in two halves.
+struct SixteenTokens {
+  uint4 keys;
+  float4 scales;
+
+  template <int F>
+  __device__ SixteenTokens(const RowReader<F>& reader, int i, int which)
+      : keys(reader.keys(i, which)), scales(reader.scale(i, which)) {}
+
+  // Adds a half's products with the keys to c.
+  __device__ void multiply(float (&s)[4], const uint32_t (&a)[4], int half, const float (&c)[4]) const {
+    mma(s, a, half ? keys.z : keys.x, half ? keys.w : keys.y, c);
+  }
+  // Of number c that a lane holds of a half's sums.
+  __device__ float scale(int half, int c) const {
+    return half ? (c % 2 ? scales.w : scales.z) : (c % 2 ? scales.y : scales.x);
   }
 };
 
@@ -125,13 +218,23 @@ struct QueryChunk {
   uint2 apart[8];                      // puts what follows into the other banks
   uint2 fixed[kTileQueries];           // terms 8, 9 and 10, 11
 
-  // A thread makes its query's. Rows beyond the last are zeros: their tokens are holes.
-  __device__ void fill(const Query& query, int features, int rows, float hole, int i0) {
-    const Query here{query.channels + features + i0, query.factor};
+  // A query's rows of a chunk in global memory. Those beyond the last are zeros: their tokens are holes.
+  struct Raw {
+    float row[kChunk];
+
+    __device__ Raw(const Query& query, int features, int rows, int i0) {
+      const Query here{query.channels + features + i0, query.factor};
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) row[i] = i < rows - i0 ? here[i] : 0.0f;
+    }
+  };
+
+  // A thread makes its query's.
+  __device__ void fill(const Raw& raw, float hole) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const Pieces row(i < rows - i0 ? here[i] : 0.0f);
-      moving[i][threadIdx.x] = {pack_bf16(hole, row.first), pack_bf16(row.second, row.third)};
+      const Pieces row(raw.row[i]);
+      moving[i][threadIdx.x] = {pack_exact(hole, row.first), pack_exact(row.second, row.third)};
     }
   }
 };
@@ -143,7 +246,7 @@ __device__ uint32_t channel_terms(const Query& query, int k) {
     const Pieces x(k < 3 * F ? query[k % F] : 0.0f);
     return k < F ? x.first : k < 2 * F ? x.second : x.third;
   };
-  return pack_bf16(term(k), term(k + 1));
+  return pack_exact(term(k), term(k + 1));
 }
 
 // A lane's words of the terms of its warp's 32 queries: two in registers, and two in shared memory that change with rows.
@@ -151,7 +254,7 @@ template <int F>
 struct QueryTerms {
   uint32_t early[2][2];  // terms 2t, 2t + 1 of queries g and g + 8 of either half
   const uint32_t* late;
-  int step;
+  int step;  // bytes from row to row
 
   // Fills what is fixed of a chunk: barriers follow before it is read. `query(n)` is a query of the block's tile; those
   // beyond the last repeat it.
@@ -165,12 +268,12 @@ struct QueryTerms {
     const Query own = query(threadIdx.x);
     chunk.fixed[threadIdx.x] = {channel_terms<F>(own, 8), channel_terms<F>(own, 10)};
     late = t < 2 ? &chunk.fixed[n].x + t : &chunk.moving[0][n].x + (t - 2);
-    step = t < 2 ? 0 : 2 * kTileQueries;
+    step = t < 2 ? 0 : sizeof(chunk.moving[0]);
   }
 
   // The first operand of row i of the chunk and half m of the queries.
   __device__ void load(uint32_t (&a)[4], int m, int i) const {
-    const uint32_t* words = late + i * step + 32 * m;
+    const auto* words = reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(late) + i * step) + 32 * m;
     a[0] = early[m][0], a[1] = early[m][1], a[2] = words[0], a[3] = words[16];
   }
 };
@@ -196,8 +299,9 @@ struct GridSums {
 
 // Writes a lane's sums by column, and of acc those by channel and over all tokens; `kinds` of the latter are there.
 template <int F>
-__device__ void store_sums(const GridCall& call, const TilePlace& at, const float (&sums)[2][kTileColumns / 8][4],
+__device__ void store_sums(const GridCall& call, const float (&sums)[2][kTileColumns / 8][4],
                            const float (&acc)[2][4], const GridSums& out, int kinds) {
+  const TilePlace at(call);
   const int lane = threadIdx.x % 32, t = lane % 4, n0 = at.n0 + threadIdx.x - lane + lane / 4;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {

@@ -27,14 +27,17 @@ inline __device__ uint32_t pack_bf16(float first, float second) {
 #endif
 }
 
-inline __device__ float first_of(uint32_t word) { return __uint_as_float(word << 16); }
-inline __device__ float second_of(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
-inline __device__ float to_bf16(float x) { return first_of(pack_bf16(x, 0)); }
+// Both cut off, which is exact for numbers that are bf16.
+inline __device__ uint32_t pack_exact(float first, float second) {
+  return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x7632);
+}
 
-// A float32 in three pieces of bf16 whose sum it is.
+inline __device__ float cut_off(float x) { return __uint_as_float(__float_as_uint(x) & 0xffff0000u); }
+
+// A float32 in three pieces of bf16 whose sum it is: eight of its digits each.
 struct Pieces {
   float first, second, third;
-  __device__ explicit Pieces(float x) : first(to_bf16(x)), second(to_bf16(x - first)), third((x - first) - second) {}
+  __device__ explicit Pieces(float x) : first(cut_off(x)), second(cut_off(x - first)), third((x - first) - second) {}
 };
 
 // 2^x to 2^-22, and zero for results below 2^-126.

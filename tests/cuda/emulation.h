@@ -100,14 +100,34 @@ inline void __syncthreads() { swapcontext(&emulation::current->context, &emulati
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
 struct uint2 {
   uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
 };
 
 inline float __uint_as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
+}
+
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Byte n of the result is that of the two words which digit n of `which` says.
+inline uint32_t __byte_perm(uint32_t first, uint32_t second, uint32_t which) {
+  const uint64_t both = uint64_t(second) << 32 | first;
+  uint32_t result = 0;
+  for (int n = 0; n < 4; ++n) result |= uint32_t(both >> (which >> 4 * n & 7) * 8 & 0xff) << 8 * n;
+  return result;
 }
 
 namespace emulation {

@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ("80", "90", "100")
 STATIC_SHARED = 48 * 1024  # what a block may have without asking
-LOOPS = {  # over rows: instructions for each weight, at most, and tensor cores' among them
-    "grid_attention_forward_kernel": (5.0, 3 / 8),
-    "grid_attention_backward_kernel": (7.5, 5 / 8),
+FORMATS = {f"Li{features}ELb{float16}": float16 for float16 in (0, 1) for features in (1, 2, 3, 4)[: 4 - float16]}
+LOOPS = {  # over rows, by format, bf16 or fp16: instructions for each weight, at most, and tensor cores' among them
+    "grid_attention_forward_kernel": ((4.5, 3 / 8), (5.1, 1 / 2)),
+    "grid_attention_backward_kernel": ((6.9, 5 / 8), (7.5, 3 / 4)),
 }
 REGISTERS = {  # by element type or channels: 65,536 registers over 128 threads and the blocks that should share a multiprocessor
     "fourier_scale_kernel": {"f": 64, "d": 64},
@@ -27,8 +28,8 @@ REGISTERS = {  # by element type or channels: 65,536 registers over 128 threads 
     "fourier_dweight_kernel": {"f": 128, "d": 168},
     "fourier_dtokens_kernel": {"f": 168, "d": 168},
     "add_parts_kernel": {"ff": 40, "dd": 40},
-    "grid_attention_forward_kernel": {f"Li{features}": 168 for features in (1, 2, 3, 4)},  # sm_100: two blocks
-    "grid_attention_backward_kernel": {f"Li{features}": 255 for features in (1, 2, 3, 4)},
+    "grid_attention_forward_kernel": dict.fromkeys(FORMATS, 168),  # sm_100: two blocks
+    "grid_attention_backward_kernel": dict.fromkeys(FORMATS, 255),
 }
 NEEDS_CUDA_TORCH = {  # symbols of libtorch_cuda: all that the library may miss beside a torch without CUDA
     "aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg",
@@ -72,7 +73,7 @@ def compiled(nvcc, tmp_path_factory):
 def usage(said):
     """{(kernel, types): {arch: numbers}} from ptxas -v."""
     pattern = re.compile(
-        r"entry function '\w*?\d([a-z_]+_kernel)I([fd]+|Li\d)E\w*' for 'sm_(\d+)'.*?"
+        r"entry function '\w*?\d([a-z_]+_kernel)I([fd]+|Li\dELb\d)E\w*' for 'sm_(\d+)'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
         re.DOTALL,
     )
@@ -116,14 +117,14 @@ def test_loops_hold_what_was_counted(compiled, record_property):
             next(o for o in compiled[0] if o.stem == "grid_attention").read_bytes(),
         )
         for function in sass.split("Function : ")[1:]:
-            name, features = re.match(r"\w*?\d([a-z_]+_kernel)ILi(\d)E", function).groups()
+            name, types = re.match(r"\w*?\d([a-z_]+_kernel)I(Li\dELb\d)E", function).groups()
             loop = aot.innermost_loop(aot.listing(function))
             cost = loop.total() / loop["MUFU.EX2"]
-            found[name, features, arch] = cost
-            most, products = LOOPS[name]
+            found[name, types, arch] = cost
+            most, products = LOOPS[name][FORMATS[types]]
             assert loop["HMMA"] == loop["MUFU.EX2"] * products and not loop["LDL"] + loop["STL"], (name, arch, loop)
-            assert cost <= most, (name, features, arch, cost)
-    assert len(found) == 4 * len(ARCHS) * len(LOOPS)
+            assert cost <= most, (name, types, arch, cost)
+    assert len(found) == len(FORMATS) * len(ARCHS) * len(LOOPS)
     record_property("instructions a weight", {str(key): round(cost, 2) for key, cost in found.items()})
 
 

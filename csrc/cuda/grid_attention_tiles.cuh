@@ -6,7 +6,7 @@
 //
 // of which a product with 16 terms gives all but the first, which it accumulates on:
 //
-//   terms    0 .. 3F - 1                          12        13 .. 15
+//   terms    0 .. 11, see ChannelTerms            12        13 .. 15
 //   query    g in three pieces of bf16            -2^100    row[n, i] in three pieces
 //   token    x, once for every piece              hole      1
 //
@@ -51,7 +51,7 @@ __device__ const T* settled(const T* words) {
 struct GridCall {
   const float* q;         // [B, N, F + rows + columns], the last axis dense
   int64_t q_batch, q_row; // its strides; the first may be 0
-  const uint16_t* feat;   // [B, rows, columns, F], bf16
+  const uint16_t* feat;   // [B, rows, columns, F], bf16 or fp16
   const float* scale;     // [B, rows, columns]
   const uint8_t* mask;    // [B, rows, columns], 0 for masked tokens; or null
   int batch, queries, rows, columns;
@@ -97,113 +97,6 @@ struct TilePlace {
   }
 };
 
-// Tokens of a chunk as second operands of both products, and their scales times log2(e). Of a row a lane reads four
-// vectors of 16 bytes and, with the other lanes of its query, two of scales.
-template <int F>
-struct TokenChunk {
-  // Where the vectors of lane 4g + t lie. One of 36 is skipped after every eight, or threads that fill them would meet in a
-  // few banks.
-  static constexpr int kSlots = 36;
-  static __device__ int slot(int g, int t) { return 4 * g + t + g / 2; }
-
-  static constexpr int group = F < 4 ? 4 : 2;  // rows whose sums a product holds apart, in columns F + 1 ..
-  struct alignas(16) Row {
-    uint32_t keys[kTileColumns / 16][kSlots][2][2];  // [16 columns][slot][8 of them]: terms 2t, 2t + 1 and 2t + 8, 2t + 9
-    uint32_t values[kSlots][kTileColumns / 8];       // [slot][8 columns], of two tokens: lane 4g + t has column g
-    float scales[kTileColumns / 16][4][2][2];        // [16 columns][t][8 of them]
-  };
-  Row rows[kChunk];
-
-  // Two neighbours in global memory, which a thread makes. It reads them before the barrier that lets it write, and all
-  // at once: what lies beyond the last row or column, or is masked, reads something that is there.
-  struct Raw {
-    uint32_t x[2][F];
-    float scale[2];
-    bool there[2];
-
-    __device__ Raw(const GridCall& call, const TilePlace& at, int i0) {
-      const int i = i0 + threadIdx.x / (kTileColumns / 2), j = at.j0 + threadIdx.x % (kTileColumns / 2) * 2;
-      const int64_t row = (at.b * call.rows + min(i, call.rows - 1)) * call.columns;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t token = row + min(j + h, call.columns - 1);
-        there[h] = i < call.rows && j + h < call.columns && (!call.mask || call.mask[token]);
-        scale[h] = call.scale[token];
-#pragma unroll
-        for (int f = 0; f < F; ++f) x[h][f] = call.feat[token * F + f];
-      }
-    }
-  };
-
-  __device__ void fill(const Raw& raw) {
-    constexpr float log2_e = 1.44269504088896341f;
-    const int row = threadIdx.x / (kTileColumns / 2), pair = threadIdx.x % (kTileColumns / 2);
-    const int half = pair / 4 % 2, t = pair % 4;
-    Row& to = rows[row];
-    uint32_t x[2][F];
-    float r[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const bool there = raw.there[h];
-      r[h] = there ? raw.scale[h] * log2_e : 1.0f;
-#pragma unroll
-      for (int f = 0; f < F; ++f) x[h][f] = there ? raw.x[h][f] : 0;
-      const auto term = [&](int k) { return k < 3 * F ? x[h][k % F] : 0u; };
-      const auto word = [&](int w) { return term(2 * w) | term(2 * w + 1) << 16; };
-      const auto put = [&](int lane, uint32_t first, uint32_t second) {
-        uint32_t(&key)[2] = to.keys[pair / 8][slot(2 * t + h, lane)][half];
-        key[0] = first, key[1] = second;
-      };
-      put(0, word(0), word(4)), put(1, word(1), word(5));
-      put(2, word(2), (there ? 0u : kBf16One) | kBf16One << 16), put(3, word(3), kBf16One | kBf16One << 16);
-    }
-    to.scales[pair / 8][t][half][0] = r[0], to.scales[pair / 8][t][half][1] = r[1];
-    const uint32_t packed = pack_bf16(r[0], r[1]);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      uint32_t& value = to.values[slot(c, t)][pair / 4];
-      if (c < F) value = pack_bf16(__uint_as_float(x[0][c] << 16) * r[0], __uint_as_float(x[1][c] << 16) * r[1]);
-      else value = c == F ? kBf16One | kBf16One << 16 : c - F - 1 == row % group ? packed : 0;
-    }
-  }
-};
-
-// What a lane reads of a row of a chunk.
-template <int F>
-struct RowReader {
-  using Row = typename TokenChunk<F>::Row;
-  static constexpr int kStep = sizeof(Row) / 4;
-  const uint32_t* vectors;
-  const float* scales;
-
-  __device__ explicit RowReader(const TokenChunk<F>& chunk) {
-    const int lane = threadIdx.x % 32, slot = TokenChunk<F>::slot(lane / 4, lane % 4);
-    vectors = settled(chunk.rows[0].keys[0][slot][0]), scales = settled(chunk.rows[0].scales[0][lane % 4][0]);
-  }
-  __device__ uint4 keys(int i, int which) const { return read<uint4>(vectors + i * kStep + 4 * TokenChunk<F>::kSlots * which); }
-  __device__ uint2 values(int i, int which) const { return read<uint2>(vectors + i * kStep + kTileColumns / 4 * TokenChunk<F>::kSlots + 2 * which); }
-  __device__ float4 scale(int i, int which) const { return read<float4>(scales + i * kStep + 16 * which); }
-};
-
-// A lane's keys and scales of 16 columns of a row, in two halves.
-struct SixteenTokens {
-  uint4 keys;
-  float4 scales;
-
-  template <int F>
-  __device__ SixteenTokens(const RowReader<F>& reader, int i, int which)
-      : keys(reader.keys(i, which)), scales(reader.scale(i, which)) {}
-
-  // Adds a half's products with the keys to c.
-  __device__ void multiply(float (&s)[4], const uint32_t (&a)[4], int half, const float (&c)[4]) const {
-    mma(s, a, half ? keys.z : keys.x, half ? keys.w : keys.y, c);
-  }
-  // Of number c that a lane holds of a half's sums.
-  __device__ float scale(int half, int c) const {
-    return half ? (c % 2 ? scales.w : scales.z) : (c % 2 ? scales.y : scales.x);
-  }
-};
-
 // A query's channels, followed by its rows and its columns, times a factor.
 struct Query {
   const float* channels;
@@ -233,24 +126,25 @@ struct QueryChunk {
   __device__ void fill(const Raw& raw, float hole) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const Pieces row(raw.row[i]);
+      const Pieces row = Pieces::cut(raw.row[i]);
       moving[i][threadIdx.x] = {pack_exact(hole, row.first), pack_exact(row.second, row.third)};
     }
   }
 };
 
 // Terms k and k + 1 of a query's channels, k < 12.
-template <int F>
+template <int F, class Terms>
 __device__ uint32_t channel_terms(const Query& query, int k) {
   const auto term = [&](int k) {
-    const Pieces x(k < 3 * F ? query[k % F] : 0.0f);
-    return k < F ? x.first : k < 2 * F ? x.second : x.third;
+    const Pieces x = Pieces::rounded(k < Terms::count ? query[k % F] : 0.0f);
+    const int piece = Terms::of_query(k);
+    return piece == 0 ? x.first : piece == 1 ? x.second : x.third;
   };
-  return pack_exact(term(k), term(k + 1));
+  return pack_bf16(term(k), term(k + 1));
 }
 
 // A lane's words of the terms of its warp's 32 queries: two in registers, and two in shared memory that change with rows.
-template <int F>
+template <int F, class Terms>
 struct QueryTerms {
   uint32_t early[2][2];  // terms 2t, 2t + 1 of queries g and g + 8 of either half
   const uint32_t* late;
@@ -264,9 +158,9 @@ struct QueryTerms {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) early[m][h] = channel_terms<F>(query(n + 16 * m + 8 * h), 2 * t);
+      for (int h = 0; h < 2; ++h) early[m][h] = channel_terms<F, Terms>(query(n + 16 * m + 8 * h), 2 * t);
     const Query own = query(threadIdx.x);
-    chunk.fixed[threadIdx.x] = {channel_terms<F>(own, 8), channel_terms<F>(own, 10)};
+    chunk.fixed[threadIdx.x] = {channel_terms<F, Terms>(own, 8), channel_terms<F, Terms>(own, 10)};
     late = t < 2 ? &chunk.fixed[n].x + t : &chunk.moving[0][n].x + (t - 2);
     step = t < 2 ? 0 : sizeof(chunk.moving[0]);
   }
@@ -320,9 +214,8 @@ __device__ void store_sums(const GridCall& call, const float (&sums)[2][kTileCol
 }
 
 // Where a lane's sums by row go, which stand apart in columns of acc: [column blocks, B, rows, N].
-template <int F>
+template <int F, int group>
 struct RowSums {
-  static constexpr int group = TokenChunk<F>::group;
   float* at;  // of the first row of the lane's two, counted from a group's first, and of its first query
   int row, n;
 

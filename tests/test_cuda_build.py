@@ -4,6 +4,8 @@ What a kernel needs of a multiprocessor decides how many blocks share it, and th
 say how fast they are.
 """
 
+import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +33,8 @@ REGISTERS = {  # by element type or channels: 65,536 registers over 128 threads 
     "grid_attention_forward_kernel": dict.fromkeys(FORMATS, 168),  # sm_100: two blocks
     "grid_attention_backward_kernel": dict.fromkeys(FORMATS, 255),
 }
+# Folders of headers of other torches, joined as paths are: what their wheels have in torch/include.
+HEADERS = [Path(path) for path in os.environ.get("PERCEIVER_FAST_TEST_TORCH_HEADERS", "").split(os.pathsep) if path]
 NEEDS_CUDA_TORCH = {  # symbols of libtorch_cuda: all that the library may miss beside a torch without CUDA
     "aoti_torch_get_current_cuda_stream", "torch_c10_cuda_check_msg", "torch_c10_cuda_free_error_msg",
 }  # fmt: skip
@@ -53,15 +57,19 @@ def nvcc():
     return found
 
 
+def build_flags(include):
+    """What setup.py compiles with, against a torch's headers."""
+    text = (ROOT / "setup.py").read_text()
+    oldest = re.search(r"OLDEST_TORCH = \((\d+), (\d+)\)", text).groups()
+    flags = re.search(r'CUDA_FLAGS = "([^"]*)"', text)[1].split()
+    return [*flags, f"-I{include}", "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*map(int, oldest))]
+
+
 @pytest.fixture(scope="module")
 def compiled(nvcc, tmp_path_factory):
     """The objects, and what ptxas said of them."""
     folder = tmp_path_factory.mktemp("cuda")
-    text = (ROOT / "setup.py").read_text()
-    oldest = re.search(r"OLDEST_TORCH = \((\d+), (\d+)\)", text).groups()
-    flags = re.search(r'CUDA_FLAGS = "([^"]*)"', text)[1].split()
-    flags += [f"-I{Path(torch.__file__).parent / 'include'}", "--threads", "2", "-Xptxas", "-v"]
-    flags += ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*map(int, oldest))]
+    flags = [*build_flags(Path(torch.__file__).parent / "include"), "--threads", "2", "-Xptxas", "-v"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     objects, said = [], ""
     for source in SOURCES:
@@ -147,3 +155,21 @@ for op in ("fourier_projection_forward", "fourier_projection_backward", "grid_at
 print(torch.cuda.is_initialized())
 """
     assert run(sys.executable, "-c", code).split() == 4 * ["True"] + ["False"]
+
+
+@pytest.mark.skipif(
+    not HEADERS, reason="PERCEIVER_FAST_TEST_TORCH_HEADERS names no headers: only torch's own were compiled"
+)
+def test_headers_of_other_torches(nvcc, tmp_path):
+    for include, source in itertools.product(HEADERS, SOURCES):
+        assert (include / "torch/csrc/stable/library.h").exists(), include
+        said = run(
+            nvcc,
+            *build_flags(include),
+            f"-gencode=arch=compute_{ARCHS[1]},code=sm_{ARCHS[1]}",
+            "-c",
+            source,
+            "-o",
+            tmp_path / "object.o",
+        )
+        assert "warning" not in said, (include, said)

@@ -15,7 +15,8 @@ T* pointer(const Tensor& t) {
 
 void expect(bool holds, const char* what) { STD_TORCH_CHECK(holds, "grid_attention: expected ", what); }
 
-// q [B, N, F + rows + columns] float32, feat [B, rows, columns, F] bfloat16 or float16, scale float32 and mask uint8 [B, rows, columns].
+// q [B, N, F + rows + columns] float32, feat [B, rows, columns, F] bfloat16 or float16, scale float32 and mask uint8
+// [B, rows, columns].
 GridCall checked(const Tensor& q, const Tensor& feat, const Tensor& scale, const std::optional<Tensor>& mask,
                  const Tensor& column_parts, int64_t splits, int64_t per_split) {
   expect(q.dim() == 3 && feat.dim() == 4 && scale.dim() == 3 && column_parts.dim() == 4, "tensors of the op's ranks");

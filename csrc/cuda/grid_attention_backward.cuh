@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class Launch>
-void grid_attention_backward(const Launch& launch, const GridCall& call, int features, bool float16, const GridGradients& in,
-                             const GridSums& out) {
+void grid_attention_backward(const Launch& launch, const GridCall& call, int features, bool float16,
+                             const GridGradients& in, const GridSums& out) {
   const dim3 grid(unsigned(call.blocks()));
   if (float16) {
     if (features == 1) launch(grid_attention_backward_kernel<1, true>, grid, call, in, out);

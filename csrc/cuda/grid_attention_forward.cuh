@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) grid_attention_forwa
 }
 
 template <class Launch>
-void grid_attention_forward(const Launch& launch, const GridCall& call, int features, bool float16, const GridSums& out) {
+void grid_attention_forward(const Launch& launch, const GridCall& call, int features, bool float16,
+                            const GridSums& out) {
   const dim3 grid(unsigned(call.blocks()));
   if (float16) {
     if (features == 1) launch(grid_attention_forward_kernel<1, true>, grid, call, out);

@@ -35,7 +35,8 @@ struct TokenChunk {
 
   struct alignas(16) Row {
     uint32_t keys[kTileColumns / 16][kSlots][2][2];  // [16 columns][slot][8 of them]: terms 2t, 2t + 1 and 2t + 8, 2t + 9
-    // Lane 4g + t has column g of values 2t and 2t + 1 of 8 columns: bf16 [slot][8 columns], fp16 [16 columns][slot][8 of them][2]
+    // Lane 4g + t has column g of values 2t and 2t + 1 of 8 columns: in bf16 [slot][8 columns], two in a word, and in fp16
+    // [16 columns][slot][8 of them][2].
     uint32_t values[kFloat16 ? 2 : 1][kSlots][4];
     float scales[kTileColumns / 16][4][2][2];  // [16 columns][t][8 of them], times log2(e)
   };
@@ -163,7 +164,8 @@ struct Weights<false> {
   __device__ void add(float (&acc)[4], const uint2& values) const { mma(acc, words, values.x, values.y, acc); }
 };
 
-// Tensor cores need not look at the digits that TF32 has not, so `kept` takes them off first: all sums are of the same weights.
+// Tensor cores do not look at digits that TF32 has not, or may not: `kept` takes them off, and all sums are of the same
+// weights.
 template <>
 struct Weights<true> {
   uint32_t words[2][4];

@@ -163,8 +163,8 @@ inline float from_float16(uint32_t bits) {
 // What a lane has of a product, and of all lanes what it needs. csrc/cuda/tensor_core.cuh says which lane holds what: `a` and
 // `b` find a number of a row or column in a lane's words. Sums are in float32, in order: how GPUs round is not emulated.
 template <class A, class B>
-void product(float (&d)[4], const uint32_t (&words)[4], uint32_t b0, uint32_t b1, const float (&c)[4], int terms, const A& a,
-             const B& b) {
+void product(float (&d)[4], const uint32_t (&words)[4], uint32_t b0, uint32_t b1, const float (&c)[4], int terms,
+             const A& a, const B& b) {
   struct Lane {
     uint32_t a[4], b[2];
   };
@@ -189,7 +189,8 @@ void product(float (&d)[4], const uint32_t (&words)[4], uint32_t b0, uint32_t b1
 inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
   const auto half = [](uint32_t word, int k) { return __uint_as_float(k % 2 ? word & 0xffff0000u : word << 16); };
   product(
-      d, a, b0, b1, c, 16, [&](const auto* row, int upper, int k) { return half(row[k % 8 / 2].a[k / 8 * 2 + upper], k); },
+      d, a, b0, b1, c, 16,
+      [&](const auto* row, int upper, int k) { return half(row[k % 8 / 2].a[k / 8 * 2 + upper], k); },
       [&](const auto* column, int k) { return half(column[k % 8 / 2].b[k / 8], k); });
 }
 

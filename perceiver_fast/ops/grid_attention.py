@@ -81,15 +81,14 @@ def _triton_reasons(call: GridAttentionCall) -> list[str]:
 def _cuda_reasons(call: GridAttentionCall) -> list[str]:
     reasons = kernel_reasons(extension.cuda_error, "cuda", call.device, call.dtype)
     reasons += [] if triton_error is None else [f"its sums are merged by Triton's kernels, and {triton_error}"]
-    most = CUDA_FEATURES.get(call.half, max(CUDA_FEATURES.values()))
-    if call.half not in CUDA_FEATURES:
-        reasons.append(f"it takes channels in bfloat16 or float16, not {call.half or call.dtype}")
+    half = call.half or call.dtype
+    if half not in CUDA_FEATURES:
+        reasons.append(f"it takes channels in bfloat16 or float16, not {half}")
     if len(call.sizes) != 2:
         reasons.append(f"it takes grids of two axes, not {len(call.sizes)}")
+    most = CUDA_FEATURES.get(half, max(CUDA_FEATURES.values()))
     if call.features > most:
-        reasons.append(
-            f"it takes up to {most} raw channels{f' in {call.half}' if call.half else ''}, not {call.features}"
-        )
+        reasons.append(f"it takes up to {most} raw channels{f' in {half}' if call.half else ''}, not {call.features}")
     if call.dropout > 0:
         reasons.append("it drops no weights")
     if call.inverted:

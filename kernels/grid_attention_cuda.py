@@ -1,6 +1,6 @@
 """Grid attention's sweeps in CUDA C++ (csrc/cuda/grid_attention_*.cuh), beside Triton's and with the same partial sums.
 
-They take bfloat16 channels of an image and build what tensor cores multiply in the block, so that no kernel describes the
+They take half-precision channels of an image and build what tensor cores multiply in the block, so that no kernel describes the
 tokens before. The op's declaration says which calls are theirs (perceiver_fast/ops/grid_attention.py).
 """
 

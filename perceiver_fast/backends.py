@@ -108,7 +108,7 @@ class use_backend(Use):
     Args:
         name: ``"auto"`` (the best that can run each call; the default), ``"cpu"`` (the C++ kernels),
             ``"triton"`` (the Triton kernels of the ops that have them, on GPUs),
-            ``"cuda"`` (the CUDA kernels of ``fourier_projection``, and of ``grid_attention`` in bfloat16) or ``"reference"`` (plain PyTorch). The
+            ``"cuda"`` (the CUDA kernels of ``fourier_projection``, and of ``grid_attention`` in half precision) or ``"reference"`` (plain PyTorch). The
             environment variable PERCEIVER_FAST_BACKEND sets the process's own value.
 
     Raises:

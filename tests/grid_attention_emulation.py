@@ -60,15 +60,15 @@ def operators(library):
     def sums(q, feat, scale, mask, column_parts, row_parts, sum_parts, splits, per_split):
         call = described(q, feat, scale, mask, column_parts.shape[-1], splits, per_split)
         outputs = column_parts, row_parts, sum_parts
-        both_ways(
-            lambda down: library.forward(ctypes.byref(call), feat.shape[-1], down, *map(address, outputs)), outputs
-        )
+        of = ctypes.byref(call), feat.shape[-1], feat.dtype == torch.float16
+        both_ways(lambda down: library.forward(*of, down, *map(address, outputs)), outputs)
 
     def gradient_sums(q, feat, scale, mask, d_o, stats, column_parts, row_parts, sum_parts, splits, per_split):
         call = described(q, feat, scale, mask, column_parts.shape[-1], splits, per_split)
         given, outputs = map(address, (d_o, stats)), (column_parts, row_parts, sum_parts)
         given = [*given, *map(address, outputs)]
-        both_ways(lambda down: library.backward(ctypes.byref(call), feat.shape[-1], down, *given), outputs)
+        of = ctypes.byref(call), feat.shape[-1], feat.dtype == torch.float16
+        both_ways(lambda down: library.backward(*of, down, *given), outputs)
 
     source = (ROOT / "csrc" / "cuda" / "grid_attention.cu").read_text()
     schemas = ["".join(re.findall(r'"([^"]*)"', part)) for part in re.findall(r"m\.def\((.*?)\);", source, re.DOTALL)]

@@ -15,17 +15,20 @@ T* pointer(const Tensor& t) {
 
 void expect(bool holds, const char* what) { STD_TORCH_CHECK(holds, "grid_attention: expected ", what); }
 
-// q [B, N, F + rows + columns] float32, feat [B, rows, columns, F] bfloat16, scale float32 and mask uint8 [B, rows, columns].
+// q [B, N, F + rows + columns] float32, feat [B, rows, columns, F] bfloat16 or float16, scale float32 and mask uint8
+// [B, rows, columns].
 GridCall checked(const Tensor& q, const Tensor& feat, const Tensor& scale, const std::optional<Tensor>& mask,
                  const Tensor& column_parts, int64_t splits, int64_t per_split) {
   expect(q.dim() == 3 && feat.dim() == 4 && scale.dim() == 3 && column_parts.dim() == 4, "tensors of the op's ranks");
   expect(q.scalar_type() == ScalarType::Float && scale.scalar_type() == ScalarType::Float, "float32 q and scale");
-  expect(feat.scalar_type() == ScalarType::BFloat16, "bfloat16 feat");
+  const bool float16 = feat.scalar_type() == ScalarType::Half;
+  expect(float16 || feat.scalar_type() == ScalarType::BFloat16, "bfloat16 or float16 feat");
   expect(feat.is_contiguous() && scale.is_contiguous() && q.stride(2) == 1, "dense feat, scale and rows of q");
   const int64_t rows = feat.size(1), columns = feat.size(2), features = feat.size(3);
   expect(q.size(0) == feat.size(0) && q.size(2) == features + rows + columns, "q [B, N, F + rows + columns]");
   expect(scale.size(0) == feat.size(0) && scale.size(1) == rows && scale.size(2) == columns, "scale [B, rows, columns]");
-  expect(features >= 1 && features <= 4 && splits >= 1 && per_split % kChunk == 0, "1 to 4 channels, and whole chunks");
+  expect(features >= 1 && features <= (float16 ? 3 : 4), "1 to 4 channels in bfloat16, 1 to 3 in float16");
+  expect(splits >= 1 && per_split % kChunk == 0, "whole chunks");
   expect(splits * per_split >= rows && (splits - 1) * per_split < rows, "splits that share the rows");
   for (const Tensor* t : {&feat, &scale, &column_parts})
     expect(t->is_cuda() && t->get_device_index() == q.get_device_index(), "tensors of one device");
@@ -65,7 +68,7 @@ void forward(const Tensor& q, const Tensor& feat, const Tensor& scale, const std
   const GridCall call = checked(q, feat, scale, mask, column_parts, splits, per_split);
   const int features = int(feat.size(3));
   const GridSums out = sums_of(call, q, column_parts, row_parts, sum_parts, features + 3);
-  grid_attention_forward(Launch{current_stream(q)}, call, features, out);
+  grid_attention_forward(Launch{current_stream(q)}, call, features, feat.scalar_type() == ScalarType::Half, out);
 }
 
 void backward(const Tensor& q, const Tensor& feat, const Tensor& scale, const std::optional<Tensor>& mask,
@@ -77,7 +80,7 @@ void backward(const Tensor& q, const Tensor& feat, const Tensor& scale, const st
   const int64_t count = int64_t(call.batch) * call.queries;
   const GridGradients in{numbers(d_o, count * q.size(2), q), numbers(stats, 4 * count, q)};
   const GridSums out = sums_of(call, q, column_parts, row_parts, sum_parts, features + 1);
-  grid_attention_backward(Launch{current_stream(q)}, call, features, in, out);
+  grid_attention_backward(Launch{current_stream(q)}, call, features, feat.scalar_type() == ScalarType::Half, in, out);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 // with the factor 2^(shift - lse) ln(2) in the gradients. Both bracketed sums are products with the tokens' keys.
 #pragma once
 
-#include "grid_attention_tiles.cuh"
+#include "grid_attention_tokens.cuh"
 
 namespace perceiver_fast {
 
@@ -17,14 +17,15 @@ struct GridGradients {
 
 // Sums go by column to [splits, B, N, padded], by row to [column blocks, B, rows, N], by channel and over all tokens to
 // [splits, column blocks, B, F + 1, N].
-template <int F>
+template <int F, bool kFloat16>
 __global__ void __launch_bounds__(kThreads, 2)
     grid_attention_backward_kernel(GridCall call, GridGradients in, GridSums out) {
-  constexpr int tiles = kTileColumns / 8, group = TokenChunk<F>::group;
-  __shared__ TokenChunk<F> tokens;
+  using Tokens = TokenChunk<F, kFloat16>;
+  constexpr int tiles = kTileColumns / 8, group = Tokens::group;
+  __shared__ Tokens tokens;
   __shared__ QueryChunk rows, d_rows;
   const TilePlace at(call);
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, g = lane / 4;
   const int64_t count = int64_t(call.batch) * call.queries;
   const auto inside = [&](int n) { return at.b * call.queries + min(at.n0 + n, call.queries - 1); };
   const auto query = [&](int n) {
@@ -35,8 +36,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t row = inside(n);
     return Query{in.d_o + row * (F + call.rows + call.columns), in.stats[count + row] * ln_2};
   };
-  const QueryTerms<F> terms(rows, query), d_terms(d_rows, d_query);
-  const RowSums<F> by_row(call, at, out.rows);
+  const QueryTerms<F, typename Tokens::Terms> terms(rows, query), d_terms(d_rows, d_query);
+  const RowReader<F, kFloat16> reader(tokens);
+  const RowSums<F, group> by_row(call, at, out.rows);
   float table[2][tiles][4], d_table[2][tiles][4], shift[4], delta[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -47,10 +49,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   float sums[2][tiles][4] = {}, acc[2][4] = {};
   for (int i0 = at.first; i0 < at.last; i0 += kChunk) {
+    const typename Tokens::Raw raw(call, at, i0);
+    const QueryChunk::Raw raw_rows(query(threadIdx.x), F, call.rows, i0), d_raw(d_query(threadIdx.x), F, call.rows, i0);
     __syncthreads();
-    tokens.fill(call, at, i0);
-    rows.fill(query(threadIdx.x), F, call.rows, kHole, i0);
-    d_rows.fill(d_query(threadIdx.x), F, call.rows, 0.0f, i0);
+    tokens.fill(raw);
+    rows.fill(raw_rows, kHole), d_rows.fill(d_raw, 0.0f);
     __syncthreads();
 #pragma unroll 1
     for (int start = 0; start < kChunk; start += group) {
@@ -61,44 +64,50 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int m = 0; m < 2; ++m) terms.load(a[m], m, i), d_terms.load(d_a[m], m, i);
 #pragma unroll
         for (int u = 0; u < tiles; u += 2) {
-          uint32_t gradients[2][4], values[2];
+          const SixteenTokens sixteen(reader, i, u / 2);
+          const auto values = reader.values(i, u / 2);
+          Weights<kFloat16> gradients[2];
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const uint2 key = tokens.keys[i][8 * (u + h) + g][t];
-            const float2 r = tokens.scales[i][4 * (u + h) + t];
-            values[h] = tokens.values[i][4 * (u + h) + t][g];
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
               float s[4], d_s[4];
-              mma(s, a[m], key.x, key.y, table[m][u + h]);
-              mma(d_s, d_a[m], key.x, key.y, d_table[m][u + h]);
+              sixteen.multiply(s, a[m], h, table[m][u + h]);
+              sixteen.multiply(d_s, d_a[m], h, d_table[m][u + h]);
 #pragma unroll
               for (int c = 0; c < 4; ++c) {
-                const float scale = c % 2 ? r.y : r.x;
-                d_s[c] = exp2_approx(s[c] * scale - shift[2 * m + c / 2]) * (d_s[c] * scale - delta[2 * m + c / 2]);
+                const float scale = sixteen.scale(h, c);
+                const float p = exp2_approx(s[c] * scale - shift[2 * m + c / 2]);
+                d_s[c] = gradients[m].kept(p * (d_s[c] * scale - delta[2 * m + c / 2]));
                 sums[m][u + h][c] += d_s[c] * scale;
               }
-              gradients[m][2 * h] = pack_bf16(d_s[0], d_s[1]), gradients[m][2 * h + 1] = pack_bf16(d_s[2], d_s[3]);
+              gradients[m].put(h, d_s);
             }
           }
 #pragma unroll
-          for (int m = 0; m < 2; ++m) mma(acc[m], gradients[m], values[0], values[1], acc[m]);
+          for (int m = 0; m < 2; ++m) gradients[m].add(acc[m], values);
         }
       }
       by_row.flush(call, acc, i0 + start);
     }
   }
-  store_sums<F>(call, at, sums, acc, out, F + 1);
+  store_sums<F>(call, sums, acc, out, F + 1);
 }
 
 template <class Launch>
-void grid_attention_backward(const Launch& launch, const GridCall& call, int features, const GridGradients& in,
-                             const GridSums& out) {
+void grid_attention_backward(const Launch& launch, const GridCall& call, int features, bool float16,
+                             const GridGradients& in, const GridSums& out) {
   const dim3 grid(unsigned(call.blocks()));
-  if (features == 1) launch(grid_attention_backward_kernel<1>, grid, call, in, out);
-  if (features == 2) launch(grid_attention_backward_kernel<2>, grid, call, in, out);
-  if (features == 3) launch(grid_attention_backward_kernel<3>, grid, call, in, out);
-  if (features == 4) launch(grid_attention_backward_kernel<4>, grid, call, in, out);
+  if (float16) {
+    if (features == 1) launch(grid_attention_backward_kernel<1, true>, grid, call, in, out);
+    if (features == 2) launch(grid_attention_backward_kernel<2, true>, grid, call, in, out);
+    if (features == 3) launch(grid_attention_backward_kernel<3, true>, grid, call, in, out);
+    return;
+  }
+  if (features == 1) launch(grid_attention_backward_kernel<1, false>, grid, call, in, out);
+  if (features == 2) launch(grid_attention_backward_kernel<2, false>, grid, call, in, out);
+  if (features == 3) launch(grid_attention_backward_kernel<3, false>, grid, call, in, out);
+  if (features == 4) launch(grid_attention_backward_kernel<4, false>, grid, call, in, out);
 }
 
 }  // namespace perceiver_fast

@@ -6,7 +6,7 @@
 //
 // of which a product with 16 terms gives all but the first, which it accumulates on:
 //
-//   terms    0 .. 3F - 1                          12        13 .. 15
+//   terms    0 .. 11, see ChannelTerms            12        13 .. 15
 //   query    g in three pieces of bf16            -2^100    row[n, i] in three pieces
 //   token    x, once for every piece              hole      1
 //
@@ -30,11 +30,28 @@ constexpr int kForwardBlocks = 3;
 #endif
 constexpr float kHole = -0x1p100f;     // below all logits, and finite: no difference with it is NaN
 
+// A vector of words that lie aligned.
+template <class Vector, class T>
+__device__ Vector read(const T* words) {
+  return *reinterpret_cast<const Vector*>(words);
+}
+
+// A place in shared memory, computed once: not anew in every turn of a loop.
+template <class T>
+__device__ const T* settled(const T* words) {
+#ifdef __CUDACC__
+  unsigned at = __cvta_generic_to_shared(words);
+  asm volatile("" : "+r"(at));
+  words = static_cast<const T*>(__cvta_shared_to_generic(at));
+#endif
+  return words;
+}
+
 // One call. Masked tokens are holes, as is what lies beyond the last row or column.
 struct GridCall {
   const float* q;         // [B, N, F + rows + columns], the last axis dense
   int64_t q_batch, q_row; // its strides; the first may be 0
-  const uint16_t* feat;   // [B, rows, columns, F], bf16
+  const uint16_t* feat;   // [B, rows, columns, F], bf16 or fp16
   const float* scale;     // [B, rows, columns]
   const uint8_t* mask;    // [B, rows, columns], 0 for masked tokens; or null
   int batch, queries, rows, columns;
@@ -46,6 +63,17 @@ struct GridCall {
   __host__ __device__ int64_t blocks() const { return int64_t(query_blocks()) * column_blocks() * splits * batch; }
 };
 
+// blockIdx.x, read again wherever it is asked for: what is computed from it need not wait in registers.
+inline __device__ int block_index() {
+#ifdef __CUDACC__
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+#else
+  return blockIdx.x;
+#endif
+}
+
 // Which tile is the block's. Blocks of queries follow each other first: neighbours read the same tokens.
 struct TilePlace {
   int n0, j0, first, last;       // first query, column and row, and the row after the last
@@ -54,7 +82,7 @@ struct TilePlace {
 
   __device__ explicit TilePlace(const GridCall& call) {
     const int queries = call.query_blocks(), columns = call.column_blocks();
-    int rest = blockIdx.x;
+    int rest = block_index();
     n0 = rest % queries * kTileQueries, rest /= queries;
     block = rest % columns, rest /= columns;
     split = rest % call.splits, b = rest / call.splits;
@@ -66,48 +94,6 @@ struct TilePlace {
   __device__ int64_t other(const GridCall& call, int kinds, int c, int n) const {
     const int64_t part = (int64_t(split) * call.column_blocks() + block) * call.batch + b;
     return (part * kinds + c) * call.queries + n;
-  }
-};
-
-// Tokens of a chunk as second operands of both products, and their scales times log2(e).
-template <int F>
-struct TokenChunk {
-  static constexpr int group = F < 4 ? 4 : 2;  // rows whose sums a product holds apart, in columns F + 1 ..
-  uint2 keys[kChunk][kTileColumns][4];         // terms 2t, 2t + 1 and 2t + 8, 2t + 9
-  uint32_t values[kChunk][kTileColumns / 2][8];  // of two tokens, by column of the value
-  float2 scales[kChunk][kTileColumns / 2];
-
-  // A thread makes two neighbours.
-  __device__ void fill(const GridCall& call, const TilePlace& at, int i0) {
-    constexpr float log2_e = 1.44269504088896341f;
-    const int row = threadIdx.x / (kTileColumns / 2), pair = threadIdx.x % (kTileColumns / 2);
-    const int left = i0 + row < call.rows ? call.columns - at.j0 - 2 * pair : 0;  // columns from here on
-    const int64_t token = (at.b * call.rows + i0 + row) * call.columns + at.j0 + 2 * pair;
-    const uint16_t* feat = call.feat + token * F;
-    const float* scale = call.scale + token;
-    const uint8_t* mask = call.mask ? call.mask + token : nullptr;
-    uint16_t x[2][F];
-    float r[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const bool there = h < left && (!mask || mask[h]);
-      r[h] = there ? scale[h] * log2_e : 1.0f;
-#pragma unroll
-      for (int f = 0; f < F; ++f) x[h][f] = there ? feat[h * F + f] : 0;
-      const auto term = [&](int k) { return k < 3 * F ? uint32_t(x[h][k % F]) : 0u; };
-      const auto word = [&](int w) { return term(2 * w) | term(2 * w + 1) << 16; };
-      uint2* key = keys[row][2 * pair + h];
-      key[0] = {word(0), word(4)}, key[1] = {word(1), word(5)};
-      key[2] = {word(2), (there ? 0u : kBf16One) | kBf16One << 16}, key[3] = {word(3), kBf16One | kBf16One << 16};
-    }
-    scales[row][pair] = {r[0], r[1]};
-    const uint32_t packed = pack_bf16(r[0], r[1]);
-    uint32_t* value = values[row][pair];
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      if (c < F) value[c] = pack_bf16(__uint_as_float(x[0][c] << 16) * r[0], __uint_as_float(x[1][c] << 16) * r[1]);
-      else value[c] = c == F ? kBf16One | kBf16One << 16 : c - F - 1 == row % group ? packed : 0;
-    }
   }
 };
 
@@ -125,33 +111,44 @@ struct QueryChunk {
   uint2 apart[8];                      // puts what follows into the other banks
   uint2 fixed[kTileQueries];           // terms 8, 9 and 10, 11
 
-  // A thread makes its query's. Rows beyond the last are zeros: their tokens are holes.
-  __device__ void fill(const Query& query, int features, int rows, float hole, int i0) {
-    const Query here{query.channels + features + i0, query.factor};
+  // A query's rows of a chunk in global memory. Those beyond the last are zeros: their tokens are holes.
+  struct Raw {
+    float row[kChunk];
+
+    __device__ Raw(const Query& query, int features, int rows, int i0) {
+      const Query here{query.channels + features + i0, query.factor};
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) row[i] = i < rows - i0 ? here[i] : 0.0f;
+    }
+  };
+
+  // A thread makes its query's.
+  __device__ void fill(const Raw& raw, float hole) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const Pieces row(i < rows - i0 ? here[i] : 0.0f);
-      moving[i][threadIdx.x] = {pack_bf16(hole, row.first), pack_bf16(row.second, row.third)};
+      const Pieces row = Pieces::cut(raw.row[i]);
+      moving[i][threadIdx.x] = {pack_exact(hole, row.first), pack_exact(row.second, row.third)};
     }
   }
 };
 
 // Terms k and k + 1 of a query's channels, k < 12.
-template <int F>
+template <int F, class Terms>
 __device__ uint32_t channel_terms(const Query& query, int k) {
   const auto term = [&](int k) {
-    const Pieces x(k < 3 * F ? query[k % F] : 0.0f);
-    return k < F ? x.first : k < 2 * F ? x.second : x.third;
+    const Pieces x = Pieces::rounded(k < Terms::count ? query[k % F] : 0.0f);
+    const int piece = Terms::of_query(k);
+    return piece == 0 ? x.first : piece == 1 ? x.second : x.third;
   };
   return pack_bf16(term(k), term(k + 1));
 }
 
 // A lane's words of the terms of its warp's 32 queries: two in registers, and two in shared memory that change with rows.
-template <int F>
+template <int F, class Terms>
 struct QueryTerms {
   uint32_t early[2][2];  // terms 2t, 2t + 1 of queries g and g + 8 of either half
   const uint32_t* late;
-  int step;
+  int step;  // bytes from row to row
 
   // Fills what is fixed of a chunk: barriers follow before it is read. `query(n)` is a query of the block's tile; those
   // beyond the last repeat it.
@@ -161,16 +158,16 @@ struct QueryTerms {
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) early[m][h] = channel_terms<F>(query(n + 16 * m + 8 * h), 2 * t);
+      for (int h = 0; h < 2; ++h) early[m][h] = channel_terms<F, Terms>(query(n + 16 * m + 8 * h), 2 * t);
     const Query own = query(threadIdx.x);
-    chunk.fixed[threadIdx.x] = {channel_terms<F>(own, 8), channel_terms<F>(own, 10)};
+    chunk.fixed[threadIdx.x] = {channel_terms<F, Terms>(own, 8), channel_terms<F, Terms>(own, 10)};
     late = t < 2 ? &chunk.fixed[n].x + t : &chunk.moving[0][n].x + (t - 2);
-    step = t < 2 ? 0 : 2 * kTileQueries;
+    step = t < 2 ? 0 : sizeof(chunk.moving[0]);
   }
 
   // The first operand of row i of the chunk and half m of the queries.
   __device__ void load(uint32_t (&a)[4], int m, int i) const {
-    const uint32_t* words = late + i * step + 32 * m;
+    const auto* words = reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(late) + i * step) + 32 * m;
     a[0] = early[m][0], a[1] = early[m][1], a[2] = words[0], a[3] = words[16];
   }
 };
@@ -196,8 +193,9 @@ struct GridSums {
 
 // Writes a lane's sums by column, and of acc those by channel and over all tokens; `kinds` of the latter are there.
 template <int F>
-__device__ void store_sums(const GridCall& call, const TilePlace& at, const float (&sums)[2][kTileColumns / 8][4],
+__device__ void store_sums(const GridCall& call, const float (&sums)[2][kTileColumns / 8][4],
                            const float (&acc)[2][4], const GridSums& out, int kinds) {
+  const TilePlace at(call);
   const int lane = threadIdx.x % 32, t = lane % 4, n0 = at.n0 + threadIdx.x - lane + lane / 4;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -216,9 +214,8 @@ __device__ void store_sums(const GridCall& call, const TilePlace& at, const floa
 }
 
 // Where a lane's sums by row go, which stand apart in columns of acc: [column blocks, B, rows, N].
-template <int F>
+template <int F, int group>
 struct RowSums {
-  static constexpr int group = TokenChunk<F>::group;
   float* at;  // of the first row of the lane's two, counted from a group's first, and of its first query
   int row, n;
 

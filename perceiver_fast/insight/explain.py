@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from perceiver_fast.layers.pre_norm import is_cross_attention, why_modules
 from perceiver_fast.ops.geglu import GEGLU
 from perceiver_fast.ops.grid_scale import GRID_SCALE
 from perceiver_fast.ops.layer_norm import LAYER_NORM
-from perceiver_fast.ops.linear import linear_library, product_dtype
+from perceiver_fast.ops.linear import large_library, linear_library, product_dtype
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.ops.self_attention import self_attention_backend
 from perceiver_fast.ops.work import Work
@@ -83,8 +84,9 @@ def explain(model: nn.Module, data: Any, *args: Any, **kwargs: Any) -> Explanati
 
 def _plan(row: Row, like: Tensor) -> Plan:
     """Which way a layer takes and what runs it."""
-    if row.plan is not None:
-        return row.plan
+    if row.plan is not None:  # which library is compared on real tensors, and so it was not asked for on the way
+        uses = tuple(large_library(like.dtype) if use.op == "linear" else use for use in row.plan.uses)
+        return replace(row.plan, uses=uses)
     layer: Any = row.inner
     op, backend = type(layer).__name__, "torch"
     if isinstance(layer, Attention):

@@ -174,5 +174,5 @@ class Recorder(LayerObserver):
                 tokens.tensor()
             elif isinstance(tokens, GridTokens):
                 tokens.scale(norm.eps)
-            elif isinstance(tokens, DenseTokens) and not tokens.uses(plan.path):
+            elif isinstance(tokens, DenseTokens) and not plan.uses:
                 tokens.normalized(norm.eps)

@@ -155,7 +155,7 @@ def plan_cross_attention(tokens: Tokens, layer: Layer) -> Plan:
         path = next(iter(work))
         for other in work:  # min() with a key does not trace
             path = other if work[other].cost < work[path].cost else path
-    return Plan(path, ways[path], work, tokens.uses(path), grid)
+    return Plan(path, ways[path], work, tokens.uses(path, layer.heads * layer.dims), grid)
 
 
 def _dense_choice(path: str, tokens: Tokens, layer: Layer) -> Choice:

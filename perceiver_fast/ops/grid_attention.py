@@ -48,7 +48,7 @@ from perceiver_fast.ranges import op_range
 
 OP = "grid_attention"
 MOST_FEATURES = 64  # that the Triton kernels are compiled for
-CUDA_FEATURES = 4  # and the CUDA kernels
+CUDA_FEATURES = {torch.bfloat16: 4, torch.float16: 3}  # and the CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,14 @@ def _triton_reasons(call: GridAttentionCall) -> list[str]:
 def _cuda_reasons(call: GridAttentionCall) -> list[str]:
     reasons = kernel_reasons(extension.cuda_error, "cuda", call.device, call.dtype)
     reasons += [] if triton_error is None else [f"its sums are merged by Triton's kernels, and {triton_error}"]
-    if call.half != torch.bfloat16:
-        reasons.append(f"it multiplies in bfloat16, not {call.half or call.dtype}")
+    half = call.half or call.dtype
+    if half not in CUDA_FEATURES:
+        reasons.append(f"it takes channels in bfloat16 or float16, not {half}")
     if len(call.sizes) != 2:
         reasons.append(f"it takes grids of two axes, not {len(call.sizes)}")
-    if call.features > CUDA_FEATURES:
-        reasons.append(f"it takes up to {CUDA_FEATURES} raw channels, not {call.features}")
+    most = CUDA_FEATURES.get(half, max(CUDA_FEATURES.values()))
+    if call.features > most:
+        reasons.append(f"it takes up to {most} raw channels{f' in {half}' if call.half else ''}, not {call.features}")
     if call.dropout > 0:
         reasons.append("it drops no weights")
     if call.inverted:
@@ -156,14 +158,18 @@ def _instances():
 
 
 def _trial(make, dtype):
-    q, axes = make(2, 20, 3, dtype=dtype), [make(2, 20, size, dtype=dtype) for size in (3, 40)]
-    feat, scale = make(2, 120, 3, dtype=dtype), make.positive(2, 120, dtype=dtype)
-    mask = make.mask(2, 120)
-    o, o_axes, lse = grid_attention(q, axes, feat, scale, mask)
-    if make.tried == "cuda":  # whose kernels have no inverted attention
-        return o, *o_axes, lse
-    p, p_axes, _ = grid_attention(q, axes, feat, scale, mask, inverted=True)
-    return o, *o_axes, lse, p, *p_axes
+    in_cuda = make.tried == "cuda"  # whose kernels have no inverted attention, and are others for float16
+    found: list[Tensor] = []
+    for kind in (dtype, torch.float16) if in_cuda and dtype == torch.bfloat16 else (dtype,):
+        q, axes = make(2, 20, 3, dtype=kind), [make(2, 20, size, dtype=kind) for size in (3, 40)]
+        feat, scale = make(2, 120, 3, dtype=kind), make.positive(2, 120, dtype=kind)
+        mask = make.mask(2, 120)
+        o, o_axes, lse = grid_attention(q, axes, feat, scale, mask)
+        found += [o, *o_axes, lse]
+        if not in_cuda:
+            p, p_axes, _ = grid_attention(q, axes, feat, scale, mask, inverted=True)
+            found += [p, *p_axes]
+    return found
 
 
 GRID_ATTENTION = declare(

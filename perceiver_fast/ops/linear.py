@@ -54,6 +54,11 @@ def linear_library(rows: int, channels: int, out_channels: int, dtype: torch.dty
     """The library that runs a forward product, how sure that choice is, and what the others were measured at."""
     if dtype not in (torch.float32, torch.bfloat16) or not is_large(rows, channels, out_channels, device):
         return Choice(OP, "torch")
+    return large_library(dtype)
+
+
+def large_library(dtype: torch.dtype) -> Choice:
+    """The library that runs large forward products of float32 or bfloat16: see :func:`linear_library`."""
     operands = torch.float32 if dtype == torch.bfloat16 and wide_bfloat16() else dtype
     chosen = library_of("forward", operands)
     if forced_library() != "auto":

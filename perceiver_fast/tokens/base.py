@@ -155,8 +155,13 @@ class Tokens:
         """``[.., C]`` in the description's own order, brought into the one that is expected."""
         return built if self.order is None else built[..., self.order]
 
-    def uses(self, path: str) -> tuple[Choice, ...]:
-        """The ops beside attention that ``path`` (see layers/plan.py) runs on these tokens, with their backends."""
+    def uses(self, path: str, width: int) -> tuple[Choice, ...]:
+        """The ops beside attention that ``path`` (see layers/plan.py) runs on these tokens, with their backends.
+
+        Args:
+            path: the way.
+            width: channels of keys and values of all heads together.
+        """
         return ()
 
     def projection_operations(self, width: int) -> float:

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
+from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
-from perceiver_fast.ops.layer_norm import layer_norm
+from perceiver_fast.ops.layer_norm import LAYER_NORM, layer_norm
+from perceiver_fast.ops.layer_norm_linear import is_wide, layer_norm_linear_unchecked
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
@@ -70,20 +72,33 @@ class DenseTokens(Tokens):
     def part(self, piece: slice) -> DenseTokens:
         return DenseTokens(self.feat[:, piece])
 
-    def uses(self, path: str) -> tuple[Choice, ...]:
-        return (self._projection(),) if path == "projected" and self._fuses() else ()
+    def uses(self, path: str, width: int) -> tuple[Choice, ...]:
+        if path != "projected" or not self._fuses():
+            return ()
+        if self._is_wide(width):
+            return LAYER_NORM.choose(PointwiseCall(self.feat.dtype, self.device)), Choice("linear", "a library")
+        return (self._projection(),)
 
     def _projection(self) -> Choice:
         """The backend that would run LayerNorm and projection as one op."""
         return FOURIER_PROJECTION.choose(PointwiseCall(self.feat.dtype, self.device))
 
     def _fuses(self) -> bool:
-        """Whether LayerNorm and projection run as one op: twice as fast, and the normalised tokens are never stored."""
+        """Whether LayerNorm and projection run as one op: twice as fast, and the normalised tokens are not kept."""
         exact = self.feat.dtype == self.compute and autocast_dtype(self.device) is None
         return exact and self._projection().backend == "cpu"
 
+    def _is_wide(self, width: int) -> bool:
+        """Whether that op's product runs on a library, rather than in the kernel that encodes positions."""
+        if self.feat.dtype != torch.float32 or torch.compiler.is_compiling() or transformed():
+            return False
+        return is_wide(self.batch * self.count, self.channels, width)
+
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         if self._fuses():
+            if self._is_wide(len(to_kv.weight)) and to_kv.weight.dtype == self.feat.dtype:
+                gain, shift = norm.weight.to(self.feat.dtype), norm.bias.to(self.feat.dtype)
+                return layer_norm_linear_unchecked(self.feat, gain, shift, to_kv.weight, norm.eps)
             weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)
             coords = self.feat.new_empty((*self.feat.shape[:2], 0), dtype=torch.float64)  # of no axis
             frequencies = coords.new_empty(0, 0)

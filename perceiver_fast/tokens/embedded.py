@@ -48,7 +48,7 @@ class EmbeddedGrid(GridTokens):
     def is_shifted(self) -> bool:
         return False
 
-    def uses(self, path: str) -> tuple[Choice, ...]:
+    def uses(self, path: str, width: int) -> tuple[Choice, ...]:
         return ()
 
     def scale(self, eps: float) -> Tensor:
@@ -132,8 +132,8 @@ class EmbeddedPoints(Tokens):
     def channels(self) -> int:
         return self.weight.shape[0]
 
-    def uses(self, path: str) -> tuple[Choice, ...]:
-        return self.inner.uses(path)
+    def uses(self, path: str, width: int) -> tuple[Choice, ...]:
+        return self.inner.uses(path, width)
 
     @property
     def absorbed_channels(self) -> int:

@@ -76,7 +76,7 @@ class GridTokens(Tokens):
     def channels(self) -> int:
         return self.features + sum(code.code.shape[-1] for code in self.codes)
 
-    def uses(self, path: str) -> tuple[Choice, ...]:
+    def uses(self, path: str, width: int) -> tuple[Choice, ...]:
         return (GRID_SCALE.choose(PointwiseCall(self.feat.dtype, self.feat.device)),)
 
     def projection_operations(self, width: int) -> float:

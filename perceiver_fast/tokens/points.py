@@ -39,7 +39,7 @@ class PointTokens(Tokens):
         axes, bands = self.frequencies.shape
         return self.stored_channels + axes * (2 * bands + 1)
 
-    def uses(self, path: str) -> tuple[Choice, ...]:
+    def uses(self, path: str, width: int) -> tuple[Choice, ...]:
         return (FOURIER_PROJECTION.choose(PointwiseCall(self.feat.dtype, self.device)),)
 
     def projection_operations(self, width: int) -> float:

@@ -232,7 +232,7 @@ def ways(case: dict) -> Iterator[None]:
         if way not in found.work:
             return found
         choice = plan._grid_choice(tokens, layer) if way == "grid" else plan._dense_choice(way, tokens, layer)
-        return replace(found, path=way, taken=choice, uses=tokens.uses(way))
+        return replace(found, path=way, taken=choice, uses=tokens.uses(way, layer.heads * layer.dims))
 
     def decoder(*args: object) -> plan.Plan:
         found = planned_decoder(*args)

@@ -100,14 +100,34 @@ inline void __syncthreads() { swapcontext(&emulation::current->context, &emulati
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
 struct uint2 {
   uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
 };
 
 inline float __uint_as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
+}
+
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Byte n of the result is that of the two words which digit n of `which` says.
+inline uint32_t __byte_perm(uint32_t first, uint32_t second, uint32_t which) {
+  const uint64_t both = uint64_t(second) << 32 | first;
+  uint32_t result = 0;
+  for (int n = 0; n < 4; ++n) result |= uint32_t(both >> (which >> 4 * n & 7) * 8 & 0xff) << 8 * n;
+  return result;
 }
 
 namespace emulation {
@@ -131,31 +151,60 @@ inline uint32_t bf16_bits(float x) {
 
 inline float flushed(float x) { return x < 0x1p-126f ? 0.0f : x; }
 
-// csrc/cuda/tensor_core.cuh says which lane holds what. Sums are in float32, in order: how GPUs round is not emulated.
-inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+// A float16 has no more digits than a float32, and no smaller or larger exponents.
+inline float from_float16(uint32_t bits) {
+  const uint32_t exponent = bits >> 10 & 31, digits = bits & 1023;
+  const float size = exponent == 31 ? (digits ? NAN : INFINITY)
+                     : exponent     ? std::ldexp(float(digits + 1024), int(exponent) - 25)
+                                    : std::ldexp(float(digits), -24);
+  return bits & 0x8000 ? -size : size;
+}
+
+// What a lane has of a product, and of all lanes what it needs. csrc/cuda/tensor_core.cuh says which lane holds what: `a` and
+// `b` find a number of a row or column in a lane's words. Sums are in float32, in order: how GPUs round is not emulated.
+template <class A, class B>
+void product(float (&d)[4], const uint32_t (&words)[4], uint32_t b0, uint32_t b1, const float (&c)[4], int terms,
+             const A& a, const B& b) {
   struct Lane {
     uint32_t a[4], b[2];
   };
-  const Lane mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  const int lane = threadIdx.x % 32, warp = threadIdx.x - lane;
   struct Four {
     float at[4];
   };
+  const Lane mine{{words[0], words[1], words[2], words[3]}, {b0, b1}};
+  const int lane = threadIdx.x % 32, warp = threadIdx.x - lane;
   const Four sums = exchanged(mine, [&](const Lane* lanes) {
-    const auto half = [](uint32_t word, int k) { return __uint_as_float(k % 2 ? word & 0xffff0000u : word << 16); };
     Four out;
     for (int e = 0; e < 4; ++e) {
       const int row = lane / 4, upper = e / 2, column = lane % 4 * 2 + e % 2;
       float sum = c[e];
-      for (int k = 0; k < 16; ++k) {
-        const float x = half(lanes[warp + 4 * row + k % 8 / 2].a[k / 8 * 2 + upper], k);
-        sum += x * half(lanes[warp + 4 * column + k % 8 / 2].b[k / 8], k);
-      }
+      for (int k = 0; k < terms; ++k) sum += a(lanes + warp + 4 * row, upper, k) * b(lanes + warp + 4 * column, k);
       out.at[e] = sum;
     }
     return out;
   });
   for (int e = 0; e < 4; ++e) d[e] = sums.at[e];
+}
+
+inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  const auto half = [](uint32_t word, int k) { return __uint_as_float(k % 2 ? word & 0xffff0000u : word << 16); };
+  product(
+      d, a, b0, b1, c, 16,
+      [&](const auto* row, int upper, int k) { return half(row[k % 8 / 2].a[k / 8 * 2 + upper], k); },
+      [&](const auto* column, int k) { return half(column[k % 8 / 2].b[k / 8], k); });
+}
+
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  const auto number = [](uint32_t word) {
+    if (word & 0x1fff) {
+      std::fprintf(stderr, "emulation: %08x is not TF32\n", word);
+      std::abort();
+    }
+    return __uint_as_float(word);
+  };
+  product(
+      d, a, b0, b1, c, 8, [&](const auto* row, int upper, int k) { return number(row[k % 4].a[k / 4 * 2 + upper]); },
+      [&](const auto* column, int k) { return number(column[k % 4].b[k / 4]); });
 }
 
 }  // namespace emulation

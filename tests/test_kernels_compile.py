@@ -20,11 +20,11 @@ ARCHITECTURES = (80, 90, 100)
 ALL = ARCHITECTURES if os.environ.get("PERCEIVER_FAST_TEST_ALL_KERNELS") == "1" else (90,)
 
 
-SPILLED_BY_3_6 = (  # outside of their loops, see docs/gpu-diary.md
-    "grid_attention_forward[bfloat16, 64 channels]",
-    "grid_attention_forward[float16, 64 channels]",
-    "grid_query_attention_dq[bfloat16, 2 axes, 258 channels, 512 of values]",
-)
+SPILLED_BY_3_6 = {  # local loads and stores, at most, all outside of the loops over tokens: see docs/gpu-diary.md
+    "grid_attention_forward[float32, 3 channels]": 4,
+    "grid_attention_merge[float32, 8 channels, mask and dropout]": 2,
+    "grid_query_attention_dq[bfloat16, 2 axes, 258 channels, 512 of values]": 2,
+}
 
 
 def sample(instances):
@@ -49,11 +49,13 @@ def test_what_ships_compiles(architecture, record_property, capsys):
     from perceiver_fast.insight import gpu_kernels
 
     found, faults = [], {}
-    allowed = SPILLED_BY_3_6 if triton.__version__.startswith("3.6.") else ()
+    allowed = SPILLED_BY_3_6 if triton.__version__.startswith("3.6.") else {}
     indices = None if architecture in ALL else sample(gpu_kernels.shipped(architecture))
     for report in gpu_kernels.compile_all(architecture, jobs=1, indices=indices):  # the other core has other tests
         found.append(report)
-        if report.faults and not (report.name in allowed and "local loads" in str(report.faults)):
+        compiled, spilled_only = report.compiled, all("local loads" in fault for fault in report.faults)
+        few = compiled.spills <= allowed.get(report.name, 0) and not compiled.loop["LDL"] + compiled.loop["STL"]
+        if report.faults and not (spilled_only and few):
             faults[report.name] = report.faults
         record_property(report.name, dict(registers=report.compiled.registers, shared=report.compiled.shared))
     assert not faults

@@ -50,4 +50,10 @@ const char* perceiver_fast_roofs(int threads, double* rates) noexcept {
   }
 }
 
-int perceiver_fast_team_cores() noexcept { return perceiver_fast::team_cores(); }
+int perceiver_fast_team_cores() noexcept {
+  try {
+    return perceiver_fast::team_cores();
+  } catch (const std::exception&) {
+    return 0;
+  }
+}

@@ -15,5 +15,5 @@ PF_API const char* perceiver_fast_available_isas() noexcept;
 // second. Returns null, or a message where it cannot be.
 PF_API const char* perceiver_fast_roofs(int threads, double* rates) noexcept;
 
-// How many of the threads that torch runs the calling thread's work on can run at once (cpu/cores.h).
+// How many of the threads that torch runs the calling thread's work on can run at once (cpu/cores.h); zero where that cannot be found out.
 PF_API int perceiver_fast_team_cores() noexcept;

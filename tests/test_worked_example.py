@@ -25,7 +25,7 @@ import setup
 target = Path("build/{OP}.so").resolve()
 if not target.exists():
     sources = setup.library_sources(torch, target.parent / "ninja")
-    wanted = [s for s in sources if "{OP}" in s[0] or s[0] == "core_isa"]
+    wanted = [s for s in sources if "{OP}" in s[0] or s[0] in ("core_isa", "cpu_cores", "cpu_team")]
     assert len(wanted) > 3, wanted
     link = ["-shared", f"-L{{Path(torch.__file__).parent / 'lib'}}", "-ltorch_cpu"]
     setup.run_ninja(target.parent / "ninja", target, setup.find_compiler(), setup.FLAGS, link, wanted)

@@ -70,13 +70,17 @@ class Sides {
   void results(int64_t chunk, T* rest, const T* o, T* out, Team team) const;
   void results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, bool begins, Team team) const;
 
-  // body(head, begin, end) for `rows` rows of every head, which the team shares; `work` is that of all.
+  // Heads that are worked on at once: all where a team shares their rows, else one, whose numbers stay in cache.
+  int64_t heads_at_once(Team team) const { return team.parallel != nullptr && team.parallel->threads > 1 ? H : 1; }
+
+  // body(head, begin, end) for `rows` rows of each of `heads` heads from `first` on, which the team shares; a head's work is
+  // `work`.
   template <class Body>
-  void for_rows_of_heads(int64_t rows, int64_t work, Team team, const Body& body) const {
-    team.run(H * rows, 8, work, [&](int64_t at, int64_t last) {
+  void for_rows_of_heads(int64_t first, int64_t heads, int64_t rows, int64_t work, Team team, const Body& body) const {
+    team.run(heads * rows, 8, heads * work, [&](int64_t at, int64_t last) {
       while (at < last) {
         const int64_t begin = at % rows, end = std::min(rows, begin + last - at);
-        body(at / rows, begin, end);
+        body(first + at / rows, begin, end);
         at += end - begin;
       }
     });
@@ -179,7 +183,7 @@ void Sides<T>::queries(int64_t chunk, T* rest, T* q, Team team) const {
   kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, normed.get());
   x.product(I, C, D, p.to_q, D, 1, normed.get(), projected, team);
   for (int64_t e = 0; e < x.count(chunk); ++e)
-    for_rows_of_heads(N, N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+    for_rows_of_heads(0, H, N, N * d * row, team, [&](int64_t h, int64_t begin, int64_t end) {
       const Aligned<T> padded((end - begin) * row);
       kernels.product(end - begin, row, d, projected + h * d * C + e * x.padded_N + begin, 1, C, rest + h * d * row, row,
                       padded.get(), row, false);
@@ -194,23 +198,25 @@ void Sides<T>::queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d
   const auto& p = call.parameters;
   const int64_t C = x.columns(chunk), wide = x.padded(D);
   const Aligned<T> stream(D * C), normed(D * C), d_projected(I * C), room(C * wide);
-  const Aligned<T> padded(H * N * row), turned(H * L * x.padded_N);
+  const int64_t together = heads_at_once(team);
+  const Aligned<T> padded(together * N * row), turned(together * L * x.padded_N);
   const T *xhat = of_x(rest, chunk), *rstd = xhat + D * C, *projected = rstd + C;
   T *d_to_q = sums, *d_norm = d_to_q + I * wide, *d_keys = d_norm + 2 * D;
-  std::fill_n(padded.get(), H * N * row, T(0));
-  std::fill_n(turned.get(), H * L * x.padded_N, T(0));
+  std::fill_n(padded.get(), together * N * row, T(0));
+  std::fill_n(turned.get(), together * L * x.padded_N, T(0));
   if (begins) std::fill_n(d_norm, 2 * D, T(0));
-  for (int64_t e = 0; e < x.count(chunk); ++e) {
-    for (int64_t h = 0; h < H; ++h) {
-      const T* from = d_q + at(x.first(chunk) + e, h);
+  for (int64_t i = 0; i < x.count(chunk) * H; i += together) {
+    const int64_t e = i / H, first_head = i % H;
+    for (int64_t h = 0; h < together; ++h) {
+      const T* from = d_q + at(x.first(chunk) + e, first_head + h);
       copy_rows(N, L, from, L, padded.get() + h * N * row, row);
       kernels.transpose(N, L, from, L, turned.get() + h * L * x.padded_N, x.padded_N);
     }
-    for_rows_of_heads(d, 2 * N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
-      const int64_t r = h * d + begin, first = r * C + e * x.padded_N;
-      kernels.product(end - begin, x.padded_N, L, rest + r * row, row, 1, turned.get() + h * L * x.padded_N, x.padded_N,
+    for_rows_of_heads(first_head, together, d, 2 * N * d * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+      const int64_t r = h * d + begin, first = r * C + e * x.padded_N, own = h - first_head;
+      kernels.product(end - begin, x.padded_N, L, rest + r * row, row, 1, turned.get() + own * L * x.padded_N, x.padded_N,
                       d_projected.get() + first, C, false);
-      kernels.product(end - begin, row, N, projected + first, C, 1, padded.get() + h * N * row, row, d_keys + r * row,
+      kernels.product(end - begin, row, N, projected + first, C, 1, padded.get() + own * N * row, row, d_keys + r * row,
                       row, !begins || e > 0);
     });
   }
@@ -226,17 +232,20 @@ template <class T>
 void Sides<T>::results(int64_t chunk, T* rest, const T* o, T* out, Team team) const {
   const auto& p = call.parameters;
   const int64_t C = y.columns(chunk);
-  const Aligned<T> stream(D * C), branch(D * C), turned(H * L * y.padded_N);
+  const int64_t together = heads_at_once(team);
+  const Aligned<T> stream(D * C), branch(D * C), turned(together * L * y.padded_N);
   T* made = of_y(rest, chunk);
   const T *values = rest + I * row, *bias = rest + 2 * I * row + I;
-  std::fill_n(turned.get(), H * L * y.padded_N, T(0));
-  for (int64_t e = 0; e < y.count(chunk); ++e) {
-    for (int64_t h = 0; h < H; ++h)
-      kernels.transpose(N, L, o + at(y.first(chunk) + e, h), L, turned.get() + h * L * y.padded_N, y.padded_N);
-    for_rows_of_heads(d, N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+  std::fill_n(turned.get(), together * L * y.padded_N, T(0));
+  for (int64_t i = 0; i < y.count(chunk) * H; i += together) {
+    const int64_t e = i / H, first_head = i % H;
+    for (int64_t h = 0; h < together; ++h)
+      kernels.transpose(N, L, o + at(y.first(chunk) + e, first_head + h), L, turned.get() + h * L * y.padded_N, y.padded_N);
+    for_rows_of_heads(first_head, together, d, N * d * row, team, [&](int64_t h, int64_t begin, int64_t end) {
       const int64_t r = h * d + begin;
-      kernels.product(end - begin, y.padded_N, L, values + r * row, row, 1, turned.get() + h * L * y.padded_N, y.padded_N,
-                      made + r * C + e * y.padded_N, C, false);
+      kernels.product(end - begin, y.padded_N, L, values + r * row, row, 1,
+                      turned.get() + (h - first_head) * L * y.padded_N, y.padded_N, made + r * C + e * y.padded_N, C,
+                      false);
     });
   }
   kernels.add_bias(I, C, bias, made);
@@ -251,7 +260,9 @@ void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y
                                 Team team) const {
   const auto& p = call.parameters;
   const int64_t C = y.columns(chunk), wide = x.padded(I);
-  const Aligned<T> stream(D * C), d_made(I * C), room(C * wide), padded(H * N * row);
+  const Aligned<T> stream(D * C), d_made(I * C), room(C * wide);
+  const int64_t together = heads_at_once(team);
+  const Aligned<T> padded(together * N * row);
   const T *made = of_y(rest, chunk), *values = rest + I * row;
   T *d_to_out = sums, *d_to_out_bias = d_to_out + D * wide, *d_values = d_to_out_bias + D, *d_bias = d_values + I * row;
   y.load(chunk, d_y, stream.get());
@@ -263,20 +274,21 @@ void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y
   y.product(I, C, D, p.to_out, 1, I, stream.get(), d_made.get(), team);
   y.outer(D, I, C, stream.get(), made, room.get(), d_to_out, begins, team);
   kernels.row_sums(I, C, d_made.get(), d_bias);
-  for (int64_t e = 0; e < y.count(chunk); ++e) {
-    for_rows_of_heads(N, N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < y.count(chunk) * H; i += together) {
+    const int64_t e = i / H, first_head = i % H;
+    for_rows_of_heads(first_head, together, N, N * d * row, team, [&](int64_t h, int64_t begin, int64_t end) {
       const int64_t of = at(y.first(chunk) + e, h) + begin * L;
-      T* rows = padded.get() + (h * N + begin) * row;
+      T* rows = padded.get() + ((h - first_head) * N + begin) * row;
       kernels.product(end - begin, row, d, d_made.get() + h * d * C + e * y.padded_N + begin, 1, C, values + h * d * row,
                       row, rows, row, false);
       copy_rows(end - begin, L, rows, row, d_o + of, L);
       std::fill_n(rows, (end - begin) * row, T(0));
       copy_rows(end - begin, L, o + of, L, rows, row);
     });
-    for_rows_of_heads(d, N * I * row, team, [&](int64_t h, int64_t begin, int64_t end) {
+    for_rows_of_heads(first_head, together, d, N * d * row, team, [&](int64_t h, int64_t begin, int64_t end) {
       const int64_t r = h * d + begin;
-      kernels.product(end - begin, row, N, d_made.get() + r * C + e * y.padded_N, C, 1, padded.get() + h * N * row, row,
-                      d_values + r * row, row, !begins || e > 0);
+      kernels.product(end - begin, row, N, d_made.get() + r * C + e * y.padded_N, C, 1,
+                      padded.get() + (h - first_head) * N * row, row, d_values + r * row, row, !begins || e > 0);
     });
   }
 }

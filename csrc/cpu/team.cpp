@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <ctime>
 
@@ -35,24 +36,24 @@ void run_shared(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
   if (n <= 0) return;
   if (n == 1 || team_cores() == 1) return body(0, n);
   static thread_local Regions regions;
-  const int64_t threads = torch::stable::get_num_threads(), begun = nanoseconds();
+  const int64_t begun = nanoseconds(), alone = regions.alone(begun);
   int64_t done = 0;
-  if (const int64_t alone = regions.alone(begun); alone > 0) {
-    const int64_t step = std::max<int64_t>(1, n / (4 * threads));
-    while (done < n && nanoseconds() < begun + alone) {
-      body(done, std::min(n, done + step));
-      done = std::min(n, done + step);
-    }
-    if (done == n) return;
+  // In growing steps, since some bodies prepare what they need in every call.
+  for (int64_t step = 1; done < n - 1 && alone > 0 && nanoseconds() < begun + alone; step *= 2) {
+    const int64_t end = std::min(n, done + step);
+    body(done, end);
+    done = end;
   }
-  const int64_t start = nanoseconds(), worked_before = worked();
-  int64_t share = 0;
+  if (n - done <= 1) return done == n ? void() : body(done, n);
+  std::atomic<int64_t> work = 0;
+  const int64_t start = nanoseconds();
   torch::stable::parallel_for(done, n, 1, [&](int64_t begin, int64_t end) {
+    const int64_t before = worked();
     body(begin, end);
-    if (begin == done) share = worked() - worked_before;  // the first one is the caller's
+    work += worked() - before;
   });
   const int64_t end = nanoseconds();
-  regions.add(end, end - start, share, std::min(n - done, threads));
+  regions.add(end, end - start, work);
 }
 
 }  // namespace perceiver_fast

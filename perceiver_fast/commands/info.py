@@ -106,7 +106,7 @@ def _show(console: Console, info: dict) -> None:
 
 
 def _threads(threads: int, cores: int | None) -> str:
-    if cores is None or cores >= threads:
+    if not cores or cores >= threads:
         return str(threads)
     share = f"share {cores} cores" if cores > 1 else "share one core"
     return f"{threads}, which {share}: torch.set_num_threads({cores}) is faster"

@@ -85,7 +85,7 @@ def explain(model: nn.Module, data: Any, *args: Any, **kwargs: Any) -> Explanati
 def _plan(row: Row, like: Tensor) -> Plan:
     """Which way a layer takes and what runs it."""
     if row.plan is not None:  # which library is compared on real tensors, and so it was not asked for on the way
-        uses = tuple(large_library(like.dtype) if use.op == "linear" else use for use in row.plan.uses)
+        uses = tuple(large_library(torch.float32) if use.op == "linear" else use for use in row.plan.uses)
         return replace(row.plan, uses=uses)
     layer: Any = row.inner
     op, backend = type(layer).__name__, "torch"

@@ -39,7 +39,7 @@ def add_grid_cross_attention(
         return False
     if not _are_served(context, stream) or not are_plain(mask, *context.sources()):
         return False
-    parameters = _parameters(layer, context, stream)
+    parameters = _parameters(layer, context, stream, mask is not None)
     if parameters is None:
         return False
     stream.become(_attend(layer, stream.rows(), context, mask, parameters))
@@ -55,7 +55,7 @@ def _are_served(tokens: GridTokens, stream: ResidualStream) -> bool:
     return not tokens.was_changed() and not (torch.is_grad_enabled() and tokens.learns())
 
 
-def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream) -> list[Any] | None:
+def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream, masked: bool) -> list[Any] | None:
     """The parameters of ``layer``, as the op takes them; None if it may not stand in for the layers inside."""
     modules: dict[str, Any] = layer._modules
     norm, norm_context, fn = modules["norm"], modules["norm_context"], modules["fn"]
@@ -77,7 +77,7 @@ def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream) ->
     dim_head = inner // fn.heads
     if _is_small_grid(tokens.sizes, tokens.features, fn.heads * stream.shape[1], 2 * dim_head):
         return parameters
-    plan = plan_cross_attention(tokens, Layer(stream.shape[1], fn.heads, dim_head))
+    plan = plan_cross_attention(tokens, Layer(stream.shape[1], fn.heads, dim_head, masked=masked))
     return parameters if plan.path == "grid" else None
 
 

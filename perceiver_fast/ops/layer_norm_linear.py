@@ -15,7 +15,7 @@ from torch import Tensor
 from perceiver_fast import reference
 from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
-from perceiver_fast.ops.library import learns
+from perceiver_fast.ops.library import learns, unless_autocast
 from perceiver_fast.ops.linear import LARGE, forward_product, grad_input_product, grad_weight_product
 from perceiver_fast.ranges import op_range
 
@@ -61,9 +61,10 @@ class LayerNormLinearFunction(torch.autograd.Function):
 
         def kernel():
             d = d_out.contiguous()
-            if needed[0]:
-                return _all_gradients(d, x, gain, shift, weight, mean, rstd, eps, needed[3])
-            return None, *_gradients_of_parameters(d, x, gain, shift, weight, eps)
+            with unless_autocast(x.device):  # a backward may be called under it
+                if needed[0]:
+                    return _all_gradients(d, x, gain, shift, weight, mean, rstd, eps, needed[3])
+                return None, *_gradients_of_parameters(d, x, gain, shift, weight, eps)
 
         if differentiated_again():
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_fast.backends import Choice
+from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
 from perceiver_fast.ops.layer_norm import LAYER_NORM, layer_norm
@@ -84,7 +85,7 @@ class DenseTokens(Tokens):
         return FOURIER_PROJECTION.choose(PointwiseCall(self.feat.dtype, self.device))
 
     def _fuses(self) -> bool:
-        """Whether LayerNorm and projection run as one op: twice as fast, and the normalised tokens are not kept."""
+        """Whether LayerNorm and projection run as one op: the normalised tokens are not kept."""
         exact = self.feat.dtype == self.compute and autocast_dtype(self.device) is None
         return exact and self._projection().backend == "cpu"
 
@@ -97,6 +98,7 @@ class DenseTokens(Tokens):
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         if self._fuses():
             if self._is_wide(len(to_kv.weight)) and to_kv.weight.dtype == self.feat.dtype:
+                check_memory("to_kv(norm(tokens))", to_kv.weight, norm.weight, norm.bias)
                 gain, shift = norm.weight.to(self.feat.dtype), norm.bias.to(self.feat.dtype)
                 return layer_norm_linear_unchecked(self.feat, gain, shift, to_kv.weight, norm.eps)
             weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)

@@ -12,8 +12,6 @@ import argparse
 import contextlib
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.choice import busy
 from benchmarks.environment import conditions
 from benchmarks.output import deliver, milliseconds, table
 from benchmarks.process import Ended, Process
@@ -35,7 +34,6 @@ from perceiver_fast.insight.geometries import GEOMETRIES
 ALONE = "one core alone"
 PEERS = ("eager", "sdpa", OURS)
 PASSES = ("forward", "step")
-SPIN = "while True: sum(range(10000))"  # a busy process
 PIXELS = 512  # of the images that a DataLoader's workers make
 
 
@@ -56,18 +54,6 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         image = torch.rand(3, PIXELS, PIXELS)
         return torch.nn.functional.avg_pool2d(image.sort(-1).values, 2)
-
-
-@contextlib.contextmanager
-def busy(processes: int) -> Iterator[None]:
-    """So many processes that compute all the time, whatever processors they get."""
-    started = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(processes)]
-    try:
-        yield
-    finally:
-        for each in started:
-            each.kill()
-            each.wait()
 
 
 @contextlib.contextmanager

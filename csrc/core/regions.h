@@ -2,9 +2,9 @@
 //
 // A region ends when all its threads have come to its end. A thread that waits for a processor, since other work has it,
 // comes there at the system's next turn, some milliseconds later, however little there is to do. A region that took longer
-// than its threads worked, all together, has lost time: the caller alone would have been faster. When a millisecond is lost, the caller works alone for a while, and
-// then tries again; every try that loses doubles the while. Work that takes the caller longer than regions have lost is
-// handed to the others all the same.
+// than its threads worked, all together, has lost time: the caller alone would have been faster. When a millisecond is lost,
+// the caller works alone for a while, and then tries again; every try that loses doubles the while. Work that takes the
+// caller longer than twice what a region has lost is handed to the others all the same.
 #pragma once
 
 #include <algorithm>

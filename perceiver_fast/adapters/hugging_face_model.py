@@ -21,6 +21,7 @@ from perceiver_fast.adapters.hugging_face import MODELING, LayerForward, LayerSt
 from perceiver_fast.adapters.hugging_face_codes import grid_tokens, why_codes
 from perceiver_fast.layers.fusing import is_called, why_not
 from perceiver_fast.ops.library import learns
+from perceiver_fast.ops.rounding import rounding_once
 from perceiver_fast.tokens import DenseTokens, EmbeddedGrid, GridTokens, TokenGroups, Tokens
 from perceiver_fast.tracing import own
 
@@ -63,7 +64,8 @@ class ModelForward(LayerStandIn):
         self.note("tokens are described" if why is None else f"tokens are built: {why}")
         token = _model.set(model if why is None else None)
         try:
-            return self.original(**arguments)
+            with rounding_once(model.embeddings.latents.device, shared=model.config.num_blocks > 1):
+                return self.original(**arguments)
         finally:
             _model.reset(token)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from perceiver_fast.layers.checks import check_data, check_mask
 from perceiver_fast.models.inputs import check_coords, check_width, context_channels, like
 from perceiver_fast.models.parts import read_parts
-from perceiver_fast.models.stack import Head, build_layers, run_checkpointed
+from perceiver_fast.models.stack import Head, are_shared, build_layers, run_checkpointed
+from perceiver_fast.ops.rounding import rounding_once
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tokens import DenseTokens, Stream, Tokens, TokenStream
 from perceiver_fast.tokens.describe import describe_grid, describe_points
@@ -171,8 +172,9 @@ class PooledPerceiver(GridPerceiver):
         """
         tokens, mask = self.tokens_of(data, mask, coords)
         x = self.latents.unsqueeze(0).expand(tokens.batch, -1, -1)
-        for index in range(len(self.layers)):
-            x, tokens = run_checkpointed(self.run_layer, self.checkpoint, index, x, tokens, mask)
+        with rounding_once(x.device, shared=are_shared(self.layers)):
+            for index in range(len(self.layers)):
+                x, tokens = run_checkpointed(self.run_layer, self.checkpoint, index, x, tokens, mask)
         return self.to_logits(x.mean(dim=-2))
 
     if TYPE_CHECKING:  # torch leaves open what a call takes and returns

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from perceiver_fast.backends import forced_backend, use_backend
 from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock
 from perceiver_fast.layers.fusing import is_plain, watcher
+from perceiver_fast.ops.rounding import rounding_once
 from perceiver_fast.ranges import layer_range
 
 T = TypeVar("T")
@@ -31,6 +32,11 @@ def build_layers(build: Callable[[], T], depth: int, shared: int | None) -> list
     for i in range(depth):
         layers.append(layers[shared] if shared is not None and i > shared else build())
     return layers
+
+
+def are_shared(layers: nn.ModuleList) -> bool:
+    """Whether one of the layers stands in several places."""
+    return len({id(layer) for layer in layers}) < len(layers)
 
 
 def build_blocks(
@@ -108,7 +114,7 @@ def rows_for(block: nn.Module, x: Tensor) -> Tensor:
 
 def run_blocks(
     x: Tensor,
-    blocks: Iterable[nn.Module],
+    blocks: nn.ModuleList,
     attn_residuals: Iterable[nn.Module | None],
     hiddens: list[Tensor] | None,
     arguments: Iterable[dict],
@@ -126,13 +132,14 @@ def run_blocks(
     Returns:
         ``[B, N, D]``.
     """
-    for block, attn_residual, keywords in zip(blocks, attn_residuals, arguments):
-        rows = rows_for(block, x) if hiddens is None else x
-        x = run_checkpointed(block, checkpoint, rows, **keywords)
-        if hiddens is not None:
-            hiddens.append(x)
-        if attn_residual is not None:
-            x = attn_residual(hiddens)
+    with rounding_once(x.device, shared=are_shared(blocks)):
+        for block, attn_residual, keywords in zip(blocks, attn_residuals, arguments):
+            rows = rows_for(block, x) if hiddens is None else x
+            x = run_checkpointed(block, checkpoint, rows, **keywords)
+            if hiddens is not None:
+                hiddens.append(x)
+            if attn_residual is not None:
+                x = attn_residual(hiddens)
     return x
 
 

@@ -19,6 +19,7 @@ from perceiver_fast.ops.geglu import GEGLU, geglu
 from perceiver_fast.ops.library import compute_dtype, learns, unless_autocast
 from perceiver_fast.ops.linear import forward_product, grad_input_product, grad_weight_product, linear
 from perceiver_fast.ops.pointwise import runs_kernel
+from perceiver_fast.ops.rounding import rounded
 from perceiver_fast.ranges import op_range
 
 
@@ -93,6 +94,6 @@ def feed_forward(z: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> 
     if learns(z, weight1, bias1, weight2) and runs_kernel(GEGLU, z.dtype, z.device):
         with unless_autocast(z.device):
             flat = z.reshape(-1, z.shape[-1])
-            out = FeedForwardFunction.apply(flat, weight1.to(z.dtype), bias1, weight2.to(z.dtype))
+            out = FeedForwardFunction.apply(flat, rounded(weight1, z.dtype), bias1, rounded(weight2, z.dtype))
             return out.view(*z.shape[:-1], weight2.shape[0])
     return linear(geglu(linear(z, weight1), bias1), weight2)

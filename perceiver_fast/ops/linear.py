@@ -18,6 +18,7 @@ from perceiver_fast.ops.derivatives import differentiated_again, transformed
 from perceiver_fast.ops.library import autocast_dtype, learns, unless_autocast
 from perceiver_fast.ops.linear_choice import BFLOAT16, forced_library, library_of, verdict, wide_bfloat16
 from perceiver_fast.ops.linear_libraries import KINDS, LIBRARIES
+from perceiver_fast.ops.rounding import rounded
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tracing import intercepted
 
@@ -152,7 +153,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // max(x.shape[-1], 1)
-    cast = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    cast = rounded(weight, x.dtype)
     out_channels, channels = weight.shape
     if not is_large(rows, channels, out_channels, x.device):
         return F.linear(x, cast, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))

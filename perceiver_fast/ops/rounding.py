@@ -1,0 +1,68 @@
+"""Parameters rounded to autocast's dtype: once a call where layers stand in several places.
+
+torch's autocast rounds a parameter at its first use and keeps the result until autocast ends. The products here run with
+autocast off, so they would round it at every use; a model of shared layers keeps what was rounded as long as it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_fast.ops.derivatives import transformed
+from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.tracing import intercepted
+
+# What was rounded in the present call, beside the parameter and its content then; None outside of rounding_once.
+_kept: ContextVar[dict[tuple, tuple[Tensor, Tensor, tuple]] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def rounding_once(device: torch.device, shared: bool = True) -> Iterator[None]:
+    """Inside, :func:`rounded` rounds a parameter once. Without autocast, and where a graph is made, nothing is kept.
+
+    Args:
+        device: of the parameters.
+        shared: whether some layer stands in several places; if none does, nothing is kept. Default: True.
+    """
+    plain = not shared or torch.compiler.is_compiling() or autocast_dtype(device) is None
+    if plain or intercepted() or transformed() or _kept.get() is not None:
+        yield
+        return
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight.to(dtype)``; inside :func:`rounding_once` the same tensor for every use of a parameter.
+
+    As with torch's autocast, gradients of all its uses then add up in ``dtype``. A parameter that changed since, or is now
+    used with gradients where it was not, is rounded again.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops.rounding import rounded, rounding_once
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> with torch.autocast("cpu", torch.bfloat16), rounding_once(weight.device):
+        ...     print(rounded(weight, torch.bfloat16) is rounded(weight, torch.bfloat16))
+        True
+    """
+    if weight.dtype == dtype:
+        return weight
+    kept = None if torch.compiler.is_compiling() else _kept.get()
+    if kept is None or type(weight) is not nn.Parameter or weight.is_inference():
+        return weight.to(dtype)
+    recorded = weight.requires_grad and torch.is_grad_enabled()
+    key = id(weight), dtype, recorded, torch.is_inference_mode_enabled()
+    content = weight._version, weight.data_ptr()
+    found = kept.get(key)
+    if found is None or found[2] != content:
+        kept[key] = found = weight.to(dtype), weight, content
+    return found[0]

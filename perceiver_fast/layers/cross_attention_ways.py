@@ -37,6 +37,7 @@ from perceiver_fast.ops.cross_attention import cross_attention_unchecked
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 from perceiver_fast.ops.library import half_dtype, unless_autocast
+from perceiver_fast.ops.projected_attention import projected_attention, runs_in_pieces
 from perceiver_fast.tokens import GridTokens, Tokens
 
 Result = tuple[Tensor, Tensor | None]
@@ -161,8 +162,16 @@ def attend_projected(
     with_lse: bool,
     backend: str,
 ) -> Result:
-    """Attend to keys and values that are built, those of the queries before them with queries_contribute_kv."""
+    """Attend to keys and values that are built, those of the queries before them with queries_contribute_kv.
+
+    Many tokens are taken in pieces, see ops/projected_attention.py.
+    """
     fn = layer.fn
+    if backend == "cpu" and not inverted and fn.active_dropout == 0 and not fn.queries_contribute_kv:
+        projection, q = tokens.projection(layer.to_kv, layer.norm_context), layer.to_q(z)
+        if projection is not None and runs_in_pieces(projection, q.shape[-1], mask):
+            q = fn.split_heads(q.to(projection.dtype).expand(tokens.batch, -1, -1))
+            return _latents_first(*projected_attention(q, projection, mask, fn.scale, with_lse))
     kv = tokens.keys_values(layer.to_kv, layer.norm_context)
     q = layer.to_q(z).to(kv.dtype).expand(kv.shape[0], -1, -1)
     if fn.queries_contribute_kv:
@@ -179,9 +188,12 @@ def attend_projected(
     found: Any = cross_attention_unchecked(
         q, k, v, mask, fn.active_dropout, inverted, fn.scale, with_lse, backend, layer.seed(tokens.first, z.device)
     )
-    lse: Any  # None where nobody needs it
-    out, lse = found if with_lse else (found, None)
-    return out.transpose(1, 2), lse.transpose(1, 2) if with_lse else None
+    return _latents_first(*(found if with_lse else (found, None)))
+
+
+def _latents_first(out: Tensor, lse: Tensor | None) -> Result:
+    """``[B, H, N, d]`` and ``[B, H, N]`` with heads behind the latents."""
+    return out.transpose(1, 2), None if lse is None else lse.transpose(1, 2)
 
 
 WAYS: dict[str, Callable[..., Result]] = {

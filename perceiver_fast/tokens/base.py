@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from perceiver_fast.backends import Choice
 from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.library import compute_dtype
+from perceiver_fast.ops.projected_attention import Projection
 from perceiver_fast.tracing import known
 
 if TYPE_CHECKING:
@@ -128,6 +129,10 @@ class Tokens:
             norm: the LayerNorm of the tokens; its weight, bias and eps are used.
         """
         raise NotImplementedError
+
+    def projection(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Projection | None:
+        """:meth:`keys_values` as what they are made of, from which they may be built in pieces; None if there is no such."""
+        return None
 
     def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
         """``projection(norm(tokens))``, as a table of what tokens are made of. The projection's bias is left out.

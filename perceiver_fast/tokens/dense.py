@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from perceiver_fast.backends import Choice
 from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.derivatives import transformed
-from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
+from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION
 from perceiver_fast.ops.layer_norm import LAYER_NORM, layer_norm
 from perceiver_fast.ops.layer_norm_linear import is_wide, layer_norm_linear_unchecked
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.projected_attention import Projection
 from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
 
 
@@ -96,13 +97,22 @@ class DenseTokens(Tokens):
         return is_wide(self.batch * self.count, self.channels, width)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        if self._fuses():
-            if self._is_wide(len(to_kv.weight)) and to_kv.weight.dtype == self.feat.dtype:
-                check_memory("to_kv(norm(tokens))", to_kv.weight, norm.weight, norm.bias)
-                gain, shift = norm.weight.to(self.feat.dtype), norm.bias.to(self.feat.dtype)
-                return layer_norm_linear_unchecked(self.feat, gain, shift, to_kv.weight, norm.eps)
-            weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)
-            coords = self.feat.new_empty((*self.feat.shape[:2], 0), dtype=torch.float64)  # of no axis
-            frequencies = coords.new_empty(0, 0)
-            return fourier_projection_unchecked(self.feat, coords, frequencies, weight.T, bias, norm.eps)
+        if self._fuses() and self._is_library_s(to_kv):
+            check_memory("to_kv(norm(tokens))", to_kv.weight, norm.weight, norm.bias)
+            gain, shift = norm.weight.to(self.feat.dtype), norm.bias.to(self.feat.dtype)
+            return layer_norm_linear_unchecked(self.feat, gain, shift, to_kv.weight, norm.eps)
+        projection = self.projection(to_kv, norm)
+        if projection is not None:
+            return projection.keys_values()
         return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))
+
+    def projection(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Projection | None:
+        if not self._fuses() or self._is_library_s(to_kv):
+            return None
+        weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)
+        coords = self.feat.new_empty((*self.feat.shape[:2], 0), dtype=torch.float64)  # of no axis
+        return Projection(self.feat, coords, coords.new_empty(0, 0), weight.T, bias, norm.eps, to_kv.weight.dtype)
+
+    def _is_library_s(self, to_kv: nn.Linear) -> bool:
+        """Whether keys and values are a library's product of normalised tokens."""
+        return self._is_wide(len(to_kv.weight)) and to_kv.weight.dtype == self.feat.dtype

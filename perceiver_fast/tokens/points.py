@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from perceiver_fast import reference
 from perceiver_fast.backends import Choice
 from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION, fourier_projection_unchecked
-from perceiver_fast.ops.library import compute_dtype, unless_autocast
+from perceiver_fast.ops.library import compute_dtype, projected_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.projected_attention import Projection
 from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
 from perceiver_fast.tracing import known
 
@@ -46,10 +47,13 @@ class PointTokens(Tokens):
         return known(self.count) * (self.channels * width + 2 * self.frequencies.numel() * ENCODING)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        return self.projection(to_kv, norm).keys_values()
+
+    def projection(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Projection:
         with unless_autocast(self.device):
             weight, bias = absorb_norm(to_kv, norm, compute_dtype(to_kv.weight.dtype), self.order)
-        kv = fourier_projection_unchecked(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps)
-        return kv.to(to_kv.weight.dtype) if kv.dtype == weight.dtype else kv
+        dtype = projected_dtype(to_kv.weight)
+        return Projection(self.feat, self.coords, self.frequencies, weight.T, bias, norm.eps, dtype)
 
     def codes(self, eps: float | None = None, ones: bool = False) -> Tensor:
         """The tokens ``[B, M, C]`` in the description's own order, by the kernel that encodes and projects.

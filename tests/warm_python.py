@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from pathlib import Path
 
 SERVER = """
 import gc, importlib, json, os, runpy, signal, sys, types

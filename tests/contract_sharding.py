@@ -71,6 +71,11 @@ def check(name, unit, kind):
         assert torch.allclose(found[key], mean, atol=1e-12), (name, unit, key, (found[key] - mean).abs().max())
 
 
+def say(*words):
+    """A line in one piece: the ranks write to one file."""
+    os.write(1, f"{' '.join(map(str, words))}\n".encode())
+
+
 def run_ranks(run, ranks, file):
     """``run(rank)`` in a fork for every rank, in a group that meets at a file: what is imported is imported once."""
     warnings.simplefilter("ignore")
@@ -97,7 +102,7 @@ def main(ranks, file, *units):
             for unit in units:
                 for name in MODELS:
                     check(name, unit, kind)
-                print("ok", kind, unit, rank, flush=True)
+                say("ok", kind, unit, rank)
 
     return run_ranks(run, int(ranks), file)
 

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adapters.perceivers import build  # noqa: E402
-from contract_sharding import fully_sharded, gradients, run_ranks, wrapped  # noqa: E402
+from contract_sharding import fully_sharded, gradients, run_ranks, say, wrapped  # noqa: E402
 
 import perceiver_fast as pf  # noqa: E402
 from perceiver_fast.adapters.check import tensors_of  # noqa: E402
@@ -60,7 +60,7 @@ def main(ranks, file, *units):
                     for n, name in enumerate(MODELS):
                         if (name, unit) not in FAILS_AS_IT_IS and (ALL or (u + k + f + n) % 2 == 0):
                             check(name, unit, kind, first)
-                    print("ok", unit, kind, first, rank, flush=True)
+                    say("ok", unit, kind, first, rank)
 
     return run_ranks(run, int(ranks), file)
 

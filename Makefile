@@ -37,7 +37,9 @@ $(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/
 demo: install
 	$(BIN)/python -m perceiver_fast demo
 
-# Two workers, a file at a time. Threads that wait must not spin: the other worker needs the core.
+# Two workers, a file at a time. Threads that wait must not spin: the other worker needs the core. Tests start many
+# processes: with its bytecode written down, if only once, torch is imported in a third of the time.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -17,19 +17,27 @@ if INTERPRETED and triton_error is None:
 
 collect_ignore = ["adapters/suite"]  # for transformers' own test folder
 
-# Files that take minutes, the longest first: `make test` gives files to two workers, and none should begin these last.
+# Files that take long, the longest first: `make test` gives files to two workers, and none should begin these last.
 LONGEST = (
-    "test_kernels_compile.py",
     "test_kernels.py",
     "test_packaging.py",
-    "test_shard.py",
-    "test_campaign.py",
     "test_examples.py",
+    "test_campaign.py",
+    "test_shard.py",
+    "test_aarch64.py",
     "test_core.py",
-    "test_graphs.py",
+    "test_gpu_battery_runs.py",
     "test_compile.py",
-    "test_gpu_battery.py",
+    "test_typing.py",
+    "test_demo.py",
+    "test_deployment.py",
+    "test_scaling.py",
+    "test_kernels_compile.py",
+    "test_graphs.py",
     "test_cuda_build.py",
+    "test_sharding.py",
+    "test_gpu_battery.py",
+    "test_fake_driver.py",
 )
 
 

@@ -1,12 +1,14 @@
-"""One rank of a sharded run: every unit of every model, equal to the model as it was. Run by tests/contract/test_sharding.py.
+"""The ranks of a sharded run: every unit of every model, equal to the model as it was. Run by tests/contract/test_sharding.py.
 
-Usage: python contract_sharding.py RANK RANKS FILE [UNIT ...]
+Usage: python contract_sharding.py RANKS FILE [UNIT ...]
 """
 
 import copy
 import os
 import sys
+import traceback
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -69,18 +71,41 @@ def check(name, unit, kind):
         assert torch.allclose(found[key], mean, atol=1e-12), (name, unit, key, (found[key] - mean).abs().max())
 
 
-def main(rank, ranks, file, *units):
+def say(*words):
+    """A line in one piece: the ranks write to one file."""
+    os.write(1, f"{' '.join(map(str, words))}\n".encode())
+
+
+def run_ranks(run, ranks, file):
+    """``run(rank)`` in a fork for every rank, in a group that meets at a file: what is imported is imported once."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=int(ranks))
-    for kind in ("fsdp2", "fsdp1"):
-        for unit in units:
-            for name in MODELS:
-                check(name, unit, kind)
-            print("ok", kind, unit, flush=True)
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may wait for each other at exit
+    processes = []
+    for rank in range(ranks):
+        process = os.fork()
+        if process == 0:
+            meeting = dict(init_method=f"file://{file}", rank=rank, world_size=ranks, timeout=timedelta(seconds=100))
+            dist.init_process_group("gloo", **meeting)
+            try:
+                run(rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)  # gloo's threads may wait for each other at exit
+        processes.append(process)
+    return max(os.waitpid(process, 0)[1] for process in processes) and 1
+
+
+def main(ranks, file, *units):
+    def run(rank):
+        for kind in ("fsdp2", "fsdp1"):
+            for unit in units:
+                for name in MODELS:
+                    check(name, unit, kind)
+                say("ok", kind, unit, rank)
+
+    return run_ranks(run, int(ranks), file)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

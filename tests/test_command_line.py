@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import __main__ as command_line
@@ -54,6 +55,7 @@ AS_COMMANDS = {
     "module": [sys.executable, "-m", "perceiver_fast"],
     "script": [sys.executable, "{script}"],
 }
+RUN = "import runpy; runpy.run_module('perceiver_fast', run_name='__main__', alter_sys=True)\n"
 SCRIPT = "import sys\nfrom perceiver_fast.__main__ import main\nsys.exit(main())\n"  # as pip writes it
 
 
@@ -78,20 +80,28 @@ def test_help_imports_neither_torch_nor_rich(how, command, tmp_path):
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
+MINE = """
+import perceiver_fast, torch
+def build():
+    assert torch.ops.perceiver_fast.grid_attention_forward and not perceiver_fast.installation.deferred()
+    return perceiver_fast.Perceiver(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)
+"""
+
+
 @pytest.mark.parametrize("how", AS_COMMANDS)
 def test_usage_errors_import_nothing_and_runs_all(how, tmp_path):
     done = as_command(how, ["explain", "--no-such"], tmp_path)
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "[]"
-    (tmp_path / "mine.py").write_text(
-        "import perceiver_fast, torch\n"
-        "def build():\n"
-        "    assert torch.ops.perceiver_fast.grid_attention_forward and not perceiver_fast.installation.deferred()\n"
-        "    return perceiver_fast.Perceiver(num_freq_bands=2, depth=1, max_freq=4.0, num_latents=4, latent_dim=8)\n"
-    )
-    done = as_command(how, ["explain", "mine:build", "--shape", "6x5x3", "--dtype", "float32"], tmp_path)
-    assert done.returncode == 2 and "keeps its own dtype" in done.stderr
+    (tmp_path / "mine.py").write_text(MINE)
     done = as_command(how, ["explain", "mine:build", "--shape", "6x5x3", "--json"], tmp_path)
     assert done.returncode == 0 and '"grid_attention"' in done.stdout, done.stderr
+
+
+def test_a_model_keeps_its_own_dtype(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine_of_a_dtype.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert command_line.main(["explain", "mine_of_a_dtype:build", "--shape", "6x5x3", "--dtype", "float32"]) == 2
+    assert "keeps its own dtype" in capsys.readouterr().err
 
 
 def test_the_first_name_makes_the_package_whole(tmp_path):
@@ -131,6 +141,7 @@ def test_a_wheel_names_no_checkout(tmp_path):
     ignored = shutil.ignore_patterns("_C*", "_cuda*", "_build.json", "__pycache__")
     shutil.copytree(installation.PACKAGE, tmp_path / "perceiver_fast", ignore=ignored)
     code = (
+        "import sys\n"
         "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
         "import importlib.util as util\n"
         "real = util.find_spec\n"
@@ -146,10 +157,8 @@ def test_a_wheel_names_no_checkout(tmp_path):
         ["bench", "--help"],
         ["explain", "--geometry", "io-32"],
     ):
-        (tmp_path / "sitecustomize.py").write_text(f"import sys\n{code}")
         env = os.environ | {"PYTHONPATH": str(tmp_path)}
-        command = [sys.executable, "-m", "perceiver_fast", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+        done = python("-c", f"{code}{RUN}", *arguments, cwd=tmp_path, env=env)
         assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr
         told.append(done.stdout + done.stderr)
     assert "was not built" in told[0] and "pip install 'perceiver-fast[demo]'" in told[1] and "clone" in told[2]
@@ -211,9 +220,7 @@ TINY_PROFILE = ["profile", "--tiny", "--geometry", "readme"]
     ids=str,
 )
 def test_a_closed_pipe_is_quiet(arguments, tmp_path):
-    read, write = os.pipe()
-    os.close(read)  # as `| head` does when it has seen enough, but at once
-    command = [sys.executable, "-m", "perceiver_fast", *arguments]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    os.close(write)
+    code = "import os; read, write = os.pipe(); os.dup2(write, 1); os.close(write); "
+    code += "os.close(read)\n"  # as `| head` does when it has seen enough, but at once
+    done = python("-c", f"{code}{RUN}", *arguments, cwd=tmp_path)
     assert done.returncode == 141 and "Broken pipe" not in done.stderr and "Traceback" not in done.stderr

@@ -67,8 +67,8 @@ def test_an_exported_program_has_the_kernels(exported):
 def test_an_exported_program_needs_the_ops_alone(exported, model, tmp_path):
     code = LOAD.format(shapes=SIZES)
     path = os.pathsep.join(filter(None, [str(Path(pf.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-c", code, exported / "model.pt2", tmp_path / "out"]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
+    done = python("-c", code, exported / "model.pt2", tmp_path / "out", env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
     for shape in SIZES:
         _, expected = expected_of(model, shape)
         assert (torch.load(tmp_path / f"out-{shape[1]}") - expected).abs().max() < 1e-5
@@ -192,8 +192,6 @@ def test_a_library_of_other_sources_is_refused():
     code += "import sys; sys.modules['perceiver_fast._C'] = None\n"
     code += "import perceiver_fast"
     path = os.pathsep.join(filter(None, [str(Path(pf.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-    )
+    done = python("-c", code, env=os.environ | {"PYTHONPATH": path})
     assert done.returncode and "ImportError: perceiver_fast: expected the operator geglu_forward" in done.stderr
     assert "build it again" in done.stderr

@@ -27,6 +27,7 @@ PICTURES = {
 }
 LAUNCHED = ("distributed", "stream")  # under torchrun (tests/distributed), and without a picture
 AUTOENCODERS = ("shapes", "image")  # whose accuracy is no share of labels
+IMPORTED = ("torch._dynamo", "matplotlib.figure", "sklearn.datasets")  # by most of them; Adam takes torch._dynamo
 OPTIONS = {"train": ["--compare", "20"]}
 
 
@@ -34,7 +35,8 @@ def run(name, *arguments, cwd=None):
     # The package under test, also where another one is installed.
     root = str(Path(perceiver_fast.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return python(EXAMPLES / f"{name}.py", *arguments, cwd=cwd, env=os.environ | {"PYTHONPATH": path})
+    env = os.environ | {"PYTHONPATH": path}
+    return python(EXAMPLES / f"{name}.py", *arguments, cwd=cwd, env=env, imports=IMPORTED)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,10 @@ PERCEIVER_FAST_TEST_ALL_KERNELS=1 launches all; so does ``python tests/fake_driv
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_python import python
 
 from perceiver_fast.ops.declaration import OPERATORS, OPS
 
@@ -26,8 +25,7 @@ def launched(*arguments, script="fake_driver.py"):
     """Exit code and report of a run; the interpreter, which has no such launch, is off."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, f"tests/{script}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = python(f"tests/{script}", *arguments, cwd=ROOT, env=environment)
     assert done.stdout, done.stderr[-6000:]
     return done.returncode, json.loads(done.stdout)
 

@@ -1,5 +1,7 @@
 """The Triton kernels where there is no GPU: tests/kernels in Triton's interpreter, in processes of their own.
 
+Cases of both half-precision dtypes run in one of them; in both with PERCEIVER_FAST_TEST_ALL_KERNELS=1.
+
 The interpreter is switched on before triton is imported, or not at all; the rest of the suite does not see it.
 """
 

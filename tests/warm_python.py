@@ -1,29 +1,46 @@
 """Python processes that begin with torch imported: forked from one that is, in 0.01 s rather than 3 s each.
 
 For tests of what the package does as it is imported, as it is called from a shell, or in an environment: such a process
-has torch and nothing of the package, and ends as any other does. Memory is measured in ordinary ones (support.py):
+has torch (and what else is asked for) and nothing of the package, and ends as any other does. Memory is measured in ordinary ones (support.py):
 what is shared with the process that it comes from counts differently.
 """
 
 import atexit
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+import threading
 
 SERVER = """
-import gc, json, os, runpy, sys, types
-import torch
+import gc, importlib, json, os, runpy, signal, sys, types
+for name in ["torch", *sys.argv[1:]]:
+    importlib.import_module(name)
 
 def asked():
-    # Forks for every line of stdin; returns in the child what it is to run.
+    # Forks for every line of stdin; returns in the child what it is to run. A fork in between waits for it, and tells.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            return json.loads(line)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            wanted = json.loads(line)
+            told = os.open(wanted["told"], os.O_WRONLY)
+            files = [os.open(path, os.O_WRONLY | os.O_APPEND if n else os.O_RDONLY) for n, path in enumerate(wanted["files"])]
+            child = os.fork()
+            if child == 0:
+                for number, file in enumerate(files):
+                    os.dup2(file, number)
+                for file in (told, *files):
+                    os.close(file)
+                return wanted
+            for file in files:
+                os.close(file)
+            os.write(told, b"%d\\n" % child)
+            os.write(told, b"%d\\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            os._exit(0)
     os._exit(0)
 
 gc.freeze()  # what is there stays: looking through it again as a child ends takes a second
@@ -32,8 +49,6 @@ wanted = asked()
 os.chdir(wanted["folder"])
 os.environ.clear()
 os.environ.update(wanted["env"])
-for number, file in enumerate([os.devnull, *wanted["outputs"]]):
-    os.dup2(os.open(file, os.O_RDONLY if number == 0 else os.O_WRONLY), number)
 how, *sys.argv = wanted["arguments"]
 script = how not in ("-c", "-m")
 first = os.path.dirname(os.path.abspath(how)) if script else os.getcwd()
@@ -50,35 +65,103 @@ else:
     runpy.run_path(how, run_name="__main__")
 """
 FORKS = sys.platform == "linux"
-_server: subprocess.Popen | None = None
+_servers: dict[tuple[str, ...], subprocess.Popen] = {}
+_lock = threading.Lock()
 
 
-def python(*arguments, cwd=None, env=None) -> subprocess.CompletedProcess:
+def python(*arguments, cwd=None, env=None, timeout=None, imports=()) -> subprocess.CompletedProcess:
     """What ``python ARGUMENTS`` prints, and how it ends: ``-c CODE``, ``-m MODULE`` or a file, and their arguments.
 
     Args:
         cwd: where it runs. Default: here.
         env: its environment. Default: ours.
+        timeout: seconds after which it is killed, and subprocess.TimeoutExpired raised.
+        imports: modules that it begins with beside torch.
     """
-    arguments, cwd = [str(argument) for argument in arguments], str(cwd or os.getcwd())
-    env = dict(os.environ if env is None else env)
-    if not FORKS:
-        return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
-    server = _started()
-    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        wanted = {"arguments": arguments, "folder": cwd, "env": env, "outputs": [out.name, err.name]}
-        server.stdin.write(json.dumps(wanted) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        texts = (Path(file.name).read_text() for file in (out, err))
-        return subprocess.CompletedProcess([sys.executable, *arguments], code, *texts)
+    command = [sys.executable, *map(str, arguments)]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = start(command, imports, cwd=cwd, env=env, stdout=out, stderr=err)
+        try:
+            code = process.wait(timeout)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read().decode(), err.read().decode())
 
 
-def _started() -> subprocess.Popen:
-    global _server
-    if _server is None or _server.poll() is not None:
-        _server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        atexit.register(_server.communicate)  # it ends where its stdin does
-    return _server
+class Forked:
+    """Such a process, with what subprocess.Popen has: a command that begins with ours, and PIPE or files as there."""
+
+    def __init__(self, command, imports, cwd=None, env=None, stdin=None, stdout=None, stderr=None):
+        assert command[0] == sys.executable
+        theirs, files, pipes = [], [], []
+        for number, given in enumerate((stdin, stdout, stderr)):
+            pipes.append(None)
+            if given == subprocess.PIPE:
+                end, own = os.pipe() if number == 0 else reversed(os.pipe())
+                pipes[-1] = os.fdopen(own, "rb" if number else "wb")
+                theirs.append(end)
+                given = end
+            elif given == subprocess.STDOUT:
+                files.append(files[-1])
+                continue
+            files.append(os.devnull if given is None else _path(given))
+        self.stdin, self.stdout, self.stderr = pipes
+        self.returncode: int | None = None
+        told, tells = os.pipe()
+        self._told = os.fdopen(told)
+        wanted = {"arguments": [str(part) for part in command[1:]], "folder": str(cwd or os.getcwd()), "files": files}
+        wanted |= {"env": dict(os.environ if env is None else env), "told": _path(tells)}
+        with _lock:
+            server = _server(tuple(imports))
+            server.stdin.write(json.dumps(wanted) + "\n")
+            server.stdin.flush()
+        self.pid = int(self._told.readline())
+        for end in (*theirs, tells):
+            os.close(end)
+
+    def wait(self, timeout=None) -> int:
+        """Its exit status; raises subprocess.TimeoutExpired."""
+        if self.returncode is None:
+            if not select.select([self._told], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            self.returncode = int(self._told.readline())
+            self._told.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit status, None while it runs."""
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number) -> None:
+        """Nothing where it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it by force."""
+        self.send_signal(signal.SIGKILL)
+
+
+def start(command, imports=(), **options) -> Forked | subprocess.Popen:
+    """Such a process, with subprocess.Popen's options; what it prints is not shown by default."""
+    return Forked(command, imports, **options) if FORKS else subprocess.Popen(command, **options)
+
+
+def _path(file) -> str:
+    """Of an open file or pipe, for other processes."""
+    return f"/proc/{os.getpid()}/fd/{file if isinstance(file, int) else file.fileno()}"
+
+
+def _server(imports: tuple[str, ...]) -> subprocess.Popen:
+    if imports not in _servers or _servers[imports].poll() is not None:
+        command = [sys.executable, "-c", SERVER, *imports]
+        _servers[imports] = server = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        atexit.register(server.communicate)  # it ends where its stdin does
+    return _servers[imports]

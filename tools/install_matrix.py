@@ -29,7 +29,9 @@ from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILT = shutil.ignore_patterns(".git", ".venv", "build", "dist", "site", "out", "*.egg-info", "*.so", "_build.json")
+BUILT = shutil.ignore_patterns(
+    ".git", ".venv", "build", "dist", "site", "out", "*.egg-info", "*.so", "_build.json", "__pycache__"
+)
 BUILD = ["setuptools>=77", "pybind11>=2.13", "ninja>=1.11"]
 PROBE = """
 import json, warnings

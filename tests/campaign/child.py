@@ -19,6 +19,9 @@ START_S = 180  # to import torch, under a sanitizer on a busy machine
 CASE_S = 120
 
 
+starts = subprocess.Popen  # or what has its methods
+
+
 class CannotStart(RuntimeError):
     """The worker does not come up; the message has the end of what it said."""
 
@@ -33,7 +36,7 @@ class Child:
     """
 
     def __init__(self, part: str, env: dict[str, str] | None = None, folder: Path = ROOT):
-        self.part, self.folder = part, folder
+        self.part, self.folder, self.popen = part, folder, starts
         self.env = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONFAULTHANDLER": "1"} | (env or {})
         self.process: subprocess.Popen | None = None
 
@@ -62,7 +65,7 @@ class Child:
     def _start(self) -> None:
         self.errors = tempfile.TemporaryFile()
         command = [sys.executable, "-m", "tests.campaign.worker", self.part]
-        self.process = subprocess.Popen(
+        self.process = self.popen(
             command, cwd=self.folder, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors
         )
         if not self._answer(START_S):

@@ -1,4 +1,4 @@
-"""Runs a function of workers.py in several processes."""
+"""Runs a function of workers.py in several processes, forked from one that has imported what takes seconds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch.multiprocessing as multiprocessing
 sys.path.insert(0, str(Path(__file__).parent))
 import workers  # noqa: E402
 
+IMPORTED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]
+
 
 def run(ranks: int, function: str, dying: tuple[int, ...] = (), seconds: float = 240, **arguments: Any) -> list[Any]:
     """What the function returns on every rank; ``dying`` are the ranks that are not waited for.
@@ -21,7 +23,8 @@ def run(ranks: int, function: str, dying: tuple[int, ...] = (), seconds: float =
     Raises:
         AssertionError: it raised on some rank, or took too long.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder, "store"))

@@ -1,14 +1,14 @@
 """Sharded tokens on two, three and four processes of this machine: the numbers are those of one process."""
 
 import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from cases import KINDS
 from launch import run
+from warm_python import python
 
 import perceiver_fast as pf
 
@@ -121,19 +121,15 @@ def test_without_a_process_group():
 def test_two_nodes_under_torchrun(tmp_path):
     """The example, launched as on two hosts of one process each, which meet over the loopback."""
     example = Path(__file__).parents[2] / "examples" / "distributed.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29531", "--rdzv-id", "test"]
     root = str(Path(pf.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    nodes = [
-        subprocess.Popen(
-            [*torchrun, *meeting, str(example), "--quick"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    texts = [node.communicate(timeout=240)[0] for node in nodes]
+    command = [*torchrun, *meeting, example, "--quick"]
+    with ThreadPoolExecutor(2) as pool:
+        nodes = list(pool.map(lambda _: python(*command, env=environment, timeout=240), range(2)))
+    texts = [node.stdout + node.stderr for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
     assert any("gradients equal one process'" in text for text in texts), texts
 

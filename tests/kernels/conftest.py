@@ -6,12 +6,14 @@ tensor cores round as they add is not emulated.
 """
 
 import os
+import random
 
 import numpy as np
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HALF = torch.bfloat16, torch.float16
 if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]  # tests/test_kernels.py runs them in the interpreter
 
@@ -71,6 +73,25 @@ if INTERPRETED:
         return interpreter.TensorHandle(rounded, dst_type.scalar)
 
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+    def pytest_collection_modifyitems(config, items):
+        """Of a case in bfloat16 and in float16, alike but for conversions, one is interpreted, drawn by its name.
+
+        Of the CUDA kernels, which are other templates for either, both are. PERCEIVER_FAST_TEST_ALL_KERNELS=1 interprets
+        both of all.
+        """
+        if os.environ.get("PERCEIVER_FAST_TEST_ALL_KERNELS") == "1":
+            return
+        cases = {}
+        for item in items:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            halves = [value for value in params.values() if value in HALF]
+            if halves and not item.path.stem.endswith("_cuda"):
+                others = repr([(name, value) for name, value in params.items() if value not in HALF])
+                cases.setdefault(f"{item.path.name} {item.originalname} {others}", {})[halves[0]] = item
+        left_out = [case[random.Random(name).choice(HALF)] for name, case in cases.items() if len(case) == 2]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
     @pytest.fixture(autouse=True)
     def launches_fit(monkeypatch):

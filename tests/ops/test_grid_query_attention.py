@@ -3,13 +3,12 @@
 import math
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from grid_query_cases import BASE, NAMES, draw, errors_of, plain, results
 from support import check_over_draws, needs_extension, relative_error
+from warm_python import python
 
 import perceiver_fast as pf
 from perceiver_fast import extension, reference
@@ -111,10 +110,10 @@ def test_every_instruction_set(isa):
         pytest.skip(f"this CPU has no {isa}")
     if isa == extension.module.active_isa():
         return  # what this process runs
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     command += ["-k", "plain_pytorch or extreme or uniform or (exact and (1 or 3))"]
     env = os.environ | {"PERCEIVER_FAST_CPU_ISA": isa}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=os.path.dirname(__file__))
+    done = python(*command, env=env, cwd=os.path.dirname(__file__))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

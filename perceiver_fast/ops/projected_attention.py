@@ -6,7 +6,8 @@ between the two kernels stays in cache. With ``w_k = exp(lse_k - lse)`` the piec
 
     o = sum_k w_k o_k        d o_k = w_k d_o        d lse_k = w_k (d_o . (o_k - o) + d_lse)
 
-The backward projects again, or keeps keys and values where tokens have too many channels for that to be cheaper.
+The backward projects again, so tokens of many channels are projected all at once instead: that costs less, and positions
+that the batch shares are encoded once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from perceiver_fast.tracing import intercepted, own
 OP = "projected_attention"
 PIECE = 2**19  # numbers of keys and values of a piece, for every thread: about what the second-level caches hold
 LEAST = 4  # pieces: fewer gain nothing
-AGAIN = 64  # channels of tokens up to which keys and values are projected again rather than kept
+CHANNELS = 96  # of tokens at most
 
 
 class Projection(NamedTuple):
@@ -87,7 +88,7 @@ def pieces(batch: int, tokens: int, width: int) -> Iterator[Piece]:
 
 
 def runs_in_pieces(projection: Projection, channels: int, mask: Tensor | None) -> bool:
-    """Whether attention on CPU kernels takes its tokens in pieces: there are enough, and nobody looks at operators.
+    """Whether attention on CPU kernels takes its tokens in pieces: many of few channels, and nobody looks at operators.
 
     A masked element of the batch is one piece, since a mask that leaves no token means something else.
 
@@ -99,8 +100,8 @@ def runs_in_pieces(projection: Projection, channels: int, mask: Tensor | None) -
     if torch.compiler.is_compiling() or transformed() or intercepted():
         return False
     batch, tokens = projection.feat.shape[:2]
-    size, width = piece_size(), projection.weight.shape[1]
-    if width != 2 * channels:  # whoever builds keys and values says so
+    size, (token_channels, width) = piece_size(), projection.weight.shape
+    if token_channels > CHANNELS or width != 2 * channels:  # whoever builds keys and values says what does not fit
         return False
     if batch * tokens * width < LEAST * size or (mask is not None and tokens * width > size):
         return False
@@ -141,17 +142,15 @@ class ProjectedAttentionFunction(torch.autograd.Function):
     def forward(ctx, q, feat, coords, frequencies, weight, bias, mask, eps, scale):
         (batch, tokens), heads = feat.shape[:2], q.shape[1]
         o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float64)
-        keeps = any(ctx.needs_input_grad) and weight.shape[0] > AGAIN
         kept: list[Tensor] = []
         found: Any = None  # of the parts so far
         for piece in pieces(batch, tokens, weight.shape[1]):
             at, whole = piece.elements, piece.tokens.stop - piece.tokens.start == tokens
-            kv, norm_scale = _project(piece, feat, coords, frequencies, weight, bias, eps)
+            kv, _ = _project(piece, feat, coords, frequencies, weight, bias, eps)
             part_mask = None if mask is None else mask[at]
             part_o, part_lse, _ = torch.ops.perceiver_fast.cross_attention_forward(
                 q[at], *_halves(kv, heads), part_mask, scale, 0.0, None, False
             )
-            kept += [kv, norm_scale] if keeps else []
             if whole:
                 o[at], lse[at] = part_o, part_lse
                 continue
@@ -160,7 +159,7 @@ class ProjectedAttentionFunction(torch.autograd.Function):
             if piece.tokens.stop == tokens:
                 (o[at], lse[at]), found = found, None
         ctx.save_for_backward(q, feat, coords, frequencies, weight, bias, mask, o, lse, *kept)
-        ctx.options = eps, scale, keeps
+        ctx.options = eps, scale
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -168,13 +167,13 @@ class ProjectedAttentionFunction(torch.autograd.Function):
     @op_range(OP + ".backward")
     def backward(ctx, d_o, d_lse):
         q, feat, coords, frequencies, weight, bias, mask, *rest = ctx.saved_tensors
-        eps, scale, keeps = ctx.options
+        eps, scale = ctx.options
         to_q, to_feat, to_coords, _, to_weight, to_bias = ctx.needs_input_grad[:6]
 
         def kernel():
             d_out = torch.zeros_like(q) if d_o is None else d_o
             arguments = q, feat, coords, frequencies, weight, bias, mask, eps, scale
-            return _gradients(d_out, d_lse, arguments, rest, keeps, to_feat or to_coords)
+            return _gradients(d_out, d_lse, arguments, rest, to_feat or to_coords)
 
         needed = to_q, to_feat, to_coords, to_weight, to_bias
         if differentiated_again():
@@ -190,7 +189,7 @@ class ProjectedAttentionFunction(torch.autograd.Function):
         return d_q, d_feat, d_coords, None, d_weight, d_bias, None, None, None
 
 
-def _gradients(d_o, d_lse, arguments, rest, keeps: bool, to_tokens: bool) -> tuple[Tensor | None, ...]:
+def _gradients(d_o, d_lse, arguments, rest, to_tokens: bool) -> tuple[Tensor | None, ...]:
     """By q, feat, coords, weight and bias; those by tokens only where ``to_tokens``."""
     q, feat, coords, frequencies, weight, bias, mask, eps, scale = arguments
     o, lse, *kept = rest
@@ -203,10 +202,7 @@ def _gradients(d_o, d_lse, arguments, rest, keeps: bool, to_tokens: bool) -> tup
         d_feat, d_coords = torch.zeros_like(feat), torch.zeros_like(coords)
     for piece in pieces(batch, tokens, weight.shape[1]):
         at = piece.elements
-        if keeps:
-            kv, norm_scale = next(saved), next(saved)
-        else:
-            kv, norm_scale = _project(piece, feat, coords, frequencies, weight, bias, eps)
+        kv, norm_scale = _project(piece, feat, coords, frequencies, weight, bias, eps)
         part_o, part_lse, part_d_o = o[at], lse[at], d_o[at]
         part_d_lse = None if d_lse is None else d_lse[at]
         if piece.tokens.stop - piece.tokens.start < tokens:

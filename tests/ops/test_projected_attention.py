@@ -22,13 +22,6 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(projected_attention, "LEAST", 1)
 
 
-@pytest.fixture(params=["projected again", "kept"])
-def kept(request, monkeypatch):
-    if request.param == "kept":
-        monkeypatch.setattr(projected_attention, "AGAIN", 0)
-    return request.param == "kept"
-
-
 def inputs(batch, tokens, dtype=torch.float64, shared=True, features=2, axes=1, bands=3):
     """Queries, and all that keys and values are made of, with gradients."""
     torch.manual_seed(0)
@@ -81,7 +74,7 @@ def test_all_tokens_once_and_in_order(shape):
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("shape, masked", [(shape, False) for shape in SHAPES] + [("elements", True)])
-def test_values_and_gradients(shape, masked, shared, kept):
+def test_values_and_gradients(shape, masked, shared):
     batch, tokens = SHAPES[shape]
     leaves, frequencies = inputs(batch, tokens, shared=shared)
     mask = mask_of(batch, tokens) if masked else None
@@ -97,7 +90,7 @@ def test_values_and_gradients(shape, masked, shared, kept):
 
 
 @pytest.mark.parametrize("shape", ["elements", "parts"])
-def test_second_derivatives(shape, kept):
+def test_second_derivatives(shape):
     batch, tokens = SHAPES[shape]
     leaves, frequencies = inputs(batch, tokens)
 
@@ -111,7 +104,7 @@ def test_second_derivatives(shape, kept):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_errors_are_at_most_those_of_keys_and_values_at_once(dtype, kept):
+def test_errors_are_at_most_those_of_keys_and_values_at_once(dtype):
     """Averaged over draws; extreme logits too."""
     errors = [0.0, 0.0]
     for size in (1.0, 1.0, 30.0):
@@ -128,13 +121,12 @@ def test_errors_are_at_most_those_of_keys_and_values_at_once(dtype, kept):
     assert 0 < errors[0] <= 2 * errors[1]
 
 
-def test_only_what_is_needed_is_saved(kept):
+def test_no_keys_and_values_are_saved():
     leaves, frequencies = inputs(1, 53)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         in_pieces(leaves, frequencies, None)
-    built = [shape for shape in saved if len(shape) == 3 and shape[-1] == 2 * HEADS * DIM]
-    assert len(built) == (3 if kept else 0)
+    assert saved and not [shape for shape in saved if shape[-1:] == (2 * HEADS * DIM,) and len(shape) == 3]
     with torch.no_grad():
         o, _ = in_pieces(leaves, frequencies, None)
     assert not o.requires_grad
@@ -148,6 +140,8 @@ def test_where_it_runs(monkeypatch):
     assert runs_in_pieces(projection, channels, None)
     assert not runs_in_pieces(projection, channels, torch.ones(2, 53, dtype=torch.bool))
     assert not runs_in_pieces(projection, channels + 1, None)
+    wide = projection._replace(weight=weight.new_zeros(projected_attention.CHANNELS + 1, 2 * channels))
+    assert not runs_in_pieces(wide, channels, None)
     seen = []
     torch.func.vmap(lambda x: seen.append(runs_in_pieces(projection, channels, None)) or x)(torch.zeros(2))
     with pf.use_backend("reference"):

@@ -85,8 +85,8 @@ def run_ranks(run, ranks, file):
         process = os.fork()
         if process == 0:
             meeting = dict(init_method=f"file://{file}", rank=rank, world_size=ranks, timeout=timedelta(seconds=100))
-            dist.init_process_group("gloo", **meeting)
             try:
+                dist.init_process_group("gloo", **meeting)
                 run(rank)
             except BaseException:
                 traceback.print_exc()

@@ -16,7 +16,7 @@ import tempfile
 import threading
 
 SERVER = """
-import gc, importlib, json, os, runpy, signal, sys, types
+import faulthandler, gc, importlib, json, os, runpy, signal, sys, types
 for name in ["torch", *sys.argv[1:]]:
     importlib.import_module(name)
 
@@ -28,13 +28,19 @@ def asked():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             wanted = json.loads(line)
             told = os.open(wanted["told"], os.O_WRONLY)
-            files = [os.open(path, os.O_WRONLY | os.O_APPEND if n else os.O_RDONLY) for n, path in enumerate(wanted["files"])]
-            child = os.fork()
+            try:
+                ways = os.O_RDONLY, *[os.O_WRONLY | os.O_APPEND] * 2
+                files = [os.open(path, way) for path, way in zip(wanted["files"], ways)]
+                child = os.fork()
+            except OSError as error:
+                os.write(told, ("%s\\n" % error).encode())
+                os._exit(1)
             if child == 0:
                 for number, file in enumerate(files):
                     os.dup2(file, number)
                 for file in (told, *files):
                     os.close(file)
+                sys.stdin = open(0, closefd=False)  # the old one may have read further requests
                 return wanted
             for file in files:
                 os.close(file)
@@ -49,6 +55,8 @@ wanted = asked()
 os.chdir(wanted["folder"])
 os.environ.clear()
 os.environ.update(wanted["env"])
+if os.environ.get("PYTHONFAULTHANDLER"):
+    faulthandler.enable()
 how, *sys.argv = wanted["arguments"]
 script = how not in ("-c", "-m")
 first = os.path.dirname(os.path.abspath(how)) if script else os.getcwd()
@@ -119,9 +127,21 @@ class Forked:
             server = _server(tuple(imports))
             server.stdin.write(json.dumps(wanted) + "\n")
             server.stdin.flush()
-        self.pid = int(self._told.readline())
+            self.pid = self._begun(server)
         for end in (*theirs, tells):
             os.close(end)
+
+    def _begun(self, server: subprocess.Popen) -> int:
+        """Its number, once it is there."""
+        while not select.select([self._told], [], [], 1)[0]:
+            if server.poll() is not None:
+                raise RuntimeError(
+                    f"expected a process to fork from, but it ended with {server.returncode}: {server.args[3:]}"
+                )
+        told = self._told.readline().strip()
+        if not told.isdecimal():
+            raise RuntimeError(f"no process began: {told}")
+        return int(told)
 
     def wait(self, timeout=None) -> int:
         """Its exit status; raises subprocess.TimeoutExpired."""
@@ -150,8 +170,15 @@ class Forked:
 
 
 def start(command, imports=(), **options) -> Forked | subprocess.Popen:
-    """Such a process, with subprocess.Popen's options; what it prints is not shown by default."""
-    return Forked(command, imports, **options) if FORKS else subprocess.Popen(command, **options)
+    """Such a process, with subprocess.Popen's options; what it prints is not shown by default.
+
+    An ordinary one where the environment has what only a process's start reads: libraries to preload, malloc's settings.
+    """
+    env = options.get("env") or os.environ
+    forks = FORKS and not any(
+        env.get(name) != os.environ.get(name) for name in env if name.startswith(("LD_", "MALLOC_"))
+    )
+    return Forked(command, imports, **options) if forks else subprocess.Popen(command, **options)
 
 
 def _path(file) -> str:

@@ -37,7 +37,7 @@ from perceiver_fast.ops.cross_attention import cross_attention_unchecked
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
 from perceiver_fast.ops.library import half_dtype, unless_autocast
-from perceiver_fast.ops.projected_attention import projected_attention, runs_in_pieces
+from perceiver_fast.ops.projected_attention import projected_attention, rows_of_pieces
 from perceiver_fast.tokens import GridTokens, Tokens
 
 Result = tuple[Tensor, Tensor | None]
@@ -167,12 +167,15 @@ def attend_projected(
     Many tokens are taken in pieces, see ops/projected_attention.py.
     """
     fn = layer.fn
-    if backend == "cpu" and not inverted and fn.active_dropout == 0 and not fn.queries_contribute_kv:
-        projection, q = tokens.projection(layer.to_kv, layer.norm_context), layer.to_q(z)
-        if projection is not None and runs_in_pieces(projection, q.shape[-1], mask):
-            q = fn.split_heads(q.to(projection.dtype).expand(tokens.batch, -1, -1))
-            return _latents_first(*projected_attention(q, projection, mask, fn.scale, with_lse))
-    kv = tokens.keys_values(layer.to_kv, layer.norm_context)
+    projection = tokens.projection(layer.to_kv, layer.norm_context)
+    plain = backend == "cpu" and not inverted and fn.active_dropout == 0 and not fn.queries_contribute_kv
+    if projection is not None and plain and (rows := rows_of_pieces(layer.to_q(z), projection, mask)) > 0:
+        q = fn.split_heads(layer.to_q(z).to(projection.dtype).expand(tokens.batch, -1, -1))
+        return _latents_first(*projected_attention(q, projection, rows, mask, fn.scale, with_lse))
+    if projection is not None:
+        kv = projection.keys_values()
+    else:
+        kv = tokens.keys_values(layer.to_kv, layer.norm_context)
     q = layer.to_q(z).to(kv.dtype).expand(kv.shape[0], -1, -1)
     if fn.queries_contribute_kv:
         z = z.expand(kv.shape[0], -1, -1)

@@ -28,8 +28,8 @@ from perceiver_fast.tracing import intercepted, own
 
 OP = "projected_attention"
 PIECE = 2**19  # numbers of keys and values of a piece, for every thread: about what the second-level caches hold
-LEAST = 4  # pieces: fewer gain nothing
-CHANNELS = 96  # of tokens at most
+LEAST_PIECES = 4  # fewer gain nothing
+MOST_CHANNELS = 96  # of tokens
 
 
 class Projection(NamedTuple):
@@ -42,7 +42,7 @@ class Projection(NamedTuple):
         weight: ``[C, 2 H d]``.
         bias: ``[2 H d]``.
         eps: LayerNorm's epsilon.
-        dtype: of the result.
+        dtype: of keys and values that are built. Pieces are not rounded to it.
     """
 
     feat: Tensor
@@ -69,43 +69,44 @@ class Piece(NamedTuple):
         return t[:, self.tokens] if t.shape[0] == 1 else t[self.elements, self.tokens]
 
 
-def piece_size() -> int:
-    """Numbers of keys and values of a piece, of all threads together."""
-    return PIECE * torch.get_num_threads()
-
-
-def pieces(batch: int, tokens: int, width: int) -> Iterator[Piece]:
+def pieces(batch: int, tokens: int, rows: int) -> Iterator[Piece]:
     """All tokens, in order: whole batch elements, or parts of one.
 
     Args:
         batch, tokens: B and M.
-        width: numbers of a token's keys and values.
+        rows: tokens of a piece at most.
     """
-    rows = max(1, piece_size() // width)
     for element in range(0, batch, step := max(1, rows // tokens)):
         for first in range(0, tokens, rows):
             yield Piece(slice(element, min(batch, element + step)), slice(first, min(tokens, first + rows)))
 
 
-def runs_in_pieces(projection: Projection, channels: int, mask: Tensor | None) -> bool:
-    """Whether attention on CPU kernels takes its tokens in pieces: many of few channels, and nobody looks at operators.
+def rows_of_pieces(q: Tensor, projection: Projection, mask: Tensor | None) -> int:
+    """How many tokens attention on CPU kernels takes at a time; 0 where it takes all of them at once.
 
-    A masked element of the batch is one piece, since a mask that leaves no token means something else.
+    It takes pieces of many tokens of few channels, unless somebody looks at operators, or keys and values are constants. A
+    masked element of the batch is one piece, since a mask that leaves no token means something else.
 
     Args:
+        q: queries ``[.., N, H d]``.
         projection: of keys and values.
-        channels: of all heads of a query, H d.
         mask: bool ``[B, M]`` or None.
     """
     if torch.compiler.is_compiling() or transformed() or intercepted():
-        return False
-    batch, tokens = projection.feat.shape[:2]
-    size, (token_channels, width) = piece_size(), projection.weight.shape
-    if token_channels > CHANNELS or width != 2 * channels:  # whoever builds keys and values says what does not fit
-        return False
-    if batch * tokens * width < LEAST * size or (mask is not None and tokens * width > size):
-        return False
-    return FOURIER_PROJECTION.choose(PointwiseCall(projection.weight.dtype, projection.feat.device)).backend == "cpu"
+        return 0
+    (batch, tokens), (channels, width) = projection.feat.shape[:2], projection.weight.shape
+    if (
+        tokens < 2 or channels > MOST_CHANNELS or width != 2 * q.shape[-1]
+    ):  # whoever builds keys and values says what is wrong
+        return 0
+    # Results of parts are saved: keys and values of a part are four times as many numbers at least.
+    rows = max(1, PIECE * torch.get_num_threads() // width, 2 * q.shape[-2])
+    if batch * tokens < LEAST_PIECES * rows or (mask is not None and tokens > rows):
+        return 0
+    if learns(q) and not learns(*projection[:5]):
+        return 0
+    call = PointwiseCall(projection.weight.dtype, projection.feat.device)
+    return rows if FOURIER_PROJECTION.choose(call).backend == "cpu" else 0
 
 
 def _project(piece: Piece, feat, coords, frequencies, weight, bias, eps) -> tuple[Tensor, Tensor]:
@@ -139,12 +140,12 @@ class ProjectedAttentionFunction(torch.autograd.Function):
     """Forward and backward of all pieces; saves the inputs, o and lse, and o and lse of pieces that are parts."""
 
     @staticmethod
-    def forward(ctx, q, feat, coords, frequencies, weight, bias, mask, eps, scale):
+    def forward(ctx, q, feat, coords, frequencies, weight, bias, mask, eps, scale, rows):
         (batch, tokens), heads = feat.shape[:2], q.shape[1]
         o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float64)
         kept: list[Tensor] = []
         found: Any = None  # of the parts so far
-        for piece in pieces(batch, tokens, weight.shape[1]):
+        for piece in pieces(batch, tokens, rows):
             at, whole = piece.elements, piece.tokens.stop - piece.tokens.start == tokens
             kv, _ = _project(piece, feat, coords, frequencies, weight, bias, eps)
             part_mask = None if mask is None else mask[at]
@@ -159,7 +160,7 @@ class ProjectedAttentionFunction(torch.autograd.Function):
             if piece.tokens.stop == tokens:
                 (o[at], lse[at]), found = found, None
         ctx.save_for_backward(q, feat, coords, frequencies, weight, bias, mask, o, lse, *kept)
-        ctx.options = eps, scale
+        ctx.options = eps, scale, rows  # the backward takes the same pieces, whatever the number of threads is then
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -167,12 +168,12 @@ class ProjectedAttentionFunction(torch.autograd.Function):
     @op_range(OP + ".backward")
     def backward(ctx, d_o, d_lse):
         q, feat, coords, frequencies, weight, bias, mask, *rest = ctx.saved_tensors
-        eps, scale = ctx.options
+        eps, scale, rows = ctx.options
         to_q, to_feat, to_coords, _, to_weight, to_bias = ctx.needs_input_grad[:6]
 
         def kernel():
             d_out = torch.zeros_like(q) if d_o is None else d_o
-            arguments = q, feat, coords, frequencies, weight, bias, mask, eps, scale
+            arguments = q, feat, coords, frequencies, weight, bias, mask, eps, scale, rows
             return _gradients(d_out, d_lse, arguments, rest, to_feat or to_coords)
 
         needed = to_q, to_feat, to_coords, to_weight, to_bias
@@ -186,12 +187,12 @@ class ProjectedAttentionFunction(torch.autograd.Function):
         else:
             grads = (grad if need else None for grad, need in zip(kernel(), needed))
         d_q, d_feat, d_coords, d_weight, d_bias = grads
-        return d_q, d_feat, d_coords, None, d_weight, d_bias, None, None, None
+        return d_q, d_feat, d_coords, None, d_weight, d_bias, None, None, None, None
 
 
 def _gradients(d_o, d_lse, arguments, rest, to_tokens: bool) -> tuple[Tensor | None, ...]:
     """By q, feat, coords, weight and bias; those by tokens only where ``to_tokens``."""
-    q, feat, coords, frequencies, weight, bias, mask, eps, scale = arguments
+    q, feat, coords, frequencies, weight, bias, mask, eps, scale, rows = arguments
     o, lse, *kept = rest
     (batch, tokens), heads, saved = feat.shape[:2], q.shape[1], iter(kept)
     no_statistics = lse.new_empty(0)
@@ -200,12 +201,13 @@ def _gradients(d_o, d_lse, arguments, rest, to_tokens: bool) -> tuple[Tensor | N
     d_coords: Any = None
     if to_tokens:
         d_feat, d_coords = torch.zeros_like(feat), torch.zeros_like(coords)
-    for piece in pieces(batch, tokens, weight.shape[1]):
+    for piece in pieces(batch, tokens, rows):
         at = piece.elements
         kv, norm_scale = _project(piece, feat, coords, frequencies, weight, bias, eps)
         part_o, part_lse, part_d_o = o[at], lse[at], d_o[at]
         part_d_lse = None if d_lse is None else d_lse[at]
         if piece.tokens.stop - piece.tokens.start < tokens:
+            # A part's own results, since over its tokens dS has to sum to d_lse: the kernel finds its rounding errors by that.
             part_o, part_lse = next(saved), next(saved)
             share = (part_lse - lse[at]).exp()
             moved = (d_o[at].double() * (part_o.double() - o[at])).sum(-1)
@@ -231,15 +233,14 @@ def _gradients(d_o, d_lse, arguments, rest, to_tokens: bool) -> tuple[Tensor | N
 
 @op_range(OP)
 def projected_attention(
-    q: Tensor, projection: Projection, mask: Tensor | None, scale: float, with_lse: bool = False
+    q: Tensor, projection: Projection, rows: int, mask: Tensor | None, scale: float, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """``softmax(scale q k^T) v`` of keys and values that are projected, on CPU kernels; inputs are not checked.
-
-    Only where :func:`runs_in_pieces`.
 
     Args:
         q: ``[B, H, N, d]``.
         projection: of keys and values.
+        rows: tokens of a piece, as :func:`rows_of_pieces` has them.
         mask: bool ``[B, M]``, True where a token may be attended to; a row that is all False attends uniformly. Or None.
         scale: of the logits.
         with_lse: whether the log-sum-exp is needed. Default: False.
@@ -257,6 +258,6 @@ def projected_attention(
                 q = q * (mask.sum(-1) > 1)[:, None, None, None]
         o, lse = ProjectedAttentionFunction.apply(
             q.to(compute), projection.feat.to(compute), projection.coords, projection.frequencies, weight,
-            projection.bias.to(compute), mask, projection.eps, scale,
+            projection.bias.to(compute), mask, projection.eps, scale, rows,
         )  # fmt: skip
     return o.to(q.dtype), lse if with_lse else None

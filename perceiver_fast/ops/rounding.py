@@ -23,14 +23,14 @@ _kept: ContextVar[dict[tuple, tuple[Tensor, Tensor, tuple]] | None] = ContextVar
 
 @contextmanager
 def rounding_once(device: torch.device, shared: bool = True) -> Iterator[None]:
-    """Inside, :func:`rounded` rounds a parameter once. Without autocast, and where a graph is made, nothing is kept.
+    """Inside, :func:`rounded` rounds a parameter once. Nothing is kept without autocast or its cache, or where a graph is made.
 
     Args:
         device: of the parameters.
         shared: whether some layer stands in several places; if none does, nothing is kept. Default: True.
     """
     plain = not shared or torch.compiler.is_compiling() or autocast_dtype(device) is None
-    if plain or intercepted() or transformed() or _kept.get() is not None:
+    if plain or not torch.is_autocast_cache_enabled() or intercepted() or transformed() or _kept.get() is not None:
         yield
         return
     token = _kept.set({})
@@ -43,8 +43,9 @@ def rounding_once(device: torch.device, shared: bool = True) -> Iterator[None]:
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight.to(dtype)``; inside :func:`rounding_once` the same tensor for every use of a parameter.
 
-    As with torch's autocast, gradients of all its uses then add up in ``dtype``. A parameter that changed since, or is now
-    used with gradients where it was not, is rounded again.
+    As with torch's autocast, that is only done of parameters that learn, and gradients of all their uses then add up in
+    ``dtype``. A parameter that was written to since, or is now used with gradients where it was not, is rounded again;
+    what is written through ``.data`` is not seen, as torch's does not see it.
 
     Example:
         >>> import torch
@@ -57,10 +58,9 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype == dtype:
         return weight
     kept = None if torch.compiler.is_compiling() else _kept.get()
-    if kept is None or type(weight) is not nn.Parameter or weight.is_inference():
+    if kept is None or type(weight) is not nn.Parameter or not weight.requires_grad or weight.is_inference():
         return weight.to(dtype)
-    recorded = weight.requires_grad and torch.is_grad_enabled()
-    key = id(weight), dtype, recorded, torch.is_inference_mode_enabled()
+    key = id(weight), dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     content = weight._version, weight.data_ptr()
     found = kept.get(key)
     if found is None or found[2] != content:

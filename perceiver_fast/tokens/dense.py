@@ -97,7 +97,7 @@ class DenseTokens(Tokens):
         return is_wide(self.batch * self.count, self.channels, width)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        if self._fuses() and self._is_library_s(to_kv):
+        if self._fuses() and self._by_library(to_kv):
             check_memory("to_kv(norm(tokens))", to_kv.weight, norm.weight, norm.bias)
             gain, shift = norm.weight.to(self.feat.dtype), norm.bias.to(self.feat.dtype)
             return layer_norm_linear_unchecked(self.feat, gain, shift, to_kv.weight, norm.eps)
@@ -107,12 +107,12 @@ class DenseTokens(Tokens):
         return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))
 
     def projection(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Projection | None:
-        if not self._fuses() or self._is_library_s(to_kv):
+        if not self._fuses() or self._by_library(to_kv):
             return None
         weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)
         coords = self.feat.new_empty((*self.feat.shape[:2], 0), dtype=torch.float64)  # of no axis
         return Projection(self.feat, coords, coords.new_empty(0, 0), weight.T, bias, norm.eps, to_kv.weight.dtype)
 
-    def _is_library_s(self, to_kv: nn.Linear) -> bool:
+    def _by_library(self, to_kv: nn.Linear) -> bool:
         """Whether keys and values are a library's product of normalised tokens."""
         return self._is_wide(len(to_kv.weight)) and to_kv.weight.dtype == self.feat.dtype

@@ -1,4 +1,7 @@
-"""Runs a function of workers.py in several processes, forked from one that has imported what takes seconds."""
+"""Runs a function of workers.py in several processes, forked from one that has imported what takes seconds.
+
+Their environment is that of the first call.
+"""
 
 from __future__ import annotations
 

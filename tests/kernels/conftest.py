@@ -74,6 +74,7 @@ if INTERPRETED:
 
     interpreter.InterpreterBuilder.cast_impl = cast_impl
 
+    @pytest.hookimpl(trylast=True)  # after -k has left out what it does
     def pytest_collection_modifyitems(config, items):
         """Of a case in bfloat16 and in float16, alike but for conversions, one is interpreted, drawn by its name.
 

@@ -6,7 +6,7 @@ import torch
 import perceiver_fast as pf
 from perceiver_fast.layers import cross_attention_ways
 from perceiver_fast.ops import blocks, projected_attention
-from perceiver_fast.ops.projected_attention import Projection, pieces, runs_in_pieces
+from perceiver_fast.ops.projected_attention import Projection, pieces, rows_of_pieces
 from perceiver_fast.ops.projected_attention import projected_attention as attend
 
 HEADS, DIM, QUERIES = 2, 4, 3
@@ -15,11 +15,7 @@ HEADS, DIM, QUERIES = 2, 4, 3
 SHAPES = {"elements": (7, 9), "parts": (2, 53), "one element": (1, 40)}
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Of 20 tokens."""
-    monkeypatch.setattr(projected_attention, "piece_size", lambda: 20 * 2 * HEADS * DIM)
-    monkeypatch.setattr(projected_attention, "LEAST", 1)
+ROWS = 20  # tokens of a piece
 
 
 def inputs(batch, tokens, dtype=torch.float64, shared=True, features=2, axes=1, bands=3):
@@ -36,10 +32,10 @@ def inputs(batch, tokens, dtype=torch.float64, shared=True, features=2, axes=1, 
     return leaves, frequencies
 
 
-def in_pieces(leaves, frequencies, mask, dtype=None):
+def in_pieces(leaves, frequencies, mask):
     q, feat, coords, weight, bias = leaves
-    projection = Projection(feat, coords, frequencies, weight, bias, 1e-5, dtype or q.dtype)
-    return attend(q, projection, mask, 0.7, with_lse=True)
+    projection = Projection(feat, coords, frequencies, weight, bias, 1e-5, q.dtype)
+    return attend(q, projection, ROWS, mask, 0.7, with_lse=True)
 
 
 def at_once(leaves, frequencies, mask):
@@ -62,13 +58,13 @@ def test_all_tokens_once_and_in_order(shape):
     batch, tokens = SHAPES[shape]
     found = torch.zeros(batch, tokens)
     last = (0, -1)
-    for piece in pieces(batch, tokens, 2 * HEADS * DIM):
+    for piece in pieces(batch, tokens, ROWS):
         piece.of(found).add_(1)
         now = piece.elements.start, piece.tokens.start
         assert now > last
         last = now
         size = (piece.elements.stop - piece.elements.start) * (piece.tokens.stop - piece.tokens.start)
-        assert 0 < size <= 20
+        assert 0 < size <= ROWS
     assert (found == 1).all()
 
 
@@ -113,7 +109,7 @@ def test_errors_are_at_most_those_of_keys_and_values_at_once(dtype):
         exact, _ = at_once([t.detach().double() for t in leaves], frequencies, None)
         q, feat, coords, weight, bias = leaves
         projection = Projection(feat, coords, frequencies, weight, bias, 1e-5, dtype)
-        mine, _ = attend(q.to(dtype), projection, None, 0.7)
+        mine, _ = attend(q.to(dtype), projection, ROWS, None, 0.7)
         k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in projection.keys_values().chunk(2, -1))
         theirs = torch.softmax(0.7 * q.to(dtype) @ k.transpose(-1, -2), -1) @ v
         assert mine.dtype == dtype
@@ -126,28 +122,69 @@ def test_no_keys_and_values_are_saved():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         in_pieces(leaves, frequencies, None)
-    assert saved and not [shape for shape in saved if shape[-1:] == (2 * HEADS * DIM,) and len(shape) == 3]
+    assert saved and max(shape.numel() for shape in saved) < 53 * HEADS * DIM
     with torch.no_grad():
         o, _ = in_pieces(leaves, frequencies, None)
     assert not o.requires_grad
 
 
+def test_threads_may_change_before_the_backward():
+    leaves, frequencies = inputs(1, 40_000, torch.float32, bands=1)
+    q, feat, coords, weight, bias = leaves
+    projection = Projection(feat, coords, frequencies, weight, bias, 1e-5, torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for later in (1, 2):
+            torch.set_num_threads(1)
+            rows = rows_of_pieces(q.transpose(1, 2).flatten(2), projection, None)
+            o, _ = attend(q, projection, rows or 9_000, None, 0.7)
+            torch.set_num_threads(later)
+            found.append(torch.autograd.grad(o.square().sum(), leaves))
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+
+
+def test_who_sees_a_single_token_has_no_gradient():
+    leaves, frequencies = inputs(7, 9)
+    mask = torch.arange(9).expand(7, 9) == 4
+    q, feat, coords, weight, bias = leaves
+    o, _ = attend(q, Projection(feat, coords, frequencies, weight, bias, 1e-5, q.dtype), ROWS, mask, 0.7)
+    by_query, by_weight = torch.autograd.grad(o.square().sum(), (q, weight))
+    assert not by_query.any() and by_weight.any()
+
+
 def test_where_it_runs(monkeypatch):
-    leaves, frequencies = inputs(2, 53)
-    _, feat, coords, weight, bias = (t.detach() for t in leaves)
+    monkeypatch.setattr(projected_attention, "PIECE", ROWS * 2 * HEADS * DIM // torch.get_num_threads())
+    monkeypatch.setattr(projected_attention, "LEAST_PIECES", 3)
+    leaves, frequencies = inputs(4, 53)
+    q, feat, coords, weight, bias = (t.detach() for t in leaves)
+    q = q.transpose(1, 2).flatten(2)
     projection = Projection(feat, coords, frequencies, weight, bias, 1e-5, feat.dtype)
-    channels = HEADS * DIM
-    assert runs_in_pieces(projection, channels, None)
-    assert not runs_in_pieces(projection, channels, torch.ones(2, 53, dtype=torch.bool))
-    assert not runs_in_pieces(projection, channels + 1, None)
-    wide = projection._replace(weight=weight.new_zeros(projected_attention.CHANNELS + 1, 2 * channels))
-    assert not runs_in_pieces(wide, channels, None)
-    seen = []
-    torch.func.vmap(lambda x: seen.append(runs_in_pieces(projection, channels, None)) or x)(torch.zeros(2))
+    rows = rows_of_pieces(q, projection, None)
+    assert 0 < rows <= ROWS
+    assert rows_of_pieces(q.repeat(1, 10, 1), projection, None) == 20 * QUERIES  # results of parts are saved
+
+    def runs(q=q, mask=None, **other):
+        return rows_of_pieces(q, projection._replace(**other), mask) > 0
+
+    assert not runs(mask=torch.ones(4, 53, dtype=torch.bool))
+    assert not runs(q=q[..., 1:])
+    assert not runs(weight=weight.new_zeros(projected_attention.MOST_CHANNELS + 1, 2 * HEADS * DIM))
+    assert not runs(feat=feat[:, :1]) and not runs(feat=feat[:0]) and not runs(feat=feat[:1])
+    learning = q.clone().requires_grad_()
+    assert not runs(q=learning) and runs(q=learning, bias=bias.clone().requires_grad_())
+    with torch.no_grad():
+        assert runs(q=learning)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert not runs()
     with pf.use_backend("reference"):
-        seen.append(runs_in_pieces(projection, channels, None))
-    monkeypatch.setattr(projected_attention, "LEAST", 100)
-    assert seen == [False, False] and not runs_in_pieces(projection, channels, None)
+        assert not runs()
+    seen = []
+    torch.func.vmap(lambda x: seen.append(runs()) or x)(torch.zeros(2))
+    assert seen == [False] and runs()
 
 
 @pytest.mark.parametrize("kind", ["points", "shared points", "dense"])
@@ -174,7 +211,8 @@ def test_models_take_it(kind, masked, monkeypatch):
         return attend(*arguments)
 
     monkeypatch.setattr(cross_attention_ways, "projected_attention", counted)
-    monkeypatch.setattr(projected_attention, "piece_size", lambda: 64 * 32)
+    monkeypatch.setattr(projected_attention, "PIECE", 64 * 32 // torch.get_num_threads())
+    monkeypatch.setattr(projected_attention, "LEAST_PIECES", 1)
 
     def run():
         data = x.clone().requires_grad_()
@@ -185,7 +223,7 @@ def test_models_take_it(kind, masked, monkeypatch):
 
     found = run()
     assert len(calls) == 2
-    monkeypatch.setattr(projected_attention, "LEAST", 1000)
+    monkeypatch.setattr(projected_attention, "LEAST_PIECES", 1000)
     wanted = run()
     assert len(calls) == 2
     for mine, theirs in zip(found, wanted, strict=True):

@@ -1,4 +1,4 @@
-"""Parameters that autocast rounds: once a call where layers are shared, and never an old value."""
+"""Parameters that autocast rounds: once a call where layers are shared, as torch's own autocast does."""
 
 import copy
 
@@ -32,6 +32,13 @@ def test_kept_inside_alone():
         assert rounded(weight, torch.bfloat16) is not kept
     with rounding_once(CPU):
         assert rounded(weight, torch.bfloat16) is not rounded(weight, torch.bfloat16)
+    with under_autocast(), torch.no_grad(), rounding_once(CPU):
+        assert rounded(weight, torch.bfloat16) is not rounded(weight, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), rounding_once(CPU):
+        assert rounded(weight, torch.bfloat16) is not rounded(weight, torch.bfloat16)
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    with under_autocast(), rounding_once(CPU):
+        assert rounded(frozen, torch.bfloat16) is not rounded(frozen, torch.bfloat16)
     assert rounded(weight, torch.float32) is weight
 
 

@@ -98,8 +98,8 @@ CONDITIONS: dict[str, tuple[int | None, int | None, int | None, Callable[[], Any
 }
 
 
-def measure(pipe: Any, name: str, geometry: str, rounds: int) -> None:
-    """Sends the seconds of every peer and pass under one condition."""
+def measure(pipe: Any, name: str, geometry: str, rounds: int, most_seconds: float) -> None:
+    """Sends the seconds of every peer and pass under one condition: of ``rounds`` calls, or those begun in ``most_seconds``."""
     threads, cores, cores_later, beside, callers = CONDITIONS[name]
     if threads is not None:
         torch.set_num_threads(threads if threads > 0 else -threads * torch.get_num_threads())
@@ -117,7 +117,10 @@ def measure(pipe: Any, name: str, geometry: str, rounds: int) -> None:
         pin(cores_later)
     found: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     with beside():
-        for _ in range(rounds):
+        end = time.monotonic() + most_seconds
+        for done in range(rounds):
+            if done > 0 and time.monotonic() > end:
+                break
             for key, call in calls.items():
                 for timed in (False, True):  # the first call finds the caches as another peer left them
                     start = time.perf_counter()
@@ -136,6 +139,9 @@ def main(argv: list[str] | None = None) -> int:
         "--only", action="append", choices=list(CONDITIONS)[1:], help=f"beside '{ALONE}'; repeat for several"
     )
     parser.add_argument("--rounds", type=int, default=7, help="calls of each, whose median is taken (default: 7)")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="after which no further round of a condition begins (default: 20)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help='write the numbers; "-" prints them')
     args = parser.parse_args(argv)
     if not hasattr(os, "sched_setaffinity"):
@@ -144,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [ALONE, *(args.only or list(CONDITIONS)[1:])]
     rows = []
     for name in track(names, "conditions", console=Console(stderr=True)):
-        with Process(measure, name, args.geometry, args.rounds) as process:
+        with Process(measure, name, args.geometry, args.rounds, args.seconds) as process:
             try:
                 received: Any = process.receive()
             except Ended as error:
@@ -167,7 +173,14 @@ def main(argv: list[str] | None = None) -> int:
             headings = ["threads", "eager", "SDPA", "perceiver-fast", "over best", "of alone"]
             console.print(table(f"{args.geometry}, {step}", headings, lines))
 
-    deliver({"conditions": before, "geometry": args.geometry, "rounds": args.rounds, "rows": rows}, args.json, show)
+    found = {
+        "conditions": before,
+        "geometry": args.geometry,
+        "rounds": args.rounds,
+        "seconds": args.seconds,
+        "rows": rows,
+    }
+    deliver(found, args.json, show)
     return 0
 
 

@@ -95,9 +95,8 @@ def rows_of_pieces(q: Tensor, projection: Projection, mask: Tensor | None) -> in
     if torch.compiler.is_compiling() or transformed() or intercepted():
         return 0
     (batch, tokens), (channels, width) = projection.feat.shape[:2], projection.weight.shape
-    if (
-        tokens < 2 or channels > MOST_CHANNELS or width != 2 * q.shape[-1]
-    ):  # whoever builds keys and values says what is wrong
+    fit = width == 2 * q.shape[-1]  # if not, whoever builds keys and values says so
+    if not fit or tokens < 2 or channels > MOST_CHANNELS:
         return 0
     # Results of parts are saved: keys and values of a part are four times as many numbers at least.
     rows = max(1, PIECE * torch.get_num_threads() // width, 2 * q.shape[-2])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import perceiver_fast as pf
 from perceiver_fast.layers import cross_attention_ways
@@ -178,7 +179,7 @@ def test_where_it_runs(monkeypatch):
     assert not runs(q=learning) and runs(q=learning, bias=bias.clone().requires_grad_())
     with torch.no_grad():
         assert runs(q=learning)
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         assert not runs()
     with pf.use_backend("reference"):
         assert not runs()

@@ -64,7 +64,7 @@ class ModelForward(LayerStandIn):
         self.note("tokens are described" if why is None else f"tokens are built: {why}")
         token = _model.set(model if why is None else None)
         try:
-            with rounding_once(model.embeddings.latents.device, shared=model.config.num_blocks > 1):
+            with rounding_once(next(model.parameters()).device, shared=model.config.num_blocks > 1):
                 return self.original(**arguments)
         finally:
             _model.reset(token)

@@ -21,8 +21,8 @@ class Sides {
  public:
   explicit Sides(const GridCrossAttention<T>& call)
       : call(call),
-        x(call.x_batch, call.latents, call.channels),
-        y(call.batch, call.latents, call.channels),
+        x(call.x_batch, call.latents, call.channels, false),
+        y(call.batch, call.latents, call.channels, false),
         kernels(x.kernels),
         N(call.latents),
         D(call.channels),

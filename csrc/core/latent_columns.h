@@ -1,8 +1,9 @@
 // Latents as columns of matrices [channels, columns], one a vector lane, so that weights are read as they lie; and the
 // chunks of batch elements that go through several steps together while what is between these stays in cache.
 //
-// An element's latents begin at a multiple of the vector's lanes. Columns that are no latents begin as zeros, and their
-// gradients are zeros. Where what lies depends on shapes alone, not on the instruction set or the number of threads.
+// Elements of a chunk lie one behind the other, or where a step takes each by itself each at a multiple of the vector's
+// lanes. Columns that are no latents begin as zeros, and their gradients are zeros. Where what lies depends on shapes alone,
+// not on the instruction set or the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -64,17 +65,18 @@ Aligned<T> sum_chunks(int64_t chunks, int64_t size, int64_t work, const Parallel
   return memory;
 }
 
-// Latents [batch, N, D] as columns, and products of them.
+// Latents [batch, N, D] as columns, and products of them. Where they are packed elements lie one behind the other.
 template <class T>
 class LatentColumns {
  public:
-  LatentColumns(int64_t batch, int64_t latents, int64_t channels)
+  LatentColumns(int64_t batch, int64_t latents, int64_t channels, bool packed)
       : kernels(latent_kernels<T>(active_isa())),
         batch(batch),
         N(latents),
         D(channels),
         padded_N(padded_columns(latents)),
-        group(std::max<int64_t>(1, std::min(batch, kColumns / padded_N))) {}
+        spacing(packed ? N : padded_N),
+        group(std::min(batch, packed ? packed_group(latents) : std::max<int64_t>(1, kColumns / padded_N))) {}
 
   // To whole vectors of every instruction set.
   static int64_t padded(int64_t n) {
@@ -89,23 +91,34 @@ class LatentColumns {
     return columns * sizeof(T) % 1024 == 0 ? columns + 64 / sizeof(T) : columns;
   }
 
+  // Elements of which a chunk has some kColumns to twice as many columns, the fewest that leave the smallest share unused.
+  static int64_t packed_group(int64_t latents) {
+    int64_t best = std::max<int64_t>(1, kColumns / latents);
+    for (int64_t n = best + 1; n * latents <= 2 * kColumns; ++n)
+      if (padded(n * latents) * best < padded(best * latents) * n) best = n;
+    return best;
+  }
+
   int64_t chunks() const { return (batch + group - 1) / group; }
   int64_t first(int64_t chunk) const { return chunk * group; }
   int64_t count(int64_t chunk) const { return std::min(group, batch - chunk * group); }
-  int64_t columns(int64_t chunk) const { return count(chunk) * padded_N; }
-  int64_t all_columns() const { return batch * padded_N; }
-  int64_t columns_before(int64_t chunk) const { return first(chunk) * padded_N; }
+  int64_t columns(int64_t chunk) const { return columns_of(count(chunk)); }
+  int64_t columns_before(int64_t chunk) const { return chunk * columns_of(group); }
+  int64_t all_columns() const { return columns_before(chunks() - 1) + columns(chunks() - 1); }
 
   // The elements of a chunk in [batch, N, D], or the one that all share, as [D, columns]; and back.
   void load(int64_t chunk, const T* from, T* to, bool shared = false) const {
-    const int64_t C = columns(chunk);
-    if (padded_N != N) std::fill_n(to, D * C, T(0));
-    for (int64_t e = 0; e < count(chunk); ++e)
-      kernels.transpose(N, D, from + (shared ? 0 : first(chunk) + e) * N * D, D, to + e * padded_N, C);
+    const int64_t C = columns(chunk), n = count(chunk);
+    if (n * N != C) std::fill_n(to, D * C, T(0));
+    if (spacing == N && !shared) return kernels.transpose(n * N, D, from + first(chunk) * N * D, D, to, C);
+    for (int64_t e = 0; e < n; ++e)
+      kernels.transpose(N, D, from + (shared ? 0 : first(chunk) + e) * N * D, D, to + e * spacing, C);
   }
   void store(int64_t chunk, const T* from, T* to) const {
-    for (int64_t e = 0; e < count(chunk); ++e)
-      kernels.transpose(D, N, from + e * padded_N, columns(chunk), to + (first(chunk) + e) * N * D, D);
+    const int64_t C = columns(chunk), n = count(chunk);
+    to += first(chunk) * N * D;
+    if (spacing == N) return kernels.transpose(D, n * N, from, C, to, D);
+    for (int64_t e = 0; e < n; ++e) kernels.transpose(D, N, from + e * spacing, C, to + e * N * D, D);
   }
 
   // c [rows, columns] = w b, or c += w b, of dense b and c.
@@ -129,7 +142,12 @@ class LatentColumns {
   }
 
   const LatentKernels<T>& kernels;
-  const int64_t batch, N, D, padded_N, group;
+  const int64_t batch, N, D, padded_N, spacing, group;  // `spacing` of elements' first columns, `group` elements a chunk
+
+ private:
+  int64_t columns_of(int64_t elements) const {
+    return spacing == padded_N ? elements * padded_N : padded_columns(elements * N);
+  }
 };
 
 // A dense copy of rows that were padded.

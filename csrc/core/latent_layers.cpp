@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "latent_columns.h"
+#include "latent_attention.h"
 
 namespace perceiver_fast {
 
@@ -30,11 +30,10 @@ class Pass : public LatentColumns<T> {
   using LatentColumns<T>::N;
   using LatentColumns<T>::D;
   using LatentColumns<T>::kernels;
-  using LatentColumns<T>::padded_N;
   using LatentColumns<T>::padded;
 
   explicit Pass(const LatentLayers<T>& call)
-      : LatentColumns<T>(call.batch, call.latents, call.channels), layers(call.layers) {
+      : LatentColumns<T>(call.batch, call.latents, call.channels, true), layers(call.layers) {
     for (const auto& layer : layers) {
       inner_ = std::max(inner_, layer.inner);
       wide_ = std::max(wide_, rows_of_first(layer));
@@ -72,75 +71,33 @@ class Pass : public LatentColumns<T> {
   // Of xhat and rstd, and what is between.
   int64_t saved_of(const LatentLayer<T>& layer) const { return D + 1 + (D > kAgain ? between(layer) : 0); }
 
-  // body(where a head's channels begin in [I, columns], its weights [tokens, queries], room for two more of these).
-  template <class Body>
-  void for_heads(const LatentLayer<T>& layer, int64_t columns, const T* q, Team team, const Body& body) const {
-    const int64_t count = columns / padded_N * layer.heads, d = layer.inner / layer.heads, size = N * padded_N;
-    team.run(count, 1, count * size * d * 2, [&](int64_t begin, int64_t end) {
-      const Aligned<T> weights(3 * size);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = i % layer.heads * d * columns + i / layer.heads * padded_N;
-        const T* k = q + layer.inner * columns;
-        kernels.product(N, padded_N, d, k + at, 1, columns, q + at, columns, weights.get(), padded_N, false);
-        kernels.softmax(N, padded_N, weights.get(), layer.scale);
-        body(at, weights.get(), weights.get() + size);
-      }
-    });
+  LatentAttention<T> attention(const LatentLayer<T>& layer) const {
+    return LatentAttention<T>(*this, layer.heads, layer.inner, layer.scale);
   }
-  // `made` [I, columns] from z [D, columns], with what is between; returns it, where attention has it.
-  T* make(const LatentLayer<T>& layer, int64_t columns, const T* z, T* h, T* made, Team team) const;
-  void attend(const LatentLayer<T>& layer, int64_t columns, const T* qkv, T* o, Team team) const;
-  void attend_backward(const LatentLayer<T>& layer, int64_t columns, const T* qkv, const T* d_o, T* d_qkv,
-                       Team team) const;
+  void project(const LatentLayer<T>& layer, int64_t columns, const T* z, T* qkv, Team team) const;
+  void widen(const LatentLayer<T>& layer, int64_t columns, const T* z, T* h, T* made, Team team) const;
 
   int64_t inner_ = 0, wide_ = 0, most_ = 0;  // the largest of all layers
 };
 
+// q, k and v [3 I, columns] from z [D, columns].
 template <class T>
-void Pass<T>::attend(const LatentLayer<T>& layer, int64_t C, const T* qkv, T* o, Team team) const {
-  const int64_t I = layer.inner, d = I / layer.heads;
-  const T* v = qkv + 2 * I * C;
-  for_heads(layer, C, qkv, team, [&](int64_t at, const T* weights, T*) {
-    kernels.product(d, padded_N, N, v + at, C, 1, weights, padded_N, o + at, C, false);
-  });
+void Pass<T>::project(const LatentLayer<T>& layer, int64_t C, const T* z, T* qkv, Team team) const {
+  const int64_t I = layer.inner;
+  this->product(I, C, D, layer.parameters.first, D, 1, z, qkv, team);
+  this->product(2 * I, C, D, layer.parameters.second, D, 1, z, qkv + I * C, team);
 }
 
+// A feed-forward's h [2 I, columns] from z, and of it what the last weights multiply.
 template <class T>
-void Pass<T>::attend_backward(const LatentLayer<T>& layer, int64_t C, const T* qkv, const T* d_o, T* d_qkv,
-                              Team team) const {
-  const int64_t I = layer.inner, d = I / layer.heads, size = N * padded_N;
-  const T *k = qkv + I * C, *v = k + I * C;
-  T *d_k = d_qkv + I * C, *d_v = d_k + I * C;
-  for_heads(layer, C, qkv, team, [&](int64_t at, const T* weights, T* d_weights) {
-    T* turned = d_weights + size;  // [queries, tokens], zero where there is no token
-    std::fill_n(turned, size, T(0));
-    kernels.transpose(N, N, weights, padded_N, turned, padded_N);
-    kernels.product(d, padded_N, N, d_o + at, C, 1, turned, padded_N, d_v + at, C, false);
-    kernels.product(N, padded_N, d, v + at, 1, C, d_o + at, C, d_weights, padded_N, false);
-    kernels.softmax_backward(N, padded_N, weights, d_weights, layer.scale);
-    kernels.product(d, padded_N, N, k + at, C, 1, d_weights, padded_N, d_qkv + at, C, false);
-    kernels.transpose(N, N, d_weights, padded_N, turned, padded_N);
-    kernels.product(d, padded_N, N, qkv + at, C, 1, turned, padded_N, d_k + at, C, false);
-  });
-}
-
-template <class T>
-T* Pass<T>::make(const LatentLayer<T>& layer, int64_t C, const T* z, T* h, T* made, Team team) const {
+void Pass<T>::widen(const LatentLayer<T>& layer, int64_t C, const T* z, T* h, T* made, Team team) const {
   const auto& p = layer.parameters;
   const int64_t I = layer.inner;
-  if (layer.heads == 0) {
-    this->product(2 * I, C, D, p.first, D, 1, z, h, team);
-    team.run(I, 1, I * C * kGegluWork, [&](int64_t begin, int64_t end) {
-      const int64_t at = begin * C;
-      kernels.geglu(end - begin, C, p.second + begin, p.second + I + begin, h + at, h + I * C + at, made + at);
-    });
-    return made;
-  }
-  made = h + 3 * I * C;
-  this->product(I, C, D, p.first, D, 1, z, h, team);
-  this->product(2 * I, C, D, p.second, D, 1, z, h + I * C, team);
-  attend(layer, C, h, made, team);
-  return made;
+  this->product(2 * I, C, D, p.first, D, 1, z, h, team);
+  team.run(I, 1, I * C * kGegluWork, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * C;
+    kernels.geglu(end - begin, C, p.second + begin, p.second + I + begin, h + at, h + I * C + at, made + at);
+  });
 }
 
 template <class T>
@@ -156,7 +113,14 @@ void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) con
     T *xhat = saved ? saved : statistics.get(), *rstd = xhat + D * C;
     kernels.normalize(D, C, x, layer.eps, xhat, rstd);
     kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, z);
-    const T* made = make(layer, C, z, keeps ? rstd + C : unsaved.get(), inner.get(), team);
+    T *h = keeps ? rstd + C : unsaved.get(), *made = inner.get();
+    if (layer.heads > 0) {
+      made = h + 3 * layer.inner * C;
+      project(layer, C, z, h, team);
+      attention(layer).forward(chunk, h, made, team);
+    } else {
+      widen(layer, C, z, h, made, team);
+    }
     this->product(D, C, layer.inner, p.last, layer.inner, 1, made, branch.get(), team);
     kernels.join(D, C, branch.get(), p.last_bias, x);
     if (saved) saved += saved_of(layer) * C;
@@ -167,8 +131,9 @@ void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) con
 template <class T>
 void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* sums, bool begins, Team team) const {
   const int64_t C = this->columns(chunk);
-  const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), remade(inner_ * C), wide(wide_ * C);
-  const Aligned<T> turned(C * padded(std::max(D, inner_))), again(D > kAgain ? 0 : most_ * C);
+  const bool kept_between = D > kAgain;
+  const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C + padded(1)), remade(inner_ * C);
+  const Aligned<T> wide(wide_ * C), turned(C * padded(std::max(D, inner_))), again(kept_between ? 0 : most_ * C);
   T *d = stream.get(), *z = normed.get(), *d_z = branch.get(), *d_made = inner.get(), *d_h = wide.get();
   T* const room = turned.get();
   this->load(chunk, d_y, d);
@@ -180,23 +145,22 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
     const auto& p = layer->parameters;
     const auto sum = gradients_in(*layer, sums);
     const int64_t I = layer->inner;
-    const bool attention = layer->heads > 0;
-    const T *xhat = kept, *rstd = xhat + D * C, *h = rstd + C, *made = remade.get();
+    const bool with_heads = layer->heads > 0;
+    const T *xhat = kept, *rstd = xhat + D * C, *h = kept_between ? rstd + C : again.get(), *made = remade.get();
     kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, z);
-    if (D <= kAgain) {
-      make(*layer, C, z, again.get(), remade.get(), team);
-      h = again.get();
-    }
     if (begins) {
       std::fill_n(sum.norm_weight, 3 * D, T(0));  // and the two biases behind it
-      if (!attention) std::fill_n(sum.second, 2 * I, T(0));
+      if (!with_heads) std::fill_n(sum.second, 2 * I, T(0));
     }
     kernels.row_sums(D, C, d, sum.last_bias);
     this->product(I, C, D, p.last, 1, I, d, d_made, team);
-    if (attention) {
+    if (with_heads) {
+      T* const o = kept_between ? nullptr : again.get() + 3 * I * C;
+      if (!kept_between) project(*layer, C, z, again.get(), team);
+      attention(*layer).backward(chunk, h, d_made, d_h, o, team);
       made = h + 3 * I * C;
-      attend_backward(*layer, C, h, d_made, d_h, team);
     } else {
+      if (!kept_between) widen(*layer, C, z, again.get(), remade.get(), team);
       team.run(I, 1, I * C * kGegluWork, [&](int64_t begin, int64_t end) {
         const int64_t at = begin * C, gates = I * C + at;
         kernels.geglu_backward(end - begin, C, d_made + at, h + at, h + gates, remade.get() + at, d_h + at, d_h + gates);
@@ -205,8 +169,8 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
     }
     this->outer(D, I, C, d, made, room, sum.last, begins, team);
     this->outer(rows_of_first(*layer), D, C, d_h, z, room, sum.first, begins, team);
-    this->product(D, C, attention ? I : 2 * I, p.first, 1, D, d_h, d_z, team);
-    if (attention) this->product(D, C, 2 * I, p.second, 1, D, d_h + I * C, d_z, team, true);
+    this->product(D, C, with_heads ? I : 2 * I, p.first, 1, D, d_h, d_z, team);
+    if (with_heads) this->product(D, C, 2 * I, p.second, 1, D, d_h + I * C, d_z, team, true);
     kernels.normalize_backward(D, C, d_z, xhat, rstd, p.norm_weight, d, sum.norm_weight, sum.norm_bias);
   }
   this->store(chunk, d, d_x);

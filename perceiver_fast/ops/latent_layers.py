@@ -14,6 +14,7 @@ large product is faster on a library (ops/linear.py), whose calls then cost noth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from math import prod
 
@@ -36,6 +37,7 @@ CPU_BACKENDS = (
     Backend("cpu", lambda c: kernel_reasons(extension.error, "cpu", c.device, c.dtype, (torch.float64, torch.float32))),
     Backend("reference", lambda c: []),
 )
+COLUMNS = 64  # of a chunk, csrc/core/latent_columns.h
 AGAIN = 64  # channels of latents up to which what is between products is computed again, as csrc/core/latent_layers.cpp has it
 
 
@@ -61,6 +63,18 @@ def padded_columns(latents: int, dtype: torch.dtype) -> int:
     return columns + 64 // dtype.itemsize if columns * dtype.itemsize % 1024 == 0 else columns
 
 
+@functools.cache
+def packed_columns(batch: int, latents: int, dtype: torch.dtype) -> int:
+    """Latents of a batch as the kernel lays them out, packed, chunk by chunk (csrc/core/latent_columns.h)."""
+    group = max(COLUMNS // latents, 1)
+    for elements in range(group + 1, 2 * COLUMNS // latents + 1):
+        if padded(elements * latents, dtype) * group < padded(group * latents, dtype) * elements:
+            group = elements
+    chunks, rest = divmod(batch, min(group, batch))
+    columns = chunks * padded_columns(min(group, batch) * latents, dtype)
+    return columns + (padded_columns(rest * latents, dtype) if rest else 0)
+
+
 def _saved(x, parameters, heads) -> int:
     """How many numbers a forward saves: every layer's normalised latents, and of wide ones what is between its products."""
     batch, latents, channels = x.shape
@@ -69,7 +83,7 @@ def _saved(x, parameters, heads) -> int:
         inner = last.shape[1]
         between = (4 if count else 2) * inner
         numbers += channels + 1 + (between if channels > AGAIN else 0)
-    return batch * padded_columns(latents, x.dtype) * numbers
+    return packed_columns(int(batch), int(latents), x.dtype) * numbers
 
 
 def _forward_outputs(x, parameters, heads, scales, eps, saves):

@@ -24,17 +24,19 @@ from perceiver_fast.tracing import intercepted
 
 OP = "linear"
 LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every library is as good
+LARGE_WEIGHT = 2**19  # or numbers of a weight, which few rows take as long to read, and libraries differ twice to four times
 
 
 def is_large(rows: int, channels: int, out_channels: int, device: torch.device) -> bool:
     """Whether it matters which library runs a product; only then is one chosen."""
     if torch.compiler.is_compiling():
         return False
-    if type(rows) is int and rows * channels * out_channels < LARGE:  # first, since most calls of small models end here
+    numbers = channels * out_channels
+    if type(rows) is int and rows * numbers < LARGE and numbers < LARGE_WEIGHT:  # first, as most of small models' end here
         return False
     if device.type != "cpu" or forced_backend() == "reference" or transformed() or intercepted():
         return False
-    return rows * channels * out_channels >= LARGE
+    return rows * numbers >= LARGE or numbers >= LARGE_WEIGHT
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -73,10 +75,9 @@ def large_library(dtype: torch.dtype) -> Choice:
 
 def _product(kind: str, a: Tensor, b: Tensor) -> Tensor:
     """One kind of product of two matrices of one dtype, on the library that is fastest at it."""
-    inner = a.shape[0] if kind == "grad_weight" else a.shape[1]
-    others = a.numel() // max(inner, 1) * (b.numel() // max(inner, 1))
+    rows, channels = a.shape
     dtype, library = a.dtype, "torch"
-    if is_large(1, inner, others, a.device):
+    if is_large(rows, channels, b.shape[0] if kind == "forward" else b.shape[1], a.device):
         if dtype == torch.bfloat16 and wide_bfloat16():
             a, b = a.float(), b.float()
         library = library_of(kind, a.dtype)

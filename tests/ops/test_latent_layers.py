@@ -55,6 +55,10 @@ def results(run, x, parameters, *options):
         ((70, 3, 16), 8, 2),  # many chunks, whose gradients are summed in parts
         ((2, 33, 72), 40, 5),  # wide latents, whose activations are saved
         ((1, 130, 20), 12, 3),
+        ((21, 5, 12), 8, 1),  # elements behind one another, and a chunk that is not full
+        ((3, 50, 70), 24, 2),  # two elements a chunk
+        ((2, 200, 16), 12, 2),  # some queries at a time
+        ((1, 256, 80), 16, 1),
     ],
 )
 def test_values_and_gradients(shape, inner, heads, dtype, backend):

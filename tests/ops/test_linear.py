@@ -109,6 +109,7 @@ def test_products_under_autocast():
 def test_when_it_matters():
     cpu = torch.device("cpu")
     assert is_large(256, 256, 256, cpu) and not is_large(256, 256, 255, cpu) and LARGE == 256**3
+    assert is_large(1, 1024, 512, cpu) and not is_large(1, 1024, 511, cpu)  # a weight that takes as long to read
     assert not is_large(1000, 1000, 1000, torch.device("cuda"))
     with pf.use_backend("reference"):
         assert not is_large(256, 256, 256, cpu)

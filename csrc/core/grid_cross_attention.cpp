@@ -107,12 +107,15 @@ void centred_row(int64_t channels, const T* weight, const T* norm, T* to) {
   for (int64_t c = 0; c < channels; ++c) to[c] -= mean;
 }
 
-// Tokens [L, row] that are one raw channel or the code of one index alone.
+// Tokens [L, row] that are one raw channel or the code of one index alone. That of the mean of raw channels would be ones of
+// these; it lacks ones of the codes' channels, as centred weights do not see the same in all channels.
 template <class T>
 void Sides<T>::basis(T* to, int64_t row) const {
+  const int64_t raw = call.raw_channels();
   std::fill_n(to, L * row, T(0));
-  for (int64_t f = 0; f < call.features; ++f) to[f * row + f] = 1;
-  to += call.features * row + call.features;
+  for (int64_t f = 0; f < raw; ++f) to[f * row + f] = 1;
+  if (call.features > raw) std::fill_n(to + raw * row + raw, channels - raw, T(-1));
+  to += call.features * row + raw;
   for (size_t a = 0; a < call.sizes.size(); ++a) {
     const int64_t size = call.sizes[a], width = call.code_channels[a];
     copy_rows(size, width, call.codes[a], width, to, row);

@@ -1,11 +1,12 @@
 // Cross-attention of a few latents to the tokens of a grid, with LayerNorm of both sides and all projections, on the CPU
 // and free of torch. See perceiver_fast/ops/grid_cross_attention.py for the maths.
 //
-// B batch elements of N latents of D channels; M tokens of C channels, of which F are raw ones; H heads of d channels,
-// I = H d; L = F + sum(sizes). T is float or double. All arrays are dense.
+// B batch elements of N latents of D channels; M tokens of C channels; H heads of d channels, I = H d; L = F + sum(sizes).
+// F counts raw channels, or these less their mean and the mean. T is float or double. All arrays are dense.
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "parallel.h"
@@ -35,6 +36,10 @@ struct GridCrossAttention {
   std::vector<const T*> codes;         // [n_a, C_a] of every axis
   std::vector<int64_t> code_channels;  // C_a
   GridCrossAttentionParameters<const T> parameters;
+
+  int64_t raw_channels() const {  // `features`, or one less where the last is the mean
+    return context_channels - std::accumulate(code_channels.begin(), code_channels.end(), int64_t(0));
+  }
 };
 
 // What the forward makes beside y, and the backward needs.

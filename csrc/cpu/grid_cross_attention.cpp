@@ -55,6 +55,8 @@ struct Inputs {
       codes.push_back(check.dense("codes", codes_[a], dtype, {grid[a + 1], codes_[a].size(1)}, "[n, C] of every axis"));
       context_channels += codes_[a].size(1);
     }
+    check.rank("to_kv", given[5], 2, "[2 I, C]");
+    if (features > 1 && given[5].size(1) == context_channels - 1) --context_channels;  // the last of feat is the mean
     STD_TORCH_CHECK(heads > 0 && inner > 0 && inner % heads == 0,
                     "grid_cross_attention: expected channels for every one of ", heads, " heads, got ", inner);
     entries = check.sum("entries of a query", Shape(grid.begin() + 1, grid.end())) + features;

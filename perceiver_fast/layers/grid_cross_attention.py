@@ -48,7 +48,7 @@ def add_grid_cross_attention(
 
 def _are_served(tokens: GridTokens, stream: ResidualStream) -> bool:
     """Whether the op takes tokens as they are: it knows raw channels and codes in their usual order, without gradients."""
-    if tokens.dtype is not stream.dtype or tokens.features == 0 or tokens.order is not None or tokens.is_shifted:
+    if tokens.dtype is not stream.dtype or tokens.features == 0 or tokens.order is not None:
         return False
     if tokens.shard is not None:  # other processes have the rest of them
         return False
@@ -75,7 +75,7 @@ def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream, ma
     if not fit(parameters, shapes, stream):
         return None
     dim_head = inner // fn.heads
-    if _is_small_grid(tokens.sizes, tokens.features, fn.heads * stream.shape[1], 2 * dim_head):
+    if _is_small_grid(tokens.sizes, tokens.elements, fn.heads * stream.shape[1], 2 * dim_head):
         return parameters
     plan = plan_cross_attention(tokens, Layer(stream.shape[1], fn.heads, dim_head, masked=masked))
     return parameters if plan.path == "grid" else None
@@ -94,5 +94,5 @@ def _attend(layer: Any, rows: Tensor, tokens: GridTokens, mask: Tensor | None, p
     mask = None if mask is None else mask.reshape(scale.shape)
     codes = [axis.code for axis in tokens.codes]
     return grid_cross_attention_unchecked(
-        rows, tokens.feat, scale, mask, codes, parameters, fn.heads, float(fn.scale), modules["norm"].eps
+        rows, tokens.shifted(), scale, mask, codes, parameters, fn.heads, float(fn.scale), modules["norm"].eps
     )

@@ -4,7 +4,9 @@
     y = x + (grid_attention(q K) V + b) to_out^T + to_out_bias
 
 gamma and beta are those of the tokens' LayerNorm, and E the tokens of one raw channel or one index alone (see
-layers/cross_attention_ways.py): a block of raw channels, and a block of codes for each axis. The calls from which
+layers/cross_attention_ways.py): a block of raw channels, and a block of codes for each axis. Where raw channels come less
+their mean and with it, E has a row for the mean: minus one in every channel of codes, the same to centred weights as one in
+every raw channel. The calls from which
 layers/cross_attention.py puts the same together cost a small model more than what they compute.
 """
 
@@ -56,9 +58,9 @@ def _backward_outputs(d_y, x, feat, scale, mask, codes, parameters, *rest):
     return x.new_empty(x.shape), [p.new_empty(p.shape) for p in parameters]
 
 
-def _sample(make, dtype=torch.float32, batch=2, shared=False, sizes=(5, 4), features=3, heads=2, inner=6, mask=False):
+def _sample(make, dtype=torch.float32, batch=2, shared=False, sizes=(5, 4), features=3, heads=2, inner=6, mask=False, mean=False):
     channels, widths = 7, [3] * len(sizes)
-    context = features + sum(widths)
+    context = features - mean + sum(widths)
     shapes = (channels,), (channels,), (inner, channels), (context,), (context,), (2 * inner, context)
     parameters = [make(*shape, dtype=dtype) for shape in (*shapes, (channels, inner), (channels,))]
     x = make(1 if shared else batch, 4, channels, dtype=dtype)
@@ -99,6 +101,7 @@ GRID_CROSS_ATTENTION = declare(
         dict(shared=True, mask=True),
         dict(dtype=torch.float64, sizes=(9,), features=1, heads=1),
         dict(batch=40),
+        dict(mean=True),
     ),
 )
 
@@ -157,7 +160,8 @@ def grid_cross_attention(
 
     Args:
         x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them; floating point.
-        feat: raw channels ``[B, *sizes, F]``, at least one, the dtype of x. No gradient reaches it, scale or codes.
+        feat: raw channels ``[B, *sizes, F]``, at least one, the dtype of x; or ``[B, *sizes, F + 1]``, these less their mean
+            and the mean, see :meth:`perceiver_fast.tokens.GridTokens.shifted`. No gradient reaches it, scale or codes.
         scale: LayerNorm's scale of every token, ``[B, *sizes]``.
         mask: bool ``[B, *sizes]``, True where a token may be attended to; or None. A row that is all False attends
             uniformly to all tokens.
@@ -240,6 +244,8 @@ def _check(x, feat, scale, mask, codes, parameters, heads, eps) -> None:
             "says how many there are"
         )
     channels = feat.shape[-1] + sum(code.shape[1] for code in codes)
+    if feat.shape[-1] > 1 and parameters[5].shape[-1:] == (channels - 1,):
+        channels -= 1  # the last of feat is the mean
     for i, (p, shape) in enumerate(zip(parameters, parameter_shapes(width, inner, channels))):
         check_shape(OP, f"parameters[{i}]", p, shape, "x, feat, codes and to_q say so")
     check_shape(OP, "scale", scale, feat.shape[:-1], "give every token of feat one")

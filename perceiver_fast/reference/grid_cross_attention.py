@@ -27,8 +27,11 @@ def grid_cross_attention(
     norm_weight, norm_bias, to_q, context_weight, context_bias, to_kv, to_out, to_out_bias = parameters
     weight = to_kv * context_weight
     weight = weight - weight.mean(1, keepdim=True)
-    basis = torch.block_diag(torch.eye(feat.shape[-1], dtype=x.dtype, device=x.device), *codes)
-    keys, values = (weight @ basis.T).unflatten(0, (2, heads, -1))  # [H, d, L]
+    raw, *axes = weight.split([weight.shape[1] - sum(code.shape[1] for code in codes), *(code.shape[1] for code in codes)], 1)
+    table = [axis @ code.T for axis, code in zip(axes, codes)]
+    if feat.shape[-1] > raw.shape[1]:  # raw channels less their mean, and the mean
+        raw = torch.cat([raw, -torch.cat(axes, 1).sum(1, keepdim=True)], 1)
+    keys, values = torch.cat([raw, *table], 1).unflatten(0, (2, heads, -1))  # [H, d, L]
     bias = (to_kv @ context_bias).chunk(2)[1]
     q = F.linear(smooth_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), to_q)
     q = q.unflatten(-1, (heads, -1)).transpose(1, 2) @ (keys * logit_scale)  # [B, H, N, L]

@@ -9,7 +9,7 @@ from perceiver_fast import reference
 from perceiver_fast.ops import grid_cross_attention
 
 
-def operands(batch, latents, width, heads, dim, sizes, features, dtype, shared=False, masked=False, seed=0):
+def operands(batch, latents, width, heads, dim, sizes, features, dtype, shared=False, masked=False, seed=0, mean=False):
     """All arguments of the op: latents, tokens, parameters and options."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -18,7 +18,7 @@ def operands(batch, latents, width, heads, dim, sizes, features, dtype, shared=F
         return (numbers * shape[-1] ** -0.5 if len(shape) == 2 else numbers).to(dtype)
 
     inner, code = heads * dim, 5
-    channels = features + code * len(sizes)
+    channels = features - mean + code * len(sizes)
     shapes = (
         (width,),
         (width,),
@@ -54,20 +54,21 @@ def results(run, x, feat, scale, mask, codes, parameters, *options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["own latents", "shared latents"])
 @pytest.mark.parametrize(
-    "shape, sizes, features, masked",
+    "shape, sizes, features, masked, mean",
     [
-        ((2, 4, 7, 2, 3), (5, 4), 3, False),
-        ((3, 1, 8, 1, 4), (9,), 1, True),
-        ((7, 16, 32, 1, 64), (8, 8), 3, False),
-        ((70, 5, 16, 2, 8), (3, 4), 2, True),  # many chunks, whose gradients are summed in parts
-        ((2, 33, 20, 3, 5), (3, 2, 5), 4, False),
+        ((2, 4, 7, 2, 3), (5, 4), 3, False, False),
+        ((3, 1, 8, 1, 4), (9,), 1, True, False),
+        ((7, 16, 32, 1, 64), (8, 8), 3, False, False),
+        ((70, 5, 16, 2, 8), (3, 4), 2, True, False),  # many chunks, whose gradients are summed in parts
+        ((2, 33, 20, 3, 5), (3, 2, 5), 4, False, False),
+        ((3, 6, 12, 2, 8), (4, 3), 18, True, True),  # the last channel is the mean of the others
     ],
 )
-def test_values_and_gradients(shape, sizes, features, masked, shared, dtype, backend):
+def test_values_and_gradients(shape, sizes, features, masked, mean, shared, dtype, backend):
     floor = {torch.float64: 1e-13, torch.float32: 3e-7}[dtype]
     rows = []
     for seed in range(6):
-        low = operands(*shape, sizes, features, dtype, shared, masked, seed)
+        low = operands(*shape, sizes, features, dtype, shared, masked, seed, mean)
         want = results(reference.grid_cross_attention, *(in_float64(value) for value in low))
         theirs = results(reference.grid_cross_attention, *low)
         with pf.use_backend(backend):

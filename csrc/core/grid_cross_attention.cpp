@@ -254,7 +254,7 @@ void Sides<T>::results(int64_t chunk, T* rest, const T* o, T* out, Team team) co
   kernels.add_bias(I, C, bias, made);
   y.product(D, C, I, p.to_out, I, 1, made, branch.get(), team);
   y.load(chunk, call.x, stream.get(), call.x_batch == 1);
-  kernels.join(D, C, branch.get(), p.to_out_bias, stream.get());
+  kernels.join(D, C, branch.get(), p.to_out_bias, nullptr, stream.get());
   y.store(chunk, stream.get(), out);
 }
 

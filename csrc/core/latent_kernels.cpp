@@ -96,11 +96,19 @@ void add_bias(int64_t channels, int64_t columns, const T* bias, T* x) {
 }
 
 template <class T>
-void join(int64_t channels, int64_t columns, const T* branch, const T* bias, T* x) {
+void join(int64_t channels, int64_t columns, const T* branch, const T* bias, const T* noise, T* x) {
   using S = Simd<T>;
   for (int64_t k = 0; k < channels; ++k)
-    for (int64_t c = k * columns; c < (k + 1) * columns; c += S::lanes)
-      S::store(x + c, S::load(x + c) + (S::load(branch + c) + bias[k]));
+    for (int64_t c = k * columns; c < (k + 1) * columns; c += S::lanes) {
+      const auto added = S::load(branch + c) + bias[k];
+      S::store(x + c, S::load(x + c) + (noise ? added * S::load(noise + c) : added));
+    }
+}
+
+template <class T>
+void multiply(int64_t channels, int64_t columns, const T* x, const T* noise, T* to) {
+  using S = Simd<T>;
+  for (int64_t c = 0; c < channels * columns; c += S::lanes) S::store(to + c, S::load(x + c) * S::load(noise + c));
 }
 
 // A maximum that a NaN is lost in does no harm: its exponential is NaN, and so is the sum. Logits are scaled and rounded
@@ -185,7 +193,7 @@ template <class T>
 const LatentKernels<T>& latent_table() {
   static constexpr LatentKernels<T> table{product<T>,          transpose<T>, normalize<T>,
                                                 normalize_backward<T>, affine<T>,    add_bias<T>, join<T>,
-                                                softmax<T>,            softmax_backward<T>, geglu<T>,
+                                                multiply<T>,           softmax<T>,            softmax_backward<T>, geglu<T>,
                                                 geglu_backward<T>,     row_sums<T>};
   return table;
 }

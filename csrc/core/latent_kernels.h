@@ -24,8 +24,10 @@ struct LatentKernels {
   void (*affine)(int64_t channels, int64_t columns, const T* xhat, const T* weight, const T* bias, T* z);
   // x += bias.
   void (*add_bias)(int64_t channels, int64_t columns, const T* bias, T* x);
-  // x += branch + bias.
-  void (*join)(int64_t channels, int64_t columns, const T* branch, const T* bias, T* x);
+  // x += branch + bias, or x += (branch + bias) noise.
+  void (*join)(int64_t channels, int64_t columns, const T* branch, const T* bias, const T* noise, T* x);
+  // to = x noise.
+  void (*multiply)(int64_t channels, int64_t columns, const T* x, const T* noise, T* to);
   // Softmax of `scale` times logits [tokens, columns] over the tokens, in place.
   void (*softmax)(int64_t tokens, int64_t columns, T* logits, double scale);
   // d_weights become the gradient of the logits.

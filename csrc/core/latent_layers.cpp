@@ -39,6 +39,7 @@ class Pass : public LatentColumns<T> {
       wide_ = std::max(wide_, rows_of_first(layer));
       most_ = std::max(most_, between(layer));
       saved += saved_of(layer);
+      drops_ |= layer.noise != nullptr;
       gradients += gradients_of(layer);
       work += layer.inner * (D * (layer.heads > 0 ? 4 : 3) + 2 * N) * call.batch * N;
     }
@@ -78,6 +79,7 @@ class Pass : public LatentColumns<T> {
   void widen(const LatentLayer<T>& layer, int64_t columns, const T* z, T* h, T* made, Team team) const;
 
   int64_t inner_ = 0, wide_ = 0, most_ = 0;  // the largest of all layers
+  bool drops_ = false;                       // whether one has noise
 };
 
 // q, k and v [3 I, columns] from z [D, columns].
@@ -105,7 +107,7 @@ void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) con
   const int64_t C = this->columns(chunk);
   const bool keeps = saved && D > kAgain;
   const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C), unsaved(keeps ? 0 : most_ * C);
-  const Aligned<T> statistics(saved ? 0 : (D + 1) * C);
+  const Aligned<T> statistics(saved ? 0 : (D + 1) * C), drawn(drops_ ? D * C : 0);
   T *x = stream.get(), *z = normed.get();
   this->load(chunk, x_, x);
   for (const auto& layer : layers) {
@@ -122,7 +124,8 @@ void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) con
       widen(layer, C, z, h, made, team);
     }
     this->product(D, C, layer.inner, p.last, layer.inner, 1, made, branch.get(), team);
-    kernels.join(D, C, branch.get(), p.last_bias, x);
+    if (layer.noise) this->load(chunk, layer.noise, drawn.get());
+    kernels.join(D, C, branch.get(), p.last_bias, layer.noise ? drawn.get() : nullptr, x);
     if (saved) saved += saved_of(layer) * C;
   }
   this->store(chunk, x, y);
@@ -133,7 +136,7 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
   const int64_t C = this->columns(chunk);
   const bool kept_between = D > kAgain;
   const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C + padded(1)), remade(inner_ * C);
-  const Aligned<T> wide(wide_ * C), turned(C * padded(std::max(D, inner_))), again(kept_between ? 0 : most_ * C);
+  const Aligned<T> dropped(drops_ ? D * C : 0), wide(wide_ * C), turned(C * padded(std::max(D, inner_))), again(kept_between ? 0 : most_ * C);
   T *d = stream.get(), *z = normed.get(), *d_z = branch.get(), *d_made = inner.get(), *d_h = wide.get();
   T* const room = turned.get();
   this->load(chunk, d_y, d);
@@ -152,8 +155,14 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
       std::fill_n(sum.norm_weight, 3 * D, T(0));  // and the two biases behind it
       if (!with_heads) std::fill_n(sum.second, 2 * I, T(0));
     }
-    kernels.row_sums(D, C, d, sum.last_bias);
-    this->product(I, C, D, p.last, 1, I, d, d_made, team);
+    const T* d_branch = d;
+    if (layer->noise) {
+      this->load(chunk, layer->noise, d_z);
+      kernels.multiply(D, C, d, d_z, dropped.get());
+      d_branch = dropped.get();
+    }
+    kernels.row_sums(D, C, d_branch, sum.last_bias);
+    this->product(I, C, D, p.last, 1, I, d_branch, d_made, team);
     if (with_heads) {
       T* const o = kept_between ? nullptr : again.get() + 3 * I * C;
       if (!kept_between) project(*layer, C, z, again.get(), team);
@@ -167,7 +176,7 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
       });
       kernels.row_sums(2 * I, C, d_h, sum.second);
     }
-    this->outer(D, I, C, d, made, room, sum.last, begins, team);
+    this->outer(D, I, C, d_branch, made, room, sum.last, begins, team);
     this->outer(rows_of_first(*layer), D, C, d_h, z, room, sum.first, begins, team);
     this->product(D, C, with_heads ? I : 2 * I, p.first, 1, D, d_h, d_z, team);
     if (with_heads) this->product(D, C, 2 * I, p.second, 1, D, d_h + I * C, d_z, team, true);

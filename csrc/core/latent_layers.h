@@ -29,6 +29,7 @@ struct LatentLayer {
   double scale;   // of the logits
   double eps;     // of LayerNorm, more than 0
   LatentLayerParameters<const T> parameters;
+  const T* noise;  // [B, N, D] that dropout multiplies what the layer adds with, or null
 };
 
 template <class T>

@@ -23,10 +23,10 @@ struct Inputs {
   const std::vector<int64_t>& heads;
   const std::vector<double>&scales, &eps;
   Shapes shapes;  // of the parameters
-  Tensors parameters;
+  Tensors parameters, noise;
 
   Inputs(const char* name, const Tensor& x, const Tensors& parameters_, const std::vector<int64_t>& heads_,
-         const std::vector<double>& scales_, const std::vector<double>& eps_)
+         const std::vector<double>& scales_, const std::vector<double>& eps_, const Tensors& noise_)
       : dtype(check.floating(name, x)), heads(heads_), scales(scales_), eps(eps_) {
     check.rank(name, x, 3, "[B, N, D]");
     batch = x.size(0), latents = x.size(1), channels = x.size(2);
@@ -36,6 +36,10 @@ struct Inputs {
                     "latent_layers: expected heads, a scale, an eps and ", kParameters, " parameters for each layer, got ",
                     layers, ", ", scales.size(), ", ", eps.size(), " and ", parameters_.size());
     for (size_t i = 0; i < layers; ++i) layer(i, parameters_);
+    STD_TORCH_CHECK(noise_.empty() || noise_.size() == layers, "latent_layers: expected noise of none or of all ", layers,
+                    " layers, got ", noise_.size());
+    for (const Tensor& each : noise_)
+      noise.push_back(each.numel() == 0 ? each : check.dense("noise", each, dtype, sizes_of(x), "like the latents, or empty"));
   }
 
   void layer(size_t i, const Tensors& given) {
@@ -59,7 +63,8 @@ struct Inputs {
   LatentLayers<T> view() const {
     LatentLayers<T> call{batch, latents, channels, {}};
     for (size_t i = 0; i < heads.size(); ++i)
-      call.layers.push_back({heads[i], shapes[kParameters * i + 4][1], scales[i], eps[i], of<const T>(i, parameters)});
+      call.layers.push_back({heads[i], shapes[kParameters * i + 4][1], scales[i], eps[i], of<const T>(i, parameters),
+                             noise.empty() || noise[i].numel() == 0 ? nullptr : data<const T>(noise[i])});
     return call;
   }
 
@@ -72,8 +77,9 @@ struct Inputs {
 };
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensors& parameters, const std::vector<int64_t>& heads,
-                                   const std::vector<double>& scales, const std::vector<double>& eps, bool saves) {
-  const Inputs in("x", x, parameters, heads, scales, eps);
+                                   const std::vector<double>& scales, const std::vector<double>& eps,
+                                   const Tensors& noise, bool saves) {
+  const Inputs in("x", x, parameters, heads, scales, eps, noise);
   const Tensor latents = dense(x);
   Tensor y = torch::stable::new_empty(x, sizes_of(x)), saved = x;
   with_type(x, [&](auto zero) {
@@ -87,8 +93,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensors& parameters, c
 
 std::tuple<Tensor, Tensors> backward(const Tensor& d_y, const Tensor& saved, const Tensors& parameters,
                                      const std::vector<int64_t>& heads, const std::vector<double>& scales,
-                                     const std::vector<double>& eps) {
-  const Inputs in("d_y", d_y, parameters, heads, scales, eps);
+                                     const std::vector<double>& eps, const Tensors& noise) {
+  const Inputs in("d_y", d_y, parameters, heads, scales, eps, noise);
   const Tensor grad = dense(d_y);
   Tensor d_x = torch::stable::new_empty(d_y, sizes_of(d_y));
   Tensors gradients;

@@ -83,13 +83,17 @@ class FeedForward(nn.Module):
             return "net has a linear layer without bias"
         return found
 
-    def projections(self) -> tuple[Any, ...] | None:
-        """Weight and bias of both linear layers, if the result depends on no more; else None. Only where
-        :meth:`why_modules` is None."""
+    @property
+    def active_dropout(self) -> float:
+        """The share of the result that is dropped; zero outside training. Only where :meth:`why_modules` is None."""
         net: Any = self._modules["net"]
-        first, _, second, *dropout = net._modules.values()
-        if dropout and dropout[0].training and dropout[0].p > 0:
-            return None
+        _, _, _, *dropout = net._modules.values()
+        return dropout[0].p if dropout and dropout[0].training else 0.0
+
+    def projections(self) -> tuple[Any, ...]:
+        """Weight and bias of both linear layers. Only where :meth:`why_modules` is None."""
+        net: Any = self._modules["net"]
+        first, _, second, *_ = net._modules.values()
         wide, narrow = first._parameters, second._parameters
         return wide["weight"], wide["bias"], narrow["weight"], narrow["bias"]
 
@@ -108,10 +112,10 @@ class FeedForward(nn.Module):
     def _fused(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See :meth:`branch`, which profilers show as a range of its own."""
         net: Any = self._modules["net"]
-        first, _, second, *dropout = net._modules.values()
+        first, _, second, *_ = net._modules.values()
         x = x.to(product_dtype(x))
         wide, narrow = first._parameters, second._parameters
         out, bias = feed_forward(x, wide["weight"], wide["bias"], narrow["weight"]), narrow["bias"]
-        if dropout and dropout[0].training and dropout[0].p > 0:
-            return F.dropout(with_bias(out, bias), dropout[0].p), None
+        if (dropout := self.active_dropout) > 0:
+            return F.dropout(with_bias(out, bias), dropout), None
         return out, bias

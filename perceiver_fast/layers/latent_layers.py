@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.fusing import why_not
@@ -26,7 +27,9 @@ def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: boo
     if not watched and layers and is_small(stream, LATENT_LAYERS):
         arguments = _arguments(stream, layers)
         if arguments is not None:
-            stream.become(latent_layers_unchecked(stream.value(), *arguments))
+            *parameters, dropouts = arguments
+            x = stream.value()
+            stream.become(latent_layers_unchecked(x, *parameters, _noise(x, dropouts)))
             return
     for layer in layers:
         add_layer(stream, layer, watched)
@@ -34,11 +37,12 @@ def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: boo
 
 def _arguments(
     stream: ResidualStream, layers: Sequence[nn.Module]
-) -> tuple[list[Any], list[int], list[float], list[float]] | None:
-    """The parameters, heads, scales and eps of layers, as the op takes them; None if it may not stand in for all."""
+) -> tuple[list[Any], list[int], list[float], list[float], list[float]] | None:
+    """The parameters, heads, scales and eps of layers, as the op takes them, and the shares of what each adds that dropout
+    drops; None if the op may not stand in for all."""
     width = stream.shape[2]
     parameters: list[Any] = []
-    heads, scales, eps = [], [], []
+    heads, scales, eps, dropouts = [], [], [], []
     for layer in layers:
         if why_not("", layer, PreNorm) is not None:
             return None
@@ -61,4 +65,16 @@ def _arguments(
         heads.append(fn.heads if attention else 0)
         scales.append(float(fn.scale) if attention else 1.0)
         eps.append(norm.eps)
-    return parameters, heads, scales, eps
+        dropouts.append(
+            0.0 if attention else fn.active_dropout
+        )  # that of attention is of its weights, and not active here
+    return parameters, heads, scales, eps, dropouts
+
+
+def _noise(x: Tensor, dropouts: Sequence[float]) -> list[Tensor]:
+    """What dropout multiplies every layer's result with, or nothing where there is none; equal seeds drop what they drop in
+    layers that are called one by one."""
+    if not any(dropouts):
+        return []
+    none = x.new_empty(0)
+    return [F.dropout(x.new_ones(x.shape), p) if p > 0 else none for p in dropouts]

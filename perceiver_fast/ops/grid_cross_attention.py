@@ -58,7 +58,9 @@ def _backward_outputs(d_y, x, feat, scale, mask, codes, parameters, *rest):
     return x.new_empty(x.shape), [p.new_empty(p.shape) for p in parameters]
 
 
-def _sample(make, dtype=torch.float32, batch=2, shared=False, sizes=(5, 4), features=3, heads=2, inner=6, mask=False, mean=False):
+def _sample(
+    make, dtype=torch.float32, batch=2, shared=False, sizes=(5, 4), features=3, heads=2, inner=6, mask=False, mean=False
+):
     channels, widths = 7, [3] * len(sizes)
     context = features - mean + sum(widths)
     shapes = (channels,), (channels,), (inner, channels), (context,), (context,), (2 * inner, context)

@@ -5,7 +5,7 @@
     attention      q = z to_q^T   [k, v] = z to_kv^T      made = softmax(scale q k^T) v, head by head
     feed-forward   h = z W1^T + b1                        made = geglu(h)
 
-    x <- x + made last^T + last_bias
+    x <- x + (made last^T + last_bias) noise        noise of dropout, in layers that have it
 
 The products of a small model take less time than the calls that ask for them. Here there is one call for all layers
 between two cross-attentions, and the latents of some batch elements stay in cache from the first layer to the last. A
@@ -86,27 +86,28 @@ def _saved(x, parameters, heads) -> int:
     return packed_columns(int(batch), int(latents), x.dtype) * numbers
 
 
-def _forward_outputs(x, parameters, heads, scales, eps, saves):
+def _forward_outputs(x, parameters, heads, scales, eps, noise, saves):
     return x.new_empty(x.shape), x.new_empty(_saved(x, parameters, heads) if saves else 0)
 
 
-def _backward_outputs(d_y, saved, parameters, heads, scales, eps):
+def _backward_outputs(d_y, saved, parameters, heads, scales, eps, noise):
     return d_y.new_empty(d_y.shape), [p.new_empty(p.shape) for p in parameters]
 
 
-def _backward_work(d_y, saved, parameters, heads, scales, eps) -> Work:
+def _backward_work(d_y, saved, parameters, heads, scales, eps, noise) -> Work:
     forward = _work(d_y, parameters, heads)
     return Work(2 * forward.multiply_adds)
 
 
-def _sample(make, dtype=torch.float32, heads=(0, 2, 0), batch=3, latents=5, channels=6, inner=4):
+def _sample(make, dtype=torch.float32, heads=(0, 2, 0), batch=3, latents=5, channels=6, inner=4, drops=False):
     x, parameters = make(batch, latents, channels, dtype=dtype), []
     for count in heads:
         first = ((inner, channels), (2 * inner, channels)) if count else ((2 * inner, channels), (2 * inner,))
         shapes = ((channels,), (channels,), *first, (channels, inner), (channels,))
         parameters += [make(*shape, dtype=dtype) for shape in shapes]
     layers = len(heads)
-    return LatentLayersFunction.apply(heads, (0.5,) * layers, (1e-5,) * layers, x, *parameters)
+    noise = [make(*x.shape, dtype=dtype).detach() if i % 2 == 0 else x.new_empty(0) for i in range(layers) if drops]
+    return LatentLayersFunction.apply((heads, (0.5,) * layers, (1e-5,) * layers, noise), x, *parameters)
 
 
 LATENT_LAYERS = declare(
@@ -115,31 +116,40 @@ LATENT_LAYERS = declare(
     call=PointwiseCall,
     operators=(
         Operator(
-            "latent_layers_forward(Tensor x, Tensor[] parameters, int[] heads, float[] scales, float[] eps, bool saves) "
+            "latent_layers_forward(Tensor x, Tensor[] parameters, int[] heads, float[] scales, float[] eps, "
+            "Tensor[] noise, bool saves) "
             "-> (Tensor y, Tensor saved)",
             _forward_outputs,
             work=lambda x, parameters, heads, *_: _work(x, parameters, heads),
         ),
         Operator(
             "latent_layers_backward(Tensor d_y, Tensor saved, Tensor[] parameters, int[] heads, float[] scales, "
-            "float[] eps) -> (Tensor d_x, Tensor[] d_parameters)",
+            "float[] eps, Tensor[] noise) -> (Tensor d_x, Tensor[] d_parameters)",
             _backward_outputs,
             work=_backward_work,
         ),
     ),
     sample=_sample,
-    variants=({}, dict(dtype=torch.float64, heads=(1,), batch=1, latents=1, channels=17), dict(heads=(0,), batch=20)),
+    variants=(
+        {},
+        dict(dtype=torch.float64, heads=(1,), batch=1, latents=1, channels=17),
+        dict(heads=(0,), batch=20),
+        dict(drops=True),
+    ),
 )
 
 
 class LatentLayersFunction(torch.autograd.Function):
-    """Connects the registered forward and backward; saves x, the parameters, and what the forward saves."""
+    """Connects the registered forward and backward; saves x, the parameters, and what the forward saves.
+
+    ``layers`` are heads, scales, eps and noise, which has no gradient.
+    """
 
     @staticmethod
-    def forward(ctx, heads, scales, eps, x, *parameters):
-        y, saved = torch.ops.perceiver_fast.latent_layers_forward(x, parameters, heads, scales, eps, True)
+    def forward(ctx, layers, x, *parameters):
+        y, saved = torch.ops.perceiver_fast.latent_layers_forward(x, parameters, *layers, True)
         ctx.save_for_backward(saved, x, *parameters)
-        ctx.layers = heads, scales, eps
+        ctx.layers = layers
         return y
 
     @staticmethod
@@ -157,14 +167,19 @@ class LatentLayersFunction(torch.autograd.Function):
             def form(x, *parameters):
                 return reference.latent_layers(x, parameters, *layers)
 
-            grads = differentiable(kernel, form, (x, *parameters), (d_y,), ctx.needs_input_grad[3:])
+            grads = differentiable(kernel, form, (x, *parameters), (d_y,), ctx.needs_input_grad[1:])
         else:
             grads = kernel()
-        return None, None, None, *grads
+        return None, *grads
 
 
 def latent_layers(
-    x: Tensor, parameters: Sequence[Tensor], heads: Sequence[int], scales: Sequence[float], eps: Sequence[float]
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    heads: Sequence[int],
+    scales: Sequence[float],
+    eps: Sequence[float],
+    noise: Sequence[Tensor] = (),
 ) -> Tensor:
     """Layers one after the other, each added to the latents that it takes.
 
@@ -176,6 +191,8 @@ def latent_layers(
         heads: of every layer, a divisor of its I; 0 for a feed-forward.
         scales: of every layer's logits.
         eps: of every layer's LayerNorm, more than 0.
+        noise: what dropout multiplies every layer's result with before it is added, ``[B, N, D]`` of the dtype of x, or an
+            empty tensor for a layer without; or none at all. No gradient reaches it.
 
     Returns:
         ``[B, N, D]``, the dtype of x. Differentiable any number of times in x and the parameters.
@@ -191,24 +208,31 @@ def latent_layers(
         >>> latent_layers(torch.randn(2, 5, 8), [torch.randn(shape) for shape in shapes], [3], [0.5], [1e-5]).shape
         torch.Size([2, 5, 8])
     """
-    _check(x, parameters, heads, scales, eps)
-    return latent_layers_unchecked(x, parameters, heads, scales, eps)
+    _check(x, parameters, heads, scales, eps, noise)
+    return latent_layers_unchecked(x, parameters, heads, scales, eps, noise)
 
 
 @op_range(OP)
 def latent_layers_unchecked(
-    x: Tensor, parameters: Sequence[Tensor], heads: Sequence[int], scales: Sequence[float], eps: Sequence[float]
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    heads: Sequence[int],
+    scales: Sequence[float],
+    eps: Sequence[float],
+    noise: Sequence[Tensor] = (),
 ) -> Tensor:
     """:func:`latent_layers` for callers whose tensors fit each other; they are not checked."""
+    layers = heads, scales, eps, noise
     if not runs_kernel(LATENT_LAYERS, x.dtype, x.device):
-        return reference.latent_layers(x, parameters, heads, scales, eps)
+        return reference.latent_layers(x, parameters, *layers)
     if learns(x, *parameters):
-        return LatentLayersFunction.apply(heads, scales, eps, x, *parameters)
-    return torch.ops.perceiver_fast.latent_layers_forward(x, parameters, heads, scales, eps, False)[0]
+        return LatentLayersFunction.apply(layers, x, *parameters)
+    return torch.ops.perceiver_fast.latent_layers_forward(x, parameters, *layers, False)[0]
 
 
-def _check(x, parameters, heads, scales, eps) -> None:
-    check_alike(OP, x=x, **{f"parameters[{i}]": p for i, p in enumerate(parameters)})
+def _check(x, parameters, heads, scales, eps, noise) -> None:
+    named = {f"parameters[{i}]": p for i, p in enumerate(parameters)}
+    check_alike(OP, x=x, **named, **{f"noise[{i}]": each for i, each in enumerate(noise)})
     if x.dim() != 3 or x.numel() == 0:
         raise ValueError(f"{OP}: expected latents x [B, N, D], got {tuple(x.shape)}; add the batch dimension")
     if len(parameters) != PARAMETERS * len(heads) or len(scales) != len(heads) or len(eps) != len(heads):
@@ -216,6 +240,13 @@ def _check(x, parameters, heads, scales, eps) -> None:
             f"{OP}: expected {PARAMETERS} parameters, a scale and an eps for each of {len(heads)} heads, got "
             f"{len(parameters)}, {len(scales)} and {len(eps)}; give a 0 in heads for a feed-forward"
         )
+    if len(noise) not in (0, len(heads)):
+        raise ValueError(
+            f"{OP}: expected noise of none or all of {len(heads)} layers, got {len(noise)}; an empty tensor is none"
+        )
+    for layer, each in enumerate(noise):
+        if each.numel() > 0:
+            check_shape(OP, f"noise[{layer}]", each, tuple(x.shape), "every number that is added has its own")
     for layer, (count, epsilon) in enumerate(zip(heads, eps)):
         own, width = parameters[PARAMETERS * layer : PARAMETERS * (layer + 1)], x.shape[2]
         inner = own[4].shape[-1] if own[4].dim() else 0

@@ -24,7 +24,9 @@ from perceiver_fast.tracing import intercepted
 
 OP = "linear"
 LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every library is as good
-LARGE_WEIGHT = 2**19  # or numbers of a weight, which few rows take as long to read, and libraries differ twice to four times
+LARGE_WEIGHT = (
+    2**19
+)  # or numbers of a weight, which few rows take as long to read, and libraries differ twice to four times
 
 
 def is_large(rows: int, channels: int, out_channels: int, device: torch.device) -> bool:
@@ -32,7 +34,9 @@ def is_large(rows: int, channels: int, out_channels: int, device: torch.device) 
     if torch.compiler.is_compiling():
         return False
     numbers = channels * out_channels
-    if type(rows) is int and rows * numbers < LARGE and numbers < LARGE_WEIGHT:  # first, as most of small models' end here
+    if (
+        type(rows) is int and rows * numbers < LARGE and numbers < LARGE_WEIGHT
+    ):  # first, as most of small models' end here
         return False
     if device.type != "cpu" or forced_backend() == "reference" or transformed() or intercepted():
         return False

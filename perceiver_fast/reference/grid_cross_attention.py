@@ -27,7 +27,9 @@ def grid_cross_attention(
     norm_weight, norm_bias, to_q, context_weight, context_bias, to_kv, to_out, to_out_bias = parameters
     weight = to_kv * context_weight
     weight = weight - weight.mean(1, keepdim=True)
-    raw, *axes = weight.split([weight.shape[1] - sum(code.shape[1] for code in codes), *(code.shape[1] for code in codes)], 1)
+    raw, *axes = weight.split(
+        [weight.shape[1] - sum(code.shape[1] for code in codes), *(code.shape[1] for code in codes)], 1
+    )
     table = [axis @ code.T for axis, code in zip(axes, codes)]
     if feat.shape[-1] > raw.shape[1]:  # raw channels less their mean, and the mean
         raw = torch.cat([raw, -torch.cat(axes, 1).sum(1, keepdim=True)], 1)

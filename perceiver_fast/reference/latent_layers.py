@@ -13,7 +13,12 @@ from perceiver_fast.reference.layer_norm import smooth_layer_norm
 
 
 def latent_layers(
-    x: Tensor, parameters: Sequence[Tensor], heads: Sequence[int], scales: Sequence[float], eps: Sequence[float]
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    heads: Sequence[int],
+    scales: Sequence[float],
+    eps: Sequence[float],
+    noise: Sequence[Tensor] = (),
 ) -> Tensor:
     """``x [B, N, D]`` to ``[B, N, D]``; the arguments are :func:`perceiver_fast.ops.latent_layers.latent_layers`'s."""
     for i, (count, scale, epsilon) in enumerate(zip(heads, scales, eps)):
@@ -25,5 +30,6 @@ def latent_layers(
             made = cross_attention(q, k, v, scale=scale)[0].transpose(1, 2).flatten(2)
         else:
             made = geglu(F.linear(z, first), second)
-        x = x + F.linear(made, last, last_bias)
+        branch = F.linear(made, last, last_bias)
+        x = x + (branch * noise[i] if noise and noise[i].numel() > 0 else branch)
     return x

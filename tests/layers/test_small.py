@@ -67,6 +67,22 @@ def test_results_are_those_of_layers(monkeypatch, options, masked, train):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dropout", [0.3, 1.0])
+def test_equal_seeds_drop_the_same_together_and_layer_by_layer(monkeypatch, dropout):
+    perceiver, data = model(ff_dropout=dropout, depth=3, weight_tie_layers=True).double(), image().double()
+
+    def results():
+        torch.manual_seed(3)
+        out = perceiver(data)
+        return [out, *torch.autograd.grad(out.square().sum(), perceiver.parameters())]
+
+    found = results()
+    assert ops_of(lambda: perceiver(data)) >= TOGETHER
+    layer_by_layer(monkeypatch)
+    for mine, theirs in zip(found, results(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_perceiver_io_s_latents_run_together():
     io = pf.PerceiverIO(depth=2, dim=9, queries_dim=6, num_latents=8, latent_dim=16)
     assert "latent_layers" in ops_of(lambda: io(torch.randn(2, 9, 9), queries=torch.randn(5, 6)))

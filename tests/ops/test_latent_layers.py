@@ -15,8 +15,8 @@ from perceiver_fast.ops import latent_layers
 ATTENTION, FEED_FORWARD = True, False
 
 
-def operands(shape, inner, heads, layers, dtype, seed=0):
-    """Latents, and the op's other arguments; weights such that activations stay near one."""
+def operands(shape, inner, heads, layers, dtype, seed=0, drops=False):
+    """Latents, and the op's other arguments; weights such that activations stay near one. Feed-forwards drop, if any."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*sizes):
@@ -28,12 +28,14 @@ def operands(shape, inner, heads, layers, dtype, seed=0):
         first = ((inner, width), (2 * inner, width)) if attention else ((2 * inner, width), (2 * inner,))
         parameters += [draw(*sizes) for sizes in ((width,), (width,), *first, (width, inner), (width,))]
     count = len(layers)
+    noise = [draw(0) if attention else draw(*shape) for attention in layers] if drops else []
     return (
         x,
         parameters,
         [heads * attention for attention in layers],
         [(inner // heads) ** -0.5] * count,
         [1e-5] * count,
+        noise,
     )
 
 
@@ -65,7 +67,8 @@ def test_values_and_gradients(shape, inner, heads, dtype, backend):
     floor = {torch.float64: 1e-13, torch.float32: 3e-7}[dtype]
     rows = []
     for seed in range(6):
-        low = operands(shape, inner, heads, (FEED_FORWARD, ATTENTION, FEED_FORWARD), dtype, seed)
+        drops = seed % 2 == 1
+        low = operands(shape, inner, heads, (FEED_FORWARD, ATTENTION, FEED_FORWARD), dtype, seed, drops)
         want = results(reference.latent_layers, low[0].double(), [p.double() for p in low[1]], *low[2:])
         theirs = results(reference.latent_layers, *low)
         with pf.use_backend(backend):
@@ -115,7 +118,7 @@ def test_one_element_s_nan_stays_its_own(value):
 @pytest.mark.skipif(**needs_extension)
 def test_weights_of_one_have_no_gradient():
     """Logits of 1e19 leave one weight, whatever they round to; nothing flows back through it."""
-    x, parameters, heads, _, eps = operands((2, 6, 16), 8, 2, (ATTENTION,), torch.float32)
+    x, parameters, heads, _, eps, _ = operands((2, 6, 16), 8, 2, (ATTENTION,), torch.float32)
     found = results(latent_layers, x, parameters, heads, [1e19], eps)
     to_q, to_kv = found[4], found[5]
     assert all(t.isfinite().all() for t in found)
@@ -148,7 +151,7 @@ def test_values_and_gradients_on_every_instruction_set(isa):
 
 
 def test_second_derivatives():
-    x, parameters, *options = operands((2, 3, 4), 4, 2, (ATTENTION, FEED_FORWARD), torch.float64)
+    x, parameters, *options = operands((2, 3, 4), 4, 2, (ATTENTION, FEED_FORWARD), torch.float64, drops=True)
     tensors = [t.requires_grad_() for t in (x, *parameters)]
     assert torch.autograd.gradgradcheck(lambda x, *p: latent_layers(x, p, *options), tensors)
 
@@ -176,6 +179,8 @@ def test_the_reference_is_perceiver_pytorchs():
         (lambda a: (a[0], [*a[1][:2], a[1][2][1:], *a[1][3:]], *a[2:]), r"parameters\[2\]"),
         (lambda a: (a[0], a[1], [3], *a[3:]), "heads that divide"),
         (lambda a: (*a[:4], [0.0]), "eps above 0"),
+        (lambda a: (*a[:5], [a[0], a[0]]), "noise of none or all of 1"),
+        (lambda a: (*a[:5], [a[0][:1]]), r"noise\[0\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, match):

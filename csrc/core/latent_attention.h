@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "latent_columns.h"
 
@@ -17,15 +18,25 @@ constexpr int64_t kQueries = 96;  // at a time; rows of so many floats fall into
 template <class T>
 class LatentAttention {
  public:
-  LatentAttention(const LatentColumns<T>& latents, int64_t heads, int64_t inner, double scale)
-      : latents_(latents), kernels_(latents.kernels), heads_(heads), inner_(inner), d_(inner / heads), scale_(scale) {}
+  LatentAttention(const LatentColumns<T>& latents, int64_t heads, int64_t inner, double scale, const Dropout& dropout)
+      : latents_(latents),
+        kernels_(latents.kernels),
+        heads_(heads),
+        inner_(inner),
+        d_(inner / heads),
+        scale_(scale),
+        dropout_(dropout),
+        token_hashes_(dropout ? latents.N : 0) {
+    for (size_t m = 0; m < token_hashes_.size(); ++m) token_hashes_[m] = dropout.token_hash(int64_t(m));
+  }
 
   // o [I, C] from q, k and v [3 I, C] of a chunk.
   void forward(int64_t chunk, const T* qkv, T* o, Team team) const {
     const int64_t C = latents_.columns(chunk), part = inner_ * C;
-    for_heads(chunk, team, 2, [&](int64_t at, const Room& room) {
+    for_heads(chunk, team, 2, [&](int64_t at, int64_t row, const Room& room) {
       for_queries([&](int64_t first, int64_t count) {
         weigh(C, qkv + at + first, qkv + part + at, count, room);
+        drop(row + first, count, room.weights, room.weights, room);
         write(C, count, qkv + 2 * part + at, room.weights, o + at + first, room);
       });
     });
@@ -35,14 +46,16 @@ class LatentAttention {
   // The gradients of q, k and v [3 I, C] from that of o; and o once more, unless it is null.
   void backward(int64_t chunk, const T* qkv, const T* d_o, T* d_qkv, T* o, Team team) const {
     const int64_t C = latents_.columns(chunk), part = inner_ * C, N = latents_.N;
-    for_heads(chunk, team, 5, [&](int64_t at, const Room& room) {
+    for_heads(chunk, team, 5, [&](int64_t at, int64_t row, const Room& room) {
       const T *q = qkv + at, *k = q + part, *v = k + part;
       for_queries([&](int64_t first, int64_t count) {
         const int64_t wide = latents_.padded(count);
         weigh(C, q + first, k, count, room);
-        if (o) write(C, count, v, room.weights, o + at + first, room);
-        add_to_tokens(C, d_o + at + first, count, room.weights, room.d_v, first > 0, room);
+        const T* kept = drop(row + first, count, room.weights, room.d_weights, room);
+        if (o) write(C, count, v, kept, o + at + first, room);
+        add_to_tokens(C, d_o + at + first, count, kept, room.d_v, first > 0, room);
         kernels_.product(N, wide, d_, v, 1, C, d_o + at + first, C, room.d_weights, wide, false);
+        drop(row + first, count, room.d_weights, room.d_weights, room);
         kernels_.softmax_backward(N, wide, room.weights, room.d_weights, scale_);
         write(C, count, k, room.d_weights, d_qkv + at + first, room);
         add_to_tokens(C, q + first, count, room.d_weights, room.d_k, first > 0, room);
@@ -60,6 +73,7 @@ class LatentAttention {
     T* turned;               // [queries, N], rows padded as are those of the next two
     T *d_k, *d_v;            // [d, N]
     T* written;              // [d, queries]
+    typename HashLane<T>::type* hashes;  // [queries], of dropout
   };
 
   int64_t queries() const {
@@ -67,21 +81,24 @@ class LatentAttention {
     return latents_.padded((latents_.N + parts - 1) / parts);
   }
 
-  // body(where the head's numbers begin in [I, C], room) for heads of `products` products.
+  // body(where the head's numbers begin in [I, C], its first query's index over batch and heads, room) for heads of `products` products.
   template <class Body>
   void for_heads(int64_t chunk, Team team, int64_t products, const Body& body) const {
     const int64_t N = latents_.N, Q = queries(), row = latents_.padded_N, C = latents_.columns(chunk);
     const int64_t heads = latents_.count(chunk) * heads_;
     team.run(heads, 1, heads * products * N * latents_.padded(N) * d_, [&](int64_t begin, int64_t end) {
       const Aligned<T> memory(2 * N * Q + Q * row + 2 * d_ * row + d_ * Q);
+      const Aligned<typename HashLane<T>::type> hashes(Q);
       Room room;
+      room.hashes = hashes.get();
       room.weights = memory.get();
       room.d_weights = room.weights + N * Q;
       room.turned = room.d_weights + N * Q;
       room.d_k = room.turned + Q * row;
       room.d_v = room.d_k + d_ * row;
       room.written = room.d_v + d_ * row;
-      for (int64_t i = begin; i < end; ++i) body(i % heads_ * d_ * C + i / heads_ * latents_.N, room);
+      for (int64_t i = begin; i < end; ++i)
+        body(i % heads_ * d_ * C + i / heads_ * N, (latents_.first(chunk) * heads_ + i) * N, room);
     });
   }
 
@@ -96,6 +113,15 @@ class LatentAttention {
     const int64_t wide = latents_.padded(count);
     kernels_.product(latents_.N, wide, d_, k, 1, C, q, C, room.weights, wide, false);
     kernels_.softmax(latents_.N, wide, room.weights, scale_);
+  }
+
+  // `to` = the weights, or of their gradients what flows back, of those that dropout keeps; or without it what is given.
+  const T* drop(int64_t row, int64_t count, const T* given, T* to, const Room& room) const {
+    if (!dropout_) return given;
+    const int64_t wide = latents_.padded(count);
+    for (int64_t i = 0; i < wide; ++i) room.hashes[i] = dropout_.query_hash(row + i);
+    kernels_.drop(latents_.N, wide, given, room.hashes, token_hashes_.data(), dropout_.threshold, T(dropout_.scale()), to);
+    return to;
   }
 
   // to [d, count] = x [d, N] weights.
@@ -124,6 +150,8 @@ class LatentAttention {
   const LatentKernels<T>& kernels_;
   const int64_t heads_, inner_, d_;
   const double scale_;
+  const Dropout dropout_;
+  std::vector<uint32_t> token_hashes_;
 };
 
 }  // namespace perceiver_fast

@@ -1,5 +1,6 @@
 // What latents in vector lanes are computed with, for one instruction set: what LayerNorm and softmax sum over runs
 // down the lanes, so that no sum crosses them.
+#include "dropout_mask.h"
 #include "elements.h"
 #include "latent_kernels.h"
 #include "normal_distribution.h"
@@ -137,6 +138,17 @@ void softmax(int64_t tokens, int64_t columns, T* logits, double scale) {
 }
 
 template <class T>
+void drop(int64_t tokens, int64_t columns, const T* weights, const typename HashLane<T>::type* column_hashes,
+          const uint32_t* token_hashes, uint32_t threshold, T factor, T* to) {
+  using S = Simd<T>;
+  for (int64_t m = 0; m < tokens; ++m)
+    for (int64_t c = 0; c < columns; c += S::lanes) {
+      const int64_t at = m * columns + c;
+      S::store(to + at, keep<T>(S::load(weights + at) * factor, column_hashes + c, token_hashes[m], threshold));
+    }
+}
+
+template <class T>
 void softmax_backward(int64_t tokens, int64_t columns, const T* weights, T* d_weights, double scale) {
   using S = Simd<T>;
   const FlushDenormals flush;
@@ -193,7 +205,7 @@ template <class T>
 const LatentKernels<T>& latent_table() {
   static constexpr LatentKernels<T> table{product<T>,          transpose<T>, normalize<T>,
                                                 normalize_backward<T>, affine<T>,    add_bias<T>, join<T>,
-                                                multiply<T>,           softmax<T>,            softmax_backward<T>, geglu<T>,
+                                                multiply<T>,           softmax<T>, drop<T>,            softmax_backward<T>, geglu<T>,
                                                 geglu_backward<T>,     row_sums<T>};
   return table;
 }

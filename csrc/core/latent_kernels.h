@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "dropout.h"
 #include "kernel_tables.h"
 
 namespace perceiver_fast {
@@ -30,6 +31,9 @@ struct LatentKernels {
   void (*multiply)(int64_t channels, int64_t columns, const T* x, const T* noise, T* to);
   // Softmax of `scale` times logits [tokens, columns] over the tokens, in place.
   void (*softmax)(int64_t tokens, int64_t columns, T* logits, double scale);
+  // to = weights times `factor`, those that dropout drops zero; hashes are of the columns and of the tokens.
+  void (*drop)(int64_t tokens, int64_t columns, const T* weights, const typename HashLane<T>::type* column_hashes,
+               const uint32_t* token_hashes, uint32_t threshold, T factor, T* to);
   // d_weights become the gradient of the logits.
   void (*softmax_backward)(int64_t tokens, int64_t columns, const T* weights, T* d_weights, double scale);
   // Values and gates [F, columns] += their bias, u = geglu of them.

@@ -73,7 +73,7 @@ class Pass : public LatentColumns<T> {
   int64_t saved_of(const LatentLayer<T>& layer) const { return D + 1 + (D > kAgain ? between(layer) : 0); }
 
   LatentAttention<T> attention(const LatentLayer<T>& layer) const {
-    return LatentAttention<T>(*this, layer.heads, layer.inner, layer.scale);
+    return LatentAttention<T>(*this, layer.heads, layer.inner, layer.scale, layer.dropout);
   }
   void project(const LatentLayer<T>& layer, int64_t columns, const T* z, T* qkv, Team team) const;
   void widen(const LatentLayer<T>& layer, int64_t columns, const T* z, T* h, T* made, Team team) const;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "dropout.h"
 #include "parallel.h"
 
 namespace perceiver_fast {
@@ -29,7 +30,8 @@ struct LatentLayer {
   double scale;   // of the logits
   double eps;     // of LayerNorm, more than 0
   LatentLayerParameters<const T> parameters;
-  const T* noise;  // [B, N, D] that dropout multiplies what the layer adds with, or null
+  Dropout dropout;  // of attention's weights
+  const T* noise;   // [B, N, D] that dropout multiplies what a feed-forward adds with, or null
 };
 
 template <class T>

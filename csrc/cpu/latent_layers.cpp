@@ -24,9 +24,12 @@ struct Inputs {
   const std::vector<double>&scales, &eps;
   Shapes shapes;  // of the parameters
   Tensors parameters, noise;
+  std::vector<Dropout> dropouts;  // of attention's weights
+  std::vector<bool> noisy;        // whether a layer has noise
 
   Inputs(const char* name, const Tensor& x, const Tensors& parameters_, const std::vector<int64_t>& heads_,
-         const std::vector<double>& scales_, const std::vector<double>& eps_, const Tensors& noise_)
+         const std::vector<double>& scales_, const std::vector<double>& eps_, const std::vector<double>& dropouts_,
+         const Tensors& drawn)
       : dtype(check.floating(name, x)), heads(heads_), scales(scales_), eps(eps_) {
     check.rank(name, x, 3, "[B, N, D]");
     batch = x.size(0), latents = x.size(1), channels = x.size(2);
@@ -35,11 +38,16 @@ struct Inputs {
     STD_TORCH_CHECK(parameters_.size() == kParameters * layers && scales.size() == layers && eps.size() == layers,
                     "latent_layers: expected heads, a scale, an eps and ", kParameters, " parameters for each layer, got ",
                     layers, ", ", scales.size(), ", ", eps.size(), " and ", parameters_.size());
-    for (size_t i = 0; i < layers; ++i) layer(i, parameters_);
-    STD_TORCH_CHECK(noise_.empty() || noise_.size() == layers, "latent_layers: expected noise of none or of all ", layers,
-                    " layers, got ", noise_.size());
-    for (const Tensor& each : noise_)
-      noise.push_back(each.numel() == 0 ? each : check.dense("noise", each, dtype, sizes_of(x), "like the latents, or empty"));
+    STD_TORCH_CHECK(dropouts_.size() == drawn.size() && (drawn.empty() || drawn.size() == layers),
+                    "latent_layers: expected dropouts and what was drawn for them of none or all ", layers,
+                    " layers, got ", dropouts_.size(), " and ", drawn.size());
+    for (size_t i = 0; i < layers; ++i) {
+      layer(i, parameters_);
+      const bool drops = !drawn.empty() && dropouts_[i] > 0;
+      dropouts.push_back(drops && heads[i] > 0 ? check.dropout(dropouts_[i], drawn[i]) : Dropout(0, 0));
+      noise.push_back(drops && heads[i] == 0 ? check.dense("noise", drawn[i], dtype, sizes_of(x), "like the latents") : x);
+      noisy.push_back(drops && heads[i] == 0);
+    }
   }
 
   void layer(size_t i, const Tensors& given) {
@@ -64,7 +72,7 @@ struct Inputs {
     LatentLayers<T> call{batch, latents, channels, {}};
     for (size_t i = 0; i < heads.size(); ++i)
       call.layers.push_back({heads[i], shapes[kParameters * i + 4][1], scales[i], eps[i], of<const T>(i, parameters),
-                             noise.empty() || noise[i].numel() == 0 ? nullptr : data<const T>(noise[i])});
+                             dropouts[i], noisy[i] ? data<const T>(noise[i]) : nullptr});
     return call;
   }
 
@@ -78,8 +86,8 @@ struct Inputs {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensors& parameters, const std::vector<int64_t>& heads,
                                    const std::vector<double>& scales, const std::vector<double>& eps,
-                                   const Tensors& noise, bool saves) {
-  const Inputs in("x", x, parameters, heads, scales, eps, noise);
+                                   const std::vector<double>& dropouts, const Tensors& drawn, bool saves) {
+  const Inputs in("x", x, parameters, heads, scales, eps, dropouts, drawn);
   const Tensor latents = dense(x);
   Tensor y = torch::stable::new_empty(x, sizes_of(x)), saved = x;
   with_type(x, [&](auto zero) {
@@ -93,8 +101,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensors& parameters, c
 
 std::tuple<Tensor, Tensors> backward(const Tensor& d_y, const Tensor& saved, const Tensors& parameters,
                                      const std::vector<int64_t>& heads, const std::vector<double>& scales,
-                                     const std::vector<double>& eps, const Tensors& noise) {
-  const Inputs in("d_y", d_y, parameters, heads, scales, eps, noise);
+                                     const std::vector<double>& eps, const std::vector<double>& dropouts,
+                                     const Tensors& drawn) {
+  const Inputs in("d_y", d_y, parameters, heads, scales, eps, dropouts, drawn);
   const Tensor grad = dense(d_y);
   Tensor d_x = torch::stable::new_empty(d_y, sizes_of(d_y));
   Tensors gradients;

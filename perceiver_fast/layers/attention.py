@@ -133,10 +133,10 @@ class Attention(ShardedAttention):
 
     def projections(self) -> tuple[Any, ...] | None:
         """Weights of ``to_q``, ``to_kv`` and ``to_out``, and the bias of the last, if attention depends on no more than
-        them, heads and scale; else None. Only where :meth:`why_modules` is None."""
+        them, heads, scale and dropout; else None. Only where :meth:`why_modules` is None."""
         layers: dict[str, Any] = self._modules
         to_q, to_kv, to_out = (layers[name]._parameters for name in ("to_q", "to_kv", "to_out"))
-        if self.active_dropout > 0 or to_q["bias"] is not None or to_kv["bias"] is not None:
+        if to_q["bias"] is not None or to_kv["bias"] is not None:
             return None
         q, kv = to_q["weight"], to_kv["weight"]
         if kv.shape[0] != 2 * q.shape[0] or q.shape[0] % self.heads:  # pruned

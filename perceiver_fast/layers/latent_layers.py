@@ -14,6 +14,7 @@ from perceiver_fast.layers.pre_norm import BRANCHES, PreNorm, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.small import fit, is_small
 from perceiver_fast.ops.latent_layers import LATENT_LAYERS, latent_layers_unchecked
+from perceiver_fast.ops.library import dropout_seed
 
 
 def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: bool) -> None:
@@ -27,9 +28,10 @@ def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: boo
     if not watched and layers and is_small(stream, LATENT_LAYERS):
         arguments = _arguments(stream, layers)
         if arguments is not None:
-            *parameters, dropouts = arguments
             x = stream.value()
-            stream.become(latent_layers_unchecked(x, *parameters, _noise(x, dropouts)))
+            parameters, heads, scales, eps, dropouts = arguments
+            drops = (dropouts, _drawn(x, heads, dropouts)) if any(dropouts) else ()
+            stream.become(latent_layers_unchecked(x, parameters, heads, scales, eps, *drops))
             return
     for layer in layers:
         add_layer(stream, layer, watched)
@@ -38,8 +40,7 @@ def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: boo
 def _arguments(
     stream: ResidualStream, layers: Sequence[nn.Module]
 ) -> tuple[list[Any], list[int], list[float], list[float], list[float]] | None:
-    """The parameters, heads, scales and eps of layers, as the op takes them, and the shares of what each adds that dropout
-    drops; None if the op may not stand in for all."""
+    """The parameters, heads, scales, eps and dropouts of layers, as the op takes them; None if it may not stand in for all."""
     width = stream.shape[2]
     parameters: list[Any] = []
     heads, scales, eps, dropouts = [], [], [], []
@@ -65,16 +66,21 @@ def _arguments(
         heads.append(fn.heads if attention else 0)
         scales.append(float(fn.scale) if attention else 1.0)
         eps.append(norm.eps)
-        dropouts.append(
-            0.0 if attention else fn.active_dropout
-        )  # that of attention is of its weights, and not active here
+        dropouts.append(fn.active_dropout)
+        if attention and not dropouts[-1] < 1:  # to be refused
+            return None
     return parameters, heads, scales, eps, dropouts
 
 
-def _noise(x: Tensor, dropouts: Sequence[float]) -> list[Tensor]:
-    """What dropout multiplies every layer's result with, or nothing where there is none; equal seeds drop what they drop in
-    layers that are called one by one."""
-    if not any(dropouts):
-        return []
-    none = x.new_empty(0)
-    return [F.dropout(x.new_ones(x.shape), p) if p > 0 else none for p in dropouts]
+def _drawn(x: Tensor, heads: Sequence[int], dropouts: Sequence[float]) -> list[Tensor]:
+    """What decides what dropout drops, as the op takes it: a seed for attention, numbers to multiply with for a feed-forward.
+
+    Drawn in the order of layers that are called one by one, which drop the same with the same seed of torch's generator.
+    """
+    drawn = []
+    for count, dropout in zip(heads, dropouts):
+        seed = dropout_seed(dropout, x.device) if count > 0 else None
+        if seed is None and dropout > 0:
+            seed = F.dropout(x.new_ones(x.shape), dropout)
+        drawn.append(x.new_empty(0) if seed is None else seed)
+    return drawn

@@ -2,10 +2,10 @@
 
     z = LayerNorm(x)
 
-    attention      q = z to_q^T   [k, v] = z to_kv^T      made = softmax(scale q k^T) v, head by head
-    feed-forward   h = z W1^T + b1                        made = geglu(h)
+    attention      q = z to_q^T   [k, v] = z to_kv^T      x <- x + (softmax(scale q k^T) v) to_out^T + b, head by head
+    feed-forward   h = z W1^T + b1                        x <- x + (geglu(h) W2^T + b2) noise
 
-    x <- x + (made last^T + last_bias) noise        noise of dropout, in layers that have it
+Dropout is of attention's weights, and of what a feed-forward adds: then there is noise.
 
 The products of a small model take less time than the calls that ask for them. Here there is one call for all layers
 between two cross-attentions, and the latents of some batch elements stay in cache from the first layer to the last. A
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from perceiver_fast import extension, reference
 from perceiver_fast.backends import Backend
-from perceiver_fast.ops.checks import check_alike, check_shape
+from perceiver_fast.ops.checks import check_alike, check_dropout, check_dtype, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.library import kernel_reasons, learns
@@ -86,15 +86,15 @@ def _saved(x, parameters, heads) -> int:
     return packed_columns(int(batch), int(latents), x.dtype) * numbers
 
 
-def _forward_outputs(x, parameters, heads, scales, eps, noise, saves):
+def _forward_outputs(x, parameters, heads, scales, eps, dropouts, drawn, saves):
     return x.new_empty(x.shape), x.new_empty(_saved(x, parameters, heads) if saves else 0)
 
 
-def _backward_outputs(d_y, saved, parameters, heads, scales, eps, noise):
+def _backward_outputs(d_y, saved, parameters, heads, scales, eps, dropouts, drawn):
     return d_y.new_empty(d_y.shape), [p.new_empty(p.shape) for p in parameters]
 
 
-def _backward_work(d_y, saved, parameters, heads, scales, eps, noise) -> Work:
+def _backward_work(d_y, saved, parameters, heads, *_) -> Work:
     forward = _work(d_y, parameters, heads)
     return Work(2 * forward.multiply_adds)
 
@@ -106,8 +106,9 @@ def _sample(make, dtype=torch.float32, heads=(0, 2, 0), batch=3, latents=5, chan
         shapes = ((channels,), (channels,), *first, (channels, inner), (channels,))
         parameters += [make(*shape, dtype=dtype) for shape in shapes]
     layers = len(heads)
-    noise = [make(*x.shape, dtype=dtype).detach() if i % 2 == 0 else x.new_empty(0) for i in range(layers) if drops]
-    return LatentLayersFunction.apply((heads, (0.5,) * layers, (1e-5,) * layers, noise), x, *parameters)
+    drawn = [make.seed() if count else make(*x.shape, dtype=dtype).detach() for count in heads if drops]
+    options = heads, (0.5,) * layers, (1e-5,) * layers, (0.1,) * len(drawn), drawn
+    return LatentLayersFunction.apply(options, x, *parameters)
 
 
 LATENT_LAYERS = declare(
@@ -117,14 +118,14 @@ LATENT_LAYERS = declare(
     operators=(
         Operator(
             "latent_layers_forward(Tensor x, Tensor[] parameters, int[] heads, float[] scales, float[] eps, "
-            "Tensor[] noise, bool saves) "
+            "float[] dropouts, Tensor[] drawn, bool saves) "
             "-> (Tensor y, Tensor saved)",
             _forward_outputs,
             work=lambda x, parameters, heads, *_: _work(x, parameters, heads),
         ),
         Operator(
             "latent_layers_backward(Tensor d_y, Tensor saved, Tensor[] parameters, int[] heads, float[] scales, "
-            "float[] eps, Tensor[] noise) -> (Tensor d_x, Tensor[] d_parameters)",
+            "float[] eps, float[] dropouts, Tensor[] drawn) -> (Tensor d_x, Tensor[] d_parameters)",
             _backward_outputs,
             work=_backward_work,
         ),
@@ -142,7 +143,7 @@ LATENT_LAYERS = declare(
 class LatentLayersFunction(torch.autograd.Function):
     """Connects the registered forward and backward; saves x, the parameters, and what the forward saves.
 
-    ``layers`` are heads, scales, eps and noise, which has no gradient.
+    ``layers`` are heads, scales, eps, dropouts and drawn, which has no gradient.
     """
 
     @staticmethod
@@ -179,7 +180,8 @@ def latent_layers(
     heads: Sequence[int],
     scales: Sequence[float],
     eps: Sequence[float],
-    noise: Sequence[Tensor] = (),
+    dropouts: Sequence[float] = (),
+    drawn: Sequence[Tensor] = (),
 ) -> Tensor:
     """Layers one after the other, each added to the latents that it takes.
 
@@ -191,8 +193,11 @@ def latent_layers(
         heads: of every layer, a divisor of its I; 0 for a feed-forward.
         scales: of every layer's logits.
         eps: of every layer's LayerNorm, more than 0.
-        noise: what dropout multiplies every layer's result with before it is added, ``[B, N, D]`` of the dtype of x, or an
-            empty tensor for a layer without; or none at all. No gradient reaches it.
+        dropouts: of every layer, the share that is dropped: of attention its weights, of a feed-forward what it adds.
+            Default: none.
+        drawn: of every layer, what decides which are dropped, or an empty tensor where dropouts has 0. Of attention a seed,
+            int64 of one number; of a feed-forward what its result is multiplied with, ``[B, N, D]`` of the dtype of x. No
+            gradient reaches it. Default: none.
 
     Returns:
         ``[B, N, D]``, the dtype of x. Differentiable any number of times in x and the parameters.
@@ -208,8 +213,8 @@ def latent_layers(
         >>> latent_layers(torch.randn(2, 5, 8), [torch.randn(shape) for shape in shapes], [3], [0.5], [1e-5]).shape
         torch.Size([2, 5, 8])
     """
-    _check(x, parameters, heads, scales, eps, noise)
-    return latent_layers_unchecked(x, parameters, heads, scales, eps, noise)
+    _check(x, parameters, heads, scales, eps, dropouts, drawn)
+    return latent_layers_unchecked(x, parameters, heads, scales, eps, dropouts, drawn)
 
 
 @op_range(OP)
@@ -219,10 +224,11 @@ def latent_layers_unchecked(
     heads: Sequence[int],
     scales: Sequence[float],
     eps: Sequence[float],
-    noise: Sequence[Tensor] = (),
+    dropouts: Sequence[float] = (),
+    drawn: Sequence[Tensor] = (),
 ) -> Tensor:
     """:func:`latent_layers` for callers whose tensors fit each other; they are not checked."""
-    layers = heads, scales, eps, noise
+    layers = heads, scales, eps, dropouts, drawn
     if not runs_kernel(LATENT_LAYERS, x.dtype, x.device):
         return reference.latent_layers(x, parameters, *layers)
     if learns(x, *parameters):
@@ -230,9 +236,8 @@ def latent_layers_unchecked(
     return torch.ops.perceiver_fast.latent_layers_forward(x, parameters, *layers, False)[0]
 
 
-def _check(x, parameters, heads, scales, eps, noise) -> None:
-    named = {f"parameters[{i}]": p for i, p in enumerate(parameters)}
-    check_alike(OP, x=x, **named, **{f"noise[{i}]": each for i, each in enumerate(noise)})
+def _check(x, parameters, heads, scales, eps, dropouts, drawn) -> None:
+    check_alike(OP, x=x, **{f"parameters[{i}]": p for i, p in enumerate(parameters)})
     if x.dim() != 3 or x.numel() == 0:
         raise ValueError(f"{OP}: expected latents x [B, N, D], got {tuple(x.shape)}; add the batch dimension")
     if len(parameters) != PARAMETERS * len(heads) or len(scales) != len(heads) or len(eps) != len(heads):
@@ -240,13 +245,6 @@ def _check(x, parameters, heads, scales, eps, noise) -> None:
             f"{OP}: expected {PARAMETERS} parameters, a scale and an eps for each of {len(heads)} heads, got "
             f"{len(parameters)}, {len(scales)} and {len(eps)}; give a 0 in heads for a feed-forward"
         )
-    if len(noise) not in (0, len(heads)):
-        raise ValueError(
-            f"{OP}: expected noise of none or all of {len(heads)} layers, got {len(noise)}; an empty tensor is none"
-        )
-    for layer, each in enumerate(noise):
-        if each.numel() > 0:
-            check_shape(OP, f"noise[{layer}]", each, tuple(x.shape), "every number that is added has its own")
     for layer, (count, epsilon) in enumerate(zip(heads, eps)):
         own, width = parameters[PARAMETERS * layer : PARAMETERS * (layer + 1)], x.shape[2]
         inner = own[4].shape[-1] if own[4].dim() else 0
@@ -260,3 +258,18 @@ def _check(x, parameters, heads, scales, eps, noise) -> None:
             check_shape(
                 OP, f"parameters[{PARAMETERS * layer + i}]", p, shape, f"x and the last weight of layer {layer} say so"
             )
+    if len(dropouts) not in (0, len(heads)) or len(drawn) != len(dropouts):
+        raise ValueError(
+            f"{OP}: expected dropouts and drawn of none or of all {len(heads)} layers, got {len(dropouts)} and {len(drawn)}; "
+            "give a layer without dropout a 0 and an empty tensor"
+        )
+    for layer, (count, dropout, each) in enumerate(zip(heads, dropouts, drawn)):
+        name = f"drawn[{layer}]"
+        if count > 0:
+            check_dropout(OP, dropout)
+        if dropout > 0 and count > 0:
+            check_dtype(OP, name, each, (torch.int64,), "it is a seed")
+            check_shape(OP, name, each, (1,), "give attention one seed")
+        elif dropout > 0:
+            check_alike(OP, x=x, **{name: each})
+            check_shape(OP, name, each, tuple(x.shape), "every number that is added has its own")

@@ -67,9 +67,11 @@ def test_results_are_those_of_layers(monkeypatch, options, masked, train):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("dropout", [0.3, 1.0])
-def test_equal_seeds_drop_the_same_together_and_layer_by_layer(monkeypatch, dropout):
-    perceiver, data = model(ff_dropout=dropout, depth=3, weight_tie_layers=True).double(), image().double()
+@pytest.mark.parametrize(
+    "dropouts", [dict(ff_dropout=0.3), dict(ff_dropout=1.0), dict(ff_dropout=0.2, attn_dropout=0.4)]
+)
+def test_equal_seeds_drop_the_same_together_and_layer_by_layer(monkeypatch, dropouts):
+    perceiver, data = model(**dropouts, depth=3, weight_tie_layers=True).double(), image().double()
 
     def results():
         torch.manual_seed(3)
@@ -77,7 +79,7 @@ def test_equal_seeds_drop_the_same_together_and_layer_by_layer(monkeypatch, drop
         return [out, *torch.autograd.grad(out.square().sum(), perceiver.parameters())]
 
     found = results()
-    assert ops_of(lambda: perceiver(data)) >= TOGETHER
+    assert "latent_layers" in ops_of(lambda: perceiver(data))
     layer_by_layer(monkeypatch)
     for mine, theirs in zip(found, results(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
@@ -98,13 +100,7 @@ def replaced(perceiver):
     perceiver.layers[0].cross_attn.norm_context = nn.Identity()
 
 
-def with_dropout(perceiver):
-    for layer in perceiver.modules():
-        if isinstance(layer, nn.Dropout):
-            layer.p = 0.5
-
-
-@pytest.mark.parametrize("change", [hooked, replaced, with_dropout])
+@pytest.mark.parametrize("change", [hooked, replaced])
 def test_layers_that_are_more_than_their_parameters_run_one_by_one(change):
     perceiver = model(depth=1)
     change(perceiver)

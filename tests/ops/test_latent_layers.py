@@ -16,7 +16,7 @@ ATTENTION, FEED_FORWARD = True, False
 
 
 def operands(shape, inner, heads, layers, dtype, seed=0, drops=False):
-    """Latents, and the op's other arguments; weights such that activations stay near one. Feed-forwards drop, if any."""
+    """Latents, and the op's other arguments; weights such that activations stay near one. Dropout, or none."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*sizes):
@@ -28,14 +28,15 @@ def operands(shape, inner, heads, layers, dtype, seed=0, drops=False):
         first = ((inner, width), (2 * inner, width)) if attention else ((2 * inner, width), (2 * inner,))
         parameters += [draw(*sizes) for sizes in ((width,), (width,), *first, (width, inner), (width,))]
     count = len(layers)
-    noise = [draw(0) if attention else draw(*shape) for attention in layers] if drops else []
+    drawn = [torch.tensor([seed]) if attention else draw(*shape) for attention in layers if drops]
     return (
         x,
         parameters,
         [heads * attention for attention in layers],
         [(inner // heads) ** -0.5] * count,
         [1e-5] * count,
-        noise,
+        [0.3] * len(drawn),
+        drawn,
     )
 
 
@@ -118,7 +119,7 @@ def test_one_element_s_nan_stays_its_own(value):
 @pytest.mark.skipif(**needs_extension)
 def test_weights_of_one_have_no_gradient():
     """Logits of 1e19 leave one weight, whatever they round to; nothing flows back through it."""
-    x, parameters, heads, _, eps, _ = operands((2, 6, 16), 8, 2, (ATTENTION,), torch.float32)
+    x, parameters, heads, _, eps, *_ = operands((2, 6, 16), 8, 2, (ATTENTION,), torch.float32)
     found = results(latent_layers, x, parameters, heads, [1e19], eps)
     to_q, to_kv = found[4], found[5]
     assert all(t.isfinite().all() for t in found)
@@ -179,8 +180,9 @@ def test_the_reference_is_perceiver_pytorchs():
         (lambda a: (a[0], [*a[1][:2], a[1][2][1:], *a[1][3:]], *a[2:]), r"parameters\[2\]"),
         (lambda a: (a[0], a[1], [3], *a[3:]), "heads that divide"),
         (lambda a: (*a[:4], [0.0]), "eps above 0"),
-        (lambda a: (*a[:5], [a[0], a[0]]), "noise of none or all of 1"),
-        (lambda a: (*a[:5], [a[0][:1]]), r"noise\[0\]"),
+        (lambda a: (*a[:5], [0.5], []), "drawn of none or of all 1"),
+        (lambda a: (*a[:5], [0.5], [a[0]]), r"drawn\[0\]"),
+        (lambda a: (*a[:5], [1.0], [torch.tensor([1])]), "dropout probability"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, match):

@@ -224,7 +224,8 @@ void Sides<T>::queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d
     });
   }
   kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, normed.get());
-  x.outer(I, D, C, d_projected.get(), normed.get(), room.get(), d_to_q, begins, team);
+  x.turn(D, C, normed.get(), room.get());
+  x.outer(I, D, C, d_projected.get(), room.get(), d_to_q, begins, team);
   x.product(D, C, I, p.to_q, 1, D, d_projected.get(), normed.get(), team);
   x.load(chunk, d_stream, stream.get());
   kernels.normalize_backward(D, C, normed.get(), xhat, rstd, p.norm_weight, stream.get(), d_norm, d_norm + D);
@@ -275,7 +276,8 @@ void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y
   }
   kernels.row_sums(D, C, stream.get(), d_to_out_bias);
   y.product(I, C, D, p.to_out, 1, I, stream.get(), d_made.get(), team);
-  y.outer(D, I, C, stream.get(), made, room.get(), d_to_out, begins, team);
+  y.turn(I, C, made, room.get());
+  y.outer(D, I, C, stream.get(), room.get(), d_to_out, begins, team);
   kernels.row_sums(I, C, d_made.get(), d_bias);
   for (int64_t i = 0; i < y.count(chunk) * H; i += together) {
     const int64_t e = i / H, first_head = i % H;

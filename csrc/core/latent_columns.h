@@ -48,20 +48,37 @@ void for_calls(int64_t count, int64_t work, const Parallel& parallel, const Body
   }
 }
 
-// Sums of `size` numbers over chunks: body(chunk, sums, begins, team) adds to them, or begins with its own. Chunks are cut
-// into parts by their number alone, and the parts' sums added in order.
+// Parts of a sum over chunks, by their number alone.
+inline int64_t parts_of(int64_t chunks) { return std::clamp<int64_t>(chunks / kPartChunks, 1, kMostParts); }
+
+// body(chunk, part, begins, team) for all chunks, those of a part in order.
+template <class Body>
+void for_parts(int64_t chunks, int64_t work, const Parallel& parallel, const Body& body) {
+  const int64_t parts = parts_of(chunks);
+  for_calls(parts, work, parallel, [&](int64_t part, Team team) {
+    const int64_t first = chunks * part / parts, last = chunks * (part + 1) / parts;
+    for (int64_t chunk = first; chunk < last; ++chunk) body(chunk, part, chunk == first, team);
+  });
+}
+
+// The sum of all parts, each of `size` numbers, in the place of the first.
+template <class T>
+void add_parts(int64_t parts, int64_t size, T* sums) {
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[part * size + i];
+}
+
+// Sums of `size` numbers over chunks: body(chunk, sums, begins, team) adds to them, or begins with its own. The parts' sums
+// are added in order.
 template <class T, class Body>
 Aligned<T> sum_chunks(int64_t chunks, int64_t size, int64_t work, const Parallel& parallel, const Body& body) {
-  const int64_t parts = std::clamp<int64_t>(chunks / kPartChunks, 1, kMostParts);
+  const int64_t parts = parts_of(chunks);
   Aligned<T> memory(parts * size);
   T* const total = memory.get();
-  for_calls(parts, work, parallel, [&](int64_t part, Team team) {
-    T* sums = total + part * size;
-    const int64_t first = chunks * part / parts, last = chunks * (part + 1) / parts;
-    for (int64_t chunk = first; chunk < last; ++chunk) body(chunk, sums, chunk == first, team);
+  for_parts(chunks, work, parallel, [&](int64_t chunk, int64_t part, bool begins, Team team) {
+    body(chunk, total + part * size, begins, team);
   });
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < size; ++i) total[i] += total[part * size + i];
+  add_parts(parts, size, total);
   return memory;
 }
 
@@ -130,13 +147,17 @@ class LatentColumns {
     });
   }
 
-  // sums [rows, padded(channels)] = or += d a^T, of d [rows, columns] and a [channels, columns]; room is for a^T.
-  void outer(int64_t rows, int64_t channels, int64_t columns, const T* d, const T* a, T* room, T* sums, bool begins,
+  // a^T [columns, padded(channels)] of a [channels, columns].
+  void turn(int64_t channels, int64_t columns, const T* a, T* turned) const {
+    kernels.transpose(channels, columns, a, columns, turned, padded(channels));
+  }
+
+  // sums [rows, padded(channels)] = or += d a^T, of d [rows, columns].
+  void outer(int64_t rows, int64_t channels, int64_t columns, const T* d, const T* turned, T* sums, bool begins,
              Team team) const {
     const int64_t row = padded(channels);
-    kernels.transpose(channels, columns, a, columns, room, row);
     team.run(rows, 8, rows * columns * row, [&](int64_t begin, int64_t end) {
-      kernels.product(end - begin, row, columns, d + begin * columns, columns, 1, room, row, sums + begin * row, row,
+      kernels.product(end - begin, row, columns, d + begin * columns, columns, 1, turned, row, sums + begin * row, row,
                       !begins);
     });
   }

@@ -46,11 +46,20 @@ class Pass : public LatentColumns<T> {
   }
 
   void forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) const;
-  void backward(int64_t chunk, const T* d_y, const T* saved, T* d_x, T* sums, bool begins, Team team) const;
+  void backward(int64_t chunk, const T* d_y, const T* saved, T* d_x, const std::vector<LatentLayerParameters<T>>& sums,
+                bool begins, Team team) const;
 
   // Gradients of a layer's parameters in a sum over chunks, where rows are padded to whole vectors.
   int64_t gradients_of(const LatentLayer<T>& layer) const {
     return 3 * D + rows_of_first(layer) * padded(D) + (layer.heads > 0 ? 0 : 2 * layer.inner) + D * padded(layer.inner);
+  }
+  std::vector<LatentLayerParameters<T>> gradients_in(T* at) const {
+    std::vector<LatentLayerParameters<T>> all;
+    for (const auto& layer : layers) {
+      all.push_back(gradients_in(layer, at));
+      at += gradients_of(layer);
+    }
+    return all;
   }
   LatentLayerParameters<T> gradients_in(const LatentLayer<T>& layer, T* at) const {
     LatentLayerParameters<T> to;
@@ -61,6 +70,12 @@ class Pass : public LatentColumns<T> {
     to.second = to.first + (layer.heads > 0 ? layer.inner : rows_of_first(layer)) * padded(D);
     to.last = at + gradients_of(layer) - D * padded(layer.inner);
     return to;
+  }
+
+  bool is_whole() const {  // whether no gradient's row is padded
+    bool whole = padded(D) == D;
+    for (const auto& layer : layers) whole = whole && padded(layer.inner) == layer.inner;
+    return whole;
   }
 
   const std::vector<LatentLayer<T>>& layers;
@@ -132,7 +147,8 @@ void Pass<T>::forward(int64_t chunk, const T* x_, T* y, T* saved, Team team) con
 }
 
 template <class T>
-void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* sums, bool begins, Team team) const {
+void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x,
+                       const std::vector<LatentLayerParameters<T>>& sums, bool begins, Team team) const {
   const int64_t C = this->columns(chunk);
   const bool kept_between = D > kAgain;
   const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C + padded(1)), remade(inner_ * C);
@@ -141,18 +157,17 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
   T* const room = turned.get();
   this->load(chunk, d_y, d);
   kept += saved * C;
-  sums += gradients;
+  auto next = sums.rbegin();
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) {
     kept -= saved_of(*layer) * C;
-    sums -= gradients_of(*layer);
     const auto& p = layer->parameters;
-    const auto sum = gradients_in(*layer, sums);
+    const auto& sum = *next++;
     const int64_t I = layer->inner;
     const bool with_heads = layer->heads > 0;
     const T *xhat = kept, *rstd = xhat + D * C, *h = kept_between ? rstd + C : again.get(), *made = remade.get();
     kernels.affine(D, C, xhat, p.norm_weight, p.norm_bias, z);
     if (begins) {
-      std::fill_n(sum.norm_weight, 3 * D, T(0));  // and the two biases behind it
+      for (T* each : {sum.norm_weight, sum.norm_bias, sum.last_bias}) std::fill_n(each, D, T(0));
       if (!with_heads) std::fill_n(sum.second, 2 * I, T(0));
     }
     const T* d_branch = d;
@@ -176,8 +191,11 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x, T* su
       });
       kernels.row_sums(2 * I, C, d_h, sum.second);
     }
-    this->outer(D, I, C, d_branch, made, room, sum.last, begins, team);
-    this->outer(rows_of_first(*layer), D, C, d_h, z, room, sum.first, begins, team);
+    this->turn(I, C, made, room);
+    this->outer(D, I, C, d_branch, room, sum.last, begins, team);
+    this->turn(D, C, z, room);
+    this->outer(with_heads ? I : 2 * I, D, C, d_h, room, sum.first, begins, team);
+    if (with_heads) this->outer(2 * I, D, C, d_h + I * C, room, sum.second, begins, team);
     this->product(D, C, with_heads ? I : 2 * I, p.first, 1, D, d_h, d_z, team);
     if (with_heads) this->product(D, C, 2 * I, p.second, 1, D, d_h + I * C, d_z, team, true);
     kernels.normalize_backward(D, C, d_z, xhat, rstd, p.norm_weight, d, sum.norm_weight, sum.norm_bias);
@@ -205,14 +223,21 @@ template <class T>
 void latent_layers_backward(const LatentLayers<T>& call, const T* d_y, const T* saved, T* d_x,
                             const std::vector<LatentLayerParameters<T>>& gradients, const Parallel& parallel) {
   const Pass<T> pass(call);
-  const Aligned<T> sums = sum_chunks<T>(
-      pass.chunks(), pass.gradients, pass.work, parallel, [&](int64_t chunk, T* sums, bool begins, Team team) {
-        pass.backward(chunk, d_y, saved + pass.columns_before(chunk) * pass.saved, d_x, sums, begins, team);
-      });
-  T* at = sums.get();
+  // One sum whose rows need no padding is made where it belongs: what is as large as all parameters is not copied.
+  const int64_t chunks = pass.chunks(), parts = parts_of(chunks);
+  const bool in_place = parts == 1 && pass.is_whole();
+  const Aligned<T> memory(in_place ? 0 : parts * pass.gradients);
+  std::vector<std::vector<LatentLayerParameters<T>>> sums;
+  for (int64_t part = 0; part < parts; ++part)
+    sums.push_back(in_place ? gradients : pass.gradients_in(memory.get() + part * pass.gradients));
+  for_parts(chunks, pass.work, parallel, [&](int64_t chunk, int64_t part, bool begins, Team team) {
+    pass.backward(chunk, d_y, saved + pass.columns_before(chunk) * pass.saved, d_x, sums[part], begins, team);
+  });
+  if (in_place) return;
+  add_parts(parts, pass.gradients, memory.get());
   for (size_t i = 0; i < call.layers.size(); ++i) {
     const auto& layer = call.layers[i];
-    const auto from = pass.gradients_in(layer, at);
+    const auto& from = sums[0][i];
     const auto& to = gradients[i];
     const int64_t D = call.channels, I = layer.inner, row = pass.padded(D);
     std::copy_n(from.norm_weight, D, to.norm_weight);
@@ -224,7 +249,6 @@ void latent_layers_backward(const LatentLayers<T>& call, const T* d_y, const T* 
     else
       std::copy_n(from.second, 2 * I, to.second);
     copy_rows(D, I, from.last, pass.padded(I), to.last, I);
-    at += pass.gradients_of(layer);
   }
 }
 

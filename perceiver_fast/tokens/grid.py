@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from perceiver_fast.backends import Choice
+from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.fourier_projection import centred
 from perceiver_fast.ops.grid_scale import GRID_SCALE, grid_scale_unchecked
 from perceiver_fast.ops.library import compute_dtype, projected_dtype, unless_autocast
@@ -109,12 +111,18 @@ class GridTokens(Tokens):
             weight ``[D, L]``, L = elements + sum(sizes): a column for every channel of :meth:`shifted`, then one for every
             index of every axis; and bias ``[D]``. The projection of token m is ``scale_m (weight basis_m) + bias``.
         """
+        feat, axes, bias = self._weights(to_kv, norm)
+        return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1), bias
+
+    def _weights(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Centred weights of the channels of :meth:`shifted` ``[D, elements]`` and of every axis's code ``[D, C_a]``, and the
+        bias ``[D]``."""
         weight, bias = absorb_norm(to_kv, norm, self.feat.dtype, self.order)
         weight = centred(weight, 1)
         feat, *axes = weight.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
         if self.is_shifted:  # the codes lack the shift; their columns' sum is minus that of the raw channels
             feat = torch.cat([feat, -weight[:, self.features :].sum(1, keepdim=True)], dim=1)
-        return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1), bias
+        return feat, axes, bias
 
     def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):
@@ -122,12 +130,15 @@ class GridTokens(Tokens):
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         with unless_autocast(self.device):
-            weight, bias = self.project(to_kv, norm)
-            feat, *axes = weight.T.split([self.elements, *self.sizes])  # [E, D], [n_a, D]
-            kv = self.shifted() @ feat
-            for axis, part in enumerate(axes):
-                kv = kv + part.view(*(-1 if a == axis else 1 for a in range(len(axes))), kv.shape[-1])
-            kv = kv * self.scale(norm.eps).unsqueeze(-1) + bias
+            feat, axes, bias = self._weights(to_kv, norm)
+            scale = self.scale(norm.eps).unsqueeze(-1)
+            kv = self.shifted() @ feat.T
+            in_place = not (is_compiling() or transformed() or scale.requires_grad)  # fresh memory costs more than sums
+            for axis, (weight, code) in enumerate(zip(axes, self.codes)):
+                part = code.code @ weight.T  # [n_a, D]
+                part = part.view(*(-1 if a == axis else 1 for a in range(len(axes))), kv.shape[-1])
+                kv = kv.add_(part) if in_place else kv + part
+            kv = kv.mul_(scale).add_(bias) if in_place else kv * scale + bias
         return kv.flatten(1, -2).to(projected_dtype(to_kv.weight))
 
     def sources(self) -> tuple[Tensor, ...]:

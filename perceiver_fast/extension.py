@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from perceiver_fast.installation import PACKAGE, checkout, elsewhere, origin
+from perceiver_fast.memory import keep_freed
 
 log = logging.getLogger("perceiver_fast")
 
@@ -58,6 +59,7 @@ def _load():
         from perceiver_fast import _C
 
         _C.active_isa()
+        keep_freed()
     except (
         Exception
     ) as error:  # a wrong ABI, a missing symbol or a bad PERCEIVER_FAST_CPU_ISA: said once, kept as reason

@@ -35,7 +35,7 @@ def add_grid_cross_attention(
         mask: bool ``[B, M]`` or ``[B, *sizes]``, True where a token may be attended to; or None.
         inverted: softmax over the latents; not here.
     """
-    if type(context) is not GridTokens or inverted or not is_small(stream, GRID_CROSS_ATTENTION):
+    if type(context) is not GridTokens or inverted or not is_small(stream, GRID_CROSS_ATTENTION, context.batch):
         return False
     if not _are_served(context, stream) or not are_plain(mask, *context.sources()):
         return False

@@ -25,7 +25,7 @@ def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: boo
         layers: PreNorms without context, or whatever was put in their place.
         watched: whether modules have to be called in any case: see :func:`perceiver_fast.layers.fusing.is_watched`.
     """
-    if not watched and layers and is_small(stream, LATENT_LAYERS):
+    if not watched and layers and is_small(stream, LATENT_LAYERS, stream.shape[0]):
         arguments = _arguments(stream, layers)
         if arguments is not None:
             x = stream.value()

@@ -13,8 +13,9 @@ from perceiver_fast.gpu import INTERPRETED
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.ops.declaration import Op
-from perceiver_fast.ops.library import autocast_dtype
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype
 from perceiver_fast.ops.pointwise import runs_kernel
+from perceiver_fast.ops.sdpa import HALF
 from perceiver_fast.tracing import intercepted
 
 # Latents that one op is faster for, in training too: measured on one thread of an AMD EPYC (Zen 4), 2026-11-30, by models of
@@ -23,12 +24,17 @@ from perceiver_fast.tracing import intercepted
 MOST_LATENTS, MOST_CHANNELS = 512, 256
 MOST_NUMBERS = {"avx512": 2**16}
 MOST_NUMBERS_ELSEWHERE = 2**15
+# Multiply-adds of a product from D to D channels up to which float32 in one op is faster than half precision layer by layer,
+# under autocast or with parameters of it: measured there, 1.2 to 4 times. Beyond, up to half as fast. Tiles (AMX) were not
+# measured; they multiply some four times as fast.
+MOST_HALF, MOST_HALF_ON_TILES = 3 * 2**21, 2**20
 
 
-def is_small(stream: ResidualStream, op: Op) -> bool:
-    """Whether latents are so few that ``op`` is faster than several, and nothing keeps it from running.
+def is_small(stream: ResidualStream, op: Op, batch: int) -> bool:
+    """Whether latents of a batch are so few that ``op`` is faster than several, and nothing keeps it from running.
 
-    An observer, or a mode that sees operators one by one, is shown layer by layer.
+    Half precision is computed in float32 there. An observer, or a mode that sees operators one by one, is shown layer by
+    layer.
     """
     if torch.compiler.is_compiling() or INTERPRETED:  # what is interpreted are kernels of the ops that layers call
         return False
@@ -37,9 +43,12 @@ def is_small(stream: ResidualStream, op: Op) -> bool:
         return False
     if not are_few(shape[1], shape[2]):
         return False
-    if autocast_dtype(device) is not None or observer() is not None or intercepted():
+    if observer() is not None or intercepted():
         return False
-    return runs_kernel(op, stream.dtype, device)
+    if stream.dtype in HALF or autocast_dtype(device) is not None:
+        if batch * shape[1] * shape[2] ** 2 > (MOST_HALF_ON_TILES if torch.cpu._is_amx_tile_supported() else MOST_HALF):
+            return False
+    return runs_kernel(op, compute_dtype(stream.dtype), device)
 
 
 def are_few(latents: int, channels: int) -> bool:

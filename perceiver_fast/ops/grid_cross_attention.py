@@ -24,7 +24,7 @@ from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.grid_attention import grid_attention_work
 from perceiver_fast.ops.latent_layers import CPU_BACKENDS, padded, padded_columns
-from perceiver_fast.ops.library import learns
+from perceiver_fast.ops.library import compute_dtype, learns, narrowed, unless_autocast, widened
 from perceiver_fast.ops.pointwise import PointwiseCall, runs_kernel
 from perceiver_fast.ops.work import Work
 from perceiver_fast.ranges import op_range
@@ -108,6 +108,17 @@ GRID_CROSS_ATTENTION = declare(
 )
 
 
+def _forward(tokens, options, x, parameters) -> tuple[Tensor, ...]:
+    """``y``, the dtype of x, and what else a forward makes, in the dtype that is computed in."""
+    feat, scale, mask, codes = tokens
+    compute = compute_dtype(x.dtype)
+    wide, computed = (widened(each, compute) for each in ((x, feat, scale), parameters))
+    y, *made = torch.ops.perceiver_fast.grid_cross_attention_forward(
+        *wide, mask, widened(codes, compute), computed, *options
+    )
+    return y.to(x.dtype), *made
+
+
 class GridCrossAttentionFunction(torch.autograd.Function):
     """Connects the registered forward and backward; saves its inputs and what the forward makes beside y.
 
@@ -117,9 +128,7 @@ class GridCrossAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, options, x, *parameters):
         feat, scale, mask, codes = tokens
-        y, *made = torch.ops.perceiver_fast.grid_cross_attention_forward(
-            x, feat, scale, mask, codes, parameters, *options
-        )
+        y, *made = _forward(tokens, options, x, parameters)
         ctx.save_for_backward(feat, scale, mask, *made, x, *parameters)
         ctx.codes, ctx.options = codes, options
         return y
@@ -131,15 +140,17 @@ class GridCrossAttentionFunction(torch.autograd.Function):
         codes, options = ctx.codes, ctx.options
 
         def kernel():
+            wide, computed = (widened(each, q.dtype) for each in ((d_y, x, feat, scale), parameters))
             d_x, d_parameters = torch.ops.perceiver_fast.grid_cross_attention_backward(
-                d_y, x, feat, scale, mask, codes, parameters, *options, q, o, lse, rest
+                *wide, mask, widened(codes, q.dtype), computed, *options, q, o, lse, rest
             )
-            return d_x, *d_parameters
+            return narrowed((d_x, *d_parameters), x.dtype)
 
         if differentiated_again():
 
             def form(x, *parameters):
-                return reference.grid_cross_attention(x, feat, scale, mask, codes, parameters, *options)
+                with unless_autocast(x.device):
+                    return reference.grid_cross_attention(x, feat, scale, mask, codes, parameters, *options)
 
             grads = differentiable(kernel, form, (x, *parameters), (d_y,), ctx.needs_input_grad[2:])
         else:
@@ -208,11 +219,12 @@ def grid_cross_attention_unchecked(
 ) -> Tensor:
     """:func:`grid_cross_attention` for callers whose tensors fit each other; they are not checked."""
     options = heads, logit_scale, eps
-    if not runs_kernel(GRID_CROSS_ATTENTION, x.dtype, x.device):
-        return reference.grid_cross_attention(x, feat, scale, mask, codes, parameters, *options)
+    tokens = feat, scale, mask, codes
+    if not runs_kernel(GRID_CROSS_ATTENTION, compute_dtype(x.dtype), x.device):
+        return reference.grid_cross_attention(x, *tokens, parameters, *options)
     if learns(x, *parameters):
-        return GridCrossAttentionFunction.apply((feat, scale, mask, codes), options, x, *parameters)
-    return torch.ops.perceiver_fast.grid_cross_attention_forward(x, feat, scale, mask, codes, parameters, *options)[0]
+        return GridCrossAttentionFunction.apply(tokens, options, x, *parameters)
+    return _forward(tokens, options, x, parameters)[0]
 
 
 def parameter_shapes(width: int, inner: int, channels: int) -> tuple[tuple[int, ...], ...]:

@@ -26,7 +26,7 @@ from perceiver_fast.backends import Backend
 from perceiver_fast.ops.checks import check_alike, check_dropout, check_dtype, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
-from perceiver_fast.ops.library import kernel_reasons, learns
+from perceiver_fast.ops.library import compute_dtype, kernel_reasons, learns, narrowed, unless_autocast, widened
 from perceiver_fast.ops.pointwise import PointwiseCall, runs_kernel
 from perceiver_fast.ops.work import Work
 from perceiver_fast.ranges import op_range
@@ -140,6 +140,14 @@ LATENT_LAYERS = declare(
 )
 
 
+def _forward(x, parameters, layers, saves: bool) -> tuple[Tensor, Tensor]:
+    """``y``, the dtype of x, and what is saved, in the dtype that is computed in."""
+    *rest, drawn = layers
+    wide, computed, drawn = (widened(each, compute_dtype(x.dtype)) for each in ([x], parameters, drawn))
+    y, saved = torch.ops.perceiver_fast.latent_layers_forward(*wide, computed, *rest, drawn, saves)
+    return y.to(x.dtype), saved
+
+
 class LatentLayersFunction(torch.autograd.Function):
     """Connects the registered forward and backward; saves x, the parameters, and what the forward saves.
 
@@ -148,7 +156,7 @@ class LatentLayersFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layers, x, *parameters):
-        y, saved = torch.ops.perceiver_fast.latent_layers_forward(x, parameters, *layers, True)
+        y, saved = _forward(x, parameters, layers, True)
         ctx.save_for_backward(saved, x, *parameters)
         ctx.layers = layers
         return y
@@ -160,13 +168,16 @@ class LatentLayersFunction(torch.autograd.Function):
         layers = ctx.layers
 
         def kernel():
-            d_x, d_parameters = torch.ops.perceiver_fast.latent_layers_backward(d_y, saved, parameters, *layers)
-            return d_x, *d_parameters
+            *rest, drawn = layers
+            wide, computed, drawn = (widened(each, saved.dtype) for each in ([d_y], parameters, drawn))
+            d_x, d_parameters = torch.ops.perceiver_fast.latent_layers_backward(*wide, saved, computed, *rest, drawn)
+            return narrowed((d_x, *d_parameters), x.dtype)
 
         if differentiated_again():
 
             def form(x, *parameters):
-                return reference.latent_layers(x, parameters, *layers)
+                with unless_autocast(x.device):
+                    return reference.latent_layers(x, parameters, *layers)
 
             grads = differentiable(kernel, form, (x, *parameters), (d_y,), ctx.needs_input_grad[1:])
         else:
@@ -200,7 +211,7 @@ def latent_layers(
             gradient reaches it. Default: none.
 
     Returns:
-        ``[B, N, D]``, the dtype of x. Differentiable any number of times in x and the parameters.
+        ``[B, N, D]``, the dtype of x; half precision is computed in float32. Differentiable any number of times in x and the parameters.
 
     Raises:
         TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.
@@ -229,11 +240,11 @@ def latent_layers_unchecked(
 ) -> Tensor:
     """:func:`latent_layers` for callers whose tensors fit each other; they are not checked."""
     layers = heads, scales, eps, dropouts, drawn
-    if not runs_kernel(LATENT_LAYERS, x.dtype, x.device):
+    if not runs_kernel(LATENT_LAYERS, compute_dtype(x.dtype), x.device):
         return reference.latent_layers(x, parameters, *layers)
     if learns(x, *parameters):
         return LatentLayersFunction.apply(layers, x, *parameters)
-    return torch.ops.perceiver_fast.latent_layers_forward(x, parameters, *layers, False)[0]
+    return _forward(x, parameters, layers, False)[0]
 
 
 def _check(x, parameters, heads, scales, eps, dropouts, drawn) -> None:

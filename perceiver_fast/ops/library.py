@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -63,6 +63,16 @@ library = Definitions()
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype kernels compute in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widened(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Tensors of floating point in ``dtype``, those of whole numbers as they are: what a kernel is given of half precision."""
+    return [t if t.dtype is dtype or not t.is_floating_point() else t.to(dtype) for t in tensors]
+
+
+def narrowed(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """A kernel's results in the dtype of what it was called with."""
+    return [t if t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support import needs_extension
+from support import needs_extension, relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -109,8 +109,6 @@ def test_layers_that_are_more_than_their_parameters_run_one_by_one(change):
 
 def test_modes_run_layers_one_by_one():
     perceiver, data = model(), image()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not ops_of(lambda: perceiver(data)) & TOGETHER
     with FlopCounterMode(display=False):
         assert not ops_of(lambda: perceiver(data)) & TOGETHER
     with pf.use_backend("reference"):
@@ -124,3 +122,32 @@ def test_a_graph_has_the_layers_ops():
     program = torch.export.export(model().eval(), (image(),))
     targets = {str(node.target) for node in program.graph.nodes}
     assert not any(name in target for target in targets for name in OPERATORS if name.startswith(tuple(TOGETHER)))
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["autocast", "bfloat16 weights"])
+def test_half_precision_is_computed_in_float32(monkeypatch, weights):
+    """Outputs and gradients are of the dtypes that they have layer by layer, and nearer to float64."""
+    perceiver, given = (model().bfloat16(), image().bfloat16()) if weights else (model(), image())
+    exact = model().double()
+    exact.load_state_dict(perceiver.state_dict())
+
+    def results(perceiver, data, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = perceiver(data)
+        return [out, *torch.autograd.grad(out.double().square().sum(), perceiver.parameters())]
+
+    found = results(perceiver, given, not weights)
+    assert ops_of(lambda: results(perceiver, given, not weights)) >= TOGETHER
+    want = results(exact, given.double(), False)
+    layer_by_layer(monkeypatch)
+    for mine, theirs, true in zip(found, results(perceiver, given, not weights), want, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert relative_error(mine, true) <= relative_error(theirs, true) + 4e-3
+
+
+def test_wide_latents_in_half_precision_run_one_by_one():
+    wide = dict(num_latents=128, latent_dim=256)
+    perceiver, data = model(**wide).eval(), image(4)
+    assert ops_of(lambda: perceiver(data)) >= TOGETHER
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not ops_of(lambda: perceiver(data)) & TOGETHER

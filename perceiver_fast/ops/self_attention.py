@@ -68,9 +68,7 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale:
         return sdpa(q, k, v, dropout=dropout, scale=scale)
     compute = compute_dtype(q.dtype)
     arguments = (
-        q.to(compute),
-        k.to(compute),
-        v.to(compute),
+        *(t.transpose(1, 2).to(compute).transpose(1, 2) for t in (q, k, v)),  # rows as they lie, of all heads at once
         None,
         scale,
         dropout,

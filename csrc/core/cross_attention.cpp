@@ -13,6 +13,7 @@
 #include "cross_attention.h"
 
 #include "cross_attention_blocking.h"
+#include "few_attention.h"
 
 namespace perceiver_fast {
 
@@ -140,6 +141,7 @@ void token_statistics(const CrossAttentionBlocking<T>& blocking, double* token_l
 template <class T>
 void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse, double* token_lse,
                              const Parallel& parallel) {
+  if (FewAttention<T>::takes(in)) return FewAttention<T>(in).forward(o, lse, parallel);
   const CrossAttentionBlocking<T> blocking(in);
   if (in.inverted) token_statistics(blocking, token_lse, parallel);
   const TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);

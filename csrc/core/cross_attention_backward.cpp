@@ -10,6 +10,7 @@
 // the packed queries and gradients of one group of blocks, at most half a second-level cache, with a tile's P and dS.
 #include "cross_attention.h"
 #include "cross_attention_blocking.h"
+#include "few_attention.h"
 
 namespace perceiver_fast {
 
@@ -351,6 +352,8 @@ class Backward {
 template <class T>
 void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
                               const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) {
+  if (d_lse == nullptr && FewAttention<T>::takes(in))
+    return FewAttention<T>(in).backward(d_o, dq, dk, dv, parallel);
   const CrossAttentionBlocking<T> blocking(in);
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   QueryTerms<T> queries(in, terms, o, lse, d_o, d_lse, parallel);

@@ -30,13 +30,14 @@ class LatentAttention {
     for (size_t m = 0; m < token_hashes_.size(); ++m) token_hashes_[m] = dropout.token_hash(int64_t(m));
   }
 
-  // o [I, C] from q, k and v [3 I, C] of a chunk.
-  void forward(int64_t chunk, const T* qkv, T* o, Team team) const {
+  // o [I, C] from q, k and v [3 I, C] of a chunk. `row0` is the index of its first query over batch, heads and queries, for
+  // dropout. Unless `most` is null, most and the sums behind it [2, C] are those of the softmax of the only head.
+  void forward(int64_t chunk, const T* qkv, T* o, Team team, int64_t row0 = 0, T* most = nullptr) const {
     const int64_t C = latents_.columns(chunk), part = inner_ * C;
     for_heads(chunk, team, 2, [&](int64_t at, int64_t row, const Room& room) {
       for_queries([&](int64_t first, int64_t count) {
-        weigh(C, qkv + at + first, qkv + part + at, count, room);
-        drop(row + first, count, room.weights, room.weights, room);
+        weigh(C, qkv + at + first, qkv + part + at, count, room, most ? most + first : nullptr);
+        drop(row0 + row + first, count, room.weights, room.weights, room);
         write(C, count, qkv + 2 * part + at, room.weights, o + at + first, room);
       });
     });
@@ -44,18 +45,18 @@ class LatentAttention {
   }
 
   // The gradients of q, k and v [3 I, C] from that of o; and o once more, unless it is null.
-  void backward(int64_t chunk, const T* qkv, const T* d_o, T* d_qkv, T* o, Team team) const {
+  void backward(int64_t chunk, const T* qkv, const T* d_o, T* d_qkv, T* o, Team team, int64_t row0 = 0) const {
     const int64_t C = latents_.columns(chunk), part = inner_ * C, N = latents_.N;
     for_heads(chunk, team, 5, [&](int64_t at, int64_t row, const Room& room) {
       const T *q = qkv + at, *k = q + part, *v = k + part;
       for_queries([&](int64_t first, int64_t count) {
         const int64_t wide = latents_.padded(count);
         weigh(C, q + first, k, count, room);
-        const T* kept = drop(row + first, count, room.weights, room.d_weights, room);
+        const T* kept = drop(row0 + row + first, count, room.weights, room.d_weights, room);
         if (o) write(C, count, v, kept, o + at + first, room);
         add_to_tokens(C, d_o + at + first, count, kept, room.d_v, first > 0, room);
         kernels_.product(N, wide, d_, v, 1, C, d_o + at + first, C, room.d_weights, wide, false);
-        drop(row + first, count, room.d_weights, room.d_weights, room);
+        drop(row0 + row + first, count, room.d_weights, room.d_weights, room);
         kernels_.softmax_backward(N, wide, room.weights, room.d_weights, scale_);
         write(C, count, k, room.d_weights, d_qkv + at + first, room);
         add_to_tokens(C, q + first, count, room.d_weights, room.d_k, first > 0, room);
@@ -109,10 +110,10 @@ class LatentAttention {
   }
 
   // Weights of `count` queries.
-  void weigh(int64_t C, const T* q, const T* k, int64_t count, const Room& room) const {
+  void weigh(int64_t C, const T* q, const T* k, int64_t count, const Room& room, T* most = nullptr) const {
     const int64_t wide = latents_.padded(count);
     kernels_.product(latents_.N, wide, d_, k, 1, C, q, C, room.weights, wide, false);
-    kernels_.softmax(latents_.N, wide, room.weights, scale_);
+    kernels_.softmax(latents_.N, wide, room.weights, scale_, most, most ? most + C : nullptr);
   }
 
   // `to` = the weights, or of their gradients what flows back, of those that dropout keeps; or without it what is given.

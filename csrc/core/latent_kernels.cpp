@@ -115,7 +115,7 @@ void multiply(int64_t channels, int64_t columns, const T* x, const T* noise, T* 
 // A maximum that a NaN is lost in does no harm: its exponential is NaN, and so is the sum. Logits are scaled and rounded
 // before the maximum is taken off, which a fused multiply-add would not do: off the largest has to leave zero.
 template <class T>
-void softmax(int64_t tokens, int64_t columns, T* logits, double scale) {
+void softmax(int64_t tokens, int64_t columns, T* logits, double scale, T* most_of, T* sum_of) {
   using S = Simd<T>;
   constexpr double kLog2OfE = 1.4426950408889634074;
   const FlushDenormals flush;
@@ -134,6 +134,9 @@ void softmax(int64_t tokens, int64_t columns, T* logits, double scale) {
       return weight;
     });
     for (int64_t m = 0; m < tokens; ++m) S::store(at(m), S::load(at(m)) / sum);
+    if (most_of == nullptr) continue;
+    S::store(most_of + c, most);
+    S::store(sum_of + c, sum);
   }
 }
 
@@ -157,9 +160,13 @@ void softmax_backward(int64_t tokens, int64_t columns, const T* weights, T* d_we
     const auto mean = sum_down<T>(tokens, [&](int64_t m) PF_INLINE_LAMBDA {
       return S::load(weights + m * columns + c) * S::load(d_weights + m * columns + c);
     });
+    // What is left of a sum that should be zero is the mean's own rounding, which of a saturated softmax is all there is.
+    const auto left = sum_down<T>(tokens, [&](int64_t m) PF_INLINE_LAMBDA {
+      return S::load(weights + m * columns + c) * (S::load(d_weights + m * columns + c) - mean);
+    });
     for (int64_t m = 0; m < tokens; ++m) {
       T* at = d_weights + m * columns + c;
-      S::store(at, S::load(weights + m * columns + c) * (S::load(at) - mean) * factor);
+      S::store(at, S::load(weights + m * columns + c) * (S::load(at) - mean - left) * factor);
     }
   }
 }

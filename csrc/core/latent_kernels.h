@@ -29,8 +29,9 @@ struct LatentKernels {
   void (*join)(int64_t channels, int64_t columns, const T* branch, const T* bias, const T* noise, T* x);
   // to = x noise.
   void (*multiply)(int64_t channels, int64_t columns, const T* x, const T* noise, T* to);
-  // Softmax of `scale` times logits [tokens, columns] over the tokens, in place.
-  void (*softmax)(int64_t tokens, int64_t columns, T* logits, double scale);
+  // Softmax of `scale` times logits [tokens, columns] over the tokens, in place. Unless `most` is null, most [columns] are
+  // the largest of scaled logits, in base two, and behind them at `sum` the sums of their exponentials less it.
+  void (*softmax)(int64_t tokens, int64_t columns, T* logits, double scale, T* most, T* sum);
   // to = weights times `factor`, those that dropout drops zero; hashes are of the columns and of the tokens.
   void (*drop)(int64_t tokens, int64_t columns, const T* weights, const typename HashLane<T>::type* column_hashes,
                const uint32_t* token_hashes, uint32_t threshold, T factor, T* to);

@@ -93,6 +93,9 @@ def changed(argument, value):
         yield from (
             (f"{other}", other) for other in (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool)
         )
+    elif isinstance(value, (list, tuple)) and not value:
+        one = torch.ones(1) if "Tensor" in kind else 1.0
+        yield from ((f"{count} of one", [one] * count) for count in (1, 2, 3))
     elif isinstance(value, (list, tuple)) and isinstance(value[0], torch.Tensor):
         yield from (("one less", value[1:]), ("none", []), ("twice", [*value, *value]))
         for i, t in enumerate(value):

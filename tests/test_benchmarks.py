@@ -6,6 +6,7 @@ import io
 import json
 import operator
 import os
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -361,3 +362,29 @@ def test_cliffs_are_timed_beside_one_core_alone(tmp_path, capsys):
     assert found == {(c, p, peer) for c in (cliffs.ALONE, name) for p in cliffs.PASSES for peer in cliffs.PEERS}
     assert all(row["seconds"] > 0 for row in rows)
     assert cliffs.ALONE in capsys.readouterr().out
+
+
+def test_a_sweep_times_models_drawn_at_random(tmp_path, capsys):
+    from benchmarks import sweep
+
+    args = [
+        "--models",
+        "2",
+        "--seed",
+        "13",
+        "--rounds",
+        "1",
+        "--ff-dropout",
+        "0.1",
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
+    assert sweep.main(args) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["seed"] for row in found["rows"]] == [13, 14] and found["ff_dropout"] == 0.1
+    assert all(row[name][side] > 0 for row in found["rows"] for name in sweep.PASSES for side in ("eager", "ours"))
+    assert "step: median" in capsys.readouterr().out
+    assert sweep.draw(random.Random(13)) == sweep.draw(random.Random(13))
+    with pytest.raises(SystemExit):
+        sweep.main(["--models", "0"])
+    assert "at least one model" in capsys.readouterr().err

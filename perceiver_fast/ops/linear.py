@@ -24,9 +24,8 @@ from perceiver_fast.tracing import intercepted
 
 OP = "linear"
 LARGE = 2**24  # multiply-adds, about a tenth of a millisecond: below it every library is as good
-LARGE_WEIGHT = (
-    2**19
-)  # or numbers of a weight, which few rows take as long to read, and libraries differ twice to four times
+# Or numbers of a weight: a few rows take as long to read it, and libraries differ by two to four times at that.
+LARGE_WEIGHT = 2**19
 
 
 def is_large(rows: int, channels: int, out_channels: int, device: torch.device) -> bool:
@@ -34,9 +33,7 @@ def is_large(rows: int, channels: int, out_channels: int, device: torch.device) 
     if torch.compiler.is_compiling():
         return False
     numbers = channels * out_channels
-    if (
-        type(rows) is int and rows * numbers < LARGE and numbers < LARGE_WEIGHT
-    ):  # first, as most of small models' end here
+    if type(rows) is int and rows * numbers < LARGE and numbers < LARGE_WEIGHT:  # first: most of small models' calls
         return False
     if device.type != "cpu" or forced_backend() == "reference" or transformed() or intercepted():
         return False

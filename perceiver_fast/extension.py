@@ -59,7 +59,6 @@ def _load():
         from perceiver_fast import _C
 
         _C.active_isa()
-        keep_freed()
     except (
         Exception
     ) as error:  # a wrong ABI, a missing symbol or a bad PERCEIVER_FAST_CPU_ISA: said once, kept as reason
@@ -70,6 +69,9 @@ def _load():
 
 module, error = _load()
 """The extension module or None, and why it is None (a str) or None."""
+
+if module is not None:
+    keep_freed()
 
 _warned = False
 

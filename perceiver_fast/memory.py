@@ -9,11 +9,15 @@ and other C libraries take no notice.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 LARGEST = 2**25 - 2**16  # bytes of the largest block that glibc's threshold follows, less what it adds to it
 
 
 def keep_freed() -> None:
-    """Let glibc keep up to 64 MB that was freed, as it does in a process that freed a tensor of 32 MB. No page is touched."""
-    torch.empty(LARGEST, dtype=torch.uint8, device="cpu")
+    """Let glibc keep up to 64 MB that was freed, as it does in a process that freed a tensor of 32 MB. No page is touched: a
+    storage is not filled, whatever torch's modes are. Where there is no address space for it, all stays as it was."""
+    with contextlib.suppress(RuntimeError, MemoryError):
+        torch.UntypedStorage(LARGEST, device="cpu")

@@ -352,8 +352,7 @@ class Backward {
 template <class T>
 void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
                               const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) {
-  if (d_lse == nullptr && FewAttention<T>::takes(in))
-    return FewAttention<T>(in).backward(d_o, dq, dk, dv, parallel);
+  if (FewAttention<T>::takes(in)) return FewAttention<T>(in).backward(d_o, d_lse, dq, dk, dv, parallel);
   const CrossAttentionBlocking<T> blocking(in);
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   QueryTerms<T> queries(in, terms, o, lse, d_o, d_lse, parallel);

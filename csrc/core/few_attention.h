@@ -42,21 +42,24 @@ class FewAttention {
         attention_.forward(0, qkv, made, Team{nullptr}, head * N, most);
         latents_.kernels.transpose(in_.dim, N, made, columns_, o + head * N * in_.dim, in_.dim);
         for (int64_t n = 0; n < N; ++n)
-          lse[head * N + n] = std::log(double(sum[n])) + double(most[n]) / kLog2OfE;
+          lse[head * N + n] = std::log(double(sum[n])) + double(most[n]) * in_.scale;
       }
     });
   }
 
-  // The gradients of q, k and v, all dense.
-  void backward(const T* d_o, T* dq, T* dk, T* dv, const Parallel& parallel) const {
+  // The gradients of q, k and v, all dense; d_lse may be null. A backward by other kernels would not do: rounding of large
+  // logits that is not the same in forward and backward does not cancel.
+  void backward(const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) const {
     const int64_t N = in_.tokens, size = N * in_.dim;
     parallel.run(in_.batch * in_.heads, [&](int64_t begin, int64_t end) {
-      const Aligned<T> memory(room(7));
+      const Aligned<T> memory(room(7)), of_lse(columns_);
+      std::fill_n(of_lse.get(), columns_, T(0));
       T *qkv = memory.get(), *d_qkv = qkv + 3 * part_, *grad = qkv + 6 * part_;
       for (int64_t head = begin; head < end; ++head) {
         load(head, qkv);
         latents_.kernels.transpose(N, in_.dim, d_o + head * size, in_.dim, grad, columns_);
-        attention_.backward(0, qkv, grad, d_qkv, nullptr, Team{nullptr}, head * N);
+        for (int64_t n = 0; d_lse && n < N; ++n) of_lse.get()[n] = T(d_lse[head * N + n]);
+        attention_.backward(0, qkv, grad, d_qkv, nullptr, Team{nullptr}, head * N, d_lse ? of_lse.get() : nullptr);
         for (T* to : {dq, dk, dv}) {
           latents_.kernels.transpose(in_.dim, N, d_qkv, columns_, to + head * size, in_.dim);
           d_qkv += part_;

@@ -1,5 +1,5 @@
-// Self-attention among latents that are packed columns (latent_columns.h): head by head, and of a head's queries so many at a time
-// that their weights stay in cache.
+// Self-attention among latents that are packed columns (latent_columns.h): head by head, and of a head's queries so many
+// at a time that their weights stay in cache.
 //
 // Vectors of an element's last queries may reach into the columns of the next one. What is computed there is nobody's: it
 // is left in the room, from which an element's own columns are copied.
@@ -44,8 +44,10 @@ class LatentAttention {
     clear_rest(chunk, inner_, o);
   }
 
-  // The gradients of q, k and v [3 I, C] from that of o; and o once more, unless it is null.
-  void backward(int64_t chunk, const T* qkv, const T* d_o, T* d_qkv, T* o, Team team, int64_t row0 = 0) const {
+  // The gradients of q, k and v [3 I, C] from that of o; and o once more, unless it is null. d_lse [C] is the gradient of the
+  // only head's log-sum-exp, or null.
+  void backward(int64_t chunk, const T* qkv, const T* d_o, T* d_qkv, T* o, Team team, int64_t row0 = 0,
+                const T* d_lse = nullptr) const {
     const int64_t C = latents_.columns(chunk), part = inner_ * C, N = latents_.N;
     for_heads(chunk, team, 5, [&](int64_t at, int64_t row, const Room& room) {
       const T *q = qkv + at, *k = q + part, *v = k + part;
@@ -57,7 +59,7 @@ class LatentAttention {
         add_to_tokens(C, d_o + at + first, count, kept, room.d_v, first > 0, room);
         kernels_.product(N, wide, d_, v, 1, C, d_o + at + first, C, room.d_weights, wide, false);
         drop(row0 + row + first, count, room.d_weights, room.d_weights, room);
-        kernels_.softmax_backward(N, wide, room.weights, room.d_weights, scale_);
+        kernels_.softmax_backward(N, wide, room.weights, room.d_weights, scale_, d_lse ? d_lse + first : nullptr);
         write(C, count, k, room.d_weights, d_qkv + at + first, room);
         add_to_tokens(C, q + first, count, room.d_weights, room.d_k, first > 0, room);
       });
@@ -82,7 +84,8 @@ class LatentAttention {
     return latents_.padded((latents_.N + parts - 1) / parts);
   }
 
-  // body(where the head's numbers begin in [I, C], its first query's index over batch and heads, room) for heads of `products` products.
+  // body(where the head's numbers begin in [I, C], its first query's index over batch and heads, room) for heads of so
+  // many products.
   template <class Body>
   void for_heads(int64_t chunk, Team team, int64_t products, const Body& body) const {
     const int64_t N = latents_.N, Q = queries(), row = latents_.padded_N, C = latents_.columns(chunk);

@@ -112,24 +112,22 @@ void multiply(int64_t channels, int64_t columns, const T* x, const T* noise, T* 
   for (int64_t c = 0; c < channels * columns; c += S::lanes) S::store(to + c, S::load(x + c) * S::load(noise + c));
 }
 
-// A maximum that a NaN is lost in does no harm: its exponential is NaN, and so is the sum. Logits are scaled and rounded
-// before the maximum is taken off, which a fused multiply-add would not do: off the largest has to leave zero.
+// The largest logit is taken off before they are scaled: of two large ones that differ by little, that leaves no more to be
+// rounded than the little. A NaN that is lost in a maximum does no harm: its exponential is NaN, and so is the sum.
 template <class T>
 void softmax(int64_t tokens, int64_t columns, T* logits, double scale, T* most_of, T* sum_of) {
   using S = Simd<T>;
   constexpr double kLog2OfE = 1.4426950408889634074;
   const FlushDenormals flush;
+  const T sign = scale < 0 ? T(-1) : T(1);  // what is scaled by less than zero is largest where it is smallest
   const auto factor = S::set(T(scale * kLog2OfE));
   for (int64_t c = 0; c < columns; c += S::lanes) {
     const auto at = [&](int64_t m) PF_INLINE_LAMBDA { return logits + m * columns + c; };
-    auto most = S::load(at(0)) * factor;
-    for (int64_t m = 0; m < tokens; ++m) {
-      const auto logit = S::load(at(m)) * factor;
-      S::store(at(m), logit);
-      most = S::max(most, logit);
-    }
+    auto most = S::load(at(0)) * sign;
+    for (int64_t m = 1; m < tokens; ++m) most = S::max(most, S::load(at(m)) * sign);
+    most *= sign;
     const auto sum = sum_down<T>(tokens, [&](int64_t m) PF_INLINE_LAMBDA {
-      const auto weight = exp2<T, false>(S::load(at(m)) - most, typename S::Vec{});
+      const auto weight = exp2<T, false>((S::load(at(m)) - most) * factor, typename S::Vec{});
       S::store(at(m), weight);
       return weight;
     });
@@ -152,7 +150,7 @@ void drop(int64_t tokens, int64_t columns, const T* weights, const typename Hash
 }
 
 template <class T>
-void softmax_backward(int64_t tokens, int64_t columns, const T* weights, T* d_weights, double scale) {
+void softmax_backward(int64_t tokens, int64_t columns, const T* weights, T* d_weights, double scale, const T* d_lse) {
   using S = Simd<T>;
   const FlushDenormals flush;
   const auto factor = S::set(T(scale));
@@ -164,9 +162,10 @@ void softmax_backward(int64_t tokens, int64_t columns, const T* weights, T* d_we
     const auto left = sum_down<T>(tokens, [&](int64_t m) PF_INLINE_LAMBDA {
       return S::load(weights + m * columns + c) * (S::load(d_weights + m * columns + c) - mean);
     });
+    const auto less = d_lse ? left - S::load(d_lse + c) : left;
     for (int64_t m = 0; m < tokens; ++m) {
       T* at = d_weights + m * columns + c;
-      S::store(at, S::load(weights + m * columns + c) * (S::load(at) - mean - left) * factor);
+      S::store(at, S::load(weights + m * columns + c) * (S::load(at) - mean - less) * factor);
     }
   }
 }

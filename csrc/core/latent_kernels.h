@@ -30,13 +30,14 @@ struct LatentKernels {
   // to = x noise.
   void (*multiply)(int64_t channels, int64_t columns, const T* x, const T* noise, T* to);
   // Softmax of `scale` times logits [tokens, columns] over the tokens, in place. Unless `most` is null, most [columns] are
-  // the largest of scaled logits, in base two, and behind them at `sum` the sums of their exponentials less it.
+  // the logits that are largest when scaled, and sum [columns] the sums of exponentials of scaled logits less theirs.
   void (*softmax)(int64_t tokens, int64_t columns, T* logits, double scale, T* most, T* sum);
   // to = weights times `factor`, those that dropout drops zero; hashes are of the columns and of the tokens.
   void (*drop)(int64_t tokens, int64_t columns, const T* weights, const typename HashLane<T>::type* column_hashes,
                const uint32_t* token_hashes, uint32_t threshold, T factor, T* to);
-  // d_weights become the gradient of the logits.
-  void (*softmax_backward)(int64_t tokens, int64_t columns, const T* weights, T* d_weights, double scale);
+  // d_weights become the gradient of the logits. d_lse [columns] is that of the log-sum-exp of scaled logits, or null.
+  void (*softmax_backward)(int64_t tokens, int64_t columns, const T* weights, T* d_weights, double scale,
+                           const T* d_lse);
   // Values and gates [F, columns] += their bias, u = geglu of them.
   void (*geglu)(int64_t features, int64_t columns, const T* value_bias, const T* gate_bias, T* values, T* gates, T* u);
   void (*geglu_backward)(int64_t features, int64_t columns, const T* d_u, const T* values, const T* gates, T* u,

@@ -152,7 +152,8 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x,
   const int64_t C = this->columns(chunk);
   const bool kept_between = D > kAgain;
   const Aligned<T> stream(D * C), normed(D * C), branch(D * C), inner(inner_ * C + padded(1)), remade(inner_ * C);
-  const Aligned<T> dropped(drops_ ? D * C : 0), wide(wide_ * C), turned(C * padded(std::max(D, inner_))), again(kept_between ? 0 : most_ * C);
+  const Aligned<T> dropped(drops_ ? D * C : 0), wide(wide_ * C), turned(C * padded(std::max(D, inner_)));
+  const Aligned<T> again(kept_between ? 0 : most_ * C);
   T *d = stream.get(), *z = normed.get(), *d_z = branch.get(), *d_made = inner.get(), *d_h = wide.get();
   T* const room = turned.get();
   this->load(chunk, d_y, d);

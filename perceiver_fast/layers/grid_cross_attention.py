@@ -65,7 +65,7 @@ def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream, ma
     if why_not("", fn, Attention, without_dropout.Attention) is not None or fn.why_modules() is not None:
         return None
     of = fn.projections()
-    if of is None or fn.active_dropout > 0 or fn.queries_contribute_kv or norm.eps <= 0:
+    if of is None or fn.active_dropout != 0 or fn.queries_contribute_kv or norm.eps <= 0:
         return None
     to_q, to_kv, to_out, to_out_bias = of
     norms = [module._parameters[name] for module in (norm, norm_context) for name in ("weight", "bias")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,9 +13,10 @@ from perceiver_fast.layers.attention import Attention
 from perceiver_fast.layers.fusing import why_not
 from perceiver_fast.layers.pre_norm import BRANCHES, PreNorm, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
-from perceiver_fast.layers.small import fit, is_small
+from perceiver_fast.layers.small import fit, is_half, is_small
 from perceiver_fast.ops.latent_layers import LATENT_LAYERS, latent_layers_unchecked
 from perceiver_fast.ops.library import dropout_seed
+from perceiver_fast.ops.self_attention import self_attention_backend
 
 
 def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: bool) -> None:
@@ -67,9 +69,15 @@ def _arguments(
         scales.append(float(fn.scale) if attention else 1.0)
         eps.append(norm.eps)
         dropouts.append(fn.active_dropout)
-        if attention and not dropouts[-1] < 1:  # to be refused
+        if attention and dropouts[-1] != 0 and not _drops_alike(dropouts[-1], stream):
             return None
     return parameters, heads, scales, eps, dropouts
+
+
+def _drops_alike(dropout: float, stream: ResidualStream) -> bool:
+    """Whether attention by itself would drop the same weights: not a share that it refuses, nor where torch's attention runs."""
+    torchs = is_half(stream) and self_attention_backend(torch.bfloat16, stream.device) != "cpu"
+    return 0 < dropout < 1 and not torchs
 
 
 def _drawn(x: Tensor, heads: Sequence[int], dropouts: Sequence[float]) -> list[Tensor]:

@@ -45,10 +45,15 @@ def is_small(stream: ResidualStream, op: Op, batch: int) -> bool:
         return False
     if observer() is not None or intercepted():
         return False
-    if stream.dtype in HALF or autocast_dtype(device) is not None:
+    if is_half(stream):
         if batch * shape[1] * shape[2] ** 2 > (MOST_HALF_ON_TILES if torch.cpu._is_amx_tile_supported() else MOST_HALF):
             return False
     return runs_kernel(op, compute_dtype(stream.dtype), device)
+
+
+def is_half(stream: ResidualStream) -> bool:
+    """Whether layers one by one would compute in half precision."""
+    return stream.dtype in HALF or autocast_dtype(stream.device) is not None
 
 
 def are_few(latents: int, channels: int) -> bool:

@@ -174,7 +174,8 @@ def grid_cross_attention(
     Args:
         x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them; floating point.
         feat: raw channels ``[B, *sizes, F]``, at least one, the dtype of x; or ``[B, *sizes, F + 1]``, these less their mean
-            and the mean, see :meth:`perceiver_fast.tokens.GridTokens.shifted`. No gradient reaches it, scale or codes.
+            and the mean, see :meth:`perceiver_fast.tokens.GridTokens.shifted`: to_kv's channels say which. No gradient
+            reaches it, scale or codes.
         scale: LayerNorm's scale of every token, ``[B, *sizes]``.
         mask: bool ``[B, *sizes]``, True where a token may be attended to; or None. A row that is all False attends
             uniformly to all tokens.
@@ -186,7 +187,7 @@ def grid_cross_attention(
         eps: of the latents' LayerNorm, more than 0.
 
     Returns:
-        ``[B, N, D]``. Differentiable any number of times in x and the parameters.
+        ``[B, N, D]``, the dtype of x; half precision is computed in float32. Differentiable any number of times in x and the parameters.
 
     Raises:
         TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.

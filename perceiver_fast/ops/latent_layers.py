@@ -157,20 +157,23 @@ class LatentLayersFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layers, x, *parameters):
         y, saved = _forward(x, parameters, layers, True)
-        ctx.save_for_backward(saved, x, *parameters)
-        ctx.layers = layers
+        *ctx.layers, drawn = layers
+        ctx.save_for_backward(saved, x, *drawn, *parameters)
+        ctx.drawn = len(drawn)
         return y
 
     @staticmethod
     @op_range(OP + ".backward")
     def backward(ctx, d_y):
         saved, x, *parameters = ctx.saved_tensors
-        layers = ctx.layers
+        drawn, parameters = parameters[: ctx.drawn], parameters[ctx.drawn :]
+        layers = *ctx.layers, drawn
 
         def kernel():
-            *rest, drawn = layers
-            wide, computed, drawn = (widened(each, saved.dtype) for each in ([d_y], parameters, drawn))
-            d_x, d_parameters = torch.ops.perceiver_fast.latent_layers_backward(*wide, saved, computed, *rest, drawn)
+            wide, computed, given = (widened(each, saved.dtype) for each in ([d_y], parameters, drawn))
+            d_x, d_parameters = torch.ops.perceiver_fast.latent_layers_backward(
+                *wide, saved, computed, *ctx.layers, given
+            )
             return narrowed((d_x, *d_parameters), x.dtype)
 
         if differentiated_again():
@@ -211,7 +214,8 @@ def latent_layers(
             gradient reaches it. Default: none.
 
     Returns:
-        ``[B, N, D]``, the dtype of x; half precision is computed in float32. Differentiable any number of times in x and the parameters.
+        ``[B, N, D]``, the dtype of x; half precision is computed in float32. Differentiable any number of times in x and
+        the parameters.
 
     Raises:
         TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.

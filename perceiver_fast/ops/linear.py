@@ -33,11 +33,13 @@ def is_large(rows: int, channels: int, out_channels: int, device: torch.device) 
     if torch.compiler.is_compiling():
         return False
     numbers = channels * out_channels
-    if type(rows) is int and rows * numbers < LARGE and numbers < LARGE_WEIGHT:  # first: most of small models' calls
+    if (
+        type(rows) is int and rows * numbers < LARGE and (numbers < LARGE_WEIGHT or rows == 0)
+    ):  # first: most small models' calls
         return False
     if device.type != "cpu" or forced_backend() == "reference" or transformed() or intercepted():
         return False
-    return rows * numbers >= LARGE or numbers >= LARGE_WEIGHT
+    return rows * numbers >= LARGE or (numbers >= LARGE_WEIGHT and rows > 0)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

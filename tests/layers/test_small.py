@@ -151,3 +151,30 @@ def test_wide_latents_in_half_precision_run_one_by_one():
     assert ops_of(lambda: perceiver(data)) >= TOGETHER
     with torch.autocast("cpu", torch.bfloat16):
         assert not ops_of(lambda: perceiver(data)) & TOGETHER
+
+
+def test_a_share_that_attention_refuses_is_refused():
+    perceiver = model()
+    for module in perceiver.modules():
+        if type(module).__name__ == "Attention":
+            module.dropout.p = -0.1
+    with pytest.raises((ValueError, RuntimeError), match="dropout probability"):
+        perceiver(image())
+
+
+def test_where_torch_s_attention_drops_half_precision_runs_layer_by_layer(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    perceiver, data = model(attn_dropout=0.4), image()
+    with torch.autocast("cpu", torch.bfloat16):
+        names = ops_of(lambda: perceiver(data))  # the feed-forward after the cross-attention has no attention beside it
+        assert "self_attention" in names
+    assert "self_attention" not in ops_of(lambda: perceiver(data))
+
+
+def test_noise_is_saved_as_tensors_are():
+    """What dropout drew goes through hooks of saved tensors, and is not to be changed before the backward."""
+    perceiver, data = model(ff_dropout=0.5, depth=1), image()
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+        perceiver(data)
+    assert seen.count(torch.Size([2, 5, 16])) >= 2

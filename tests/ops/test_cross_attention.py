@@ -34,6 +34,9 @@ CASES = [
     (1, 1, 33, 1000, 64, 64, True),
     (1, 1, 64, 257, 1, 1, False),
     (3, 1, 31, 128, 322, 322, False),
+    (1, 2, 17, 17, 8, 8, False),  # a few latents to one another: every head by itself
+    (2, 3, 64, 64, 5, 5, False),
+    (16, 4, 200, 200, 8, 8, False),  # and more of them, of many heads
 ]
 WEIGHTS = [(0.0, False), (0.3, False), (0.0, True), (0.3, True)]  # dropout, inverted
 SEED = torch.tensor([12345])

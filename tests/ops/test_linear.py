@@ -10,6 +10,7 @@ from support import relative_error
 from warm_python import python
 
 import perceiver_fast as pf
+from perceiver_fast.layers import FeedForward
 from perceiver_fast.ops import linear, linear_choice, linear_libraries
 from perceiver_fast.ops.linear import LARGE, is_large, linear_library, product_dtype
 
@@ -104,6 +105,19 @@ def test_products_under_autocast():
         with pf.use_linear("torch"):
             assert product_dtype(x) == torch.bfloat16
         assert linear(x, torch.randn(512, 512)).dtype == torch.float32  # callers say the dtype
+
+
+@pytest.mark.parametrize("library", ["torch", "onednn"])
+def test_no_rows_are_no_product(library):
+    weight = torch.randn(1024, 1024, requires_grad=True)
+    x = torch.randn(0, 1024, requires_grad=True)
+    with pf.use_linear(library):
+        out = linear(x, weight)
+        grads = torch.autograd.grad(out.sum(), (x, weight))
+        assert out.shape == (0, 1024) and grads[0].shape == x.shape and not grads[1].any()
+        layer = FeedForward(256)
+        layer(torch.randn(0, 4, 256)).sum().backward()
+        assert not layer.net[0].weight.grad.any()
 
 
 def test_when_it_matters():

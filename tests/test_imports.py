@@ -14,6 +14,7 @@ FLOORS = (
         "perceiver_fast.float64",
         "perceiver_fast.gpu",
         "perceiver_fast.installation",
+        "perceiver_fast.memory",
         "perceiver_fast.remembered",
         "perceiver_fast.settings",
         "perceiver_fast.tracing",

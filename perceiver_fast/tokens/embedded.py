@@ -93,15 +93,19 @@ class EmbeddedGrid(GridTokens):
             total = total + (feat * (2 * meets + feat @ form[0][0])).sum(-1)
         return total.clamp_min(0).expand(self.feat.shape[:-1])
 
-    def project(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    def _projected_parts(
+        self, to_kv: nn.Linear, norm: nn.LayerNorm
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
         weight, bias = absorb_norm(to_kv, norm, self.feat.dtype)
         weight = centred(weight, 1)
         product = weight @ self.weight.to(weight.dtype)
-        feat, *axes = product.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
-        tables = [axis @ code.code.T for axis, code in zip(axes, self.codes)]
-        if self.bias is not None:
-            tables[0] = tables[0] + (weight @ self.bias.to(weight.dtype)).unsqueeze(1)
-        return torch.cat([feat, *tables], dim=1), bias
+        feat, *parts = product.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
+        axes = [(axis, code.code) for axis, code in zip(parts, self.codes)]
+        if self.bias is not None:  # it meets a channel of the first axis that is one
+            axis, code = axes[0]
+            added = (weight @ self.bias.to(weight.dtype)).unsqueeze(1)
+            axes[0] = torch.cat([axis, added], 1), torch.cat([code, code.new_ones(len(code), 1)], 1)
+        return feat, axes, bias
 
     def sources(self) -> tuple[Tensor, ...]:
         return (*super().sources(), self.weight, *(() if self.bias is None else (self.bias,)))

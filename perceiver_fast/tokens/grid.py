@@ -111,18 +111,20 @@ class GridTokens(Tokens):
             weight ``[D, L]``, L = elements + sum(sizes): a column for every channel of :meth:`shifted`, then one for every
             index of every axis; and bias ``[D]``. The projection of token m is ``scale_m (weight basis_m) + bias``.
         """
-        feat, axes, bias = self._weights(to_kv, norm)
-        return torch.cat([feat, *(axis @ code.code.T for axis, code in zip(axes, self.codes))], dim=1), bias
+        feat, axes, bias = self._projected_parts(to_kv, norm)
+        return torch.cat([feat, *(weight @ code.T for weight, code in axes)], dim=1), bias
 
-    def _weights(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Centred weights of the channels of :meth:`shifted` ``[D, elements]`` and of every axis's code ``[D, C_a]``, and the
-        bias ``[D]``."""
+    def _projected_parts(
+        self, to_kv: nn.Linear, norm: nn.LayerNorm
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
+        """What :meth:`project` is made of: centred weights of the channels of :meth:`shifted` ``[D, elements]``, of every axis
+        a weight ``[D, C_a]`` and the codes ``[n_a, C_a]`` that it multiplies, and the bias ``[D]``."""
         weight, bias = absorb_norm(to_kv, norm, self.feat.dtype, self.order)
         weight = centred(weight, 1)
         feat, *axes = weight.split([self.features, *(code.code.shape[-1] for code in self.codes)], dim=1)
         if self.is_shifted:  # the codes lack the shift; their columns' sum is minus that of the raw channels
             feat = torch.cat([feat, -weight[:, self.features :].sum(1, keepdim=True)], dim=1)
-        return feat, axes, bias
+        return feat, [(axis, code.code) for axis, code in zip(axes, self.codes)], bias
 
     def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):
@@ -130,12 +132,12 @@ class GridTokens(Tokens):
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         with unless_autocast(self.device):
-            feat, axes, bias = self._weights(to_kv, norm)
+            feat, axes, bias = self._projected_parts(to_kv, norm)
             scale = self.scale(norm.eps).unsqueeze(-1)
             kv = self.shifted() @ feat.T
             in_place = not (is_compiling() or transformed() or scale.requires_grad)  # fresh memory costs more than sums
-            for axis, (weight, code) in enumerate(zip(axes, self.codes)):
-                part = code.code @ weight.T  # [n_a, D]
+            for axis, (weight, code) in enumerate(axes):
+                part = code @ weight.T  # [n_a, D]
                 part = part.view(*(-1 if a == axis else 1 for a in range(len(axes))), kv.shape[-1])
                 kv = kv.add_(part) if in_place else kv + part
             kv = kv.mul_(scale).add_(bias) if in_place else kv * scale + bias

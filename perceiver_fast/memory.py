@@ -1,7 +1,7 @@
 """Memory that tensors gave back, kept for the next ones.
 
 glibc returns what is freed to the system once it is more than a threshold, and the system clears every page before it hands
-it out again: steps of small models, whose gradients are some megabytes, took up to twice as long for it. The threshold
+it out again: steps of small models, whose gradients are some megabytes, took up to 1.7 times as long for it. The threshold
 follows the largest block that was ever returned, up to 32 MB, so any process that freed a tensor of that size keeps 64 MB.
 This does no more than that, once. ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_`` in the environment overrules it,
 and other C libraries take no notice.

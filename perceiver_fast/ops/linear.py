@@ -33,9 +33,8 @@ def is_large(rows: int, channels: int, out_channels: int, device: torch.device) 
     if torch.compiler.is_compiling():
         return False
     numbers = channels * out_channels
-    if (
-        type(rows) is int and rows * numbers < LARGE and (numbers < LARGE_WEIGHT or rows == 0)
-    ):  # first: most small models' calls
+    few = numbers < LARGE_WEIGHT or rows == 0
+    if type(rows) is int and rows * numbers < LARGE and few:  # asked first, since most calls of small models end here
         return False
     if device.type != "cpu" or forced_backend() == "reference" or transformed() or intercepted():
         return False

@@ -11,20 +11,26 @@
 
 namespace perceiver_fast {
 
-// [B, H, rows, channels] with channels dense.
-template <class T>
+// [B, H, rows, channels] with channels dense, read (X = const T) or written.
+template <class X>
 struct HeadMatrix {
-  const T* data;
+  X* data;
   int64_t batch_stride, head_stride, row_stride;
-  const T* at(int64_t b, int64_t h, int64_t row) const {
+  X* at(int64_t b, int64_t h, int64_t row) const {
     return data + b * batch_stride + h * head_stride + row * row_stride;
   }
 };
 
+// Of a dense [B, H, rows, channels].
+template <class X>
+HeadMatrix<X> dense_heads(X* data, int64_t heads, int64_t rows, int64_t channels) {
+  return {data, heads * rows * channels, rows * channels, channels};
+}
+
 template <class T>
 struct CrossAttentionInput {
   int64_t batch, heads, queries, tokens, dim, dim_v;
-  HeadMatrix<T> q, k, v;
+  HeadMatrix<const T> q, k, v;
   const uint8_t* mask;  // [B, M] or null; without inverted, a row of zeros attends uniformly
   double scale;         // of the logits
   Dropout dropout;
@@ -39,9 +45,10 @@ template <class T>
 void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse, double* token_lse,
                              const Parallel& parallel);
 
-// dq [B, H, N, d], dk [B, H, M, d] and dv [B, H, M, dv], dense. d_lse [B, H, N] may be null.
+// dq [B, H, N, d] dense, dk [B, H, M, d] and dv [B, H, M, dv]. d_lse [B, H, N] may be null.
 template <class T>
 void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
-                              const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel);
+                              const T* d_o, const double* d_lse, T* dq, const HeadMatrix<T>& dk,
+                              const HeadMatrix<T>& dv, const Parallel& parallel);
 
 }  // namespace perceiver_fast

@@ -142,7 +142,7 @@ class Backward {
     });
   }
 
-  void run(const double* d_lse, T* dq, T* dk, T* dv) {
+  void run(const double* d_lse, T* dq, const HeadMatrix<T>& dk, const HeadMatrix<T>& dv) {
     const int64_t heads = blocking_.heads(), W = blocking_.width, M = in_.tokens;
     if (heads == 0) return;
     by_tokens_ = in_.inverted || in_.tokens >= in_.queries;
@@ -157,8 +157,10 @@ class Backward {
     const Aligned<T> dk_sums(k_direct ? 0 : heads * token_copies * M * packed_.pad_d);
     const Aligned<T> dv_sums(v_direct ? 0 : heads * token_copies * M * packed_.pad_v);
     dq_ = dq_sums.get();
-    dk_ = k_direct ? dk : dk_sums.get();
-    dv_ = v_direct ? dv : dv_sums.get();
+    // A part's copy of them is a head of these.
+    const int64_t copies = token_copies * in_.heads;
+    dk_ = k_direct ? dk : dense_heads(dk_sums.get(), copies, M, packed_.pad_d);
+    dv_ = v_direct ? dv : dense_heads(dv_sums.get(), copies, M, packed_.pad_v);
 
     flagged_.assign(heads * blocking_.blocks, 1);
     each_part(false);
@@ -167,9 +169,11 @@ class Backward {
       each_part(true);
       add_copies(dq_, heads, dq_copies, dq_size_);
     }
-    add_copies(dk_, heads, token_copies, M * packed_.pad_d);
-    add_copies(dv_, heads, token_copies, M * packed_.pad_v);
-    unpack(dq_copies, token_copies, dq, k_direct ? nullptr : dk, v_direct ? nullptr : dv);
+    add_copies(dk_sums.get(), heads, token_copies, M * packed_.pad_d);
+    add_copies(dv_sums.get(), heads, token_copies, M * packed_.pad_v);
+    unpack(dq_copies, dq);
+    if (!k_direct) strip(dk_sums.get(), token_copies, packed_.pad_d, dk, in_.dim);
+    if (!v_direct) strip(dv_sums.get(), token_copies, packed_.pad_v, dv, in_.dim_v);
   }
 
  private:
@@ -232,7 +236,7 @@ class Backward {
          i < (by_tokens_ ? blocking_.blocks : share(blocking_.blocks, part + 1)); ++i)
       if (flagged_[head * blocking_.blocks + i]) blocks.push_back(i);
     T* dq = dq_ + (by_tokens_ ? head * parts_ + part : head) * dq_size_;
-    const int64_t token_row = (by_tokens_ ? head : head * parts_ + part) * in_.tokens;
+    const int64_t batch = head / in_.heads, own = by_tokens_ ? head % in_.heads : head % in_.heads * parts_ + part;
     // A correction is added to the results of the first pass. By then the first copy of dq is the sum of all copies, so
     // the others start at zero again.
     if (!correction) {
@@ -242,8 +246,10 @@ class Backward {
     }
     if (!correction) {
       const int64_t m0 = tile0 * kTileTokens, m1 = std::min(tile1 * kTileTokens, in_.tokens);
-      std::fill(dk_ + (token_row + m0) * packed_.pad_d, dk_ + (token_row + m1) * packed_.pad_d, T(0));
-      std::fill(dv_ + (token_row + m0) * packed_.pad_v, dv_ + (token_row + m1) * packed_.pad_v, T(0));
+      for (int64_t m = m0; m < m1; ++m) {
+        std::fill_n(dk_.at(batch, own, m), packed_.pad_d, T(0));
+        std::fill_n(dv_.at(batch, own, m), packed_.pad_v, T(0));
+      }
     }
     const int64_t W = blocking_.width, size = packed_.size();
     const Aligned<T> memory(group_ * size), p(kTileTokens * W), ds(kTileTokens * W);
@@ -259,8 +265,10 @@ class Backward {
           block.dq = dq + blocks[first + i] * dq_block();
           block.sum = block.dq + packed_.d * W;
           block.size = block.sum + W;
-          block.dk = dk_ + (token_row + tile * kTileTokens) * packed_.pad_d;
-          block.dv = dv_ + (token_row + tile * kTileTokens) * packed_.pad_v;
+          block.dk = dk_.at(batch, own, tile * kTileTokens);
+          block.dv = dv_.at(batch, own, tile * kTileTokens);
+          block.dk_row = dk_.row_stride;
+          block.dv_row = dv_.row_stride;
           if (correction)
             blocking_.kernels.correct(tokens, block, packed_.change(at));
           else
@@ -307,7 +315,7 @@ class Backward {
     });
   }
 
-  void unpack(int64_t dq_copies, int64_t token_copies, T* dq, T* dk, T* dv) const {
+  void unpack(int64_t dq_copies, T* dq) const {
     const std::vector<T> scale(blocking_.width, T(in_.scale));
     parallel_.run(blocking_.heads() * blocking_.blocks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -317,17 +325,17 @@ class Backward {
                       in_.dim);
       }
     });
-    const auto strip = [&](const T* from, int64_t padded, T* to, int64_t channels) {
-      if (to == nullptr) return;
-      parallel_.run(blocking_.heads() * in_.tokens, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const T* row = from + (i / in_.tokens * token_copies * in_.tokens + i % in_.tokens) * padded;
-          std::copy(row, row + channels, to + i * channels);
-        }
-      });
-    };
-    strip(dk_, packed_.pad_d, dk, in_.dim);
-    strip(dv_, packed_.pad_v, dv, in_.dim_v);
+  }
+
+  // The first copies' rows without what pads them.
+  void strip(const T* from, int64_t copies, int64_t padded, const HeadMatrix<T>& to, int64_t channels) const {
+    parallel_.run(blocking_.heads() * in_.tokens, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = i / in_.tokens, m = i % in_.tokens;
+        std::copy_n(from + (head * copies * in_.tokens + m) * padded, channels,
+                    to.at(head / in_.heads, head % in_.heads, m));
+      }
+    });
   }
 
   int64_t dq_block() const { return (packed_.d + 2) * blocking_.width; }  // [dim] rows of dq, sums of dS, sums of |dS|
@@ -342,7 +350,8 @@ class Backward {
   const int64_t group_;
   bool by_tokens_ = true;
   int64_t parts_ = 1, dq_size_ = 0;
-  T *dq_ = nullptr, *dk_ = nullptr, *dv_ = nullptr;
+  T* dq_ = nullptr;
+  HeadMatrix<T> dk_{}, dv_{};
   std::vector<char> flagged_;  // blocks to work on
   std::vector<T> change_;      // by how much delta was off, times the weight
 };
@@ -351,7 +360,8 @@ class Backward {
 
 template <class T>
 void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
-                              const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) {
+                              const T* d_o, const double* d_lse, T* dq, const HeadMatrix<T>& dk,
+                              const HeadMatrix<T>& dv, const Parallel& parallel) {
   if (FewAttention<T>::takes(in)) return FewAttention<T>(in).backward(d_o, d_lse, dq, dk, dv, parallel);
   const CrossAttentionBlocking<T> blocking(in);
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
@@ -363,10 +373,10 @@ void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, cons
 }
 
 template void cross_attention_backward<float>(const CrossAttentionInput<float>&, const float*, const double*,
-                                              const double*, const float*, const double*, float*, float*, float*,
-                                              const Parallel&);
+                                              const double*, const float*, const double*, float*,
+                                              const HeadMatrix<float>&, const HeadMatrix<float>&, const Parallel&);
 template void cross_attention_backward<double>(const CrossAttentionInput<double>&, const double*, const double*,
-                                               const double*, const double*, const double*, double*, double*, double*,
-                                               const Parallel&);
+                                               const double*, const double*, const double*, double*,
+                                               const HeadMatrix<double>&, const HeadMatrix<double>&, const Parallel&);
 
 }  // namespace perceiver_fast

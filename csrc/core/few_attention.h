@@ -47,9 +47,10 @@ class FewAttention {
     });
   }
 
-  // The gradients of q, k and v, all dense; d_lse may be null. A backward by other kernels would not do: rounding of large
+  // The gradients of q, dense, k and v; d_lse may be null. A backward by other kernels would not do: rounding of large
   // logits that is not the same in forward and backward does not cancel.
-  void backward(const T* d_o, const double* d_lse, T* dq, T* dk, T* dv, const Parallel& parallel) const {
+  void backward(const T* d_o, const double* d_lse, T* dq, const HeadMatrix<T>& dk, const HeadMatrix<T>& dv,
+                const Parallel& parallel) const {
     const int64_t N = in_.tokens, size = N * in_.dim;
     parallel.run(in_.batch * in_.heads, [&](int64_t begin, int64_t end) {
       const Aligned<T> memory(room(7)), of_lse(columns_);
@@ -60,11 +61,9 @@ class FewAttention {
         latents_.kernels.transpose(N, in_.dim, d_o + head * size, in_.dim, grad, columns_);
         for (int64_t n = 0; d_lse && n < N; ++n) of_lse.get()[n] = T(d_lse[head * N + n]);
         attention_.backward(0, qkv, grad, d_qkv, nullptr, Team{nullptr}, head * N, d_lse ? of_lse.get() : nullptr);
-        for (T* to : {dq, dk, dv}) {
-          latents_.kernels.transpose(in_.dim, N, d_qkv, columns_, to + head * size, in_.dim);
-          d_qkv += part_;
-        }
-        d_qkv = qkv + 3 * part_;
+        latents_.kernels.transpose(in_.dim, N, d_qkv, columns_, dq + head * size, in_.dim);
+        store(head, d_qkv + part_, dk);
+        store(head, d_qkv + 2 * part_, dv);
       }
     });
   }
@@ -76,10 +75,15 @@ class FewAttention {
   // A head's q, k and v as columns.
   void load(int64_t head, T* qkv) const {
     const int64_t b = head / in_.heads, h = head % in_.heads;
-    for (const HeadMatrix<T>* each : {&in_.q, &in_.k, &in_.v}) {
+    for (const HeadMatrix<const T>* each : {&in_.q, &in_.k, &in_.v}) {
       latents_.kernels.transpose(in_.tokens, in_.dim, each->at(b, h, 0), each->row_stride, qkv, columns_);
       qkv += part_;
     }
+  }
+
+  void store(int64_t head, const T* columns, const HeadMatrix<T>& to) const {
+    T* rows = to.at(head / in_.heads, head % in_.heads, 0);
+    latents_.kernels.transpose(in_.dim, in_.tokens, columns, columns_, rows, to.row_stride);
   }
 
   const CrossAttentionInput<T>& in_;

@@ -50,7 +50,7 @@ struct Inputs {
   }
 
   template <class T>
-  static HeadMatrix<T> matrix(const Tensor& t) {
+  static HeadMatrix<const T> matrix(const Tensor& t) {
     return {data<const T>(t), t.stride(0), t.stride(1), t.stride(2)};
   }
 
@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
     using T = decltype(zero);
     cross_attention_backward<T>(inputs.view<T>(), data<const T>(out), data<const double>(stats),
                                 data<const double>(token_stats), data<const T>(grad), data<const double>(grad_lse),
-                                data<T>(dq), data<T>(dk), data<T>(dv), torch_parallel());
+                                data<T>(dq), dense_heads(data<T>(dk), k.size(1), k.size(2), k.size(3)),
+                                dense_heads(data<T>(dv), v.size(1), v.size(2), v.size(3)), torch_parallel());
   });
   return {dq, dk, dv};
 }

@@ -36,7 +36,7 @@ from perceiver_fast.layers.cross_attention_parameters import CrossAttentionParam
 from perceiver_fast.ops.cross_attention import cross_attention_unchecked
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
-from perceiver_fast.ops.library import half_dtype, unless_autocast
+from perceiver_fast.ops.library import half_dtype, learns, unless_autocast
 from perceiver_fast.ops.projected_attention import projected_attention, rows_of_pieces
 from perceiver_fast.tokens import GridTokens, Tokens
 
@@ -169,9 +169,12 @@ def attend_projected(
     fn = layer.fn
     projection = tokens.projection(layer.to_kv, layer.norm_context)
     plain = backend == "cpu" and not inverted and fn.active_dropout == 0 and not fn.queries_contribute_kv
-    if projection is not None and plain and (rows := rows_of_pieces(layer.to_q(z), projection, mask)) > 0:
-        q = fn.split_heads(layer.to_q(z).to(projection.dtype).expand(tokens.batch, -1, -1))
-        return _latents_first(*projected_attention(q, projection, rows, mask, fn.scale, with_lse))
+    if projection is not None and plain:
+        q = layer.to_q(z)
+        rows = rows_of_pieces(*q.shape[-2:], learns(q), projection, mask)
+        if rows > 0:
+            q = fn.split_heads(q.to(projection.dtype).expand(tokens.batch, -1, -1))
+            return _latents_first(*projected_attention(q, projection, rows, mask, fn.scale, with_lse))
     if projection is not None:
         kv = projection.keys_values()
     else:

@@ -14,6 +14,7 @@ from perceiver_fast.layers.described import describe_keywords
 from perceiver_fast.layers.feed_forward import FeedForward
 from perceiver_fast.layers.fusing import are_plain, fusable, hides_keywords, is_watched, watcher, why_not
 from perceiver_fast.layers.grid_cross_attention import add_grid_cross_attention
+from perceiver_fast.layers.latent_cross_attention import latent_cross_attention_branch
 from perceiver_fast.layers.observer import observer
 from perceiver_fast.layers.residual_stream import ResidualStream, normalize, with_bias
 from perceiver_fast.shards.shard import calling
@@ -71,9 +72,11 @@ class PreNorm(nn.Module):
             kwargs = describe_keywords(type(self).__name__, self, x, kwargs)
         watched = is_watched(x)
         if not watched and CROSS_KEYWORDS.issuperset(kwargs):
-            branch = _cross_branch(self, ResidualStream(x), **kwargs, who=type(self).__name__)
-            if branch is not None:
-                return with_bias(*branch)
+            stream = ResidualStream(x)
+            found = _context_of(self, stream, **kwargs, who=type(self).__name__)
+            if found is not None:
+                y = latent_cross_attention_branch(self, stream, *found, adds=False)
+                return with_bias(*cross_attention_branch(self, stream, *found)) if y is None else y
         looks = observer()
         if looks is not None:
             looks.begins(self, x.shape, residual=False)
@@ -92,7 +95,7 @@ class PreNorm(nn.Module):
         return self.fn(z, **kwargs)
 
 
-def _cross_branch(
+def _context_of(
     layer: nn.Module,
     stream: ResidualStream,
     context: Tensor | Tokens | TokenGroups | TokenStream | None = None,
@@ -101,8 +104,8 @@ def _cross_branch(
     *,
     who: str,
     residual: bool = False,
-) -> tuple[Tensor, Tensor | None] | None:
-    """Cross-attention by a fused op, in the place of ``layer``; None if the layers inside have to be called.
+) -> tuple[Tokens | TokenGroups | TokenStream, Tensor | None, bool] | None:
+    """What a fused op attends to in the place of ``layer``; None if the layers inside have to be called.
 
     Args:
         layer: a PreNorm.
@@ -112,7 +115,7 @@ def _cross_branch(
         residual: whether the result is added to the stream, which an observer is told.
 
     Returns:
-        ``[B, N, D]`` without the last bias, and that bias; or the result and None.
+        A description of the context, its mask, and whether attention is inverted.
     """
     if context is None or layer._modules.get("norm_context") is None:
         return None
@@ -129,7 +132,7 @@ def _cross_branch(
     tokens, mask = describe_context(who, layer, stream.value(), context, mask)
     if (looks := observer()) is not None:
         looks.begins(layer, stream.shape, residual)
-    return cross_attention_branch(layer, stream, tokens, mask, inverted_attention)
+    return tokens, mask, inverted_attention
 
 
 def as_tensors(keywords: dict) -> dict:
@@ -202,9 +205,13 @@ def add_cross_attention(stream: ResidualStream, layer: nn.Module, watched: bool,
             stream, layer, keywords.get("context"), keywords.get("mask"), keywords.get("inverted_attention", False)
         ):
             return
-        branch = _cross_branch(layer, stream, **keywords, who=who, residual=True)
-        if branch is not None:
-            stream.add(*branch)
+        found = _context_of(layer, stream, **keywords, who=who, residual=True)
+        if found is not None:
+            y = latent_cross_attention_branch(layer, stream, *found, adds=True)
+            if y is None:
+                stream.add(*cross_attention_branch(layer, stream, *found))
+            else:
+                stream.become(y)
             return
     stream.add_output(layer(stream.value(), **keywords_for(layer, PreNorm, keywords)))
 

@@ -9,6 +9,7 @@ from perceiver_fast.ops.grid_attention import grid_attention
 from perceiver_fast.ops.grid_cross_attention import grid_cross_attention
 from perceiver_fast.ops.grid_query_attention import grid_query_attention
 from perceiver_fast.ops.grid_scale import grid_scale
+from perceiver_fast.ops.latent_cross_attention import latent_cross_attention
 from perceiver_fast.ops.latent_layers import latent_layers
 from perceiver_fast.ops.layer_norm import add_layer_norm, layer_norm
 from perceiver_fast.ops.linear import linear
@@ -23,6 +24,7 @@ __all__ = [
     "grid_cross_attention",
     "grid_query_attention",
     "grid_scale",
+    "latent_cross_attention",
     "latent_layers",
     "layer_norm",
     "linear",

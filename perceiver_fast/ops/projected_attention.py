@@ -81,28 +81,31 @@ def pieces(batch: int, tokens: int, rows: int) -> Iterator[Piece]:
             yield Piece(slice(element, min(batch, element + step)), slice(first, min(tokens, first + rows)))
 
 
-def rows_of_pieces(q: Tensor, projection: Projection, mask: Tensor | None) -> int:
+def rows_of_pieces(
+    latents: int, inner: int, learning: bool, projection: Projection, mask: Tensor | None
+) -> int:
     """How many tokens attention on CPU kernels takes at a time; 0 where it takes all of them at once.
 
     It takes pieces of many tokens of few channels, unless somebody looks at operators, or keys and values are constants. A
     masked element of the batch is one piece, since a mask that leaves no token means something else.
 
     Args:
-        q: queries ``[.., N, H d]``.
+        latents, inner: N and H d of the queries.
+        learning: whether these need gradients.
         projection: of keys and values.
         mask: bool ``[B, M]`` or None.
     """
     if torch.compiler.is_compiling() or transformed() or intercepted():
         return 0
     (batch, tokens), (channels, width) = projection.feat.shape[:2], projection.weight.shape
-    fit = width == 2 * q.shape[-1]  # if not, whoever builds keys and values says so
+    fit = width == 2 * inner  # if not, whoever builds keys and values says so
     if not fit or tokens < 2 or channels > MOST_CHANNELS:
         return 0
     # Results of parts are saved: keys and values of a part are four times as many numbers at least.
-    rows = max(1, PIECE * torch.get_num_threads() // width, 2 * q.shape[-2])
+    rows = max(1, PIECE * torch.get_num_threads() // width, 2 * latents)
     if batch * tokens < LEAST_PIECES * rows or (mask is not None and tokens > rows):
         return 0
-    if learns(q) and not learns(*projection[:5]):
+    if learning and not learns(*projection[:5]):
         return 0
     call = PointwiseCall(projection.weight.dtype, projection.feat.device)
     return rows if FOURIER_PROJECTION.choose(call).backend == "cpu" else 0

@@ -8,6 +8,7 @@ from perceiver_fast.reference.grid_attention import grid_attention, grid_logits
 from perceiver_fast.reference.grid_cross_attention import grid_cross_attention
 from perceiver_fast.reference.grid_query_attention import grid_query_attention
 from perceiver_fast.reference.grid_scale import grid_scale
+from perceiver_fast.reference.latent_cross_attention import latent_cross_attention
 from perceiver_fast.reference.latent_layers import latent_layers
 from perceiver_fast.reference.layer_norm import add_layer_norm, smooth_layer_norm
 
@@ -24,6 +25,7 @@ __all__ = [
     "grid_logits",
     "grid_query_attention",
     "grid_scale",
+    "latent_cross_attention",
     "latent_layers",
     "smooth_layer_norm",
 ]

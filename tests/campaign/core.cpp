@@ -171,9 +171,10 @@ Case cross_attention(Generator& random) {
     const Array<double> lse(B * H * N), token_lse(inverted ? B * H * M : 0);
     const CrossAttentionInput<T> in{B, H, N, M, d, dv, {q.data(), H * N * d, N * d, d}, {k.data(), H * M * d, M * d, d},
                                     {v.data(), H * M * dv, M * dv, dv}, mask.data(), 0.7, dropout, inverted};
+    const auto to_k = dense_heads<T>(dk.data(), H, M, d), to_v = dense_heads<T>(d_v.data(), H, M, dv);
     cross_attention_forward<T>(in, o.data(), lse.data(), token_lse.data(), parallel);
-    cross_attention_backward<T>(in, o.data(), lse.data(), token_lse.data(), d_o.data(), nullptr, dq.data(), dk.data(),
-                                d_v.data(), parallel);
+    cross_attention_backward<T>(in, o.data(), lse.data(), token_lse.data(), d_o.data(), nullptr, dq.data(), to_k,
+                                to_v, parallel);
     return (Digest() << o << lse << token_lse << dq << dk << d_v).value;
   };
 }

@@ -163,7 +163,7 @@ def test_where_it_runs(monkeypatch):
     q, feat, coords, weight, bias = (t.detach() for t in leaves)
     q = q.transpose(1, 2).flatten(2)
     projection = Projection(feat, coords, frequencies, weight, bias, 1e-5, feat.dtype)
-    rows = rows_of_pieces(q, projection, None)
+    rows = rows_of_pieces(*q.shape[-2:], q.requires_grad, projection, None)
     assert 0 < rows <= ROWS
     assert rows_of_pieces(q.repeat(1, 10, 1), projection, None) == 20 * QUERIES  # results of parts are saved
 

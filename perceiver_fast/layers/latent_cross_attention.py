@@ -6,20 +6,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from perceiver_fast.layers.cross_attention import FusedCrossAttention
 from perceiver_fast.layers.fusing import why_not
-from perceiver_fast.layers.plan import Layer, plan_cross_attention
+from perceiver_fast.layers.plan import Plan
 from perceiver_fast.layers.residual_stream import ResidualStream
-from perceiver_fast.layers.small import fit, is_small
+from perceiver_fast.layers.small import fit, is_small, most_half
 from perceiver_fast.ops.latent_cross_attention import (
     LATENT_CROSS_ATTENTION,
     latent_cross_attention_unchecked,
     parameter_shapes,
 )
-from perceiver_fast.ops.library import dropout_seed, learns, seed_from, unless_autocast
+from perceiver_fast.ops.library import autocast_dtype, dropout_seed, learns, seed_from, unless_autocast
 from perceiver_fast.ops.projected_attention import Projection, rows_of_pieces
 from perceiver_fast.ranges import layer_range
-from perceiver_fast.tokens import TokenGroups, Tokens, TokenStream
+from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, TokenStream
 from perceiver_fast.tracing import own
+
+# Multiply-adds of a fifth of a millisecond: the calls on the absorbed way take longer than those of the op.
+LITTLE = 1e7
 
 
 def latent_cross_attention_branch(
@@ -54,8 +58,12 @@ def latent_cross_attention_branch(
     modules: dict[str, Any] = layer._modules
     fn, norm_context = modules["fn"], modules["norm_context"]
     inner, latents, dropout = len(parameters[2]), stream.shape[1], fn.active_dropout
-    plan = plan_cross_attention(tokens, Layer(latents, fn.heads, inner // fn.heads, dropout, masked=mask is not None))
-    if plan.path != "projected" or plan.taken.backend != "cpu":
+    if isinstance(tokens, DenseTokens) and autocast_dtype(stream.device) is not None:
+        if (
+            tokens.batch * tokens.count * tokens.channels * 2 * inner > most_half()
+        ):  # a library is faster, in that dtype
+            return None
+    if not _builds(FusedCrossAttention(layer).plan(tokens, latents, masked=mask is not None)):
         return None
     mask = None if mask is None else mask.flatten(1)
     with unless_autocast(stream.device):  # what is computed in float32 is not rounded before
@@ -65,6 +73,15 @@ def latent_cross_attention_branch(
             if rows_of_pieces(latents, inner, learning, projection, mask) > 0:
                 return None
         return _attend(layer, stream.rows(), tokens, projection, mask, parameters, adds)
+
+
+def _builds(plan: Plan) -> bool:
+    """Whether keys and values are built: that is the least work, or so little more that the calls on another way take longer."""
+    if plan.taken.backend != "cpu":
+        return False
+    if plan.path == "absorbed" and "projected" in plan.work:
+        return plan.work["projected"].cost - plan.work["absorbed"].cost < LITTLE
+    return plan.path == "projected"
 
 
 def _parameters(layer: nn.Module, stream: ResidualStream) -> list[Any] | None:

@@ -46,9 +46,14 @@ def is_small(stream: ResidualStream, op: Op, batch: int) -> bool:
     if observer() is not None or intercepted():
         return False
     if is_half(stream):
-        if batch * shape[1] * shape[2] ** 2 > (MOST_HALF_ON_TILES if torch.cpu._is_amx_tile_supported() else MOST_HALF):
+        if batch * shape[1] * shape[2] ** 2 > most_half():
             return False
     return runs_kernel(op, compute_dtype(stream.dtype), device)
+
+
+def most_half() -> int:
+    """Multiply-adds of a product up to which float32 in one op is faster here than half precision in several."""
+    return MOST_HALF_ON_TILES if torch.cpu._is_amx_tile_supported() else MOST_HALF
 
 
 def is_half(stream: ResidualStream) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perceiver_fast import reference
-from perceiver_fast.ops.checks import check_alike, check_dropout, check_dtype, check_mask, check_shape
+from perceiver_fast.ops.checks import check_alike, check_dropout, check_mask, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.latent_layers import CPU_BACKENDS, packed_columns
@@ -140,9 +140,7 @@ class LatentCrossAttentionFunction(torch.autograd.Function):
                     wide = widened((keys_values,), x.dtype)
                     return reference.latent_cross_attention(x, *wide, mask, parameters, *options)
 
-            grads = differentiable(
-                kernel, form, (x, keys_values, *parameters), (d_y,), ctx.needs_input_grad[2:]
-            )
+            grads = differentiable(kernel, form, (x, keys_values, *parameters), (d_y,), ctx.needs_input_grad[2:])
         else:
             grads = kernel()
         return None, None, *grads

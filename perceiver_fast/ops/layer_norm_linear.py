@@ -1,6 +1,7 @@
-"""LayerNorm and the linear layer after it, for wide weights: ``(normalised x * gain + shift) weight^T``.
+"""LayerNorm and the linear layer after it, for few rows or wide weights: ``(normalised x * gain + shift) weight^T``.
 
-The product runs on the library that is fastest here (ops/linear.py). The normalised rows exist while they are multiplied,
+A product that takes less time than the calls that ask for it runs in C++ kernels of its own, forward and backward one call
+each. A large one runs on the library that is fastest here (ops/linear.py). The normalised rows exist while they are multiplied,
 in the forward and again in the backward; what is saved is what came in, and their statistics. Where x has no gradient,
 those of gain and shift need no product of their own: with ``G = d_out^T z`` of the normalised z,
 
@@ -14,9 +15,13 @@ from torch import Tensor
 
 from perceiver_fast import reference
 from perceiver_fast.ops.checks import check_memory
+from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
+from perceiver_fast.ops.latent_layers import CPU_BACKENDS
 from perceiver_fast.ops.library import learns, unless_autocast
 from perceiver_fast.ops.linear import LARGE, forward_product, grad_input_product, grad_weight_product
+from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.work import Work
 from perceiver_fast.ranges import op_range
 
 OP = "layer_norm_linear"
@@ -25,16 +30,88 @@ WIDE = 3 * 2**19  # numbers of a weight, 6 MB: what streams the rows through it 
 PART = 128  # rows of a weight that are added up at a time
 
 
-def is_wide(rows: int, channels: int, out_channels: int) -> bool:
+def is_small(rows: int, channels: int, out_channels: int) -> bool:
+    """Whether the product takes so little time that it runs in kernels of this op."""
+    return rows * channels * out_channels < LARGE
+
+
+def is_for(rows: int, channels: int, out_channels: int, dtype: torch.dtype) -> bool:
     """Whether this op is the way to project rows, rather than the kernel of fourier_projection, which keeps a tile of them.
 
     That kernel normalises a tile of rows in cache and multiplies it with the whole weight, which it has to bring into its
-    own order first. It is for many rows and narrow weights. This op is for few rows, and for weights that fill the cache;
-    then it may be of any number of rows, as the result is at least as large as the rows.
+    own order first. It is for many rows and narrow weights. This op is for little work, and on a library for few rows, and
+    for weights that fill the cache; then it may be of any number of rows, as the result is at least as large as the rows.
     """
-    if rows * channels * out_channels < LARGE:
+    if is_small(rows, channels, out_channels):
+        return dtype in (torch.float32, torch.float64)
+    if dtype != torch.float32:
         return False
     return rows * channels <= FEW or (channels * out_channels >= WIDE and out_channels >= channels)
+
+
+def _work(x, weight) -> Work:
+    return Work(x[0] * x[1] * weight[0])
+
+
+def _sample(make, dtype=torch.float32, rows=70, channels=6, out_channels=10, learns=True):
+    x = make(rows, channels, dtype=dtype)
+    parameters = [make(*shape, dtype=dtype) for shape in ((channels,), (channels,), (out_channels, channels))]
+    return FewRowsFunction.apply(x if learns else x.detach(), *parameters, 1e-5)
+
+
+LAYER_NORM_LINEAR = declare(
+    OP,
+    backends=CPU_BACKENDS,
+    call=PointwiseCall,
+    operators=(
+        Operator(
+            "layer_norm_linear_forward(Tensor x, Tensor gain, Tensor shift, Tensor weight, float eps) -> Tensor out",
+            lambda x, gain, shift, weight, eps: x.new_empty((x.shape[0], weight.shape[0])),
+            work=lambda x, gain, shift, weight, eps: _work(x, weight),
+        ),
+        Operator(
+            "layer_norm_linear_backward(Tensor d_out, Tensor x, Tensor gain, Tensor shift, Tensor weight, float eps, "
+            "bool to_x) -> (Tensor d_x, Tensor d_gain, Tensor d_shift, Tensor d_weight)",
+            lambda d_out, x, gain, shift, weight, eps, to_x: (
+                x.new_empty((x.shape[0] if to_x else 0, x.shape[1])),
+                *(p.new_empty(p.shape) for p in (gain, shift, weight)),
+            ),
+            work=lambda d_out, x, gain, shift, weight, *_: Work(2 * _work(x, weight).multiply_adds),
+        ),
+    ),
+    sample=_sample,
+    variants=({}, dict(dtype=torch.float64, rows=1, learns=False)),
+)
+
+
+class FewRowsFunction(torch.autograd.Function):
+    """Connects the registered forward and backward; saves its inputs."""
+
+    @staticmethod
+    def forward(ctx, x, gain, shift, weight, eps):
+        ctx.save_for_backward(x, gain, shift, weight)
+        ctx.eps = eps
+        return torch.ops.perceiver_fast.layer_norm_linear_forward(x, gain, shift, weight, eps)
+
+    @staticmethod
+    @op_range(OP + ".backward")
+    def backward(ctx, d_out):
+        leaves, eps, needed = ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[:4]
+
+        def kernel():
+            return torch.ops.perceiver_fast.layer_norm_linear_backward(d_out, *leaves, eps, needed[0])
+
+        grads = differentiable(kernel, _form(eps), leaves, (d_out,), needed) if differentiated_again() else kernel()
+        return *(grad if need else None for grad, need in zip(grads, needed)), None
+
+
+def _form(eps):
+    """The function in plain PyTorch, which derivatives beyond the first are taken of."""
+
+    def form(x, gain, shift, weight):
+        return reference.add_layer_norm(x, None, None, gain, shift, eps, x.dtype, smooth=True)[1] @ weight.T
+
+    return form
 
 
 def _normalize(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,12 +144,7 @@ class LayerNormLinearFunction(torch.autograd.Function):
                 return None, *_gradients_of_parameters(d, x, gain, shift, weight, eps)
 
         if differentiated_again():
-
-            def form(x, gain, shift, weight):
-                z = reference.add_layer_norm(x, None, None, gain, shift, eps, x.dtype, smooth=True)[1]
-                return z @ weight.T
-
-            return *differentiable(kernel, form, (x, gain, shift, weight), (d_out,), needed), None
+            return *differentiable(kernel, _form(eps), (x, gain, shift, weight), (d_out,), needed), None
         return *(grad if need else None for grad, need in zip(kernel(), needed)), None
 
 
@@ -98,20 +170,25 @@ def _gradients_of_parameters(d_out, x, gain, shift, weight, eps):
 
 @op_range(OP)
 def layer_norm_linear_unchecked(x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``LayerNorm(x) weight^T`` on the CPU, where the C++ kernels of layer_norm run; inputs are not checked.
+    """``LayerNorm(x) weight^T`` on the CPU, where the C++ kernels run; inputs are not checked.
 
     Args:
-        x: ``[.., C]``, float32.
-        gain, shift: LayerNorm's weight and bias ``[C]``, float32.
-        weight: ``[D, C]``, float32.
-        eps: LayerNorm's epsilon.
+        x: ``[.., C]``, not empty, float32, or float64 where :func:`is_small`.
+        gain, shift: LayerNorm's weight and bias ``[C]``, the dtype of x.
+        weight: ``[D, C]``, the dtype of x.
+        eps: LayerNorm's epsilon, more than 0.
 
     Returns:
         ``[.., D]``. Differentiable any number of times in all tensors.
     """
     check_memory(OP, gain, shift, weight)
     rows = x.reshape(-1, x.shape[-1])
-    if learns(x, gain, shift, weight):
+    if is_small(*rows.shape, len(weight)):
+        if learns(x, gain, shift, weight):
+            out = FewRowsFunction.apply(rows, gain, shift, weight, eps)
+        else:
+            out = torch.ops.perceiver_fast.layer_norm_linear_forward(rows, gain, shift, weight, eps)
+    elif learns(x, gain, shift, weight):
         out = LayerNormLinearFunction.apply(rows, gain, shift, weight, eps)
     else:
         out = forward_product(_normalize(rows, gain, shift, eps)[0], weight)

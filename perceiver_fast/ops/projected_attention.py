@@ -81,9 +81,7 @@ def pieces(batch: int, tokens: int, rows: int) -> Iterator[Piece]:
             yield Piece(slice(element, min(batch, element + step)), slice(first, min(tokens, first + rows)))
 
 
-def rows_of_pieces(
-    latents: int, inner: int, learning: bool, projection: Projection, mask: Tensor | None
-) -> int:
+def rows_of_pieces(latents: int, inner: int, learning: bool, projection: Projection, mask: Tensor | None) -> int:
     """How many tokens attention on CPU kernels takes at a time; 0 where it takes all of them at once.
 
     It takes pieces of many tokens of few channels, unless somebody looks at operators, or keys and values are constants. A

@@ -11,7 +11,7 @@ from perceiver_fast.ops.checks import check_memory
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION
 from perceiver_fast.ops.layer_norm import LAYER_NORM, layer_norm
-from perceiver_fast.ops.layer_norm_linear import is_wide, layer_norm_linear_unchecked
+from perceiver_fast.ops.layer_norm_linear import LAYER_NORM_LINEAR, is_for, is_small, layer_norm_linear_unchecked
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.ops.projected_attention import Projection
@@ -77,7 +77,9 @@ class DenseTokens(Tokens):
     def uses(self, path: str, width: int) -> tuple[Choice, ...]:
         if path != "projected" or not self._fuses():
             return ()
-        if self._is_wide(width):
+        if self._by_rows(width):
+            if is_small(self.batch * self.count, self.channels, width):
+                return (LAYER_NORM_LINEAR.choose(PointwiseCall(self.feat.dtype, self.device)),)
             return LAYER_NORM.choose(PointwiseCall(self.feat.dtype, self.device)), Choice("linear", "a library")
         return (self._projection(),)
 
@@ -90,14 +92,14 @@ class DenseTokens(Tokens):
         exact = self.feat.dtype == self.compute and autocast_dtype(self.device) is None
         return exact and self._projection().backend == "cpu"
 
-    def _is_wide(self, width: int) -> bool:
-        """Whether that op's product runs on a library, rather than in the kernel that encodes positions."""
-        if self.feat.dtype != torch.float32 or torch.compiler.is_compiling() or transformed():
+    def _by_rows(self, width: int) -> bool:
+        """Whether that op is layer_norm_linear, rather than the kernel that encodes positions."""
+        if torch.compiler.is_compiling() or transformed():
             return False
-        return is_wide(self.batch * self.count, self.channels, width)
+        return is_for(self.batch * self.count, self.channels, width, self.feat.dtype)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        if self._fuses() and self._by_library(to_kv):
+        if self._fuses() and self._takes_rows(to_kv, norm):
             check_memory("to_kv(norm(tokens))", to_kv.weight, norm.weight, norm.bias)
             gain, shift = norm.weight.to(self.feat.dtype), norm.bias.to(self.feat.dtype)
             return layer_norm_linear_unchecked(self.feat, gain, shift, to_kv.weight, norm.eps)
@@ -107,12 +109,12 @@ class DenseTokens(Tokens):
         return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))
 
     def projection(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Projection | None:
-        if not self._fuses() or self._by_library(to_kv):
+        if not self._fuses() or self._takes_rows(to_kv, norm):
             return None
         weight, bias = absorb_norm(to_kv, norm, to_kv.weight.dtype)
         coords = self.feat.new_empty((*self.feat.shape[:2], 0), dtype=torch.float64)  # of no axis
         return Projection(self.feat, coords, coords.new_empty(0, 0), weight.T, bias, norm.eps, to_kv.weight.dtype)
 
-    def _by_library(self, to_kv: nn.Linear) -> bool:
-        """Whether keys and values are a library's product of normalised tokens."""
-        return self._is_wide(len(to_kv.weight)) and to_kv.weight.dtype == self.feat.dtype
+    def _takes_rows(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> bool:
+        """Whether layer_norm_linear makes keys and values."""
+        return self._by_rows(len(to_kv.weight)) and to_kv.weight.dtype == self.feat.dtype and norm.eps > 0

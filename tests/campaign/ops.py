@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import perceiver_fast as pf
 from perceiver_fast.ops.grid_cross_attention import parameter_shapes
+from perceiver_fast.ops.latent_cross_attention import parameter_shapes as side_shapes
 
 from .judge import Judge, Results, size_of
 from .outcome import Outcome
@@ -226,6 +227,24 @@ def grid_cross_attention(case: dict, make: Make) -> Callable:
         like = [t.to(x.dtype) for t in (feat, scale, *codes)]
         return pf.ops.grid_cross_attention(
             x, *like[:2], mask, like[2:], list(parameters.values()), heads, (inner // heads) ** -0.5, 1e-5
+        )
+
+    return call
+
+
+def latent_cross_attention(case: dict, make: Make) -> Callable:
+    """Rows, D, tokens, H, masked; with ``flag`` the latents are added; gradients reach all but the mask."""
+    width, heads = case["channels"] + 1, case["heads"]
+    inner = heads * (case["width"] % 17 + 1)
+    make.harsh("x", case["batch"], case["rows"], width)
+    make.normal("keys_values", case["batch"], case["tokens"], 2 * inner)
+    for i, shape in enumerate(side_shapes(width, inner)):
+        make.normal(f"p{i}", *shape, by=shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+    mask = make.mask(case["batch"], case["tokens"])
+
+    def call(x, keys_values, **parameters):
+        return pf.ops.latent_cross_attention(
+            x, keys_values, mask, list(parameters.values()), heads, (inner // heads) ** -0.5, 1e-5, adds=case["flag"]
         )
 
     return call

@@ -8,7 +8,7 @@ import torch
 from support import needs_extension, relative_error
 
 import perceiver_fast as pf
-from perceiver_fast.layers import Attention, PreNorm, axis_codes, cross_attention_ways, plan
+from perceiver_fast.layers import Attention, PreNorm, axis_codes, cross_attention_ways, plan, small
 from perceiver_fast.layers.plan import Layer, count_work, plan_cross_attention
 from perceiver_fast.ops.cross_attention import CROSS_ATTENTION, cross_attention_unchecked
 from perceiver_fast.ops.library import compute_dtype
@@ -70,8 +70,10 @@ def outputs(layer, x, tokens, mask, path, inverted, monkeypatch):
     """The layer's output and gradients when it takes the way ``path``."""
     from perceiver_fast.layers import cross_attention as module
 
-    plan = module.plan_cross_attention
+    plan, path, in_one = module.plan_cross_attention, path.removesuffix(" in one op"), path.endswith(" in one op")
     with monkeypatch.context() as patch:
+        if not in_one:
+            patch.setattr(small, "are_few", lambda latents, channels: False)
         patch.setattr(module, "plan_cross_attention", lambda t, call: type(plan(t, call))(path, plan(t, call).choice))
         torch.manual_seed(7)  # of dropout
         out = layer(x, context=tokens, mask=mask, inverted_attention=inverted)
@@ -92,6 +94,7 @@ def test_all_ways_are_one(monkeypatch, heads, inverted, dropout):
     x = torch.randn(1, 9, 16, dtype=torch.float64)
     mask = torch.rand(2, 42) > 0.3
     ways = [(described, "grid"), (described, "projected"), (built, "absorbed"), (built, "projected")]
+    ways += [(described, "projected in one op"), (built, "projected in one op")]
     expected, *others = (outputs(layer, x, tokens, mask, path, inverted, monkeypatch) for tokens, path in ways)
     whole = torch.stack([t.norm() for t in expected]).norm()
     for other in others:
@@ -205,6 +208,7 @@ def test_what_is_planned_for_is_what_arrives(kind, dtype, autocast, contributes,
         assert k.dtype == v.dtype == q.dtype and k.shape[3] == q.shape[3]
         return cross_attention_unchecked(q, k, v, *args)
 
+    monkeypatch.setattr(small, "are_few", lambda latents, channels: False)
     monkeypatch.setattr(plan, "CROSS_ATTENTION", SimpleNamespace(choose=choose))
     monkeypatch.setattr(cross_attention_ways, "cross_attention_unchecked", attend)
     tokens = KINDS[kind](dtype)

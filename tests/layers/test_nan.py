@@ -10,7 +10,7 @@ import torch
 from support import needs_extension
 
 import perceiver_fast as pf
-from perceiver_fast.layers import Attention, PreNorm, axis_codes
+from perceiver_fast.layers import Attention, PreNorm, axis_codes, small
 from perceiver_fast.layers import cross_attention as module
 from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, TokenGroups
 
@@ -18,6 +18,7 @@ SIZES, FEATURES, CHANNELS = (7, 6), 3, 29
 TOKENS, AT = 42, 10  # how many there are, and which one holds the value
 VALUES = 1e10, 1e19, 1e38, 3e38, float("inf"), float("nan")
 WAYS = [("grid", "grid"), ("grid", "projected"), ("points", "projected"), ("dense", "absorbed"), ("dense", "projected")]
+WAYS += [(kind, "projected in one op") for kind in ("grid", "points", "dense")]
 WAYS = [(*way, inverted) for way in WAYS for inverted in (False, True)]
 WAYS += [("groups", "absorbed", False), ("groups", "projected", False)]  # which have no inverted attention
 
@@ -45,8 +46,10 @@ def described(kind, feat, mask):
 
 @contextmanager
 def way_taken(path, monkeypatch):
-    plan = module.plan_cross_attention
+    plan, path, in_one = module.plan_cross_attention, path.removesuffix(" in one op"), path.endswith(" in one op")
     with monkeypatch.context() as patch:
+        if not in_one:
+            patch.setattr(small, "are_few", lambda latents, channels: False)
         patch.setattr(module, "plan_cross_attention", lambda t, call: type(plan(t, call))(path, plan(t, call).taken))
         yield
 

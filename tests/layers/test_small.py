@@ -15,7 +15,8 @@ from perceiver_fast.ranges import OPS
 
 pytestmark = pytest.mark.skipif(**needs_extension)
 
-TOGETHER = {"grid_cross_attention", "latent_layers"}
+TOGETHER = {"grid_cross_attention", "latent_cross_attention", "latent_layers"}
+OF_A_GRID = TOGETHER - {"latent_cross_attention"}
 SIZES = dict(num_freq_bands=2, depth=2, max_freq=4.0, num_latents=5, latent_dim=16, latent_heads=2, latent_dim_head=4)
 
 
@@ -60,7 +61,7 @@ def test_results_are_those_of_layers(monkeypatch, options, masked, train):
         return [out, *torch.autograd.grad(out.square().sum(), perceiver.parameters())] if train else [out]
 
     found = results()
-    assert ops_of(lambda: perceiver(data, mask=mask)) >= TOGETHER
+    assert ops_of(lambda: perceiver(data, mask=mask)) >= OF_A_GRID
     layer_by_layer(monkeypatch)
     assert not ops_of(lambda: perceiver(data, mask=mask)) & TOGETHER
     for mine, theirs in zip(found, results(), strict=True):
@@ -85,9 +86,71 @@ def test_equal_seeds_drop_the_same_together_and_layer_by_layer(monkeypatch, drop
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_perceiver_io_s_latents_run_together():
+def test_perceiver_io_runs_together():
     io = pf.PerceiverIO(depth=2, dim=9, queries_dim=6, num_latents=8, latent_dim=16)
-    assert "latent_layers" in ops_of(lambda: io(torch.randn(2, 9, 9), queries=torch.randn(5, 6)))
+    ops = ops_of(lambda: io(torch.randn(2, 9, 9), queries=torch.randn(5, 6)))
+    assert ops >= {"latent_layers", "layer_norm_linear", "latent_cross_attention"} and "cross_attention" not in ops
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def signal(dropout):
+    """One long axis, whose tokens are points."""
+    perceiver = model(input_axis=1, input_channels=1, attn_dropout=dropout)
+    return perceiver, lambda mask: perceiver(draw(2, 1100, 1), mask=mask), 1100
+
+
+def dense(dropout):
+    perceiver = model(fourier_encode_data=False, input_axis=1, input_channels=40, cross_heads=2, attn_dropout=dropout)
+    return perceiver, lambda mask: perceiver(draw(2, 30, 40), mask=mask), 30
+
+
+def described(dropout):
+    """An image whose tokens pass through a layer, and whose raw channels learn."""
+    embed = nn.Linear(13, 9)
+    perceiver = pf.PerceiverIO(depth=1, dim=9, queries_dim=6, num_latents=5, latent_dim=16)
+    perceiver.cross_attend_block.cross_attn.fn.dropout.p = dropout
+    perceiver.embed = embed
+
+    def call(mask):
+        image = pf.grid_tokens((5, 6), feat=draw(2, 5, 6, 3), num_freq_bands=2, max_freq=4.0, embed=embed)
+        return perceiver(image, mask=mask, queries=draw(7, 6))
+
+    return perceiver, call, 30
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", [signal, dense, described])
+def test_tokens_that_are_projected(monkeypatch, kind, masked, dropout):
+    """Keys and values of tokens of every kind, in one op or layer by layer; equal seeds drop the same."""
+    perceiver, call, tokens = kind(dropout)
+    perceiver.double()
+    mask = draw(2, tokens) > -0.5 if masked else None
+
+    def results():
+        torch.manual_seed(4)
+        out = call(mask)
+        return [out, *torch.autograd.grad(out.square().sum(), [p for p in perceiver.parameters() if p.requires_grad])]
+
+    found = results()
+    assert "latent_cross_attention" in ops_of(lambda: call(mask)) or kind is described
+    layer_by_layer(monkeypatch)
+    assert not ops_of(lambda: call(mask)) & TOGETHER
+    for mine, theirs in zip(found, results(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_tokens_whose_product_a_library_makes_in_half_precision_run_one_by_one():
+    io = pf.PerceiverIO(depth=1, dim=256, queries_dim=6, num_latents=64, latent_dim=16)
+    few, many = torch.randn(1, 50, 256), torch.randn(1, 900, 256)
+    for data, dtype in ((few, torch.float32), (many, torch.float32), (few, torch.bfloat16)):
+        with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+            assert "latent_cross_attention" in ops_of(lambda: io(data))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "latent_cross_attention" not in ops_of(lambda: io(many))
 
 
 def hooked(perceiver):
@@ -115,7 +178,7 @@ def test_modes_run_layers_one_by_one():
         assert not ops_of(lambda: perceiver(data)) & TOGETHER
     assert not ops_of(lambda: pf.explain(perceiver, data)) & TOGETHER
     assert not ops_of(lambda: torch.func.vmap(lambda x: perceiver(x.unsqueeze(0)))(data)) & TOGETHER
-    assert not ops_of(lambda: perceiver(data.clone().requires_grad_())) & {"grid_cross_attention"}
+    assert "grid_cross_attention" not in ops_of(lambda: perceiver(data.clone().requires_grad_()))
 
 
 def test_a_graph_has_the_layers_ops():
@@ -137,7 +200,7 @@ def test_half_precision_is_computed_in_float32(monkeypatch, weights):
         return [out, *torch.autograd.grad(out.double().square().sum(), perceiver.parameters())]
 
     found = results(perceiver, given, not weights)
-    assert ops_of(lambda: results(perceiver, given, not weights)) >= TOGETHER
+    assert ops_of(lambda: results(perceiver, given, not weights)) >= OF_A_GRID
     want = results(exact, given.double(), False)
     layer_by_layer(monkeypatch)
     for mine, theirs, true in zip(found, results(perceiver, given, not weights), want, strict=True):
@@ -148,7 +211,7 @@ def test_half_precision_is_computed_in_float32(monkeypatch, weights):
 def test_wide_latents_in_half_precision_run_one_by_one():
     wide = dict(num_latents=128, latent_dim=256)
     perceiver, data = model(**wide).eval(), image(4)
-    assert ops_of(lambda: perceiver(data)) >= TOGETHER
+    assert ops_of(lambda: perceiver(data)) >= OF_A_GRID
     with torch.autocast("cpu", torch.bfloat16):
         assert not ops_of(lambda: perceiver(data)) & TOGETHER
 

@@ -1,4 +1,4 @@
-"""LayerNorm and a wide linear layer as one op: which rows it is for, its numbers, and all that runs through it."""
+"""LayerNorm and a linear layer as one op: which rows it is for, its numbers, and all that runs through it."""
 
 import pytest
 import torch
@@ -8,7 +8,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import perceiver_fast as pf
 from perceiver_fast.layers import Attention, PreNorm
-from perceiver_fast.ops.layer_norm_linear import LayerNormLinearFunction, is_wide, layer_norm_linear_unchecked
+from perceiver_fast.ops.layer_norm_linear import (
+    FewRowsFunction,
+    LayerNormLinearFunction,
+    is_for,
+    layer_norm_linear_unchecked,
+)
 from perceiver_fast.tokens import DenseTokens, dense
 
 pytestmark = pytest.mark.skipif(**needs_extension)
@@ -31,23 +36,27 @@ def run(function, inputs, d_out, frozen, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    "rows, channels, out_channels, wide",
+    "rows, channels, out_channels, taken",
     [
         (2048, 768, 2560, True),  # language
         (16_384, 768, 2560, True),  # more rows of a weight beyond the cache
         (512, 1024, 1024, True),  # latents in a decoder
         (50_176, 512, 128, False),  # many rows and a weight that stays in the cache
         (50_000, 8192, 256, False),  # the normalised rows would be many times the result
-        (300, 48, 64, False),  # no product that a library is chosen for
+        (300, 48, 64, True),  # little work, in kernels of its own
     ],
 )
-def test_which_rows_it_is_for(rows, channels, out_channels, wide):
-    assert is_wide(rows, channels, out_channels) == wide
+def test_which_rows_it_is_for(rows, channels, out_channels, taken):
+    assert is_for(rows, channels, out_channels, torch.float32) == taken
+    assert is_for(rows, channels, out_channels, torch.float64) == (rows == 300)  # no library is chosen for it
+    assert not is_for(rows, channels, out_channels, torch.bfloat16)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen rows"])
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-@pytest.mark.parametrize("rows, channels, out_channels", [(70, 96, 160), (512, 256, 640), (2, 5, 3)])
+@pytest.mark.parametrize(
+    "rows, channels, out_channels", [(70, 96, 160), (512, 256, 640), (2, 5, 3), (500, 33, 70), (1, 300, 17)]
+)
 def test_error_is_that_of_plain_pytorch(rows, channels, out_channels, offset, frozen):
     found = []
     for _ in range(4):
@@ -64,13 +73,14 @@ def test_error_is_that_of_plain_pytorch(rows, channels, out_channels, offset, fr
     check_over_draws(found, 1e-7)
 
 
+@pytest.mark.parametrize("op", [LayerNormLinearFunction, FewRowsFunction])
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen rows"])
-def test_derivatives(frozen):
+def test_derivatives(frozen, op):
     x, gain, shift, weight = (torch.randn(s, dtype=torch.float64) for s in ((4, 3), (3,), (3,), (5, 3)))
     leaves = [x.requires_grad_(not frozen), *(t.requires_grad_() for t in (gain, shift, weight))]
 
     def function(*leaves):
-        return LayerNormLinearFunction.apply(*leaves, 1e-5)
+        return op.apply(*leaves, 1e-5)
 
     assert gradcheck(function, leaves) and gradgradcheck(function, leaves)
 
@@ -177,5 +187,8 @@ def test_explain_names_it():
     with pf.use_linear("torch"):
         assert "with linear on torch (torch is forced)" in str(pf.explain(model, data))
     few = DenseTokens(data[:, :50])
-    assert [use.op for use in few.uses("projected", WIDTH)] == ["fourier_projection"]
+    assert [(use.op, use.backend) for use in few.uses("projected", WIDTH)] == [("layer_norm_linear", "cpu")]
+    many = DenseTokens(data[:, :, :8].expand(100, -1, -1))
+    assert [use.op for use in many.uses("projected", 2048)] == ["layer_norm", "linear"]
+    assert [use.op for use in DenseTokens(data.expand(100, -1, -1)).uses("projected", WIDTH)] == ["fourier_projection"]
     assert few.uses("absorbed", WIDTH) == ()

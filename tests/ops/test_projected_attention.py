@@ -7,8 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import perceiver_fast as pf
 from perceiver_fast.layers import cross_attention_ways
 from perceiver_fast.ops import blocks, projected_attention
+from perceiver_fast.ops.library import learns
 from perceiver_fast.ops.projected_attention import Projection, pieces, rows_of_pieces
 from perceiver_fast.ops.projected_attention import projected_attention as attend
+from perceiver_fast.tokens import dense
 
 HEADS, DIM, QUERIES = 2, 4, 3
 
@@ -165,10 +167,12 @@ def test_where_it_runs(monkeypatch):
     projection = Projection(feat, coords, frequencies, weight, bias, 1e-5, feat.dtype)
     rows = rows_of_pieces(*q.shape[-2:], q.requires_grad, projection, None)
     assert 0 < rows <= ROWS
-    assert rows_of_pieces(q.repeat(1, 10, 1), projection, None) == 20 * QUERIES  # results of parts are saved
+    assert (
+        rows_of_pieces(10 * q.shape[-2], q.shape[-1], False, projection, None) == 20 * QUERIES
+    )  # results of parts are saved
 
     def runs(q=q, mask=None, **other):
-        return rows_of_pieces(q, projection._replace(**other), mask) > 0
+        return rows_of_pieces(*q.shape[-2:], learns(q), projection._replace(**other), mask) > 0
 
     assert not runs(mask=torch.ones(4, 53, dtype=torch.bool))
     assert not runs(q=q[..., 1:])
@@ -213,6 +217,7 @@ def test_models_take_it(kind, masked, monkeypatch):
     monkeypatch.setattr(cross_attention_ways, "projected_attention", counted)
     monkeypatch.setattr(projected_attention, "PIECE", 64 * 32 // torch.get_num_threads())
     monkeypatch.setattr(projected_attention, "LEAST_PIECES", 1)
+    monkeypatch.setattr(dense, "is_for", lambda *sizes: False)  # so little work is not for pieces
 
     def run():
         data = x.clone().requires_grad_()

@@ -74,7 +74,7 @@ def test_dense_and_point_ways_are_named():
     points = pf.Perceiver(**SMALL)
     with pf.ranges():
         names = seen(stepper(dense, torch.randn(1, 6, 5, 3)))
-        assert {"cross_attention", "cross_attention.backward"} <= names and "grid_attention" not in names
+        assert {"latent_cross_attention", "latent_cross_attention.backward"} <= names and "grid_attention" not in names
         names = seen(lambda: points(torch.randn(1, 30, 3), coords=torch.rand(30, 2)).sum().backward())
         assert {"fourier_projection", "fourier_projection.backward", "describe"} <= names
         names = seen(lambda: pf.ops.geglu(torch.randn(3, 8, requires_grad=True)).sum().backward())

@@ -171,7 +171,7 @@ def attend_projected(
     plain = backend == "cpu" and not inverted and fn.active_dropout == 0 and not fn.queries_contribute_kv
     if projection is not None and plain:
         q = layer.to_q(z)
-        rows = rows_of_pieces(*q.shape[-2:], learns(q), projection, mask)
+        rows = rows_of_pieces(q.shape[-2], q.shape[-1], learns(q), projection, mask)
         if rows > 0:
             q = fn.split_heads(q.to(projection.dtype).expand(tokens.batch, -1, -1))
             return _latents_first(*projected_attention(q, projection, rows, mask, fn.scale, with_lse))

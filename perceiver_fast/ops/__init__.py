@@ -12,6 +12,7 @@ from perceiver_fast.ops.grid_scale import grid_scale
 from perceiver_fast.ops.latent_cross_attention import latent_cross_attention
 from perceiver_fast.ops.latent_layers import latent_layers
 from perceiver_fast.ops.layer_norm import add_layer_norm, layer_norm
+from perceiver_fast.ops.layer_norm_linear import layer_norm_linear
 from perceiver_fast.ops.linear import linear
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "latent_cross_attention",
     "latent_layers",
     "layer_norm",
+    "layer_norm_linear",
     "linear",
 ]
 

@@ -59,8 +59,9 @@ def _sample(
     channels = 7
     shapes = parameter_shapes(channels, inner)
     x = make(1 if shared else batch, 4, channels, dtype=dtype)
-    keys_values, parameters = make(batch, tokens, 2 * inner, dtype=dtype), [make(*each, dtype=dtype) for each in shapes]
-    options = heads, 0.5, 1e-5, *((0.1, make.seed()) if drops else (0.0, None)), adds
+    keys_values = make(batch, tokens, 2 * inner, dtype=dtype) * 0.1  # logits of any scale stay small
+    parameters = [make(*each, dtype=dtype) for each in shapes]
+    options = heads, 0.1, 1e-5, *((0.1, make.seed()) if drops else (0.0, None)), adds
     return LatentCrossAttentionFunction.apply(
         make.mask(batch, tokens) if mask else None, options, x, keys_values, *parameters
     )

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from perceiver_fast import reference
-from perceiver_fast.ops.checks import check_memory
+from perceiver_fast.ops.checks import check_alike, check_memory, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.latent_layers import CPU_BACKENDS
 from perceiver_fast.ops.library import learns, unless_autocast
 from perceiver_fast.ops.linear import LARGE, forward_product, grad_input_product, grad_weight_product
-from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.pointwise import PointwiseCall, runs_kernel
 from perceiver_fast.ops.work import Work
 from perceiver_fast.ranges import op_range
 
@@ -42,6 +42,8 @@ def is_for(rows: int, channels: int, out_channels: int, dtype: torch.dtype) -> b
     own order first. It is for many rows and narrow weights. This op is for little work, and on a library for few rows, and
     for weights that fill the cache; then it may be of any number of rows, as the result is at least as large as the rows.
     """
+    if rows * channels * out_channels == 0:
+        return False
     if is_small(rows, channels, out_channels):
         return dtype in (torch.float32, torch.float64)
     if dtype != torch.float32:
@@ -107,11 +109,7 @@ class FewRowsFunction(torch.autograd.Function):
 
 def _form(eps):
     """The function in plain PyTorch, which derivatives beyond the first are taken of."""
-
-    def form(x, gain, shift, weight):
-        return reference.add_layer_norm(x, None, None, gain, shift, eps, x.dtype, smooth=True)[1] @ weight.T
-
-    return form
+    return lambda x, gain, shift, weight: reference.layer_norm_linear(x, gain, shift, weight, eps)
 
 
 def _normalize(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,12 +166,47 @@ def _gradients_of_parameters(d_out, x, gain, shift, weight, eps):
     return product.mul_(weight).sum(0), d_shift, d_weight
 
 
+def layer_norm_linear(x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """``LayerNorm(x) weight^T``, whose backward normalises again rather than save what it normalised.
+
+    Args:
+        x: ``[.., C]``, floating point.
+        gain, shift: LayerNorm's weight and bias ``[C]``, the dtype of x.
+        weight: of the linear layer, ``[D, C]``, the dtype of x.
+        eps: LayerNorm's epsilon, more than 0. Default: 1e-5.
+
+    Returns:
+        ``[.., D]``, the dtype of x. Differentiable any number of times in all tensors. Half precision runs in plain PyTorch.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, size or device; the message says expected, got and what to do.
+        perceiver_fast.backends.BackendError: a forced backend cannot run the call.
+
+    Example:
+        >>> import torch
+        >>> from perceiver_fast.ops import layer_norm_linear
+        >>> layer_norm_linear(torch.randn(2, 30, 8), torch.ones(8), torch.zeros(8), torch.randn(12, 8)).shape
+        torch.Size([2, 30, 12])
+    """
+    check_alike(OP, x=x, gain=gain, shift=shift, weight=weight)
+    if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not eps > 0:
+        raise ValueError(
+            f"{OP}: expected x [.., C], a weight [D, C] and eps above 0, got {tuple(x.shape)}, {tuple(weight.shape)} and {eps}; "
+            "give both the same channels"
+        )
+    for name, t in (("gain", gain), ("shift", shift)):
+        check_shape(OP, name, t, x.shape[-1:], "give one number for every channel of x")
+    if x.numel() == 0 or weight.numel() == 0 or not runs_kernel(LAYER_NORM_LINEAR, x.dtype, x.device):
+        return reference.layer_norm_linear(x, gain, shift, weight, eps)
+    return layer_norm_linear_unchecked(x, gain, shift, weight, eps)
+
+
 @op_range(OP)
 def layer_norm_linear_unchecked(x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``LayerNorm(x) weight^T`` on the CPU, where the C++ kernels run; inputs are not checked.
 
     Args:
-        x: ``[.., C]``, not empty, float32, or float64 where :func:`is_small`.
+        x: ``[.., C]``, not empty, float32 or float64.
         gain, shift: LayerNorm's weight and bias ``[C]``, the dtype of x.
         weight: ``[D, C]``, the dtype of x.
         eps: LayerNorm's epsilon, more than 0.
@@ -183,7 +216,7 @@ def layer_norm_linear_unchecked(x: Tensor, gain: Tensor, shift: Tensor, weight: 
     """
     check_memory(OP, gain, shift, weight)
     rows = x.reshape(-1, x.shape[-1])
-    if is_small(*rows.shape, len(weight)):
+    if is_small(rows.shape[0], rows.shape[1], len(weight)):
         if learns(x, gain, shift, weight):
             out = FewRowsFunction.apply(rows, gain, shift, weight, eps)
         else:

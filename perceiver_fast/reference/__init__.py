@@ -11,6 +11,7 @@ from perceiver_fast.reference.grid_scale import grid_scale
 from perceiver_fast.reference.latent_cross_attention import latent_cross_attention
 from perceiver_fast.reference.latent_layers import latent_layers
 from perceiver_fast.reference.layer_norm import add_layer_norm, smooth_layer_norm
+from perceiver_fast.reference.layer_norm_linear import layer_norm_linear
 
 __all__ = [
     "add_layer_norm",
@@ -27,5 +28,6 @@ __all__ = [
     "grid_scale",
     "latent_cross_attention",
     "latent_layers",
+    "layer_norm_linear",
     "smooth_layer_norm",
 ]

@@ -161,6 +161,16 @@ def layer_norm(case: dict, make: Make) -> Callable:
     return lambda x, weight, bias: pf.ops.layer_norm(x, weight, bias)
 
 
+def layer_norm_linear(case: dict, make: Make) -> Callable:
+    """Rows, C, D."""
+    channels = case["channels"] + 1
+    make.harsh("x", case["batch"], case["rows"], channels)
+    make.normal("gain", channels)
+    make.normal("shift", channels)
+    make.normal("weight", case["width"], channels, by=channels**-0.5)
+    return lambda x, gain, shift, weight: pf.ops.layer_norm_linear(x, gain, shift, weight)
+
+
 def add_layer_norm(case: dict, make: Make) -> Callable:
     """Rows and channels, with a branch, with and without its bias."""
     _norm(case, make)

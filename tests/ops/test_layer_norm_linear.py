@@ -85,6 +85,36 @@ def test_derivatives(frozen, op):
     assert gradcheck(function, leaves) and gradgradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 7, 16), (16,), (0, 16), (3, 700, 16)])
+def test_the_public_function(shape, dtype, backend):
+    x, gain, shift, weight = (torch.randn(s).to(dtype) for s in (shape, (16,), (16,), (700, 16)))
+    with pf.use_backend(backend):
+        out = pf.ops.layer_norm_linear(x, gain, shift, weight)
+    assert out.dtype == dtype and out.shape == (*shape[:-1], 700)
+    exact = plain(*(t.double() for t in (x, gain, shift, weight)), 1e-5)
+    assert relative_error(out, exact) < {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize(
+    "place, change, match",
+    [
+        (0, lambda x: x.int(), "floating point"),
+        (0, lambda x: x[..., 1:], "the same channels"),
+        (1, lambda gain: gain.double(), "like x"),
+        (2, lambda shift: shift[1:], "shift"),
+        (3, lambda weight: weight[0], "a weight"),
+        (4, lambda eps: 0.0, "eps above 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(place, change, match):
+    arguments = [torch.randn(3, 8), torch.randn(8), torch.randn(8), torch.randn(5, 8), 1e-5]
+    arguments[place] = change(arguments[place])
+    with pytest.raises((TypeError, ValueError), match=match):
+        pf.ops.layer_norm_linear(*arguments)
+
+
 def test_some_parameters_learn():
     """Whichever do get their gradients, and the others none."""
     x, *parameters = (torch.randn(s) for s in ((7, 16), (16,), (16,), (24, 16)))

@@ -204,25 +204,9 @@ void Pass<T>::backward(int64_t chunk, const T* d_y, const T* kept, T* d_x,
   this->store(chunk, d, d_x);
 }
 
-}  // namespace
-
 template <class T>
-int64_t latent_layers_saved(const LatentLayers<T>& call) {
-  const Pass<T> pass(call);
-  return pass.all_columns() * pass.saved;
-}
-
-template <class T>
-void latent_layers_forward(const LatentLayers<T>& call, const T* x, T* y, T* saved, const Parallel& parallel) {
-  const Pass<T> pass(call);
-  for_calls(pass.chunks(), pass.work, parallel, [&](int64_t chunk, Team team) {
-    pass.forward(chunk, x, y, saved ? saved + pass.columns_before(chunk) * pass.saved : nullptr, team);
-  });
-}
-
-template <class T>
-void latent_layers_backward(const LatentLayers<T>& call, const T* d_y, const T* saved, T* d_x,
-                            const std::vector<LatentLayerParameters<T>>& gradients, const Parallel& parallel) {
+void make_gradients(const LatentLayers<T>& call, const T* d_y, const T* saved, T* d_x,
+                    const std::vector<LatentLayerParameters<T>>& gradients, const Parallel& parallel) {
   const Pass<T> pass(call);
   // One sum whose rows need no padding is made where it belongs: what is as large as all parameters is not copied.
   const int64_t chunks = pass.chunks(), parts = parts_of(chunks);
@@ -253,11 +237,70 @@ void latent_layers_backward(const LatentLayers<T>& call, const T* d_y, const T* 
   }
 }
 
+// to += from, for all parameters.
+template <class T>
+void add_gradients(const LatentLayers<T>& call, const std::vector<LatentLayerParameters<const T>>& from,
+                   const std::vector<LatentLayerParameters<T>>& to, const Parallel& parallel) {
+  struct Piece {
+    T* to;
+    const T* from;
+    int64_t count;
+  };
+  constexpr int64_t kPiece = 8192, kWork = 8;  // numbers, and multiply-adds in whose time one is read and written
+  std::vector<Piece> pieces;
+  int64_t all = 0;
+  const auto add = [&](T* to, const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += kPiece) pieces.push_back({to + i, from + i, std::min(kPiece, count - i)});
+    all += count;
+  };
+  for (size_t i = 0; i < call.layers.size(); ++i) {
+    const int64_t D = call.channels, I = call.layers[i].inner;
+    const bool with_heads = call.layers[i].heads > 0;
+    const auto &t = to[i];
+    const auto &f = from[i];
+    add(t.norm_weight, f.norm_weight, D);
+    add(t.norm_bias, f.norm_bias, D);
+    add(t.first, f.first, (with_heads ? 1 : 2) * I * D);
+    add(t.second, f.second, 2 * I * (with_heads ? D : 1));
+    add(t.last, f.last, D * I);
+    add(t.last_bias, f.last_bias, D);
+  }
+  Team{&parallel}.run(int64_t(pieces.size()), 1, kWork * all, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t k = 0; k < pieces[i].count; ++k) pieces[i].to[k] += pieces[i].from[k];
+  });
+}
+
+}  // namespace
+
+template <class T>
+int64_t latent_layers_saved(const LatentLayers<T>& call) {
+  const Pass<T> pass(call);
+  return pass.all_columns() * pass.saved;
+}
+
+template <class T>
+void latent_layers_forward(const LatentLayers<T>& call, const T* x, T* y, T* saved, const Parallel& parallel) {
+  const Pass<T> pass(call);
+  for_calls(pass.chunks(), pass.work, parallel, [&](int64_t chunk, Team team) {
+    pass.forward(chunk, x, y, saved ? saved + pass.columns_before(chunk) * pass.saved : nullptr, team);
+  });
+}
+
+template <class T>
+void latent_layers_backward(const LatentLayers<T>& call, const T* d_y, const T* saved, T* d_x,
+                            const std::vector<LatentLayerParameters<T>>& gradients,
+                            const std::vector<LatentLayerParameters<const T>>& added, const Parallel& parallel) {
+  make_gradients(call, d_y, saved, d_x, gradients, parallel);
+  if (!added.empty()) add_gradients(call, added, gradients, parallel);
+}
+
 #define PF_INSTANTIATE(T)                                                                                        \
   template int64_t latent_layers_saved<T>(const LatentLayers<T>&);                                               \
   template void latent_layers_forward<T>(const LatentLayers<T>&, const T*, T*, T*, const Parallel&);             \
   template void latent_layers_backward<T>(const LatentLayers<T>&, const T*, const T*, T*,                        \
-                                          const std::vector<LatentLayerParameters<T>>&, const Parallel&);
+                                          const std::vector<LatentLayerParameters<T>>&,                          \
+                                          const std::vector<LatentLayerParameters<const T>>&, const Parallel&);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)
 

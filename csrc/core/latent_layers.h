@@ -48,9 +48,11 @@ int64_t latent_layers_saved(const LatentLayers<T>& call);
 template <class T>
 void latent_layers_forward(const LatentLayers<T>& call, const T* x, T* y, T* saved, const Parallel& parallel);
 
-// d_x [B, N, D] and the gradients of every layer's parameters, from d_y and what the forward saved.
+// d_x [B, N, D] and the gradients of every layer's parameters, from d_y and what the forward saved. `added`, gradients of
+// the same parameters from another use of the layers, are added to them; or it is empty.
 template <class T>
 void latent_layers_backward(const LatentLayers<T>& call, const T* d_y, const T* saved, T* d_x,
-                            const std::vector<LatentLayerParameters<T>>& gradients, const Parallel& parallel);
+                            const std::vector<LatentLayerParameters<T>>& gradients,
+                            const std::vector<LatentLayerParameters<const T>>& added, const Parallel& parallel);
 
 }  // namespace perceiver_fast

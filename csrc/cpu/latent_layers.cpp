@@ -102,19 +102,28 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensors& parameters, c
 std::tuple<Tensor, Tensors> backward(const Tensor& d_y, const Tensor& saved, const Tensors& parameters,
                                      const std::vector<int64_t>& heads, const std::vector<double>& scales,
                                      const std::vector<double>& eps, const std::vector<double>& dropouts,
-                                     const Tensors& drawn) {
+                                     const Tensors& drawn, const Tensors& added) {
   const Inputs in("d_y", d_y, parameters, heads, scales, eps, dropouts, drawn);
   const Tensor grad = dense(d_y);
   Tensor d_x = torch::stable::new_empty(d_y, sizes_of(d_y));
-  Tensors gradients;
+  STD_TORCH_CHECK(added.empty() || added.size() == in.shapes.size(),
+                  "latent_layers: expected gradients to add to of none or all ", in.shapes.size(), " parameters, got ",
+                  added.size());
+  Tensors gradients, more;
   for (const Shape& shape : in.shapes) gradients.push_back(torch::stable::new_empty(d_y, shape));
+  for (size_t i = 0; i < added.size(); ++i)
+    more.push_back(check.dense("added", added[i], in.dtype, in.shapes[i], "like its parameter"));
   with_type(d_y, [&](auto zero) {
     using T = decltype(zero);
     const auto call = in.view<T>();
     const Tensor kept = check.dense("saved", saved, in.dtype, {latent_layers_saved(call)}, "what a forward saved");
     std::vector<LatentLayerParameters<T>> to;
-    for (size_t i = 0; i < heads.size(); ++i) to.push_back(Inputs::of<T>(i, gradients));
-    latent_layers_backward<T>(call, data<T>(grad), data<T>(kept), data<T>(d_x), to, torch_parallel());
+    std::vector<LatentLayerParameters<const T>> from;
+    for (size_t i = 0; i < heads.size(); ++i) {
+      to.push_back(Inputs::of<T>(i, gradients));
+      if (!more.empty()) from.push_back(Inputs::of<const T>(i, more));
+    }
+    latent_layers_backward<T>(call, data<T>(grad), data<T>(kept), data<T>(d_x), to, from, torch_parallel());
   });
   return {d_x, gradients};
 }

@@ -14,7 +14,8 @@ from perceiver_fast.layers.fusing import why_not
 from perceiver_fast.layers.pre_norm import BRANCHES, PreNorm, add_layer
 from perceiver_fast.layers.residual_stream import ResidualStream
 from perceiver_fast.layers.small import fit, is_half, is_small
-from perceiver_fast.ops.latent_layers import LATENT_LAYERS, latent_layers_unchecked
+from perceiver_fast.layers.uses import uses
+from perceiver_fast.ops.latent_layers import LATENT_LAYERS, latent_layers_again, latent_layers_unchecked
 from perceiver_fast.ops.library import dropout_seed
 from perceiver_fast.ops.self_attention import self_attention_backend
 
@@ -33,7 +34,15 @@ def add_layers(stream: ResidualStream, layers: Sequence[nn.Module], watched: boo
             x = stream.value()
             parameters, heads, scales, eps, dropouts = arguments
             drops = (dropouts, _drawn(x, heads, dropouts)) if any(dropouts) else ()
-            stream.become(latent_layers_unchecked(x, parameters, heads, scales, eps, *drops))
+            options = heads, scales, eps, *drops
+            if (shared := uses()) is None:
+                y = latent_layers_unchecked(x, parameters, *options)
+            elif shared.again:
+                y, returned = latent_layers_again(x, shared.take(parameters), *options)
+                shared.keep(parameters, returned)
+            else:
+                y = latent_layers_unchecked(x, shared.take(parameters), *options)
+            stream.become(y)
             return
     for layer in layers:
         add_layer(stream, layer, watched)

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from perceiver_fast.backends import forced_backend, use_backend
 from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock
-from perceiver_fast.layers.fusing import is_plain, watcher
+from perceiver_fast.layers.fusing import is_plain, is_watched, watcher
+from perceiver_fast.layers.residual_stream import normalize
+from perceiver_fast.layers.uses import several_uses
 from perceiver_fast.ops.rounding import rounding_once
 from perceiver_fast.ranges import layer_range
 
@@ -132,8 +134,10 @@ def run_blocks(
     Returns:
         ``[B, N, D]``.
     """
-    with rounding_once(x.device, shared=are_shared(blocks)):
-        for block, attn_residual, keywords in zip(blocks, attn_residuals, arguments):
+    shared = are_shared(blocks)
+    # What is computed again in a backward is no use of its own.
+    with rounding_once(x.device, shared=shared), several_uses(shared and not checkpoint) as uses:
+        for block, attn_residual, keywords in zip(uses.of(list(blocks)), attn_residuals, arguments):
             rows = rows_for(block, x) if hiddens is None else x
             x = run_checkpointed(block, checkpoint, rows, **keywords)
             if hiddens is not None:
@@ -155,7 +159,11 @@ class Head(nn.Sequential):
 
     @layer_range
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+        watched = is_watched(x)
+        for module in self:
+            fused = not watched and is_plain(module, nn.LayerNorm)
+            x = normalize(module, x) if fused else module(x)
+        return x
 
 
 def classifier_head(latent_dim: int, num_classes: int) -> Head:

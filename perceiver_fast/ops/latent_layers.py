@@ -90,7 +90,7 @@ def _forward_outputs(x, parameters, heads, scales, eps, dropouts, drawn, saves):
     return x.new_empty(x.shape), x.new_empty(_saved(x, parameters, heads) if saves else 0)
 
 
-def _backward_outputs(d_y, saved, parameters, heads, scales, eps, dropouts, drawn):
+def _backward_outputs(d_y, saved, parameters, *_):
     return d_y.new_empty(d_y.shape), [p.new_empty(p.shape) for p in parameters]
 
 
@@ -99,7 +99,9 @@ def _backward_work(d_y, saved, parameters, heads, *_) -> Work:
     return Work(2 * forward.multiply_adds)
 
 
-def _sample(make, dtype=torch.float32, heads=(0, 2, 0), batch=3, latents=5, channels=6, inner=4, drops=False):
+def _sample(
+    make, dtype=torch.float32, heads=(0, 2, 0), batch=3, latents=5, channels=6, inner=4, drops=False, used_again=False
+):
     x, parameters = make(batch, latents, channels, dtype=dtype), []
     for count in heads:
         first = ((inner, channels), (2 * inner, channels)) if count else ((2 * inner, channels), (2 * inner,))
@@ -108,7 +110,8 @@ def _sample(make, dtype=torch.float32, heads=(0, 2, 0), batch=3, latents=5, chan
     layers = len(heads)
     drawn = [make.seed() if count else make(*x.shape, dtype=dtype).detach() for count in heads if drops]
     options = heads, (0.5,) * layers, (1e-5,) * layers, (0.1,) * len(drawn), drawn
-    return LatentLayersFunction.apply(options, x, *parameters)
+    made = LatentLayersFunction.apply(options, used_again, x, *parameters)
+    return (made[0], *(p * p for p in made[1:])) if used_again else made
 
 
 LATENT_LAYERS = declare(
@@ -125,7 +128,7 @@ LATENT_LAYERS = declare(
         ),
         Operator(
             "latent_layers_backward(Tensor d_y, Tensor saved, Tensor[] parameters, int[] heads, float[] scales, "
-            "float[] eps, float[] dropouts, Tensor[] drawn) -> (Tensor d_x, Tensor[] d_parameters)",
+            "float[] eps, float[] dropouts, Tensor[] drawn, Tensor[] added) -> (Tensor d_x, Tensor[] d_parameters)",
             _backward_outputs,
             work=_backward_work,
         ),
@@ -136,6 +139,7 @@ LATENT_LAYERS = declare(
         dict(dtype=torch.float64, heads=(1,), batch=1, latents=1, channels=17),
         dict(heads=(0,), batch=20),
         dict(drops=True),
+        dict(used_again=True),
     ),
 )
 
@@ -151,28 +155,36 @@ def _forward(x, parameters, layers, saves: bool) -> tuple[Tensor, Tensor]:
 class LatentLayersFunction(torch.autograd.Function):
     """Connects the registered forward and backward; saves x, the parameters, and what the forward saves.
 
-    ``layers`` are heads, scales, eps, dropouts and drawn, which has no gradient.
+    ``layers`` are heads, scales, eps, dropouts and drawn, which has no gradient. ``again``: the parameters are returned, too,
+    for another use of the layers, whose gradients are added to this one's.
     """
 
     @staticmethod
-    def forward(ctx, layers, x, *parameters):
+    def forward(ctx, layers, again, x, *parameters):
         y, saved = _forward(x, parameters, layers, True)
         *ctx.layers, drawn = layers
         ctx.save_for_backward(saved, x, *drawn, *parameters)
         ctx.drawn = len(drawn)
-        return y
+        ctx.set_materialize_grads(False)
+        if not again:
+            return y
+        returned = [p.detach() for p in parameters]
+        ctx.mark_non_differentiable(*(r for r, p in zip(returned, parameters) if not p.requires_grad))
+        return y, *returned
 
     @staticmethod
     @op_range(OP + ".backward")
-    def backward(ctx, d_y):
+    def backward(ctx, d_y, *d_returned):
         saved, x, *parameters = ctx.saved_tensors
         drawn, parameters = parameters[: ctx.drawn], parameters[ctx.drawn :]
         layers = *ctx.layers, drawn
+        if d_y is None:
+            return None, None, None, *(d_returned or [None] * len(parameters))
 
-        def kernel():
-            wide, computed, given = (widened(each, saved.dtype) for each in ([d_y], parameters, drawn))
+        def kernel(added=()):
+            wide, computed, given, more = (widened(each, saved.dtype) for each in ([d_y], parameters, drawn, added))
             d_x, d_parameters = torch.ops.perceiver_fast.latent_layers_backward(
-                *wide, saved, computed, *ctx.layers, given
+                *wide, saved, computed, *ctx.layers, given, more
             )
             return narrowed((d_x, *d_parameters), x.dtype)
 
@@ -182,10 +194,18 @@ class LatentLayersFunction(torch.autograd.Function):
                 with unless_autocast(x.device):
                     return reference.latent_layers(x, parameters, *layers)
 
-            grads = differentiable(kernel, form, (x, *parameters), (d_y,), ctx.needs_input_grad[1:])
-        else:
-            grads = kernel()
-        return None, *grads
+            d_x, *own = differentiable(kernel, form, (x, *parameters), (d_y,), ctx.needs_input_grad[2:])
+            return None, None, d_x, *_sums(own, d_returned)
+        if all(d is None for d in d_returned):
+            return None, None, *kernel()
+        return None, None, *kernel([torch.zeros_like(p) if d is None else d for d, p in zip(d_returned, parameters)])
+
+
+def _sums(own, more):
+    """Gradients and those of another use, where there are any."""
+    if not more:
+        return own
+    return [a if b is None else b if a is None else a + b for a, b in zip(own, more)]
 
 
 def latent_layers(
@@ -247,8 +267,28 @@ def latent_layers_unchecked(
     if not runs_kernel(LATENT_LAYERS, compute_dtype(x.dtype), x.device):
         return reference.latent_layers(x, parameters, *layers)
     if learns(x, *parameters):
-        return LatentLayersFunction.apply(layers, x, *parameters)
+        return LatentLayersFunction.apply(layers, False, x, *parameters)
     return _forward(x, parameters, layers, False)[0]
+
+
+@op_range(OP)
+def latent_layers_again(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    heads: Sequence[int],
+    scales: Sequence[float],
+    eps: Sequence[float],
+    dropouts: Sequence[float] = (),
+    drawn: Sequence[Tensor] = (),
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """:func:`latent_layers_unchecked`, and the parameters for another use of the layers.
+
+    Gradients of that one are then added up by this one's backward, not by autograd.
+    """
+    if not learns(x, *parameters) or not runs_kernel(LATENT_LAYERS, compute_dtype(x.dtype), x.device):
+        return latent_layers_unchecked(x, parameters, heads, scales, eps, dropouts, drawn), parameters
+    y, *returned = LatentLayersFunction.apply((heads, scales, eps, dropouts, drawn), True, x, *parameters)
+    return y, returned
 
 
 def _check(x, parameters, heads, scales, eps, dropouts, drawn) -> None:

@@ -45,7 +45,8 @@ template <class T>
 void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse, double* token_lse,
                              const Parallel& parallel);
 
-// dq [B, H, N, d] dense, dk [B, H, M, d] and dv [B, H, M, dv]. d_lse [B, H, N] may be null.
+// dq [B, H, N, d] dense, dk [B, H, M, d] and dv [B, H, M, dv], or null both where nobody needs them. d_lse [B, H, N] may be
+// null.
 template <class T>
 void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
                               const T* d_o, const double* d_lse, T* dq, const HeadMatrix<T>& dk,

@@ -152,8 +152,9 @@ class Backward {
     dq_size_ = blocking_.blocks * (packed_.d + 2) * W;
     const Aligned<T> dq_sums(heads * dq_copies * dq_size_);
     // Sums of dk and dv go straight where they belong when rows need no padding and have one writer.
-    const bool k_direct = token_copies == 1 && packed_.pad_d == packed_.d;
-    const bool v_direct = token_copies == 1 && packed_.pad_v == packed_.v;
+    const bool none = dk.data == nullptr;
+    const bool k_direct = none || (token_copies == 1 && packed_.pad_d == packed_.d);
+    const bool v_direct = none || (token_copies == 1 && packed_.pad_v == packed_.v);
     const Aligned<T> dk_sums(k_direct ? 0 : heads * token_copies * M * packed_.pad_d);
     const Aligned<T> dv_sums(v_direct ? 0 : heads * token_copies * M * packed_.pad_v);
     dq_ = dq_sums.get();
@@ -244,7 +245,7 @@ class Backward {
     } else if (by_tokens_ && part > 0) {
       std::fill_n(dq, dq_size_, T(0));
     }
-    if (!correction) {
+    if (!correction && dk_.data) {
       const int64_t m0 = tile0 * kTileTokens, m1 = std::min(tile1 * kTileTokens, in_.tokens);
       for (int64_t m = m0; m < m1; ++m) {
         std::fill_n(dk_.at(batch, own, m), packed_.pad_d, T(0));
@@ -265,8 +266,8 @@ class Backward {
           block.dq = dq + blocks[first + i] * dq_block();
           block.sum = block.dq + packed_.d * W;
           block.size = block.sum + W;
-          block.dk = dk_.at(batch, own, tile * kTileTokens);
-          block.dv = dv_.at(batch, own, tile * kTileTokens);
+          block.dk = dk_.data ? dk_.at(batch, own, tile * kTileTokens) : nullptr;
+          block.dv = dv_.data ? dv_.at(batch, own, tile * kTileTokens) : nullptr;
           block.dk_row = dk_.row_stride;
           block.dv_row = dv_.row_stride;
           if (correction)

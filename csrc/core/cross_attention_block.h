@@ -49,7 +49,7 @@ struct BackwardBlock {
   const T *q_rows, *grad_rows;   // [queries][pad_d], [queries][pad_v]: q times the logits' scale
   int64_t pad_d, pad_v;          // dim and dim_v rounded up to whole vectors
   T* dq;                         // [dim][queries]
-  T *dk, *dv;                    // [count][dk_row], [count][dv_row]: pad_d and pad_v numbers of each are written
+  T *dk, *dv;                    // [count][dk_row], [count][dv_row]: pad_d and pad_v numbers of each are written; or null
   int64_t dk_row, dv_row;
   T *sum, *size;                 // [queries]: sums of dS and of |dS|
   const typename HashLane<T>::type* hashes;

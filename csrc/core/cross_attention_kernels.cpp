@@ -153,8 +153,10 @@ void backward(const TokenTile<T>& tile, const BackwardBlock<T>& block) {
   if (!tile.uniform) {  // else weights depend on neither q nor k
     clear_masked(tile, block.ds);
     tile_gemm<T, true>(tile.dim, Q, tile.count, tile.k, 1, tile.k_row, block.ds, Q, block.dq, Q);
-    tile_gemm<T, true>(tile.count, block.pad_d, Q, block.ds, Q, 1, block.q_rows, block.pad_d, block.dk, block.dk_row);
+    if (block.dk)
+      tile_gemm<T, true>(tile.count, block.pad_d, Q, block.ds, Q, 1, block.q_rows, block.pad_d, block.dk, block.dk_row);
   }
+  if (!block.dv) return;
   tile_gemm<T, true>(tile.count, block.pad_v, Q, block.p, Q, 1, block.grad_rows, block.pad_v, block.dv, block.dv_row);
 }
 
@@ -173,6 +175,7 @@ void correct(const TokenTile<T>& tile, const BackwardBlock<T>& block, const T* c
   }
   clear_masked(tile, block.p);
   tile_gemm<T, true>(tile.dim, Q, tile.count, tile.k, 1, tile.k_row, block.p, Q, block.dq, Q);
+  if (!block.dk) return;
   tile_gemm<T, true>(tile.count, block.pad_d, Q, block.p, Q, 1, block.q_rows, block.pad_d, block.dk, block.dk_row);
 }
 

@@ -82,6 +82,7 @@ class FewAttention {
   }
 
   void store(int64_t head, const T* columns, const HeadMatrix<T>& to) const {
+    if (to.data == nullptr) return;
     T* rows = to.at(head / in_.heads, head % in_.heads, 0);
     latents_.kernels.transpose(in_.dim, in_.tokens, columns, columns_, rows, to.row_stride);
   }

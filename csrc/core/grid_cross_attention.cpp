@@ -1,4 +1,4 @@
-// Drivers of cross-attention to a grid, around grid_attention's:
+// Drivers of cross-attention to a grid, around grid_attention's, and to tokens of no axis, around cross_attention's:
 //
 //   tables   [keys | values] [2 I, L] = to_kv' basis^T, to_kv' with LayerNorm's weight and less its rows' means
 //   queries  q [H N, L] = (to_q LayerNorm(x)) keys, of a chunk of the latents that there are
@@ -9,6 +9,8 @@
 
 #include <algorithm>
 
+#include "constant_weights.h"
+#include "cross_attention.h"
 #include "grid_attention.h"
 #include "latent_columns.h"
 
@@ -45,6 +47,16 @@ class Sides {
 
   // The first of a head's rows of q or o.
   int64_t at(int64_t element, int64_t head) const { return (element * H + head) * N * L; }
+
+  bool has_axes() const { return !call.sizes.empty(); }
+
+  // Tokens of no axis are the keys and values of all heads.
+  CrossAttentionInput<T> attention_to_tokens(const T* q) const {
+    const HeadMatrix<const T> tokens{call.feat, call.tokens * L, 0, L};
+    auto queries = dense_heads(q, 1, H * N, L);
+    if (call.x_batch == 1) queries.batch_stride = 0;
+    return {call.batch, 1, H * N, call.tokens, L, L, queries, tokens, tokens, call.mask, 1.0, Dropout(0, 0), false};
+  }
 
   GridAttentionInput<T> attention(const T* q) const {
     GridAttentionInput<T> in;
@@ -127,10 +139,12 @@ void Sides<T>::basis(T* to, int64_t row) const {
 template <class T>
 void Sides<T>::tables(T* tables, Team team) const {
   const auto& p = call.parameters;
-  const Aligned<T> weight(2 * I * channels), tokens(L * channels), turned(channels * row);
-  basis(tokens.get(), channels);
-  std::fill_n(turned.get(), channels * row, T(0));
-  kernels.transpose(L, channels, tokens.get(), channels, turned.get(), row);
+  const Aligned<T> weight(2 * I * channels), tokens(has_axes() ? L * channels : 0), turned(has_axes() ? channels * row : 0);
+  if (has_axes()) {
+    basis(tokens.get(), channels);
+    std::fill_n(turned.get(), channels * row, T(0));
+    kernels.transpose(L, channels, tokens.get(), channels, turned.get(), row);
+  }
   T* bias = tables + 2 * I * row;
   team.run(2 * I, 8, 2 * I * row * channels, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -139,8 +153,13 @@ void Sides<T>::tables(T* tables, Team team) const {
       for (int64_t c = 0; c < channels; ++c) sum += p.to_kv[r * channels + c] * p.context_bias[c];
       bias[r] = sum;
     }
-    kernels.product(end - begin, row, channels, weight.get() + begin * channels, channels, 1, turned.get(), row,
-                    tables + begin * row, row, false);
+    if (has_axes()) {
+      kernels.product(end - begin, row, channels, weight.get() + begin * channels, channels, 1, turned.get(), row,
+                      tables + begin * row, row, false);
+    } else {
+      std::fill_n(tables + begin * row, (end - begin) * row, T(0));
+      copy_rows(end - begin, channels, weight.get() + begin * channels, channels, tables + begin * row, row);
+    }
     for (int64_t i = begin * row; i < std::min(end, I) * row; ++i) tables[i] *= T(call.logit_scale);
   });
 }
@@ -150,12 +169,16 @@ template <class T>
 void Sides<T>::tables_backward(const T* d_tables, const GridCrossAttentionParameters<T>& to, Team team) const {
   const auto& p = call.parameters;
   const int64_t wide = x.padded(channels);
-  const Aligned<T> tokens(L * wide), d_weight(2 * I * wide);
-  basis(tokens.get(), wide);
-  team.run(2 * I, 8, 2 * I * wide * L, [&](int64_t begin, int64_t end) {
-    kernels.product(end - begin, wide, L, d_tables + begin * row, row, 1, tokens.get(), wide,
-                    d_weight.get() + begin * wide, wide, false);
-  });
+  const Aligned<T> tokens(has_axes() ? L * wide : 0), d_weight(2 * I * wide);
+  if (has_axes()) {
+    basis(tokens.get(), wide);
+    team.run(2 * I, 8, 2 * I * wide * L, [&](int64_t begin, int64_t end) {
+      kernels.product(end - begin, wide, L, d_tables + begin * row, row, 1, tokens.get(), wide,
+                      d_weight.get() + begin * wide, wide, false);
+    });
+  } else {
+    std::copy_n(d_tables, 2 * I * row, d_weight.get());
+  }
   const T* d_bias = d_tables + 2 * I * row;
   std::fill_n(to.context_weight, channels, T(0));
   std::fill_n(to.context_bias, channels, T(0));
@@ -320,7 +343,10 @@ void grid_cross_attention_forward(const GridCrossAttention<T>& call, T* y, const
   sides.tables(saved.rest, Team{&parallel});
   for_calls(sides.x.chunks(), sides.work, parallel,
             [&](int64_t chunk, Team team) { sides.queries(chunk, saved.rest, saved.q, team); });
-  grid_attention_forward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr}, parallel);
+  if (sides.has_axes())
+    grid_attention_forward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr}, parallel);
+  else
+    cross_attention_forward<T>(sides.attention_to_tokens(saved.q), saved.o, saved.lse, nullptr, parallel);
   for_calls(sides.y.chunks(), sides.work, parallel,
             [&](int64_t chunk, Team team) { sides.results(chunk, saved.rest, saved.o, y, team); });
 }
@@ -336,8 +362,15 @@ void grid_cross_attention_backward(const GridCrossAttention<T>& call, const T* d
       sides.y.chunks(), sides.result_sums(), sides.work, parallel, [&](int64_t chunk, T* sums, bool begins, Team team) {
         sides.results_backward(chunk, saved.rest, saved.o, d_y, d_o.get(), sums, begins, team);
       });
-  grid_attention_backward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr},
-                             {d_o.get(), nullptr, nullptr}, d_q.get(), nullptr, nullptr, parallel);
+  if (sides.has_axes()) {
+    grid_attention_backward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr},
+                               {d_o.get(), nullptr, nullptr}, d_q.get(), nullptr, nullptr, parallel);
+  } else {
+    const auto in = sides.attention_to_tokens(saved.q);
+    const HeadMatrix<T> none{};
+    cross_attention_backward<T>(in, saved.o, saved.lse, nullptr, d_o.get(), nullptr, d_q.get(), none, none, parallel);
+    clear_constants(in, d_q.get(), none);
+  }
   const bool shared = call.x_batch == 1;
   const Aligned<T> summed(shared ? rows : 0), stream(shared ? N * D : 0);
   if (shared) {

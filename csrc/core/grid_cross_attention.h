@@ -1,4 +1,4 @@
-// Cross-attention of a few latents to the tokens of a grid, with LayerNorm of both sides and all projections, on the CPU
+// Cross-attention of a few latents to the tokens of a grid, or of no axis, with LayerNorm of both sides and all projections, on the CPU
 // and free of torch. See perceiver_fast/ops/grid_cross_attention.py for the maths.
 //
 // B batch elements of N latents of D channels; M tokens of C channels; H heads of d channels, I = H d; L = F + sum(sizes).
@@ -31,7 +31,8 @@ struct GridCrossAttention {
   std::vector<int64_t> sizes;
   double logit_scale, eps;  // of the latents' LayerNorm, more than 0
   const T* x;               // [x_batch, N, D]
-  const T *feat, *scale;    // [B, M, F] and [B, M]
+  const T *feat, *scale;    // [B, M, F] and [B, M]; of no axis tokens that are normalised already, and null
+  int64_t tokens;           // M
   const uint8_t* mask;      // [B, M] or null
   std::vector<const T*> codes;         // [n_a, C_a] of every axis
   std::vector<int64_t> code_channels;  // C_a
@@ -45,7 +46,7 @@ struct GridCrossAttention {
 // What the forward makes beside y, and the backward needs.
 template <class T>
 struct GridCrossAttentionSaved {
-  T* q;         // [x_batch, H N, L]
+  T* q;         // [x_batch, H N, L]; of no axis L = C
   T* o;         // [B, H N, L]
   double* lse;  // [B, H N]
   T* rest;      // grid_cross_attention_rest numbers

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "constant_weights.h"
 #include "cross_attention.h"
 #include "latent_columns.h"
 
@@ -141,20 +142,6 @@ void Sides<T>::results_backward(int64_t chunk, const T* o, const T* d_y, T* d_o,
   to_columns(y, chunk, o, made.get());
   y.turn(I, C, made.get(), room.get());
   y.outer(D, I, C, stream.get(), room.get(), d_to_out, begins, team);
-}
-
-// Where an element sees one token, or none and so all alike, its weights do not depend on queries and keys: their gradients
-// are exactly zero, not rounding errors.
-template <class T>
-void clear_constants(const CrossAttentionInput<T>& in, T* dq, const HeadMatrix<T>& dk) {
-  const int64_t element = in.heads * in.queries * in.dim;
-  for (int64_t b = 0; b < in.batch; ++b) {
-    const uint8_t* mask = in.mask ? in.mask + b * in.tokens : nullptr;
-    const int64_t seen = mask ? std::count_if(mask, mask + in.tokens, [](uint8_t m) { return m != 0; }) : in.tokens;
-    if (seen > 1) continue;
-    std::fill_n(dq + b * element, element, T(0));
-    for (int64_t m = 0; m < in.tokens; ++m) std::fill_n(dk.at(b, 0, m), in.heads * in.dim, T(0));
-  }
 }
 
 // The sum of [batch, count] over the batch.

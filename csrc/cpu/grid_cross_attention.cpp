@@ -21,13 +21,13 @@ struct Inputs {
   Shape grid;  // [B, *sizes]
   int64_t x_batch, latents, channels, heads, inner, features, context_channels, entries;
   double logit_scale, eps;
-  Tensor x, feat, scale;
+  Tensor x, feat;
   Tensors codes;
-  std::optional<Tensor> mask;
+  std::optional<Tensor> scale, mask;
   Tensors parameters;
   std::vector<Shape> shapes;  // of the parameters
 
-  Inputs(const Tensor& x_, const Tensor& feat_, const Tensor& scale_, const std::optional<Tensor>& mask_,
+  Inputs(const Tensor& x_, const Tensor& feat_, const std::optional<Tensor>& scale_, const std::optional<Tensor>& mask_,
          const Tensors& codes_, const Tensors& given, int64_t heads_, double logit_scale_, double eps_)
       : dtype(check.floating("x", x_)), heads(heads_), logit_scale(logit_scale_), eps(eps_) {
     check.rank("x", x_, 3, "[B, N, D]");
@@ -48,18 +48,25 @@ struct Inputs {
                     given.size());
     check.rank("to_q", given[2], 2, "[I, D]");
     inner = given[2].size(0), context_channels = features;
-    STD_TORCH_CHECK(codes_.size() + 1 == grid.size(), "grid_cross_attention: expected codes of ", grid.size() - 1,
-                    " axes, got ", codes_.size());
+    // Tokens of no axis have neither codes nor a scale, as they are normalised.
+    const bool has_axes = scale_.has_value() || !codes_.empty();
+    STD_TORCH_CHECK(!has_axes || scale_, "grid_cross_attention: expected scale beside codes, got none");
+    STD_TORCH_CHECK(codes_.size() + 1 == (has_axes ? grid.size() : 1),
+                    "grid_cross_attention: expected codes of ", has_axes ? grid.size() - 1 : 0, " axes, got ",
+                    codes_.size());
+    STD_TORCH_CHECK(has_axes || grid.size() == 2,
+                    "grid_cross_attention: expected feat [B, M, C] of tokens of no axis, got batch and axes ", text_of(grid));
     for (size_t a = 0; a < codes_.size(); ++a) {
       check.rank("codes", codes_[a], 2, "[n, C] of every axis");
       codes.push_back(check.dense("codes", codes_[a], dtype, {grid[a + 1], codes_[a].size(1)}, "[n, C] of every axis"));
       context_channels += codes_[a].size(1);
     }
     check.rank("to_kv", given[5], 2, "[2 I, C]");
-    if (features > 1 && given[5].size(1) == context_channels - 1) --context_channels;  // the last of feat is the mean
+    // Whether the last of feat is the mean.
+    if (has_axes && features > 1 && given[5].size(1) == context_channels - 1) --context_channels;
     STD_TORCH_CHECK(heads > 0 && inner > 0 && inner % heads == 0,
                     "grid_cross_attention: expected channels for every one of ", heads, " heads, got ", inner);
-    entries = check.sum("entries of a query", Shape(grid.begin() + 1, grid.end())) + features;
+    entries = (has_axes ? check.sum("entries of a query", Shape(grid.begin() + 1, grid.end())) : 0) + features;
     const int64_t C = context_channels, I = inner, D = channels;
     shapes = {{D}, {D}, {I, D}, {C}, {C}, {2 * I, C}, {D, I}, {D}};
     static constexpr const char* names[kParameters] = {"norm_weight",  "norm_bias", "to_q",   "context_weight",
@@ -88,7 +95,8 @@ struct Inputs {
     call.batch = grid[0], call.x_batch = x_batch;
     call.latents = latents, call.channels = channels;
     call.heads = heads, call.inner = inner, call.features = features, call.context_channels = context_channels;
-    call.sizes.assign(grid.begin() + 1, grid.end());
+    if (scale) call.sizes.assign(grid.begin() + 1, grid.end());
+    call.tokens = feat.numel() / (grid[0] * features);
     call.logit_scale = logit_scale, call.eps = eps;
     call.x = data<const T>(x), call.feat = data<const T>(feat), call.scale = data<const T>(scale);
     call.mask = data<const uint8_t>(mask);
@@ -101,7 +109,8 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& feat, const Tensor& scale,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& feat,
+                                                           const std::optional<Tensor>& scale,
                                                            const std::optional<Tensor>& mask, const Tensors& codes,
                                                            const Tensors& parameters, int64_t heads,
                                                            double logit_scale, double eps) {
@@ -120,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, cons
   return {y, q, o, lse, rest};
 }
 
-std::tuple<Tensor, Tensors> backward(const Tensor& d_y, const Tensor& x, const Tensor& feat, const Tensor& scale,
+std::tuple<Tensor, Tensors> backward(const Tensor& d_y, const Tensor& x, const Tensor& feat,
+                                     const std::optional<Tensor>& scale,
                                      const std::optional<Tensor>& mask, const Tensors& codes, const Tensors& parameters,
                                      int64_t heads, double logit_scale, double eps, const Tensor& q, const Tensor& o,
                                      const Tensor& lse, const Tensor& rest) {

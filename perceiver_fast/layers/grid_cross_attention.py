@@ -1,4 +1,4 @@
-"""A small model's cross-attention to a grid, added to the latents by one op."""
+"""A small model's cross-attention to a grid, or to tokens that need no keys and values, added to the latents by one op."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from perceiver_fast.ops.grid_cross_attention import (
     parameter_shapes,
 )
 from perceiver_fast.ranges import layer_range
-from perceiver_fast.tokens import GridTokens
+from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
 
 
 def add_grid_cross_attention(
@@ -31,11 +31,13 @@ def add_grid_cross_attention(
     Args:
         stream: the latents.
         layer: a PreNorm that is plain itself.
-        context: what it attends to; only tokens on a grid are attended to here.
+        context: what it attends to; only tokens on a grid, dense tokens and points are attended to here.
         mask: bool ``[B, M]`` or ``[B, *sizes]``, True where a token may be attended to; or None.
         inverted: softmax over the latents; not here.
     """
-    if type(context) is not GridTokens or inverted or not is_small(stream, GRID_CROSS_ATTENTION, context.batch):
+    if type(context) not in (GridTokens, PointTokens, DenseTokens) or inverted:
+        return False
+    if not is_small(stream, GRID_CROSS_ATTENTION, context.batch):
         return False
     if not _are_served(context, stream) or not are_plain(mask, *context.sources()):
         return False
@@ -46,16 +48,18 @@ def add_grid_cross_attention(
     return True
 
 
-def _are_served(tokens: GridTokens, stream: ResidualStream) -> bool:
+def _are_served(tokens: Tokens, stream: ResidualStream) -> bool:
     """Whether the op takes tokens as they are: it knows raw channels and codes in their usual order, without gradients."""
-    if tokens.dtype is not stream.dtype or tokens.features == 0 or tokens.order is not None:
+    if tokens.feat.dtype is not stream.dtype or tokens.order is not None or tokens.count == 0:
+        return False
+    if isinstance(tokens, GridTokens) and tokens.features == 0:
         return False
     if tokens.shard is not None:  # other processes have the rest of them
         return False
     return not tokens.was_changed() and not (torch.is_grad_enabled() and tokens.learns())
 
 
-def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream, masked: bool) -> list[Any] | None:
+def _parameters(layer: nn.Module, tokens: Tokens, stream: ResidualStream, masked: bool) -> list[Any] | None:
     """The parameters of ``layer``, as the op takes them; None if it may not stand in for the layers inside."""
     modules: dict[str, Any] = layer._modules
     norm, norm_context, fn = modules["norm"], modules["norm_context"], modules["fn"]
@@ -75,10 +79,11 @@ def _parameters(layer: nn.Module, tokens: GridTokens, stream: ResidualStream, ma
     if not fit(parameters, shapes, stream):
         return None
     dim_head = inner // fn.heads
-    if _is_small_grid(tokens.sizes, tokens.elements, fn.heads * stream.shape[1], 2 * dim_head):
-        return parameters
+    if isinstance(tokens, GridTokens):
+        if _is_small_grid(tokens.sizes, tokens.elements, fn.heads * stream.shape[1], 2 * dim_head):
+            return parameters
     plan = plan_cross_attention(tokens, Layer(stream.shape[1], fn.heads, dim_head, masked=masked))
-    return parameters if plan.path == "grid" else None
+    return parameters if plan.path == ("grid" if isinstance(tokens, GridTokens) else "absorbed") else None
 
 
 @functools.lru_cache(256)
@@ -88,11 +93,14 @@ def _is_small_grid(sizes: tuple[int, ...], features: int, rows: int, dims: int) 
 
 
 @layer_range
-def _attend(layer: Any, rows: Tensor, tokens: GridTokens, mask: Tensor | None, parameters: list[Any]) -> Tensor:
+def _attend(layer: Any, rows: Tensor, tokens: Tokens, mask: Tensor | None, parameters: list[Any]) -> Tensor:
     modules: dict[str, Any] = layer._modules
-    fn, scale = modules["fn"], tokens.scale(modules["norm_context"].eps)
-    mask = None if mask is None else mask.reshape(scale.shape)
-    codes = [axis.code for axis in tokens.codes]
-    return grid_cross_attention_unchecked(
-        rows, tokens.shifted(), scale, mask, codes, parameters, fn.heads, float(fn.scale), modules["norm"].eps
-    )
+    fn, eps = modules["fn"], modules["norm_context"].eps
+    described: tuple[Any, ...]
+    if isinstance(tokens, GridTokens):
+        scale = tokens.scale(eps)
+        mask = None if mask is None else mask.reshape(scale.shape)
+        described = tokens.shifted(), scale, mask, [axis.code for axis in tokens.codes]
+    else:
+        described = tokens.normalized(eps), None, None if mask is None else mask.flatten(1), []
+    return grid_cross_attention_unchecked(rows, *described, parameters, fn.heads, float(fn.scale), modules["norm"].eps)

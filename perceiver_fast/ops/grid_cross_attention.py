@@ -1,4 +1,4 @@
-"""A small model's cross-attention to a grid in one call: LayerNorm of both sides, projections, attention, residual.
+"""A small model's cross-attention to a grid, or to tokens of no axis, in one call: LayerNorms, projections, residual.
 
     q = LayerNorm(x) to_q^T        W = to_kv gamma - mean        [K, V] = W E^T,  b = to_kv_v beta
     y = x + (grid_attention(q K) V + b) to_out^T + to_out_bias
@@ -6,7 +6,8 @@
 gamma and beta are those of the tokens' LayerNorm, and E the tokens of one raw channel or one index alone (see
 layers/cross_attention_ways.py): a block of raw channels, and a block of codes for each axis. Where raw channels come less
 their mean and with it, E has a row for the mean: minus one in every channel of codes, the same to centred weights as one in
-every raw channel. The calls from which
+every raw channel. Tokens of no axis, which are normalised already, are all raw channels: attention runs over these themselves,
+``y = x + (cross_attention(q K, E, E) V + b) to_out^T + to_out_bias``. The calls from which
 layers/cross_attention.py puts the same together cost a small model more than what they compute.
 """
 
@@ -26,27 +27,29 @@ from perceiver_fast.ops.grid_attention import grid_attention_work
 from perceiver_fast.ops.latent_layers import CPU_BACKENDS, padded, padded_columns
 from perceiver_fast.ops.library import compute_dtype, learns, narrowed, unless_autocast, widened
 from perceiver_fast.ops.pointwise import PointwiseCall, runs_kernel
-from perceiver_fast.ops.work import Work
+from perceiver_fast.ops.work import Work, attention_work
 from perceiver_fast.ranges import op_range
 
 OP = "grid_cross_attention"
 
 
-def _queries(x, feat, heads) -> tuple[int, int, int]:
+def _queries(x, feat, heads, axes) -> tuple[int, int, int]:
     """The shape of the queries that a latent's batch has: ``[B, H N, L]``."""
-    return x[0], heads * x[1], feat[-1] + sum(feat[1:-1])
+    return x[0], heads * x[1], feat[-1] + (sum(feat[1:-1]) if axes else 0)
 
 
-def _work(x, feat, parameters, heads) -> Work:
-    batch, rows, length = _queries(x, feat, heads)
+def _work(x, feat, codes, parameters, heads) -> Work:
+    batch, rows, length = _queries(x, feat, heads, len(codes))
     inner, channels, context = parameters[2][0], x[2], parameters[5][1]
     tables = 2 * inner * context * length
     sides = prod(x[:2]) * inner * (channels + length) + feat[0] * x[1] * inner * (channels + length)
+    if not codes:
+        return Work(sides) + attention_work((feat[0], rows, length), feat, feat)
     return Work(tables + sides) + grid_attention_work((feat[0], rows, length), feat, inverted=False)
 
 
 def _forward_outputs(x, feat, scale, mask, codes, parameters, heads, logit_scale, eps):
-    shared, rows, length = _queries(x.shape, feat.shape, heads)
+    shared, rows, length = _queries(x.shape, feat.shape, heads, len(codes))
     batch, inner, channels = feat.shape[0], parameters[2].shape[0], x.shape[2]
     columns = padded_columns(x.shape[1], x.dtype)
     rest = 2 * inner * (padded(length, x.dtype) + 1) + columns * (shared * (channels + 1 + inner) + batch * inner)
@@ -59,9 +62,10 @@ def _backward_outputs(d_y, x, feat, scale, mask, codes, parameters, *rest):
 
 
 def _sample(
-    make, dtype=torch.float32, batch=2, shared=False, sizes=(5, 4), features=3, heads=2, inner=6, mask=False, mean=False
-):
-    channels, widths = 7, [3] * len(sizes)
+    make, dtype=torch.float32, batch=2, shared=False, sizes=(5, 4), features=3, heads=2, inner=6, mask=False, mean=False,
+    axes=True,
+):  # fmt: skip
+    channels, widths = 7, [3] * len(sizes) * axes
     context = features - mean + sum(widths)
     shapes = (channels,), (channels,), (inner, channels), (context,), (context,), (2 * inner, context)
     parameters = [make(*shape, dtype=dtype) for shape in (*shapes, (channels, inner), (channels,))]
@@ -71,6 +75,8 @@ def _sample(
         make.positive(batch, *sizes, dtype=dtype).detach(),
     )
     codes = [make(size, width, dtype=dtype).detach() for size, width in zip(sizes, widths)]
+    if not axes:
+        feat, scale = feat * 0.1, None  # logits of any scale stay small
     tokens = feat, scale, make.mask(batch, *sizes) if mask else None, codes
     return GridCrossAttentionFunction.apply(tokens, (heads, 0.5, 1e-5), x, *parameters)
 
@@ -81,19 +87,20 @@ GRID_CROSS_ATTENTION = declare(
     call=PointwiseCall,
     operators=(
         Operator(
-            "grid_cross_attention_forward(Tensor x, Tensor feat, Tensor scale, Tensor? mask, Tensor[] codes, "
+            "grid_cross_attention_forward(Tensor x, Tensor feat, Tensor? scale, Tensor? mask, Tensor[] codes, "
             "Tensor[] parameters, int heads, float logit_scale, float eps) "
             "-> (Tensor y, Tensor q, Tensor o, Tensor lse, Tensor rest)",
             _forward_outputs,
-            work=lambda x, feat, scale, mask, codes, parameters, heads, *_: _work(x, feat, parameters, heads),
+            work=lambda x, feat, scale, mask, codes, parameters, heads, *_: _work(x, feat, codes, parameters, heads),
         ),
         Operator(
-            "grid_cross_attention_backward(Tensor d_y, Tensor x, Tensor feat, Tensor scale, Tensor? mask, "
+            "grid_cross_attention_backward(Tensor d_y, Tensor x, Tensor feat, Tensor? scale, Tensor? mask, "
             "Tensor[] codes, Tensor[] parameters, int heads, float logit_scale, float eps, Tensor q, Tensor o, "
             "Tensor lse, Tensor rest) -> (Tensor d_x, Tensor[] d_parameters)",
             _backward_outputs,
             work=lambda d_y, x, feat, scale, mask, codes, parameters, heads, *_: Work(
-                2 * _work(x, feat, parameters, heads).multiply_adds, _work(x, feat, parameters, heads).exponentials
+                2 * _work(x, feat, codes, parameters, heads).multiply_adds,
+                _work(x, feat, codes, parameters, heads).exponentials,
             ),
         ),
     ),
@@ -104,17 +111,23 @@ GRID_CROSS_ATTENTION = declare(
         dict(dtype=torch.float64, sizes=(9,), features=1, heads=1),
         dict(batch=40),
         dict(mean=True),
+        dict(axes=False, sizes=(9,), mask=True, heads=1),
     ),
 )
+
+
+def _present(tensor: Tensor | None) -> list[Tensor]:
+    """A list of the tensor, or of nothing."""
+    return [] if tensor is None else [tensor]
 
 
 def _forward(tokens, options, x, parameters) -> tuple[Tensor, ...]:
     """``y``, the dtype of x, and what else a forward makes, in the dtype that is computed in."""
     feat, scale, mask, codes = tokens
     compute = compute_dtype(x.dtype)
-    wide, computed = (widened(each, compute) for each in ((x, feat, scale), parameters))
+    wide, computed, scales = (widened(each, compute) for each in ((x, feat), parameters, _present(scale)))
     y, *made = torch.ops.perceiver_fast.grid_cross_attention_forward(
-        *wide, mask, widened(codes, compute), computed, *options
+        *wide, *(scales or [None]), mask, widened(codes, compute), computed, *options
     )
     return y.to(x.dtype), *made
 
@@ -140,9 +153,9 @@ class GridCrossAttentionFunction(torch.autograd.Function):
         codes, options = ctx.codes, ctx.options
 
         def kernel():
-            wide, computed = (widened(each, q.dtype) for each in ((d_y, x, feat, scale), parameters))
+            wide, computed, scales = (widened(each, q.dtype) for each in ((d_y, x, feat), parameters, _present(scale)))
             d_x, d_parameters = torch.ops.perceiver_fast.grid_cross_attention_backward(
-                *wide, mask, widened(codes, q.dtype), computed, *options, q, o, lse, rest
+                *wide, *(scales or [None]), mask, widened(codes, q.dtype), computed, *options, q, o, lse, rest
             )
             return narrowed((d_x, *d_parameters), x.dtype)
 
@@ -161,7 +174,7 @@ class GridCrossAttentionFunction(torch.autograd.Function):
 def grid_cross_attention(
     x: Tensor,
     feat: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     mask: Tensor | None,
     codes: Sequence[Tensor],
     parameters: Sequence[Tensor],
@@ -174,12 +187,12 @@ def grid_cross_attention(
     Args:
         x: latents ``[B, N, D]``, or ``[1, N, D]`` when the whole batch shares them; floating point.
         feat: raw channels ``[B, *sizes, F]``, at least one, the dtype of x; or ``[B, *sizes, F + 1]``, these less their mean
-            and the mean, see :meth:`perceiver_fast.tokens.GridTokens.shifted`: to_kv's channels say which. No gradient
-            reaches it, scale or codes.
-        scale: LayerNorm's scale of every token, ``[B, *sizes]``.
+            and the mean, see :meth:`perceiver_fast.tokens.GridTokens.shifted`: to_kv's channels say which. Or, where scale is
+            None, tokens of no axis ``[B, M, C]`` of mean 0 and variance 1. No gradient reaches it, scale or codes.
+        scale: LayerNorm's scale of every token, ``[B, *sizes]``; or None, for tokens that are normalised.
         mask: bool ``[B, *sizes]``, True where a token may be attended to; or None. A row that is all False attends
             uniformly to all tokens.
-        codes: of every axis, ``[n_a, C_a]``.
+        codes: of every axis, ``[n_a, C_a]``; none where scale is None.
         parameters: the latents' LayerNorm's weight and bias ``[D]``, to_q ``[H d, D]``, the tokens' LayerNorm's weight
             and bias ``[C]``, to_kv ``[2 H d, C]``, to_out ``[D, H d]`` and its bias ``[D]``.
         heads: number of heads, H.
@@ -210,7 +223,7 @@ def grid_cross_attention(
 def grid_cross_attention_unchecked(
     x: Tensor,
     feat: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     mask: Tensor | None,
     codes: Sequence[Tensor],
     parameters: Sequence[Tensor],
@@ -238,13 +251,20 @@ def _check(x, feat, scale, mask, codes, parameters, heads, eps) -> None:
     named = {f"codes[{a}]": code for a, code in enumerate(codes)} | {
         f"parameters[{i}]": p for i, p in enumerate(parameters)
     }
-    check_alike(OP, x=x, feat=feat, scale=scale, **named)
+    if scale is not None:
+        named["scale"] = scale
+    check_alike(OP, x=x, feat=feat, **named)
     if x.dim() != 3 or x.numel() == 0 or feat.dim() < 3 or feat.numel() == 0 or x.shape[0] not in (1, feat.shape[0]):
         raise ValueError(
             f"{OP}: expected latents x [B, N, D] or [1, N, D] and raw channels feat [B, *sizes, F], got "
             f"{tuple(x.shape)} and {tuple(feat.shape)}; give both the same batch"
         )
-    sizes, width = feat.shape[1:-1], x.shape[2]
+    sizes, width = feat.shape[1:-1] if scale is not None else (), x.shape[2]
+    if scale is None and feat.dim() != 3:
+        raise ValueError(
+            f"{OP}: expected feat [B, M, C] of normalised tokens where scale is None, got {tuple(feat.shape)}; flatten its "
+            "axes, or give scale and a code for every axis"
+        )
     if len(codes) != len(sizes) or any(code.dim() != 2 for code in codes) or len(parameters) != 8:
         raise ValueError(
             f"{OP}: expected 8 parameters and codes [n, C] of {len(sizes)} axes, got {len(parameters)} and "
@@ -259,9 +279,10 @@ def _check(x, feat, scale, mask, codes, parameters, heads, eps) -> None:
             "says how many there are"
         )
     channels = feat.shape[-1] + sum(code.shape[1] for code in codes)
-    if feat.shape[-1] > 1 and parameters[5].shape[-1:] == (channels - 1,):
+    if scale is not None and feat.shape[-1] > 1 and parameters[5].shape[-1:] == (channels - 1,):
         channels -= 1  # the last of feat is the mean
     for i, (p, shape) in enumerate(zip(parameters, parameter_shapes(width, inner, channels))):
         check_shape(OP, f"parameters[{i}]", p, shape, "x, feat, codes and to_q say so")
-    check_shape(OP, "scale", scale, feat.shape[:-1], "give every token of feat one")
+    if scale is not None:
+        check_shape(OP, "scale", scale, feat.shape[:-1], "give every token of feat one")
     check_mask(OP, mask, feat.shape[:-1], x, "x")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_fast.reference.cross_attention import cross_attention
 from perceiver_fast.reference.grid_attention import grid_attention
 from perceiver_fast.reference.layer_norm import smooth_layer_norm
 
@@ -15,7 +16,7 @@ from perceiver_fast.reference.layer_norm import smooth_layer_norm
 def grid_cross_attention(
     x: Tensor,
     feat: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     mask: Tensor | None,
     codes: Sequence[Tensor],
     parameters: Sequence[Tensor],
@@ -38,6 +39,10 @@ def grid_cross_attention(
     q = F.linear(smooth_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), to_q)
     q = q.unflatten(-1, (heads, -1)).transpose(1, 2) @ (keys * logit_scale)  # [B, H, N, L]
     q = q.flatten(1, 2).expand(feat.shape[0], -1, -1)
-    o = grid_attention(q, feat, scale, mask)[0].unflatten(1, (heads, -1))
+    if scale is None:  # tokens of no axis, which are normalised
+        (o,) = cross_attention(q.unsqueeze(1), feat.unsqueeze(1), feat.unsqueeze(1), mask, 1.0)[0].unbind(1)
+    else:
+        o = grid_attention(q, feat, scale, mask)[0]
+    o = o.unflatten(1, (heads, -1))
     made = (o @ values.transpose(1, 2)).transpose(1, 2).flatten(2) + bias
     return x + F.linear(made, to_out, to_out_bias)

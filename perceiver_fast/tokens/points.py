@@ -18,6 +18,7 @@ from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
 from perceiver_fast.tracing import known
 
 ENCODING = 12  # a sine or a cosine takes the time of so many multiply-adds
+MOST_CODES = 2**24  # numbers of normalised tokens that are kept for all layers of a call: 64 MB of float32
 
 
 class PointTokens(Tokens):
@@ -34,6 +35,7 @@ class PointTokens(Tokens):
 
     def __init__(self, feat: Tensor, coords: Tensor, frequencies: Tensor):
         self.feat, self.coords, self.frequencies = feat, coords, frequencies
+        self._normalized: dict[float, Tensor] = {}
 
     @property
     def channels(self) -> int:
@@ -74,7 +76,25 @@ class PointTokens(Tokens):
 
     def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):
-            return Basis(*absorb_norm(projection, norm, self.compute, self.order), self.codes(norm.eps), None, False)
+            return Basis(*absorb_norm(projection, norm, self.compute, self.order), self.normalized(norm.eps), None, False)
+
+    def normalized(self, eps: float) -> Tensor:
+        """:meth:`codes` with mean 0 and variance 1, computed once for all layers of one eps; anew for each where a gradient flows
+        through it, since a checkpointed layer computes its own again."""
+        if torch.is_grad_enabled() and self.learns():
+            return self.codes(eps)
+        if eps not in self._normalized:
+            self._normalized[eps] = self.codes(eps)
+        return self._normalized[eps]
+
+    @property
+    def absorbed_channels(self) -> int | None:
+        """All channels, unless their codes would take much memory: keys and values can be built in pieces."""
+        few = known(self.batch) * known(self.count) * self.channels <= MOST_CODES
+        return self.channels if few else None
+
+    def absorbed_operations(self) -> float:
+        return self.projection_operations(self.channels)
 
     def part(self, piece: slice) -> PointTokens:
         part = PointTokens(self.feat[:, piece], self.coords[:, piece], self.frequencies)

@@ -47,11 +47,13 @@ def test_it_names_paths_and_reasons():
     assert "self_attention on cpu" in text and "with grid_scale on cpu" in text
     model = pf.Perceiver(**SMALL | dict(attn_dropout=0.1))
     assert "grid_attention on cpu" in str(pf.explain(model, data))  # dropout is the kernel's too
-    sound = pf.Perceiver(**SMALL | dict(input_axis=1))
+    sound = pf.Perceiver(**SMALL | dict(input_axis=1, num_freq_bands=32))
     text = str(pf.explain(sound, torch.randn(1, 2000, 3)))
     assert "cross_attention on cpu (projected" in text and "points are no grid" in text
     assert "with fourier_projection on cpu" in text
     assert "grid_attention on cpu" in str(pf.explain(sound, torch.randn(1, 200, 3)))
+    few_bands = str(pf.explain(pf.Perceiver(**SMALL | dict(input_axis=1)), torch.randn(1, 2000, 3)))
+    assert "cross_attention on cpu (absorbed" in few_bands and "with fourier_projection on cpu" in few_bands
     own = pf.Perceiver(**SMALL | DENSE | dict(cross_dim_head=16))
     text = str(pf.explain(own, data))
     assert "dense tokens are no grid" in text and "cross_attention on cpu (absorbed" in text and "more work" in text
@@ -170,7 +172,13 @@ N, D, H, HEAD, BATCH = 7, 16, 2, 5, 2  # of SMALL: latents, their channels, head
 WAYS = {  # of docs/paths.md: model, input, multiply-adds of a query-token pair and of the projection, its exponentials
     "grid": ({}, (9, 7, 3), 2 * 3 + 2, 0, 0),
     "absorbed": (DENSE, (9, 7, 3), 2 * 3, 0, 0),
-    "projected": (dict(input_axis=1), (1500, 1), 2 * HEAD, 1500 * (1 + 9) * 2 * H * HEAD, 2 * 1500 * 4),
+    "projected": (
+        dict(input_axis=1, num_freq_bands=32),
+        (1500, 1),
+        2 * HEAD,
+        1500 * (1 + 65) * 2 * H * HEAD,
+        2 * 1500 * 32,
+    ),
 }
 
 

@@ -20,7 +20,10 @@ from perceiver_fast.ops.grid_cross_attention import (
     parameter_shapes,
 )
 from perceiver_fast.ranges import layer_range
-from perceiver_fast.tokens import DenseTokens, GridTokens, PointTokens, Tokens
+from perceiver_fast.tokens import DenseTokens, EmbeddedGrid, GridTokens, PointTokens
+from perceiver_fast.tracing import own
+
+Served = GridTokens | PointTokens | DenseTokens
 
 
 def add_grid_cross_attention(
@@ -35,7 +38,7 @@ def add_grid_cross_attention(
         mask: bool ``[B, M]`` or ``[B, *sizes]``, True where a token may be attended to; or None.
         inverted: softmax over the latents; not here.
     """
-    if type(context) not in (GridTokens, PointTokens, DenseTokens) or inverted:
+    if not isinstance(context, Served) or isinstance(context, EmbeddedGrid) or inverted:
         return False
     if not is_small(stream, GRID_CROSS_ATTENTION, context.batch):
         return False
@@ -48,9 +51,9 @@ def add_grid_cross_attention(
     return True
 
 
-def _are_served(tokens: Tokens, stream: ResidualStream) -> bool:
+def _are_served(tokens: Served, stream: ResidualStream) -> bool:
     """Whether the op takes tokens as they are: it knows raw channels and codes in their usual order, without gradients."""
-    if tokens.feat.dtype is not stream.dtype or tokens.order is not None or tokens.count == 0:
+    if tokens.dtype is not stream.dtype or tokens.order is not None or tokens.count == 0:
         return False
     if isinstance(tokens, GridTokens) and tokens.features == 0:
         return False
@@ -59,7 +62,7 @@ def _are_served(tokens: Tokens, stream: ResidualStream) -> bool:
     return not tokens.was_changed() and not (torch.is_grad_enabled() and tokens.learns())
 
 
-def _parameters(layer: nn.Module, tokens: Tokens, stream: ResidualStream, masked: bool) -> list[Any] | None:
+def _parameters(layer: nn.Module, tokens: Served, stream: ResidualStream, masked: bool) -> list[Any] | None:
     """The parameters of ``layer``, as the op takes them; None if it may not stand in for the layers inside."""
     modules: dict[str, Any] = layer._modules
     norm, norm_context, fn = modules["norm"], modules["norm_context"], modules["fn"]
@@ -93,14 +96,17 @@ def _is_small_grid(sizes: tuple[int, ...], features: int, rows: int, dims: int) 
 
 
 @layer_range
-def _attend(layer: Any, rows: Tensor, tokens: Tokens, mask: Tensor | None, parameters: list[Any]) -> Tensor:
+def _attend(layer: Any, rows: Tensor, tokens: Served, mask: Tensor | None, parameters: list[Any]) -> Tensor:
     modules: dict[str, Any] = layer._modules
     fn, eps = modules["fn"], modules["norm_context"].eps
-    described: tuple[Any, ...]
+    feat: Any
+    scale: Tensor | None
     if isinstance(tokens, GridTokens):
-        scale = tokens.scale(eps)
-        mask = None if mask is None else mask.reshape(scale.shape)
-        described = tokens.shifted(), scale, mask, [axis.code for axis in tokens.codes]
+        feat, scale, codes = tokens.shifted(), tokens.scale(eps), [axis.code for axis in tokens.codes]
+        mask = None if mask is None else mask.reshape(feat.shape[:-1])
     else:
-        described = tokens.normalized(eps), None, None if mask is None else mask.flatten(1), []
-    return grid_cross_attention_unchecked(rows, *described, parameters, fn.heads, float(fn.scale), modules["norm"].eps)
+        feat, scale, codes = tokens.normalized(eps), None, []
+        mask = None if mask is None else mask.flatten(1)
+    mask = None if mask is None else own(mask)  # it is saved, and its owner may refill it before the backward
+    options = fn.heads, float(fn.scale), modules["norm"].eps
+    return grid_cross_attention_unchecked(rows, feat, scale, mask, codes, parameters, *options)

@@ -48,7 +48,7 @@ def latent_cross_attention_branch(
     """
     if inverted or not isinstance(tokens, Tokens) or tokens.shard is not None or tokens.count == 0:
         return None
-    if tokens.feat.dtype is not stream.dtype:
+    if tokens.dtype is not stream.dtype:
         return None
     if not is_small(stream, LATENT_CROSS_ATTENTION, tokens.batch):
         return None

@@ -116,18 +116,14 @@ GRID_CROSS_ATTENTION = declare(
 )
 
 
-def _present(tensor: Tensor | None) -> list[Tensor]:
-    """A list of the tensor, or of nothing."""
-    return [] if tensor is None else [tensor]
-
-
 def _forward(tokens, options, x, parameters) -> tuple[Tensor, ...]:
     """``y``, the dtype of x, and what else a forward makes, in the dtype that is computed in."""
     feat, scale, mask, codes = tokens
     compute = compute_dtype(x.dtype)
-    wide, computed, scales = (widened(each, compute) for each in ((x, feat), parameters, _present(scale)))
+    wide, computed = (widened(each, compute) for each in ((x, feat), parameters))
+    scale = None if scale is None else scale.to(compute)
     y, *made = torch.ops.perceiver_fast.grid_cross_attention_forward(
-        *wide, *(scales or [None]), mask, widened(codes, compute), computed, *options
+        *wide, scale, mask, widened(codes, compute), computed, *options
     )
     return y.to(x.dtype), *made
 
@@ -153,9 +149,10 @@ class GridCrossAttentionFunction(torch.autograd.Function):
         codes, options = ctx.codes, ctx.options
 
         def kernel():
-            wide, computed, scales = (widened(each, q.dtype) for each in ((d_y, x, feat), parameters, _present(scale)))
+            wide, computed = (widened(each, q.dtype) for each in ((d_y, x, feat), parameters))
+            scales = None if scale is None else scale.to(q.dtype)
             d_x, d_parameters = torch.ops.perceiver_fast.grid_cross_attention_backward(
-                *wide, *(scales or [None]), mask, widened(codes, q.dtype), computed, *options, q, o, lse, rest
+                *wide, scales, mask, widened(codes, q.dtype), computed, *options, q, o, lse, rest
             )
             return narrowed((d_x, *d_parameters), x.dtype)
 

@@ -46,10 +46,12 @@ class Tokens:
     Attributes:
         kind: what the tokens are, for people: "grid tokens".
         feat: the channels of the tokens that exist in memory, ``[B, M, F]``, on a grid ``[B, n_1, .., n_A, F]``.
+        dtype: of the input.
     """
 
     kind: str
     feat: Tensor
+    dtype: torch.dtype
     # Where each channel, in the order that a norm and a projection expect, stands in the description's own order: int64
     # [C]. None: they are the same.
     order: Tensor | None = None

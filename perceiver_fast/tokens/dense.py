@@ -28,7 +28,7 @@ class DenseTokens(Tokens):
     kind = "dense tokens"
 
     def __init__(self, context: Tensor):
-        self.feat = context
+        self.feat, self.dtype = context, context.dtype
         self._normalized: dict[float, Tensor] = {}
 
     @property

@@ -131,6 +131,7 @@ class EmbeddedPoints(Tokens):
 
     def __init__(self, points: PointTokens, weight: Tensor, bias: Tensor | None):
         self.inner, self.feat, self.weight, self.bias = points, points.feat, weight, bias
+        self.dtype = points.dtype
 
     @property
     def channels(self) -> int:

@@ -34,7 +34,7 @@ class PointTokens(Tokens):
     kind = "points"
 
     def __init__(self, feat: Tensor, coords: Tensor, frequencies: Tensor):
-        self.feat, self.coords, self.frequencies = feat, coords, frequencies
+        self.feat, self.coords, self.frequencies, self.dtype = feat, coords, frequencies, feat.dtype
         self._normalized: dict[float, Tensor] = {}
 
     @property
@@ -76,7 +76,9 @@ class PointTokens(Tokens):
 
     def basis(self, projection: nn.Linear, norm: nn.LayerNorm) -> Basis:
         with unless_autocast(self.device):
-            return Basis(*absorb_norm(projection, norm, self.compute, self.order), self.normalized(norm.eps), None, False)
+            return Basis(
+                *absorb_norm(projection, norm, self.compute, self.order), self.normalized(norm.eps), None, False
+            )
 
     def normalized(self, eps: float) -> Tensor:
         """:meth:`codes` with mean 0 and variance 1, computed once for all layers of one eps; anew for each where a gradient flows

@@ -96,15 +96,27 @@ def draw(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-def signal(dropout):
-    """One long axis, whose tokens are points."""
-    perceiver = model(input_axis=1, input_channels=1, attn_dropout=dropout)
+def few_bands(dropout, bands=2):
+    """One long axis, whose tokens are points: attention runs over their codes."""
+    perceiver = model(input_axis=1, input_channels=1, attn_dropout=dropout, num_freq_bands=bands)
     return perceiver, lambda mask: perceiver(draw(2, 1100, 1), mask=mask), 1100
+
+
+def many_bands(dropout):
+    """The same with keys and values."""
+    return few_bands(dropout, bands=60)
 
 
 def dense(dropout):
     perceiver = model(fourier_encode_data=False, input_axis=1, input_channels=40, cross_heads=2, attn_dropout=dropout)
     return perceiver, lambda mask: perceiver(draw(2, 30, 40), mask=mask), 30
+
+
+def learned(dropout):
+    """Dense tokens that a layer before made."""
+    perceiver, _, tokens = dense(dropout)
+    perceiver.before = nn.Linear(40, 40)
+    return perceiver, lambda mask: perceiver(perceiver.before(draw(2, 30, 40)), mask=mask), tokens
 
 
 def described(dropout):
@@ -123,11 +135,22 @@ def described(dropout):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", [signal, dense, described])
-def test_tokens_that_are_projected(monkeypatch, kind, masked, dropout):
-    """Keys and values of tokens of every kind, in one op or layer by layer; equal seeds drop the same."""
+@pytest.mark.parametrize(
+    "kind, in_one",
+    [
+        (few_bands, "grid_cross_attention"),
+        (many_bands, "latent_cross_attention"),
+        (dense, "grid_cross_attention"),
+        (learned, "latent_cross_attention"),
+        (described, "latent_layers"),
+    ],
+)
+def test_tokens_of_every_kind(monkeypatch, kind, in_one, masked, dropout):
+    """In one op or layer by layer; equal seeds drop the same."""
     perceiver, call, tokens = kind(dropout)
     perceiver.double()
+    if dropout and in_one == "grid_cross_attention":
+        in_one = "latent_layers"
     mask = draw(2, tokens) > -0.5 if masked else None
 
     def results():
@@ -136,7 +159,7 @@ def test_tokens_that_are_projected(monkeypatch, kind, masked, dropout):
         return [out, *torch.autograd.grad(out.square().sum(), [p for p in perceiver.parameters() if p.requires_grad])]
 
     found = results()
-    assert "latent_cross_attention" in ops_of(lambda: call(mask)) or kind is described
+    assert in_one in ops_of(lambda: call(mask))
     layer_by_layer(monkeypatch)
     assert not ops_of(lambda: call(mask)) & TOGETHER
     for mine, theirs in zip(found, results(), strict=True):
@@ -146,6 +169,7 @@ def test_tokens_that_are_projected(monkeypatch, kind, masked, dropout):
 def test_tokens_whose_product_a_library_makes_in_half_precision_run_one_by_one():
     io = pf.PerceiverIO(depth=1, dim=256, queries_dim=6, num_latents=64, latent_dim=16)
     few, many = torch.randn(1, 50, 256), torch.randn(1, 900, 256)
+    few, many = few.requires_grad_(), many.requires_grad_()  # what does not learn needs no keys and values
     for data, dtype in ((few, torch.float32), (many, torch.float32), (few, torch.bfloat16)):
         with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
             assert "latent_cross_attention" in ops_of(lambda: io(data))

@@ -8,6 +8,8 @@ import perceiver_fast as pf
 from perceiver_fast import reference
 from perceiver_fast.ops import grid_cross_attention
 
+ALONE = -1
+
 
 def operands(batch, latents, width, heads, dim, sizes, features, dtype, shared=False, masked=False, seed=0, mean=False):
     """All arguments of the op: latents, tokens, parameters and options."""
@@ -17,8 +19,10 @@ def operands(batch, latents, width, heads, dim, sizes, features, dtype, shared=F
         numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
         return (numbers * shape[-1] ** -0.5 if len(shape) == 2 else numbers).to(dtype)
 
-    inner, code = heads * dim, 5
-    channels = features - mean + code * len(sizes)
+    inner, code, axes = heads * dim, 5, len(sizes)
+    if features == ALONE:  # tokens of no axis, which are normalised
+        features, axes = 12, 0
+    channels = features - mean + code * axes
     shapes = (
         (width,),
         (width,),
@@ -33,6 +37,9 @@ def operands(batch, latents, width, heads, dim, sizes, features, dtype, shared=F
     if masked and batch > 1:
         mask[0] = False
     tokens = draw(batch, *sizes, features), draw(batch, *sizes).abs() + 0.3, mask, [draw(size, code) for size in sizes]
+    if axes == 0:
+        feat = tokens[0] - tokens[0].mean(-1, keepdim=True)
+        tokens = (feat / feat.std(-1, keepdim=True, unbiased=False)).to(dtype), None, mask, []
     parameters = [draw(*shape) for shape in shapes]
     return draw(1 if shared else batch, latents, width), *tokens, parameters, heads, dim**-0.5, 1e-5
 
@@ -62,6 +69,9 @@ def results(run, x, feat, scale, mask, codes, parameters, *options):
         ((70, 5, 16, 2, 8), (3, 4), 2, True, False),  # many chunks, whose gradients are summed in parts
         ((2, 33, 20, 3, 5), (3, 2, 5), 4, False, False),
         ((3, 6, 12, 2, 8), (4, 3), 18, True, True),  # the last channel is the mean of the others
+        ((3, 6, 12, 2, 8), (30,), ALONE, True, False),
+        ((50, 5, 7, 1, 64), (70,), ALONE, False, False),
+        ((2, 33, 20, 3, 5), (700,), ALONE, False, False),
     ],
 )
 def test_values_and_gradients(shape, sizes, features, masked, mean, shared, dtype, backend):
@@ -110,6 +120,7 @@ def test_second_derivatives():
         (0, lambda x: torch.cat([x, x]), "the same batch"),
         (1, lambda feat: feat.double(), "like x"),
         (2, lambda scale: scale[:, :-1], "scale"),
+        (2, lambda scale: None, r"feat \[B, M, C\]"),
         (4, lambda codes: codes[:-1], "of 2 axes"),
         (5, lambda parameters: [p[1:] if i == 5 else p for i, p in enumerate(parameters)], r"parameters\[5\]"),
         (6, lambda heads: 4, "heads that divide"),

@@ -185,14 +185,16 @@ def _etas(arguments: dict, c: Config, low: bool) -> tuple[dict[str, Tensor], lis
 
 
 def backward_launches(
-    d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch: int, token_lse: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:
+    d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch: int, token_lse: Tensor | None = None,
+    to_tokens: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:  # fmt: skip
     """dq, dk and dv, of the shapes of q, k and v, and the launches that compute them.
 
     ``arch`` is the architecture whose configurations are taken, ``token_lse`` is given where attention is inverted; other
     arguments are those of :func:`backward`.
     """
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq = q.new_empty(q.shape)
+    dk, dv = (t.new_empty(t.shape if to_tokens else (0,)) for t in (k, v))
     q, k, v, d_o = (aligned_rows(t) for t in (q, k, v, d_o))
     (batch, heads, queries, dim), (tokens, value_dim) = q.shape, v.shape[2:]
     rows, pairs, dtype = lse.numel(), batch * heads, q.dtype
@@ -244,6 +246,8 @@ def backward_launches(
         arguments |= etas
         launches += [*found, walk(flags=None, residues=None, sizes=None, **etas)]
     launches += adding
+    if not to_tokens:
+        return dq, dk, dv, launches
 
     c = variant("dkv", dtype, wide, arch, inverted)
     cut_k, cut_v = (summed(channels, dtype, dropout, arch) for channels in (dim, value_dim))
@@ -276,6 +280,7 @@ def backward(
     o: Tensor,
     lse: Tensor,
     token_lse: Tensor,
+    to_tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Kernel of the operator ``cross_attention_backward``: gradients of q, k and v.
 
@@ -284,6 +289,7 @@ def backward(
         d_lse: ``[B, H, N]`` float64, or None.
         q, k, v, mask, scale, dropout, seed, inverted: as the forward's.
         o, lse, token_lse: what the forward returned.
+        to_tokens: whether those of k and v are needed; if not, they are empty.
 
     Raises:
         RuntimeError: see :func:`perceiver_fast.kernels.cross_attention.check`.
@@ -298,8 +304,9 @@ def backward(
     CHECK.tensor("token_lse", token_lse, torch.float64, expected, form)
     arch, lse = architecture(q.device), lse.contiguous()
     *grads, launches = backward_launches(
-        d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch, token_lse.contiguous() if inverted else None
-    )
+        d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch, token_lse.contiguous() if inverted else None,
+        to_tokens,
+    )  # fmt: skip
     for launch in launches:
         launch.run()
     return tuple(grads)

@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
                                             const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
                                             double scale, double dropout, const std::optional<Tensor>& seed,
                                             bool inverted, const Tensor& o, const Tensor& lse,
-                                            const Tensor& token_lse) {
+                                            const Tensor& token_lse, bool to_tokens) {
   const Inputs inputs(q, k, v, mask, scale, dropout, seed, inverted);
   const ScalarType dtype = q.scalar_type();
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2);
@@ -95,15 +95,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   const auto grad_lse = check.dense("d_lse", d_lse, ScalarType::Double, rows, "[B, H, N]");
   const Tensor token_stats = check.dense("token_lse", token_lse, ScalarType::Double, inverted ? columns : Shape{0},
                                          inverted ? "[B, H, M]" : "empty");
-  Tensor dq = torch::stable::new_empty(q, sizes_of(q)), dk = torch::stable::new_empty(k, sizes_of(k));
-  Tensor dv = torch::stable::new_empty(v, sizes_of(v));
+  Tensor dq = torch::stable::new_empty(q, sizes_of(q));
+  Tensor dk = torch::stable::new_empty(k, to_tokens ? sizes_of(k) : Shape{0});
+  Tensor dv = torch::stable::new_empty(v, to_tokens ? sizes_of(v) : Shape{0});
   if (inputs.empty()) return {dq, dk, dv};
   with_type(q, [&](auto zero) {
     using T = decltype(zero);
+    HeadMatrix<T> to_k{}, to_v{};
+    if (to_tokens) {
+      to_k = dense_heads(data<T>(dk), k.size(1), k.size(2), k.size(3));
+      to_v = dense_heads(data<T>(dv), v.size(1), v.size(2), v.size(3));
+    }
     cross_attention_backward<T>(inputs.view<T>(), data<const T>(out), data<const double>(stats),
                                 data<const double>(token_stats), data<const T>(grad), data<const double>(grad_lse),
-                                data<T>(dq), dense_heads(data<T>(dk), k.size(1), k.size(2), k.size(3)),
-                                dense_heads(data<T>(dv), v.size(1), v.size(2), v.size(3)), torch_parallel());
+                                data<T>(dq), to_k, to_v, torch_parallel());
   });
   return {dq, dk, dv};
 }

@@ -78,10 +78,11 @@ def _sdpa_reasons(call: CrossAttentionCall) -> list[str]:
     return slow if slow and not CROSS_ATTENTION.cannot("triton", call) else reasons
 
 
-def _backward_work(q: Shape, k: Shape, v: Shape, inverted: bool) -> Work:
-    """Logits and weights' gradients (inverted: twice), then the gradients of q, k and v."""
+def _backward_work(q: Shape, k: Shape, v: Shape, inverted: bool, to_tokens: bool = True) -> Work:
+    """Logits and weights' gradients (inverted: twice), then the gradients of q, and of k and v."""
     pairs, passes = math.prod(q[:-1]) * k[-2], 1 + inverted
-    return Work(pairs * (passes * (q[-1] + v[-1]) + 2 * q[-1] + v[-1]), passes * pairs)
+    grads = q[-1] + (q[-1] + v[-1] if to_tokens else 0)
+    return Work(pairs * (passes * (q[-1] + v[-1]) + grads), passes * pairs)
 
 
 def _forward_outputs(q, k, v, mask, scale, dropout, seed, inverted):
@@ -89,16 +90,18 @@ def _forward_outputs(q, k, v, mask, scale, dropout, seed, inverted):
     return q.new_empty((*q.shape[:3], v.shape[3])), lse, lse.new_empty(k.shape[:3] if inverted else (0,))
 
 
-def _backward_outputs(d_o, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _backward_outputs(d_o, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse, to_tokens):
+    """dq, and dk and dv, which are empty where nobody needs them."""
+    return q.new_empty(q.shape), *(t.new_empty(t.shape if to_tokens else (0,)) for t in (k, v))
 
 
-def _sample(make, dtype=torch.float32, channels=8, options=False, queries=5, tokens=9, inverted=False):
+def _sample(make, dtype=torch.float32, channels=8, options=False, queries=5, tokens=9, inverted=False, learn=True):
     """With options it has a mask and dropout. Rows begin at multiples of 16 channels, as in most views of heads."""
     q, k, v = (
         make(2, 2, rows, channels + -channels % 16, dtype=dtype)[..., :channels] for rows in (queries, tokens, tokens)
     )
     mask, dropout, seed = (make.mask(2, tokens), 0.1, make.seed()) if options else (None, 0.0, None)
+    k, v = (k, v) if learn else (k.detach(), v.detach())
     return CrossAttentionFunction.apply(q, k, v, mask, channels**-0.5, dropout, seed, inverted)
 
 
@@ -143,16 +146,22 @@ CROSS_ATTENTION = declare(
         ),
         Operator(
             "cross_attention_backward(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor? mask, "
-            "float scale, float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor token_lse) "
+            "float scale, float dropout, Tensor? seed, bool inverted, Tensor o, Tensor lse, Tensor token_lse, bool to_tokens) "
             "-> (Tensor dq, Tensor dk, Tensor dv)",
             _backward_outputs,
-            work=lambda *a: _backward_work(a[2], a[3], a[4], inverted=a[9]),
+            work=lambda *a: _backward_work(a[2], a[3], a[4], inverted=a[9], to_tokens=a[13]),
             triton="cross_attention_backward.backward",
         ),
     ),
     sample=_sample,
     trial=_trial,
-    variants=({}, dict(options=True), dict(inverted=True), dict(dtype=torch.float64, channels=17)),
+    variants=(
+        {},
+        dict(options=True),
+        dict(inverted=True),
+        dict(dtype=torch.float64, channels=17),
+        dict(learn=False),
+    ),
     instances=dict(_instances()),
 )
 
@@ -175,12 +184,14 @@ class CrossAttentionFunction(torch.autograd.Function):
     def backward(ctx, d_o, d_lse):
         q, k, v, mask, seed, o, lse, token_lse = ctx.saved_tensors
         scale, dropout, inverted = ctx.options
+        to_tokens = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
 
         def kernel():
             d_out = torch.zeros_like(o) if d_o is None else d_o
-            return torch.ops.perceiver_fast.cross_attention_backward(
-                d_out, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse
+            dq, dk, dv = torch.ops.perceiver_fast.cross_attention_backward(
+                d_out, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse, to_tokens
             )
+            return (dq, dk, dv) if to_tokens else (dq, None, None)
 
         if differentiated_again():
 

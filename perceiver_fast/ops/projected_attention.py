@@ -216,7 +216,7 @@ def _gradients(d_o, d_lse, arguments, rest, to_tokens: bool) -> tuple[Tensor | N
         part_mask = None if mask is None else mask[at]
         part_d_q, *d_kv = torch.ops.perceiver_fast.cross_attention_backward(
             part_d_o, part_d_lse, q[at], *_halves(kv, heads), part_mask, scale, 0.0, None, False, part_o, part_lse,
-            no_statistics,
+            no_statistics, True,
         )  # fmt: skip
         d_q[at] += part_d_q
         joined = _joined(*d_kv)

@@ -251,8 +251,20 @@ def test_opcheck(dropout, inverted, device):
     torch.library.opcheck(ops.cross_attention_forward.default, args)
     o, lse, token_lse = ops.cross_attention_forward(*args)
     for d_lse in (None,) if inverted else (None, torch.randn_like(lse)):
-        call = (torch.randn_like(o), d_lse, *args, o, lse, token_lse)
-        torch.library.opcheck(ops.cross_attention_backward.default, call)
+        for to_tokens in (False, True):
+            call = (torch.randn_like(o), d_lse, *args, o, lse, token_lse, to_tokens)
+            torch.library.opcheck(ops.cross_attention_backward.default, call)
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_tokens_that_do_not_learn(inverted, device):
+    """The queries' gradients are the same; those of keys and values are not computed."""
+    (q, k, v), mask, _, _ = inputs((2, 2, 5, 40, 4, 3, True, 0.0), torch.float32, device)
+    q.requires_grad_()
+    (alone,) = torch.autograd.grad(cross_attention(q, k, v, mask, inverted=inverted).square().sum(), q)
+    k, v = k.clone().requires_grad_(), v.clone().requires_grad_()
+    with_others, *_ = torch.autograd.grad(cross_attention(q, k, v, mask, inverted=inverted).square().sum(), (q, k, v))
+    assert torch.equal(alone, with_others)
 
 
 def test_compiles_in_one_graph(device):

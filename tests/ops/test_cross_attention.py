@@ -382,3 +382,22 @@ def test_triton_says_why_it_cannot_run():
     q = torch.randn(1, 1, 5, 4)
     with pf.use_backend("triton"), pytest.raises(pf.backends.BackendError, match="triton.*cuda tensors, not cpu"):
         cross_attention(q, q, q)
+
+
+@pytest.mark.parametrize("dropout, inverted", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_that_do_not_learn(case, dtype, dropout, inverted):
+    """The queries' gradients, bit for bit; those of keys and values are not computed."""
+    q, k, v, mask, *_ = inputs(case, dtype)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+
+    def grads(*leaves):
+        torch.manual_seed(5)
+        o, lse = cross_attention(q, k, v, mask, dropout, inverted, return_lse=True)
+        return torch.autograd.grad(o.square().sum() + lse.clamp(min=-1e30).sum(), leaves)
+
+    q.requires_grad_()
+    (alone,) = grads(q)
+    k.requires_grad_(), v.requires_grad_()
+    assert torch.equal(alone, grads(q, k, v)[0])

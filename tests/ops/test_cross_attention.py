@@ -389,8 +389,7 @@ def test_triton_says_why_it_cannot_run():
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_that_do_not_learn(case, dtype, dropout, inverted):
     """The queries' gradients, bit for bit; those of keys and values are not computed."""
-    q, k, v, mask, *_ = inputs(case, dtype)
-    q, k, v = (t.to(dtype) for t in (q, k, v))
+    (q, k, v), mask, *_ = inputs(case, dtype)
 
     def grads(*leaves):
         torch.manual_seed(5)

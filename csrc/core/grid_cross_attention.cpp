@@ -70,6 +70,7 @@ class Sides {
     in.feat = call.feat;
     in.scale = call.scale;
     in.mask = call.mask;
+    in.dropout = call.dropout;
     return in;
   }
 
@@ -79,8 +80,17 @@ class Sides {
   void queries(int64_t chunk, T* rest, T* q, Team team) const;
   void queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d_stream, T* d_x, T* sums, bool begins,
                         Team team) const;
-  void results(int64_t chunk, T* rest, const T* o, T* out, Team team) const;
-  void results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, bool begins, Team team) const;
+  void results(int64_t chunk, const GridCrossAttentionSaved<T>& saved, T* out, Team team) const;
+  void results_backward(int64_t chunk, const GridCrossAttentionSaved<T>& saved, const T* d_y, T* d_o, T* d_kept, T* sums,
+                        bool begins, Team team) const;
+
+  // body(row of I, its column in made, its query in kept) for all latents of a chunk of the batch.
+  template <class Body>
+  void for_kept(int64_t chunk, const Body& body) const {
+    for (int64_t i = 0; i < y.count(chunk) * H; ++i)
+      for (int64_t r = i % H * d; r < (i % H + 1) * d; ++r)
+        for (int64_t n = 0; n < N; ++n) body(r, i / H * y.padded_N + n, (y.first(chunk) * H + i) * N + n);
+  }
 
   // Heads that are worked on at once: all where a team shares their rows, else one, whose numbers stay in cache.
   int64_t heads_at_once(Team team) const { return team.parallel != nullptr && team.parallel->threads > 1 ? H : 1; }
@@ -256,8 +266,10 @@ void Sides<T>::queries_backward(int64_t chunk, T* rest, const T* d_q, const T* d
 }
 
 template <class T>
-void Sides<T>::results(int64_t chunk, T* rest, const T* o, T* out, Team team) const {
+void Sides<T>::results(int64_t chunk, const GridCrossAttentionSaved<T>& saved, T* out, Team team) const {
   const auto& p = call.parameters;
+  const T* o = saved.o;
+  T* rest = saved.rest;
   const int64_t C = y.columns(chunk);
   const int64_t together = heads_at_once(team);
   const Aligned<T> stream(D * C), branch(D * C), turned(together * L * y.padded_N);
@@ -275,7 +287,10 @@ void Sides<T>::results(int64_t chunk, T* rest, const T* o, T* out, Team team) co
                       false);
     });
   }
-  kernels.add_bias(I, C, bias, made);
+  if (saved.kept)
+    for_kept(chunk, [&](int64_t r, int64_t column, int64_t query) { made[r * C + column] += bias[r] * saved.kept[query]; });
+  else
+    kernels.add_bias(I, C, bias, made);
   y.product(D, C, I, p.to_out, I, 1, made, branch.get(), team);
   y.load(chunk, call.x, stream.get(), call.x_batch == 1);
   kernels.join(D, C, branch.get(), p.to_out_bias, nullptr, stream.get());
@@ -283,9 +298,11 @@ void Sides<T>::results(int64_t chunk, T* rest, const T* o, T* out, Team team) co
 }
 
 template <class T>
-void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y, T* d_o, T* sums, bool begins,
-                                Team team) const {
+void Sides<T>::results_backward(int64_t chunk, const GridCrossAttentionSaved<T>& saved, const T* d_y, T* d_o, T* d_kept,
+                                T* sums, bool begins, Team team) const {
   const auto& p = call.parameters;
+  const T *o = saved.o, *bias = saved.rest + 2 * I * row + I;
+  T* rest = saved.rest;
   const int64_t C = y.columns(chunk), wide = x.padded(I);
   const Aligned<T> stream(D * C), d_made(I * C), room(C * wide);
   const int64_t together = heads_at_once(team);
@@ -301,7 +318,16 @@ void Sides<T>::results_backward(int64_t chunk, T* rest, const T* o, const T* d_y
   y.product(I, C, D, p.to_out, 1, I, stream.get(), d_made.get(), team);
   y.turn(I, C, made, room.get());
   y.outer(D, I, C, stream.get(), room.get(), d_to_out, begins, team);
-  kernels.row_sums(I, C, d_made.get(), d_bias);
+  if (saved.kept) {
+    std::fill_n(d_kept + y.first(chunk) * H * N, y.count(chunk) * H * N, T(0));
+    for_kept(chunk, [&](int64_t r, int64_t column, int64_t query) {
+      const T grad = d_made.get()[r * C + column];
+      d_bias[r] += grad * saved.kept[query];
+      d_kept[query] += grad * bias[r];
+    });
+  } else {
+    kernels.row_sums(I, C, d_made.get(), d_bias);
+  }
   for (int64_t i = 0; i < y.count(chunk) * H; i += together) {
     const int64_t e = i / H, first_head = i % H;
     for_rows_of_heads(first_head, together, N, N * d * row, team, [&](int64_t h, int64_t begin, int64_t end) {
@@ -344,11 +370,11 @@ void grid_cross_attention_forward(const GridCrossAttention<T>& call, T* y, const
   for_calls(sides.x.chunks(), sides.work, parallel,
             [&](int64_t chunk, Team team) { sides.queries(chunk, saved.rest, saved.q, team); });
   if (sides.has_axes())
-    grid_attention_forward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr}, parallel);
+    grid_attention_forward<T>(sides.attention(saved.q), {saved.o, saved.lse, saved.kept, nullptr}, parallel);
   else
     cross_attention_forward<T>(sides.attention_to_tokens(saved.q), saved.o, saved.lse, nullptr, parallel);
   for_calls(sides.y.chunks(), sides.work, parallel,
-            [&](int64_t chunk, Team team) { sides.results(chunk, saved.rest, saved.o, y, team); });
+            [&](int64_t chunk, Team team) { sides.results(chunk, saved, y, team); });
 }
 
 template <class T>
@@ -357,14 +383,15 @@ void grid_cross_attention_backward(const GridCrossAttention<T>& call, const T* d
                                    const GridCrossAttentionParameters<T>& gradients, const Parallel& parallel) {
   const Sides<T> sides(call);
   const int64_t B = call.batch, N = sides.N, D = sides.D, I = sides.I, rows = sides.H * N * sides.L, row = sides.row;
-  const Aligned<T> d_o(B * rows), d_q(B * rows), d_tables(sides.tables_size);
+  const Aligned<T> d_o(B * rows), d_q(B * rows), d_tables(sides.tables_size), d_kept(saved.kept ? B * sides.H * N : 0);
   const Aligned<T> of_results = sum_chunks<T>(
       sides.y.chunks(), sides.result_sums(), sides.work, parallel, [&](int64_t chunk, T* sums, bool begins, Team team) {
-        sides.results_backward(chunk, saved.rest, saved.o, d_y, d_o.get(), sums, begins, team);
+        sides.results_backward(chunk, saved, d_y, d_o.get(), d_kept.get(), sums, begins, team);
       });
   if (sides.has_axes()) {
-    grid_attention_backward<T>(sides.attention(saved.q), {saved.o, saved.lse, nullptr, nullptr},
-                               {d_o.get(), nullptr, nullptr}, d_q.get(), nullptr, nullptr, parallel);
+    grid_attention_backward<T>(sides.attention(saved.q), {saved.o, saved.lse, saved.kept, nullptr},
+                               {d_o.get(), nullptr, saved.kept ? d_kept.get() : nullptr}, d_q.get(), nullptr, nullptr,
+                               parallel);
   } else {
     const auto in = sides.attention_to_tokens(saved.q);
     const HeadMatrix<T> none{};

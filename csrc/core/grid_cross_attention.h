@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "dropout.h"
 #include "parallel.h"
 
 namespace perceiver_fast {
@@ -34,6 +35,7 @@ struct GridCrossAttention {
   const T *feat, *scale;    // [B, M, F] and [B, M]; of no axis tokens that are normalised already, and null
   int64_t tokens;           // M
   const uint8_t* mask;      // [B, M] or null
+  Dropout dropout{0, 0};    // of a grid's weights
   std::vector<const T*> codes;         // [n_a, C_a] of every axis
   std::vector<int64_t> code_channels;  // C_a
   GridCrossAttentionParameters<const T> parameters;
@@ -49,6 +51,7 @@ struct GridCrossAttentionSaved {
   T* q;         // [x_batch, H N, L]; of no axis L = C
   T* o;         // [B, H N, L]
   double* lse;  // [B, H N]
+  T* kept;      // [B, H N]: with dropout the sums of weights that it keeps, else null
   T* rest;      // grid_cross_attention_rest numbers
 };
 

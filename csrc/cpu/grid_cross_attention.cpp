@@ -21,6 +21,7 @@ struct Inputs {
   Shape grid;  // [B, *sizes]
   int64_t x_batch, latents, channels, heads, inner, features, context_channels, entries;
   double logit_scale, eps;
+  Dropout dropout;
   Tensor x, feat;
   Tensors codes;
   std::optional<Tensor> scale, mask;
@@ -28,8 +29,13 @@ struct Inputs {
   std::vector<Shape> shapes;  // of the parameters
 
   Inputs(const Tensor& x_, const Tensor& feat_, const std::optional<Tensor>& scale_, const std::optional<Tensor>& mask_,
-         const Tensors& codes_, const Tensors& given, int64_t heads_, double logit_scale_, double eps_)
-      : dtype(check.floating("x", x_)), heads(heads_), logit_scale(logit_scale_), eps(eps_) {
+         const Tensors& codes_, const Tensors& given, int64_t heads_, double logit_scale_, double eps_,
+         double probability, const std::optional<Tensor>& seed)
+      : dtype(check.floating("x", x_)),
+        heads(heads_),
+        logit_scale(logit_scale_),
+        eps(eps_),
+        dropout(check.dropout(probability, seed)) {
     check.rank("x", x_, 3, "[B, N, D]");
     x_batch = x_.size(0), latents = x_.size(1), channels = x_.size(2);
     check.dtype("feat", feat_, dtype);
@@ -54,6 +60,7 @@ struct Inputs {
     STD_TORCH_CHECK(codes_.size() + 1 == (has_axes ? grid.size() : 1),
                     "grid_cross_attention: expected codes of ", has_axes ? grid.size() - 1 : 0, " axes, got ",
                     codes_.size());
+    STD_TORCH_CHECK(has_axes || !dropout, "grid_cross_attention: expected no dropout of tokens of no axis, got some");
     STD_TORCH_CHECK(has_axes || grid.size() == 2,
                     "grid_cross_attention: expected feat [B, M, C] of tokens of no axis, got batch and axes ", text_of(grid));
     for (size_t a = 0; a < codes_.size(); ++a) {
@@ -82,6 +89,7 @@ struct Inputs {
   }
 
   Shape queries(int64_t batch) const { return {batch, heads * latents, entries}; }
+  Shape kept() const { return dropout ? Shape{grid[0], heads * latents} : Shape{0}; }
 
   template <class X>
   static GridCrossAttentionParameters<X> of(const Tensors& p) {
@@ -104,51 +112,56 @@ struct Inputs {
       call.codes.push_back(data<const T>(code));
       call.code_channels.push_back(code.size(1));
     }
+    call.dropout = dropout;
     call.parameters = of<const T>(parameters);
     return call;
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& feat,
-                                                           const std::optional<Tensor>& scale,
-                                                           const std::optional<Tensor>& mask, const Tensors& codes,
-                                                           const Tensors& parameters, int64_t heads,
-                                                           double logit_scale, double eps) {
-  const Inputs in(x, feat, scale, mask, codes, parameters, heads, logit_scale, eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& feat, const std::optional<Tensor>& scale, const std::optional<Tensor>& mask,
+    const Tensors& codes, const Tensors& parameters, int64_t heads, double logit_scale, double eps, double dropout,
+    const std::optional<Tensor>& seed) {
+  const Inputs in(x, feat, scale, mask, codes, parameters, heads, logit_scale, eps, dropout, seed);
   const int64_t B = in.grid[0];
   Tensor y = torch::stable::new_empty(x, {B, in.latents, in.channels}), rest = y;
   Tensor q = torch::stable::new_empty(x, in.queries(in.x_batch)), o = torch::stable::new_empty(x, in.queries(B));
   Tensor lse = torch::stable::new_empty(x, {B, in.heads * in.latents}, ScalarType::Double);
+  Tensor kept = torch::stable::new_empty(x, in.kept());
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     const auto call = in.view<T>();
     rest = torch::stable::new_empty(x, {grid_cross_attention_rest(call)});
-    grid_cross_attention_forward<T>(call, data<T>(y), {data<T>(q), data<T>(o), data<double>(lse), data<T>(rest)},
-                                    torch_parallel());
+    grid_cross_attention_forward<T>(
+        call, data<T>(y),
+        {data<T>(q), data<T>(o), data<double>(lse), in.dropout ? data<T>(kept) : nullptr, data<T>(rest)},
+        torch_parallel());
   });
-  return {y, q, o, lse, rest};
+  return {y, q, o, lse, kept, rest};
 }
 
 std::tuple<Tensor, Tensors> backward(const Tensor& d_y, const Tensor& x, const Tensor& feat,
-                                     const std::optional<Tensor>& scale,
-                                     const std::optional<Tensor>& mask, const Tensors& codes, const Tensors& parameters,
-                                     int64_t heads, double logit_scale, double eps, const Tensor& q, const Tensor& o,
-                                     const Tensor& lse, const Tensor& rest) {
-  const Inputs in(x, feat, scale, mask, codes, parameters, heads, logit_scale, eps);
+                                     const std::optional<Tensor>& scale, const std::optional<Tensor>& mask,
+                                     const Tensors& codes, const Tensors& parameters, int64_t heads, double logit_scale,
+                                     double eps, double dropout, const std::optional<Tensor>& seed, const Tensor& q,
+                                     const Tensor& o, const Tensor& lse, const Tensor& kept, const Tensor& rest) {
+  const Inputs in(x, feat, scale, mask, codes, parameters, heads, logit_scale, eps, dropout, seed);
   const int64_t B = in.grid[0];
   const Tensor grad = check.dense("d_y", d_y, in.dtype, {B, in.latents, in.channels}, "[B, N, D]");
   const Tensor queries = check.dense("q", q, in.dtype, in.queries(in.x_batch), "[B, H N, L]");
   const Tensor results = check.dense("o", o, in.dtype, in.queries(B), "[B, H N, L]");
   const Tensor sums = check.dense("lse", lse, ScalarType::Double, {B, heads * in.latents}, "[B, H N]");
+  const Tensor weights = check.dense("kept", kept, in.dtype, in.kept(), "[B, H N] with dropout, else empty");
   Tensor d_x = torch::stable::new_empty(x, sizes_of(x));
   Tensors gradients;
   for (const Shape& shape : in.shapes) gradients.push_back(torch::stable::new_empty(x, shape));
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     const auto call = in.view<T>();
-    const Tensor kept = check.dense("rest", rest, in.dtype, {grid_cross_attention_rest(call)}, "what a forward saved");
+    const Tensor saved = check.dense("rest", rest, in.dtype, {grid_cross_attention_rest(call)}, "what a forward saved");
     grid_cross_attention_backward<T>(call, data<T>(grad),
-                                     {data<T>(queries), data<T>(results), data<double>(sums), data<T>(kept)},
+                                     {data<T>(queries), data<T>(results), data<double>(sums),
+                                      in.dropout ? data<T>(weights) : nullptr, data<T>(saved)},
                                      data<T>(d_x), Inputs::of<T>(gradients), torch_parallel());
   });
   return {d_x, gradients};

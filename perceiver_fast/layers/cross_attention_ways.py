@@ -26,6 +26,7 @@ and returns ``[B, N, H, d]`` and the log-sum-exp of the logits ``[B, N, H]``, or
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from perceiver_fast.layers.cross_attention_parameters import CrossAttentionParam
 from perceiver_fast.ops.cross_attention import cross_attention_unchecked
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
-from perceiver_fast.ops.library import half_dtype, learns, unless_autocast
+from perceiver_fast.ops.library import compute_dtype, half_dtype, learns, unless_autocast
 from perceiver_fast.ops.projected_attention import projected_attention, rows_of_pieces
 from perceiver_fast.tokens import GridTokens, Tokens
 
@@ -167,7 +168,9 @@ def attend_projected(
     Many tokens are taken in pieces, see ops/projected_attention.py.
     """
     fn = layer.fn
-    projection = tokens.projection(layer.to_kv, layer.norm_context)
+    own = backend == "cpu"  # kernels that compute in float32: what need not be rounded for them is not
+    with unless_autocast(z.device) if own and not tokens.half_product else nullcontext():
+        projection = tokens.projection(layer.to_kv, layer.norm_context)
     plain = backend == "cpu" and not inverted and fn.active_dropout == 0 and not fn.queries_contribute_kv
     if projection is not None and plain:
         q = layer.to_q(z)
@@ -175,10 +178,12 @@ def attend_projected(
         if rows > 0:
             q = fn.split_heads(q.to(projection.dtype).expand(tokens.batch, -1, -1))
             return _latents_first(*projected_attention(q, projection, rows, mask, fn.scale, with_lse))
-    if projection is not None:
-        kv = projection.keys_values()
-    else:
-        kv = tokens.keys_values(layer.to_kv, layer.norm_context)
+    with unless_autocast(z.device) if own and not tokens.half_product else nullcontext():
+        if projection is not None:
+            kv = projection.keys_values()
+        else:
+            kv = tokens.keys_values(layer.to_kv, layer.norm_context)
+        kv = kv.to(compute_dtype(kv.dtype)) if own else kv  # rows as they lie, of all heads at once
     q = layer.to_q(z).to(kv.dtype).expand(kv.shape[0], -1, -1)
     if fn.queries_contribute_kv:
         z = z.expand(kv.shape[0], -1, -1)

@@ -19,6 +19,7 @@ from perceiver_fast.ops.grid_cross_attention import (
     grid_cross_attention_unchecked,
     parameter_shapes,
 )
+from perceiver_fast.ops.library import dropout_seed, seed_from
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import DenseTokens, EmbeddedGrid, GridTokens, PointTokens
 from perceiver_fast.tracing import own
@@ -72,7 +73,9 @@ def _parameters(layer: nn.Module, tokens: Served, stream: ResidualStream, masked
     if why_not("", fn, Attention, without_dropout.Attention) is not None or fn.why_modules() is not None:
         return None
     of = fn.projections()
-    if of is None or fn.active_dropout != 0 or fn.queries_contribute_kv or norm.eps <= 0:
+    if of is None or fn.queries_contribute_kv or norm.eps <= 0:
+        return None
+    if fn.active_dropout != 0 and not (isinstance(tokens, GridTokens) and 0 < fn.active_dropout < 1):
         return None
     to_q, to_kv, to_out, to_out_bias = of
     norms = [module._parameters[name] for module in (norm, norm_context) for name in ("weight", "bias")]
@@ -85,7 +88,7 @@ def _parameters(layer: nn.Module, tokens: Served, stream: ResidualStream, masked
     if isinstance(tokens, GridTokens):
         if _is_small_grid(tokens.sizes, tokens.elements, fn.heads * stream.shape[1], 2 * dim_head):
             return parameters
-    plan = plan_cross_attention(tokens, Layer(stream.shape[1], fn.heads, dim_head, masked=masked))
+    plan = plan_cross_attention(tokens, Layer(stream.shape[1], fn.heads, dim_head, fn.active_dropout, masked=masked))
     return parameters if plan.path == ("grid" if isinstance(tokens, GridTokens) else "absorbed") else None
 
 
@@ -108,5 +111,6 @@ def _attend(layer: Any, rows: Tensor, tokens: Served, mask: Tensor | None, param
         feat, scale, codes = tokens.normalized(eps), None, []
         mask = None if mask is None else mask.flatten(1)
     mask = None if mask is None else own(mask)  # it is saved, and its owner may refill it before the backward
-    options = fn.heads, float(fn.scale), modules["norm"].eps
+    seed = seed_from(dropout_seed(fn.active_dropout, rows.device), tokens.first)
+    options = fn.heads, float(fn.scale), modules["norm"].eps, fn.active_dropout, seed
     return grid_cross_attention_unchecked(rows, feat, scale, mask, codes, parameters, *options)

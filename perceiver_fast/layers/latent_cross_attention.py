@@ -19,10 +19,10 @@ from perceiver_fast.ops.latent_cross_attention import (
 from perceiver_fast.ops.library import autocast_dtype, dropout_seed, learns, seed_from, unless_autocast
 from perceiver_fast.ops.projected_attention import Projection, rows_of_pieces
 from perceiver_fast.ranges import layer_range
-from perceiver_fast.tokens import DenseTokens, TokenGroups, Tokens, TokenStream
+from perceiver_fast.tokens import TokenGroups, Tokens, TokenStream
 from perceiver_fast.tracing import own
 
-# Multiply-adds of a fifth of a millisecond: the calls on other ways take longer than those of the op.
+# Multiply-adds of a fifth of a millisecond: the calls on the absorbed way take longer than those of the op.
 LITTLE = 1e7
 
 
@@ -58,7 +58,7 @@ def latent_cross_attention_branch(
     modules: dict[str, Any] = layer._modules
     fn, norm_context = modules["fn"], modules["norm_context"]
     inner, latents, dropout = len(parameters[2]), stream.shape[1], fn.active_dropout
-    if isinstance(tokens, DenseTokens) and autocast_dtype(stream.device) is not None:
+    if tokens.half_product and autocast_dtype(stream.device) is not None:
         if (
             tokens.batch * tokens.count * tokens.channels * 2 * inner > most_half()
         ):  # a library is faster, in that dtype
@@ -79,8 +79,8 @@ def _builds(plan: Plan) -> bool:
     """Whether keys and values are built: that is the least work, or so little more that the calls on another way take longer."""
     if plan.taken.backend != "cpu":
         return False
-    if plan.path != "projected" and "projected" in plan.work:
-        return plan.work["projected"].cost - plan.work[plan.path].cost < LITTLE
+    if plan.path == "absorbed" and "projected" in plan.work:
+        return plan.work["projected"].cost - plan.work["absorbed"].cost < LITTLE
     return plan.path == "projected"
 
 

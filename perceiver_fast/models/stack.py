@@ -136,7 +136,7 @@ def run_blocks(
     """
     shared = are_shared(blocks)
     # What is computed again in a backward is no use of its own.
-    with rounding_once(x.device, shared=shared), several_uses(shared and not checkpoint) as uses:
+    with rounding_once(x.device, shared, blocks.parameters), several_uses(shared and not checkpoint) as uses:
         for block, attn_residual, keywords in zip(uses.of(list(blocks)), attn_residuals, arguments):
             rows = rows_for(block, x) if hiddens is None else x
             x = run_checkpointed(block, checkpoint, rows, **keywords)

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from perceiver_fast import reference
-from perceiver_fast.ops.checks import check_alike, check_mask, check_shape
+from perceiver_fast.ops.checks import check_alike, check_dropout, check_mask, check_shape
 from perceiver_fast.ops.declaration import Operator, declare
 from perceiver_fast.ops.derivatives import differentiable, differentiated_again
 from perceiver_fast.ops.grid_attention import grid_attention_work
 from perceiver_fast.ops.latent_layers import CPU_BACKENDS, padded, padded_columns
-from perceiver_fast.ops.library import compute_dtype, learns, narrowed, unless_autocast, widened
+from perceiver_fast.ops.library import compute_dtype, dropout_seed, learns, narrowed, unless_autocast, widened
 from perceiver_fast.ops.pointwise import PointwiseCall, runs_kernel
 from perceiver_fast.ops.work import Work, attention_work
 from perceiver_fast.ranges import op_range
@@ -48,13 +48,14 @@ def _work(x, feat, codes, parameters, heads) -> Work:
     return Work(tables + sides) + grid_attention_work((feat[0], rows, length), feat, inverted=False)
 
 
-def _forward_outputs(x, feat, scale, mask, codes, parameters, heads, logit_scale, eps):
+def _forward_outputs(x, feat, scale, mask, codes, parameters, heads, logit_scale, eps, dropout, seed):
     shared, rows, length = _queries(x.shape, feat.shape, heads, len(codes))
     batch, inner, channels = feat.shape[0], parameters[2].shape[0], x.shape[2]
     columns = padded_columns(x.shape[1], x.dtype)
     rest = 2 * inner * (padded(length, x.dtype) + 1) + columns * (shared * (channels + 1 + inner) + batch * inner)
     y, q, o = (x.new_empty(shape) for shape in ((batch, *x.shape[1:]), (shared, rows, length), (batch, rows, length)))
-    return y, q, o, x.new_empty((batch, rows), dtype=torch.float64), x.new_empty(rest)
+    lse, kept = x.new_empty((batch, rows), dtype=torch.float64), x.new_empty((batch, rows) if dropout > 0 else (0,))
+    return y, q, o, lse, kept, x.new_empty(rest)
 
 
 def _backward_outputs(d_y, x, feat, scale, mask, codes, parameters, *rest):
@@ -63,7 +64,7 @@ def _backward_outputs(d_y, x, feat, scale, mask, codes, parameters, *rest):
 
 def _sample(
     make, dtype=torch.float32, batch=2, shared=False, sizes=(5, 4), features=3, heads=2, inner=6, mask=False, mean=False,
-    axes=True,
+    axes=True, drops=False,
 ):  # fmt: skip
     channels, widths = 7, [3] * len(sizes) * axes
     context = features - mean + sum(widths)
@@ -78,7 +79,8 @@ def _sample(
     if not axes:
         feat, scale = feat * 0.1, None  # logits of any scale stay small
     tokens = feat, scale, make.mask(batch, *sizes) if mask else None, codes
-    return GridCrossAttentionFunction.apply(tokens, (heads, 0.5, 1e-5), x, *parameters)
+    options = heads, 0.5, 1e-5, *((0.1, make.seed()) if drops else (0.0, None))
+    return GridCrossAttentionFunction.apply(tokens, options, x, *parameters)
 
 
 GRID_CROSS_ATTENTION = declare(
@@ -88,15 +90,15 @@ GRID_CROSS_ATTENTION = declare(
     operators=(
         Operator(
             "grid_cross_attention_forward(Tensor x, Tensor feat, Tensor? scale, Tensor? mask, Tensor[] codes, "
-            "Tensor[] parameters, int heads, float logit_scale, float eps) "
-            "-> (Tensor y, Tensor q, Tensor o, Tensor lse, Tensor rest)",
+            "Tensor[] parameters, int heads, float logit_scale, float eps, float dropout, Tensor? seed) "
+            "-> (Tensor y, Tensor q, Tensor o, Tensor lse, Tensor kept, Tensor rest)",
             _forward_outputs,
             work=lambda x, feat, scale, mask, codes, parameters, heads, *_: _work(x, feat, codes, parameters, heads),
         ),
         Operator(
             "grid_cross_attention_backward(Tensor d_y, Tensor x, Tensor feat, Tensor? scale, Tensor? mask, "
-            "Tensor[] codes, Tensor[] parameters, int heads, float logit_scale, float eps, Tensor q, Tensor o, "
-            "Tensor lse, Tensor rest) -> (Tensor d_x, Tensor[] d_parameters)",
+            "Tensor[] codes, Tensor[] parameters, int heads, float logit_scale, float eps, float dropout, Tensor? seed, "
+            "Tensor q, Tensor o, Tensor lse, Tensor kept, Tensor rest) -> (Tensor d_x, Tensor[] d_parameters)",
             _backward_outputs,
             work=lambda d_y, x, feat, scale, mask, codes, parameters, heads, *_: Work(
                 2 * _work(x, feat, codes, parameters, heads).multiply_adds,
@@ -111,6 +113,7 @@ GRID_CROSS_ATTENTION = declare(
         dict(dtype=torch.float64, sizes=(9,), features=1, heads=1),
         dict(batch=40),
         dict(mean=True),
+        dict(drops=True),
         dict(axes=False, sizes=(9,), mask=True, heads=1),
     ),
 )
@@ -131,7 +134,7 @@ def _forward(tokens, options, x, parameters) -> tuple[Tensor, ...]:
 class GridCrossAttentionFunction(torch.autograd.Function):
     """Connects the registered forward and backward; saves its inputs and what the forward makes beside y.
 
-    ``tokens`` are feat, scale, mask and codes, which have no gradients; ``options`` heads, logit_scale and eps.
+    ``tokens`` are feat, scale, mask and codes, which have no gradients; ``options`` heads, logit_scale, eps, dropout and its seed.
     """
 
     @staticmethod
@@ -145,14 +148,14 @@ class GridCrossAttentionFunction(torch.autograd.Function):
     @staticmethod
     @op_range(OP + ".backward")
     def backward(ctx, d_y):
-        feat, scale, mask, q, o, lse, rest, x, *parameters = ctx.saved_tensors
+        feat, scale, mask, q, o, lse, kept, rest, x, *parameters = ctx.saved_tensors
         codes, options = ctx.codes, ctx.options
 
         def kernel():
             wide, computed = (widened(each, q.dtype) for each in ((d_y, x, feat), parameters))
             scales = None if scale is None else scale.to(q.dtype)
             d_x, d_parameters = torch.ops.perceiver_fast.grid_cross_attention_backward(
-                *wide, scales, mask, widened(codes, q.dtype), computed, *options, q, o, lse, rest
+                *wide, scales, mask, widened(codes, q.dtype), computed, *options, q, o, lse, kept, rest
             )
             return narrowed((d_x, *d_parameters), x.dtype)
 
@@ -178,6 +181,7 @@ def grid_cross_attention(
     heads: int,
     logit_scale: float,
     eps: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The latents with what they attend to added.
 
@@ -195,6 +199,8 @@ def grid_cross_attention(
         heads: number of heads, H.
         logit_scale: of the logits.
         eps: of the latents' LayerNorm, more than 0.
+        dropout: probability of dropping an attention weight, by a seed that is drawn from torch's generator; not of tokens of
+            no axis. Default: 0.
 
     Returns:
         ``[B, N, D]``, the dtype of x; half precision is computed in float32. Differentiable any number of times in x and the parameters.
@@ -213,7 +219,13 @@ def grid_cross_attention(
         torch.Size([2, 5, 8])
     """
     _check(x, feat, scale, mask, codes, parameters, heads, eps)
-    return grid_cross_attention_unchecked(x, feat, scale, mask, codes, parameters, heads, logit_scale, eps)
+    check_dropout(OP, dropout)
+    if dropout > 0 and scale is None:
+        raise ValueError(f"{OP}: expected no dropout where scale is None, got {dropout}; use latent_cross_attention")
+    seed = dropout_seed(dropout, x.device)
+    return grid_cross_attention_unchecked(
+        x, feat, scale, mask, codes, parameters, heads, logit_scale, eps, dropout, seed
+    )
 
 
 @op_range(OP)
@@ -227,12 +239,16 @@ def grid_cross_attention_unchecked(
     heads: int,
     logit_scale: float,
     eps: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """:func:`grid_cross_attention` for callers whose tensors fit each other; they are not checked."""
-    options = heads, logit_scale, eps
+    options = heads, logit_scale, eps, dropout, seed
     tokens = feat, scale, mask, codes
     if not runs_kernel(GRID_CROSS_ATTENTION, compute_dtype(x.dtype), x.device):
-        return reference.grid_cross_attention(x, *tokens, parameters, *options)
+        return reference.grid_cross_attention(
+            x, feat, scale, mask, codes, parameters, heads, logit_scale, eps, dropout, seed
+        )
     if learns(x, *parameters):
         return GridCrossAttentionFunction.apply(tokens, options, x, *parameters)
     return _forward(tokens, options, x, parameters)[0]

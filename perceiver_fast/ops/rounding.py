@@ -6,7 +6,7 @@ autocast off, so they would round it at every use; a model of shared layers keep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -17,23 +17,30 @@ from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.library import autocast_dtype
 from perceiver_fast.tracing import intercepted
 
+# Numbers of parameters that are kept rounded in inference on a CPU: in memory that this process keeps (memory.py).
+MOST_KEPT = 3 * 2**23
+
 # What was rounded in the present call, beside the parameter and its content then; None outside of rounding_once.
 _kept: ContextVar[dict[tuple, tuple[Tensor, Tensor, tuple]] | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
-def rounding_once(device: torch.device, shared: bool = True) -> Iterator[None]:
+def rounding_once(
+    device: torch.device, shared: bool = True, parameters: Callable[[], Iterable[Tensor]] = tuple
+) -> Iterator[None]:
     """Inside, :func:`rounded` rounds a parameter once. Nothing is kept without autocast or its cache, or where a graph is made.
 
-    Neither in inference on a CPU: the pages of what is kept would take the system as long to clear as rounding takes
+    Neither much in inference on a CPU: the pages of what is kept would take the system as long to clear as rounding takes
     (imagenet-lucid, AMD EPYC: 2.6 s a forward either way, and 150 MB more). In training they would be saved in any case.
 
     Args:
         device: of the parameters.
         shared: whether some layer stands in several places; if none does, nothing is kept. Default: True.
+        parameters: them. Default: few.
     """
-    infers = device.type == "cpu" and not torch.is_grad_enabled()
-    plain = not shared or infers or torch.compiler.is_compiling() or autocast_dtype(device) is None
+    plain = not shared or torch.compiler.is_compiling() or autocast_dtype(device) is None
+    if not plain and device.type == "cpu" and not torch.is_grad_enabled():
+        plain = sum(p.numel() for p in parameters()) > MOST_KEPT
     if plain or not torch.is_autocast_cache_enabled() or intercepted() or transformed() or _kept.get() is not None:
         yield
         return

@@ -23,6 +23,8 @@ def grid_cross_attention(
     heads: int,
     logit_scale: float,
     eps: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``[B, N, D]``; the arguments are :func:`perceiver_fast.ops.grid_cross_attention.grid_cross_attention`'s."""
     norm_weight, norm_bias, to_q, context_weight, context_bias, to_kv, to_out, to_out_bias = parameters
@@ -42,7 +44,13 @@ def grid_cross_attention(
     if scale is None:  # tokens of no axis, which are normalised
         (o,) = cross_attention(q.unsqueeze(1), feat.unsqueeze(1), feat.unsqueeze(1), mask, 1.0)[0].unbind(1)
     else:
-        o = grid_attention(q, feat, scale, mask)[0]
+        o, _, kept = grid_attention(q, feat, scale, mask, dropout, seed)
     o = o.unflatten(1, (heads, -1))
-    made = (o @ values.transpose(1, 2)).transpose(1, 2).flatten(2) + bias
+    made = (o @ values.transpose(1, 2)).transpose(1, 2).flatten(2)
+    if dropout > 0:  # the bias counts as often as the weights sum to
+        made = made + torch.einsum(
+            "bhn,hd->bnhd", kept.unflatten(1, (heads, -1)), bias.unflatten(0, (heads, -1))
+        ).flatten(2)
+    else:
+        made = made + bias
     return x + F.linear(made, to_out, to_out_bias)

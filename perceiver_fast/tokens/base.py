@@ -82,6 +82,11 @@ class Tokens:
         return self.feat.shape[-1]
 
     @property
+    def half_product(self) -> bool:
+        """Whether keys and values are a product that autocast rounds; else they are computed in float32 whatever it asks for."""
+        return False
+
+    @property
     def device(self) -> torch.device:
         """Where the tokens are."""
         return self.feat.device

@@ -35,6 +35,10 @@ class DenseTokens(Tokens):
     def channels(self) -> int:
         return self.feat.shape[2]
 
+    @property
+    def half_product(self) -> bool:
+        return True
+
     def materialize(self) -> Tensor:
         return self.feat
 

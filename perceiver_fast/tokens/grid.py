@@ -13,6 +13,7 @@ from perceiver_fast.ops.grid_scale import GRID_SCALE, grid_scale_unchecked
 from perceiver_fast.ops.library import compute_dtype, projected_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
+from perceiver_fast.tokens.dense import DenseTokens
 from perceiver_fast.tracing import known
 
 
@@ -32,6 +33,7 @@ class GridTokens(Tokens):
         self.codes = codes
         self._scale: dict[float, Tensor] = {}
         self._shifted: dict[torch.dtype, Tensor] = {}
+        self._dense: DenseTokens | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -131,6 +133,8 @@ class GridTokens(Tokens):
             return Basis(*self.project(projection, norm), self.shifted(), self.scale(norm.eps), True)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
+        if self.half_product:  # mostly raw channels: what is gained by codes that are not built is lost by more passes
+            return self._built().keys_values(to_kv, norm)
         with unless_autocast(self.device):
             feat, axes, bias = self._projected_parts(to_kv, norm)
             scale = self.scale(norm.eps).unsqueeze(-1)
@@ -142,6 +146,18 @@ class GridTokens(Tokens):
                 kv = kv.add_(part) if in_place else kv + part
             kv = kv.mul_(scale).add_(bias) if in_place else kv * scale + bias
         return kv.flatten(1, -2).to(projected_dtype(to_kv.weight))
+
+    @property
+    def half_product(self) -> bool:
+        return self.is_shifted
+
+    def _built(self) -> DenseTokens:
+        """The tokens as a tensor, built once for all layers; anew for each where a gradient flows through it."""
+        if torch.is_grad_enabled() and self.learns():
+            return DenseTokens(self.materialize())
+        if self._dense is None:
+            self._dense = DenseTokens(self.materialize())
+        return self._dense
 
     def sources(self) -> tuple[Tensor, ...]:
         return (self.feat, *(axis.code for axis in self.codes))

@@ -150,7 +150,7 @@ def test_tokens_of_every_kind(monkeypatch, kind, in_one, masked, dropout):
     perceiver, call, tokens = kind(dropout)
     perceiver.double()
     if dropout and in_one == "grid_cross_attention":
-        in_one = "latent_cross_attention"
+        in_one = "latent_layers"
     mask = draw(2, tokens) > -0.5 if masked else None
 
     def results():

@@ -7,6 +7,7 @@ from support import check_over_draws, needs_extension, relative_error
 import perceiver_fast as pf
 from perceiver_fast import reference
 from perceiver_fast.ops import grid_cross_attention
+from perceiver_fast.ops.grid_cross_attention import grid_cross_attention_unchecked
 
 ALONE = -1
 
@@ -101,6 +102,30 @@ def test_no_bit_depends_on_the_number_of_threads_or_on_gradients():
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
     assert torch.equal(grid_cross_attention(*arguments), found[0][0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own latents", "shared latents"])
+def test_dropout_drops_what_the_reference_drops(shared, backend):
+    low, seed = operands(3, 9, 16, 2, 8, (5, 4), 3, torch.float64, shared, masked=True), torch.tensor([7])
+
+    def dropping(run):
+        return lambda *arguments: run(*arguments, dropout=0.3, seed=seed)
+
+    want = results(dropping(reference.grid_cross_attention), *low)
+    with pf.use_backend(backend):
+        got = results(dropping(grid_cross_attention_unchecked), *low)
+    for mine, exact in zip(got, want):
+        assert relative_error(mine, exact) < 1e-12
+    torch.manual_seed(3)
+    first = grid_cross_attention(*low, dropout=0.3)
+    assert not torch.equal(first, grid_cross_attention(*low, dropout=0.3))
+    torch.manual_seed(3)
+    assert torch.equal(first, grid_cross_attention(*low, dropout=0.3))
+    with pytest.raises(ValueError, match="no dropout"):
+        grid_cross_attention(*operands(2, 3, 8, 2, 3, (20,), ALONE, torch.float32), dropout=0.1)
+    with pytest.raises(ValueError, match="dropout probability"):
+        grid_cross_attention(*low, dropout=1.0)
 
 
 def test_second_derivatives():

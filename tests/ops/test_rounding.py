@@ -32,8 +32,12 @@ def test_kept_inside_alone():
         assert rounded(weight, torch.bfloat16) is not kept
     with rounding_once(CPU):
         assert rounded(weight, torch.bfloat16) is not rounded(weight, torch.bfloat16)
-    with under_autocast(), torch.no_grad(), rounding_once(CPU):
-        assert rounded(weight, torch.bfloat16) is not rounded(weight, torch.bfloat16)
+    many = nn.Parameter(torch.empty(1).expand(rounding.MOST_KEPT + 1))
+    for parameters, keeps in ((tuple, True), (lambda: [weight], True), (lambda: [weight, many], False)):
+        with under_autocast(), torch.no_grad(), rounding_once(CPU, parameters=parameters):
+            assert (rounded(weight, torch.bfloat16) is rounded(weight, torch.bfloat16)) == keeps
+        with under_autocast(), rounding_once(CPU, parameters=parameters):  # they would be saved in any case
+            assert rounded(weight, torch.bfloat16) is rounded(weight, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), rounding_once(CPU):
         assert rounded(weight, torch.bfloat16) is not rounded(weight, torch.bfloat16)
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)

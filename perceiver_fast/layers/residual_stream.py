@@ -31,14 +31,19 @@ def fits(norm: nn.Module, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     return parameters["bias"] is not None and weight.dtype == x.dtype and weight.shape == x.shape[-1:]
 
 
-def normalize(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``, ``[.., D]``, in the dtype of the product that follows; by an op if it may stand in for the norm."""
+def normalize(norm: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``norm(x)``, ``[.., D]``; by an op if it may stand in for the norm.
+
+    Args:
+        norm: of any kind.
+        x: ``[.., D]``.
+        dtype: of the op's result. Default: that of the product that follows.
+    """
     if not fits(norm, x):
         return norm(x)
     parameters: dict[str, Any] = norm._parameters
-    return add_layer_norm_unchecked(
-        x, None, None, parameters["weight"], parameters["bias"], norm.eps, product_dtype(x)
-    )[1]
+    dtype = product_dtype(x) if dtype is None else dtype
+    return add_layer_norm_unchecked(x, None, None, parameters["weight"], parameters["bias"], norm.eps, dtype)[1]
 
 
 def with_bias(out: Tensor, bias: Tensor | None) -> Tensor:

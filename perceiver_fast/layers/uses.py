@@ -23,7 +23,8 @@ class Uses:
     """The layers of one call of a model, and what the next place takes of those that stand in several."""
 
     def __init__(self) -> None:
-        self._next: dict[tuple[int, ...], Sequence[Tensor]] = {}
+        # By the identities of parameters: these themselves, what they were then, and what a place returned.
+        self._next: dict[tuple[int, ...], tuple[Sequence[Tensor], list[tuple], Sequence[Tensor]]] = {}
         self._again = False
 
     def of(self, layers: Sequence[L]) -> Iterator[L]:
@@ -41,12 +42,18 @@ class Uses:
         return self._again
 
     def take(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What an op takes in the place of ``parameters``: what an earlier place returned, or these."""
-        return self._next.get(tuple(map(id, parameters)), parameters)
+        """What an op takes in the place of ``parameters``: what an earlier place returned, or these if they were changed."""
+        found = self._next.get(tuple(map(id, parameters)))
+        return parameters if found is None or found[1] != _content(parameters) else found[2]
 
     def keep(self, parameters: Sequence[Tensor], returned: Sequence[Tensor]) -> None:
         """Let the next place of ``parameters`` take what this one ``returned``."""
-        self._next[tuple(map(id, parameters))] = returned
+        self._next[tuple(map(id, parameters))] = parameters, _content(parameters), returned
+
+
+def _content(parameters: Sequence[Tensor]) -> list[tuple]:
+    """What changes where parameters are written to, get other memory, or begin or cease to learn."""
+    return [(p.data_ptr(), p._version, p.requires_grad) for p in parameters]
 
 
 _uses: ContextVar[Uses | None] = ContextVar("uses", default=None)
@@ -62,7 +69,8 @@ def several_uses(shared: bool) -> Iterator[Uses]:
     """Inside, :func:`uses` are those of a call of a model.
 
     Args:
-        shared: whether some layer stands in several places; if none does there are none.
+        shared: whether some layer stands in several places, and what each makes reaches the next with its gradient; if not,
+            there are none.
     """
     found = Uses()
     if not shared or not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from perceiver_fast.backends import forced_backend, use_backend
 from perceiver_fast.layers import EnformerAttentionResidual, PerceiverBlock
 from perceiver_fast.layers.fusing import is_plain, is_watched, watcher
-from perceiver_fast.layers.residual_stream import normalize
+from perceiver_fast.layers.residual_stream import fits, normalize
 from perceiver_fast.layers.uses import several_uses
 from perceiver_fast.ops.rounding import rounding_once
 from perceiver_fast.ranges import layer_range
@@ -135,8 +135,8 @@ def run_blocks(
         ``[B, N, D]``.
     """
     shared = are_shared(blocks)
-    # What is computed again in a backward is no use of its own.
-    with rounding_once(x.device, shared, blocks.parameters), several_uses(shared and not checkpoint) as uses:
+    adds_up = shared and not checkpoint and _is_one_stream(blocks, attn_residuals)
+    with rounding_once(x.device, shared, blocks.parameters), several_uses(adds_up) as uses:
         for block, attn_residual, keywords in zip(uses.of(list(blocks)), attn_residuals, arguments):
             rows = rows_for(block, x) if hiddens is None else x
             x = run_checkpointed(block, checkpoint, rows, **keywords)
@@ -145,6 +145,16 @@ def run_blocks(
             if attn_residual is not None:
                 x = attn_residual(hiddens)
     return x
+
+
+def _is_one_stream(blocks: nn.ModuleList, attn_residuals: Iterable[nn.Module | None]) -> bool:
+    """Whether every block's latents reach the next with their gradient: no hook, and no module of others', may detach them.
+
+    A later place's backward then runs that of an earlier one in any case.
+    """
+    if isinstance(attn_residuals, nn.ModuleList) and any(residual is not None for residual in attn_residuals):
+        return False
+    return all(is_plain(block, PerceiverBlock) for block in blocks)
 
 
 class MeanPool(nn.Module):
@@ -161,8 +171,7 @@ class Head(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         watched = is_watched(x)
         for module in self:
-            fused = not watched and is_plain(module, nn.LayerNorm)
-            x = normalize(module, x) if fused else module(x)
+            x = module(x) if watched or not fits(module, x) else normalize(module, x, x.dtype)
         return x
 
 

@@ -175,11 +175,11 @@ class LatentLayersFunction(torch.autograd.Function):
     @staticmethod
     @op_range(OP + ".backward")
     def backward(ctx, d_y, *d_returned):
+        if d_y is None:  # nothing of what was saved is needed
+            return None, None, None, *(d_returned or [None] * (len(ctx.needs_input_grad) - 3))
         saved, x, *parameters = ctx.saved_tensors
         drawn, parameters = parameters[: ctx.drawn], parameters[ctx.drawn :]
         layers = *ctx.layers, drawn
-        if d_y is None:
-            return None, None, None, *(d_returned or [None] * len(parameters))
 
         def kernel(added=()):
             wide, computed, given, more = (widened(each, saved.dtype) for each in ([d_y], parameters, drawn, added))

@@ -42,7 +42,7 @@ def is_for(rows: int, channels: int, out_channels: int, dtype: torch.dtype) -> b
     own order first. It is for many rows and narrow weights. This op is for little work, and on a library for few rows, and
     for weights that fill the cache; then it may be of any number of rows, as the result is at least as large as the rows.
     """
-    if rows * channels * out_channels == 0:
+    if rows * channels * out_channels == 0 or channels == 1:  # one channel is normalised to zero, whatever it is
         return False
     if is_small(rows, channels, out_channels):
         return dtype in (torch.float32, torch.float64)

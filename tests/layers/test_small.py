@@ -265,3 +265,12 @@ def test_noise_is_saved_as_tensors_are():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
         perceiver(data)
     assert seen.count(torch.Size([2, 5, 16])) >= 2
+
+
+@pytest.mark.parametrize("last", [nn.Identity, lambda: nn.Dropout(0.0)])
+def test_the_head_s_norm_keeps_the_dtype_of_latents(last):
+    perceiver = model()
+    perceiver.to_logits[-1] = last()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert perceiver(image()).dtype is torch.float32
+    assert perceiver.bfloat16()(image().bfloat16()).dtype is torch.bfloat16

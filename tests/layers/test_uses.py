@@ -184,3 +184,55 @@ def test_the_op_by_itself():
     assert torch.equal(only, torch.ones_like(only))
     with torch.no_grad():
         assert latent_layers_again(x, parameters, *options)[1] is parameters
+
+
+@pytest.mark.parametrize("place", ["block", "inside"])
+def test_parameters_that_change_between_places(place, monkeypatch):
+    """Other memory, as offloading gives them, and a part of the places that learns."""
+    perceiver, data = model().double(), image().double()
+    block = perceiver.layers[1]
+    module = block if place == "block" else block.cross_attn
+    calls = []
+
+    def shrink(*_):
+        calls.append(1)
+        for parameter in block.parameters():
+            parameter.data = parameter.data * 0.7
+
+    def freeze(*_):
+        calls.append(1)
+        block.requires_grad_(len(calls) > 1)
+
+    state = {name: p.clone() for name, p in perceiver.state_dict().items()}
+    for change in (shrink, freeze):
+        found = []
+        for alone in (False, True):
+            perceiver.load_state_dict(state)
+            calls.clear()
+            with monkeypatch.context() as patch:
+                if alone:
+                    one_by_one(patch)
+                hook = module.register_forward_pre_hook(change)
+                out = perceiver(data)
+                hook.remove()
+            perceiver.requires_grad_()
+            found.append([out, *torch.autograd.grad(out.sum(), perceiver.parameters(), allow_unused=True)])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_latents_that_a_hook_detaches(order):
+    """Graphs of several places that have nothing in common but parameters are walked one after the other."""
+    perceiver, data = model().double(), image().double()
+    outs = []
+    perceiver.layers[1].register_forward_hook(lambda module, given, out: (outs.append(out), out.detach())[1])
+    perceiver(data)
+    for out in outs[::order]:
+        out.square().mean().backward()
+    summed = perceiver.layers[1].cross_ff.fn.net[0].weight.grad.clone()
+    perceiver.zero_grad()
+    outs.clear()
+    perceiver(data)
+    sum(out.square().mean() for out in outs).backward()
+    assert relative_error(summed, perceiver.layers[1].cross_ff.fn.net[0].weight.grad) < 1e-12

@@ -170,11 +170,9 @@ class Backward {
       each_part(true);
       add_copies(dq_, heads, dq_copies, dq_size_);
     }
-    add_copies(dk_sums.get(), heads, token_copies, M * packed_.pad_d);
-    add_copies(dv_sums.get(), heads, token_copies, M * packed_.pad_v);
     unpack(dq_copies, dq);
-    if (!k_direct) strip(dk_sums.get(), token_copies, packed_.pad_d, dk, in_.dim);
-    if (!v_direct) strip(dv_sums.get(), token_copies, packed_.pad_v, dv, in_.dim_v);
+    if (!k_direct) join_tokens(dk_sums.get(), token_copies, packed_.pad_d, dk, in_.dim);
+    if (!v_direct) join_tokens(dv_sums.get(), token_copies, packed_.pad_v, dv, in_.dim_v);
   }
 
  private:
@@ -328,8 +326,9 @@ class Backward {
     });
   }
 
-  // The first copies' rows without what pads them.
-  void strip(const T* from, int64_t copies, int64_t padded, const HeadMatrix<T>& to, int64_t channels) const {
+  // The sums of all copies' rows, without what pads these.
+  void join_tokens(T* from, int64_t copies, int64_t padded, const HeadMatrix<T>& to, int64_t channels) const {
+    add_copies(from, blocking_.heads(), copies, in_.tokens * padded);
     parallel_.run(blocking_.heads() * in_.tokens, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / in_.tokens, m = i % in_.tokens;

@@ -8,10 +8,6 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <random>
 #include <thread>
 #include <vector>
 
@@ -22,80 +18,12 @@
 #include "../../csrc/core/grid_query_attention.h"
 #include "../../csrc/core/grid_scale.h"
 #include "../../csrc/core/layer_norm.h"
+#include "core_latents.h"
+#include "core_tools.h"
 
 using namespace perceiver_fast;
 
 namespace {
-
-Parallel in_turn(int threads) {
-  return {threads, [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-            for (int64_t i = 0; i < n; ++i) body(i, i + 1);
-          }};
-}
-
-Parallel at_once(int threads) {
-  return {threads, [threads](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-            std::vector<std::thread> running;
-            const int64_t each = (n + threads - 1) / threads;
-            for (int64_t begin = 0; begin < n; begin += each)
-              running.emplace_back([&, begin] { body(begin, std::min(n, begin + each)); });
-            for (std::thread& thread : running) thread.join();
-          }};
-}
-
-struct Generator {
-  std::mt19937_64 bits;
-  int64_t pick(std::initializer_list<int64_t> choices) { return choices.begin()[bits() % choices.size()]; }
-  bool flip() { return bits() & 1; }
-  double number() { return double(int64_t(bits()) >> 11) / double(int64_t(1) << 52); }  // in [-1, 1)
-};
-
-// On the heap, `count` elements and not one more.
-template <class X>
-class Array {
- public:
-  explicit Array(int64_t count) : size_(count), memory_(new X[count > 0 ? count : 1]) {
-    std::memset(static_cast<void*>(memory_.get()), 0xff, count * sizeof(X));
-  }
-  Array(int64_t count, Generator& random, double offset = 0) : Array(count) {
-    for (int64_t i = 0; i < count; ++i) set(memory_[i], random.number() + offset);
-  }
-  X* data() const { return size_ > 0 ? memory_.get() : nullptr; }
-  int64_t size() const { return size_; }
-
- private:
-  static void set(BFloat16& to, double x) {
-    const float value = float(x);
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    to.bits = uint16_t(bits >> 16);
-  }
-  template <class Y>
-  static void set(Y& to, double x) {
-    to = Y(x);
-  }
-  int64_t size_;
-  std::shared_ptr<X[]> memory_;
-};
-
-// FNV-1a of the bytes of all arrays: whoever reads them all notices memory that is not there.
-struct Digest {
-  uint64_t value = 14695981039346656037u;
-  template <class X>
-  Digest& operator<<(const Array<X>& array) {
-    const unsigned char* bytes = reinterpret_cast<const unsigned char*>(array.data());
-    for (int64_t i = 0; i < array.size() * int64_t(sizeof(X)); ++i) value = (value ^ bytes[i]) * 1099511628211u;
-    return *this;
-  }
-};
-
-using Case = std::function<uint64_t(const Parallel&)>;
-
-Array<uint8_t> mask_of(int64_t batch, int64_t tokens, bool used, Generator& random) {
-  Array<uint8_t> mask(used ? batch * tokens : 0);
-  for (int64_t i = 0; i < mask.size(); ++i) mask.data()[i] = i % tokens == 0 || random.flip();
-  return mask;
-}
 
 template <class T>
 Case grid_attention(Generator& random) {
@@ -161,7 +89,7 @@ Case cross_attention(Generator& random) {
   const int64_t B = random.pick({1, 2}), H = random.pick({1, 2, 3}), N = random.pick({1, 2, 7, 33, 70}),
                 M = random.pick({1, 2, 17, 64, 129}), d = random.pick({1, 3, 8, 16, 33}),
                 dv = random.pick({1, 4, 8, 19});
-  const bool inverted = random.flip();
+  const bool inverted = random.flip(), learn = random.flip();
   const Dropout dropout(random.pick({0, 0, 1}) * 0.3, 7);
   const Array<T> q(B * H * N * d, random), k(B * H * M * d, random), v(B * H * M * dv, random);
   const Array<T> d_o(B * H * N * dv, random);
@@ -171,7 +99,9 @@ Case cross_attention(Generator& random) {
     const Array<double> lse(B * H * N), token_lse(inverted ? B * H * M : 0);
     const CrossAttentionInput<T> in{B, H, N, M, d, dv, {q.data(), H * N * d, N * d, d}, {k.data(), H * M * d, M * d, d},
                                     {v.data(), H * M * dv, M * dv, dv}, mask.data(), 0.7, dropout, inverted};
-    const auto to_k = dense_heads<T>(dk.data(), H, M, d), to_v = dense_heads<T>(d_v.data(), H, M, dv);
+    const HeadMatrix<T> none{};
+    const auto to_k = learn ? dense_heads<T>(dk.data(), H, M, d) : none;
+    const auto to_v = learn ? dense_heads<T>(d_v.data(), H, M, dv) : none;
     cross_attention_forward<T>(in, o.data(), lse.data(), token_lse.data(), parallel);
     cross_attention_backward<T>(in, o.data(), lse.data(), token_lse.data(), d_o.data(), nullptr, dq.data(), to_k,
                                 to_v, parallel);
@@ -272,7 +202,15 @@ const std::vector<Named>& ops() {
                              {"fourier_projection, float", fourier_projection<float>},
                              {"fourier_projection, double", fourier_projection<double>},
                              {"grid_scale, float", grid_scale<float>},
-                             {"grid_scale, double", grid_scale<double>}};
+                             {"grid_scale, double", grid_scale<double>},
+                             {"latent_layers, float", latent_layers<float>},
+                             {"latent_layers, double", latent_layers<double>},
+                             {"latent_cross_attention, float", latent_cross_attention<float>},
+                             {"latent_cross_attention, double", latent_cross_attention<double>},
+                             {"grid_cross_attention, float", grid_cross_attention<float>},
+                             {"grid_cross_attention, double", grid_cross_attention<double>},
+                             {"layer_norm_linear, float", layer_norm_linear<float>},
+                             {"layer_norm_linear, double", layer_norm_linear<double>}};
 #define PF_ADD(D) found.push_back({"layer_norm", layer_norm<D>}), found.push_back({"geglu", geglu<D>});
     PF_FOR_DTYPES(PF_ADD)
 #undef PF_ADD

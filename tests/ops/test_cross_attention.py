@@ -387,7 +387,8 @@ def test_triton_says_why_it_cannot_run():
 @pytest.mark.parametrize("dropout, inverted", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_tokens_that_do_not_learn(case, dtype, dropout, inverted):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tokens_that_do_not_learn(case, dtype, dropout, inverted, threads):
     """The queries' gradients, bit for bit; those of keys and values are not computed."""
     (q, k, v), mask, *_ = inputs(case, dtype)
 
@@ -398,7 +399,12 @@ def test_tokens_that_do_not_learn(case, dtype, dropout, inverted):
         o, lse = cross_attention(q, k, v, mask, dropout, return_lse=True)
         return torch.autograd.grad(o.square().sum() + lse.clamp(min=-1e30).sum(), leaves)
 
-    q.requires_grad_()
-    (alone,) = grads(q)
-    k.requires_grad_(), v.requires_grad_()
-    assert torch.equal(alone, grads(q, k, v)[0])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q.requires_grad_()
+        (alone,) = grads(q)
+        k.requires_grad_(), v.requires_grad_()
+        assert torch.equal(alone, grads(q, k, v)[0])
+    finally:
+        torch.set_num_threads(before)

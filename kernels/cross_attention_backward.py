@@ -188,7 +188,7 @@ def backward_launches(
     d_o, d_lse, q, k, v, mask, scale, dropout, seed, o, lse, arch: int, token_lse: Tensor | None = None,
     to_tokens: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, list[Launch]]:  # fmt: skip
-    """dq, dk and dv, of the shapes of q, k and v, and the launches that compute them.
+    """dq, dk and dv, of the shapes of q, k and v, and the launches that compute them; without ``to_tokens`` dk and dv are empty.
 
     ``arch`` is the architecture whose configurations are taken, ``token_lse`` is given where attention is inverted; other
     arguments are those of :func:`backward`.

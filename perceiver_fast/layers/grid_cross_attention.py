@@ -89,7 +89,9 @@ def _parameters(layer: nn.Module, tokens: Served, stream: ResidualStream, masked
         if _is_small_grid(tokens.sizes, tokens.elements, fn.heads * stream.shape[1], 2 * dim_head):
             return parameters
     plan = plan_cross_attention(tokens, Layer(stream.shape[1], fn.heads, dim_head, fn.active_dropout, masked=masked))
-    return parameters if plan.path == ("grid" if isinstance(tokens, GridTokens) else "absorbed") else None
+    if isinstance(tokens, GridTokens):
+        return parameters if plan.path == "grid" else None
+    return parameters if plan.path == "absorbed" and plan.taken.backend == "cpu" else None
 
 
 @functools.lru_cache(256)

@@ -17,6 +17,7 @@ from perceiver_fast.ops.latent_cross_attention import (
     parameter_shapes,
 )
 from perceiver_fast.ops.library import autocast_dtype, dropout_seed, learns, seed_from, unless_autocast
+from perceiver_fast.ops.linear import product_dtype
 from perceiver_fast.ops.projected_attention import Projection, rows_of_pieces
 from perceiver_fast.ranges import layer_range
 from perceiver_fast.tokens import TokenGroups, Tokens, TokenStream
@@ -44,7 +45,7 @@ def latent_cross_attention_branch(
         tokens: what is attended to.
         mask: bool ``[B, M]`` or ``[B, *sizes]``, True where a token may be attended to; or None.
         inverted: softmax over the latents; not here.
-        adds: whether the latents are added to what they find.
+        adds: whether the latents are added to what they find; if not, the result has the dtype of a product.
     """
     if inverted or not isinstance(tokens, Tokens) or tokens.shard is not None or tokens.count == 0:
         return None
@@ -72,7 +73,8 @@ def latent_cross_attention_branch(
             learning = learns(stream.rows(), *parameters)
             if rows_of_pieces(latents, inner, learning, projection, mask) > 0:
                 return None
-        return _attend(layer, stream.rows(), tokens, projection, mask, parameters, adds)
+        y = _attend(layer, stream.rows(), tokens, projection, mask, parameters, adds)
+    return y if adds else y.to(product_dtype(y))
 
 
 def _builds(plan: Plan) -> bool:

@@ -48,12 +48,14 @@ class Uses:
 
     def keep(self, parameters: Sequence[Tensor], returned: Sequence[Tensor]) -> None:
         """Let the next place of ``parameters`` take what this one ``returned``."""
+        if returned is parameters:  # nothing learns
+            return
         self._next[tuple(map(id, parameters))] = parameters, _content(parameters), returned
 
 
 def _content(parameters: Sequence[Tensor]) -> list[tuple]:
     """What changes where parameters are written to, get other memory, or begin or cease to learn."""
-    return [(p.data_ptr(), p._version, p.requires_grad) for p in parameters]
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.requires_grad) for p in parameters]
 
 
 _uses: ContextVar[Uses | None] = ContextVar("uses", default=None)

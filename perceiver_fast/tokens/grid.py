@@ -10,7 +10,7 @@ from perceiver_fast.backends import Choice
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.fourier_projection import centred
 from perceiver_fast.ops.grid_scale import GRID_SCALE, grid_scale_unchecked
-from perceiver_fast.ops.library import compute_dtype, projected_dtype, unless_autocast
+from perceiver_fast.ops.library import autocast_dtype, compute_dtype, projected_dtype, unless_autocast
 from perceiver_fast.ops.pointwise import PointwiseCall
 from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
 from perceiver_fast.tokens.dense import DenseTokens
@@ -133,7 +133,10 @@ class GridTokens(Tokens):
             return Basis(*self.project(projection, norm), self.shifted(), self.scale(norm.eps), True)
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-        if self.half_product:  # mostly raw channels: what is gained by codes that are not built is lost by more passes
+        alike = to_kv.weight.dtype == self.dtype or autocast_dtype(self.device) is not None
+        if (
+            self.half_product and alike
+        ):  # mostly raw channels: what is gained by codes that are not built is lost by more passes
             return self._built().keys_values(to_kv, norm)
         with unless_autocast(self.device):
             feat, axes, bias = self._projected_parts(to_kv, norm)

@@ -85,14 +85,17 @@ class PointTokens(Tokens):
         through it, since a checkpointed layer computes its own again."""
         if torch.is_grad_enabled() and self.learns():
             return self.codes(eps)
-        if eps not in self._normalized:
-            self._normalized[eps] = self.codes(eps)
-        return self._normalized[eps]
+        normalized = self._normalized.get(eps)
+        if normalized is None:
+            normalized = self.codes(eps)
+            if not normalized.requires_grad:
+                self._normalized[eps] = normalized
+        return normalized
 
     @property
     def absorbed_channels(self) -> int | None:
         """All channels, unless their codes would take much memory: keys and values can be built in pieces."""
-        few = known(self.batch) * known(self.count) * self.channels <= MOST_CODES
+        few = known(self.batch * self.count) * self.channels <= MOST_CODES
         return self.channels if few else None
 
     def absorbed_operations(self) -> float:

@@ -274,3 +274,26 @@ def test_the_head_s_norm_keeps_the_dtype_of_latents(last):
     with torch.autocast("cpu", torch.bfloat16):
         assert perceiver(image()).dtype is torch.float32
     assert perceiver.bfloat16()(image().bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [7, 5000], ids=["few queries", "many"])
+def test_what_is_not_added_has_the_dtype_of_a_product(rows):
+    """A layer alone, and a decoder without a last one, under autocast: whatever their size."""
+    io = pf.PerceiverIO(depth=1, dim=9, queries_dim=24, num_latents=5, latent_dim=16)
+    layer = io.decoder_cross_attn
+    x, context = torch.randn(2, rows, 24), torch.randn(2, 5, 16)
+    assert layer(x, context=context).dtype is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x, context=context).dtype is torch.bfloat16
+        assert io(torch.randn(2, 30, 9), queries=x[0]).dtype is torch.bfloat16
+
+
+def test_mostly_raw_channels_of_another_dtype_than_the_weights():
+    wide = pf.Perceiver(**SIZES | dict(input_axis=1, input_channels=90, cross_heads=2, num_classes=3))
+    layer = wide.layers[0].cross_attn
+    tokens = wide.describe(torch.randn(2, 40, 90))
+    assert tokens.half_product
+    expected = tokens.keys_values(layer.fn.to_kv, layer.norm_context)
+    given = wide.bfloat16().describe(tokens.feat.bfloat16())
+    found = given.keys_values(wide.float().layers[0].cross_attn.fn.to_kv, layer.norm_context)
+    assert relative_error(found, expected) < 2e-2

@@ -236,3 +236,9 @@ def test_latents_that_a_hook_detaches(order):
     perceiver(data)
     sum(out.square().mean() for out in outs).backward()
     assert relative_error(summed, perceiver.layers[1].cross_ff.fn.net[0].weight.grad) < 1e-12
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        perceiver = model().requires_grad_(False)
+    assert perceiver(image()).isfinite().all()

@@ -65,6 +65,7 @@ def test_layers_that_run_together_are_one_range():
         names = seen(stepper(model, data))
     ops = {"grid_cross_attention", "latent_layers"}
     layers = {f"layers.{i}{part}" for i in range(3) for part in ("", ".cross_attn")}
+    ops |= {"layer_norm"}  # of the head
     assert names == layers | ops | {f"{op}.backward" for op in ops} | {"describe", "grid_scale", "to_logits"}
 
 
@@ -74,7 +75,9 @@ def test_dense_and_point_ways_are_named():
     points = pf.Perceiver(**SMALL)
     with pf.ranges():
         names = seen(stepper(dense, torch.randn(1, 6, 5, 3)))
-        assert {"latent_cross_attention", "latent_cross_attention.backward"} <= names and "grid_attention" not in names
+        assert {"grid_cross_attention", "grid_cross_attention.backward"} <= names and "grid_attention" not in names
+        names = seen(stepper(dense, torch.randn(1, 6, 5, 3, requires_grad=True)))
+        assert {"latent_cross_attention", "latent_cross_attention.backward"} <= names and "layer_norm_linear" in names
         names = seen(lambda: points(torch.randn(1, 30, 3), coords=torch.rand(30, 2)).sum().backward())
         assert {"fourier_projection", "fourier_projection.backward", "describe"} <= names
         names = seen(lambda: pf.ops.geglu(torch.randn(3, 8, requires_grad=True)).sum().backward())

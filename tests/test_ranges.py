@@ -72,7 +72,7 @@ def test_layers_that_run_together_are_one_range():
 @pytest.mark.skipif(**needs_extension)
 def test_dense_and_point_ways_are_named():
     dense = pf.Perceiver(**SMALL | dict(fourier_encode_data=False))
-    points = pf.Perceiver(**SMALL)
+    points = pf.Perceiver(**SMALL | dict(num_freq_bands=40))  # so many that keys and values are built
     with pf.ranges():
         names = seen(stepper(dense, torch.randn(1, 6, 5, 3)))
         assert {"grid_cross_attention", "grid_cross_attention.backward"} <= names and "grid_attention" not in names

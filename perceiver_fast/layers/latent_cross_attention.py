@@ -60,9 +60,8 @@ def latent_cross_attention_branch(
     fn, norm_context = modules["fn"], modules["norm_context"]
     inner, latents, dropout = len(parameters[2]), stream.shape[1], fn.active_dropout
     if tokens.half_product and autocast_dtype(stream.device) is not None:
-        if (
-            tokens.batch * tokens.count * tokens.channels * 2 * inner > most_half()
-        ):  # a library is faster, in that dtype
+        # A library makes many keys and values faster, in that dtype.
+        if tokens.batch * tokens.count * tokens.channels * 2 * inner > most_half():
             return None
     if not _builds(FusedCrossAttention(layer).plan(tokens, latents, masked=mask is not None)):
         return None

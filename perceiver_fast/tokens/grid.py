@@ -134,9 +134,8 @@ class GridTokens(Tokens):
 
     def keys_values(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Tensor:
         alike = to_kv.weight.dtype == self.dtype or autocast_dtype(self.device) is not None
-        if (
-            self.half_product and alike
-        ):  # mostly raw channels: what is gained by codes that are not built is lost by more passes
+        if self.half_product and alike:
+            # Mostly raw channels: what is gained by codes that are not built is lost by more passes.
             return self._built().keys_values(to_kv, norm)
         with unless_autocast(self.device):
             feat, axes, bias = self._projected_parts(to_kv, norm)

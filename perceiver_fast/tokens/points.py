@@ -81,8 +81,11 @@ class PointTokens(Tokens):
             )
 
     def normalized(self, eps: float) -> Tensor:
-        """:meth:`codes` with mean 0 and variance 1, computed once for all layers of one eps; anew for each where a gradient flows
-        through it, since a checkpointed layer computes its own again."""
+        """:meth:`codes` with mean 0 and variance 1, ``[B, M, C]``.
+
+        Computed once for all layers of one eps; anew for each where a gradient flows through it, since a checkpointed layer
+        computes its own again.
+        """
         if torch.is_grad_enabled() and self.learns():
             return self.codes(eps)
         normalized = self._normalized.get(eps)

@@ -171,6 +171,14 @@ class LatentColumns {
   }
 };
 
+// The sum of [batch, count] over the batch.
+template <class T>
+void sum_batch(int64_t batch, int64_t count, const T* from, T* to) {
+  std::copy_n(from, count, to);
+  for (int64_t b = 1; b < batch; ++b)
+    for (int64_t i = 0; i < count; ++i) to[i] += from[b * count + i];
+}
+
 // A dense copy of rows that were padded.
 template <class T>
 void copy_rows(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {

@@ -144,14 +144,6 @@ void Sides<T>::results_backward(int64_t chunk, const T* o, const T* d_y, T* d_o,
   y.outer(D, I, C, stream.get(), room.get(), d_to_out, begins, team);
 }
 
-// The sum of [batch, count] over the batch.
-template <class T>
-void sum_batch(int64_t batch, int64_t count, const T* from, T* to) {
-  std::copy_n(from, count, to);
-  for (int64_t b = 1; b < batch; ++b)
-    for (int64_t i = 0; i < count; ++i) to[i] += from[b * count + i];
-}
-
 }  // namespace
 
 template <class T>

@@ -45,12 +45,15 @@ CUDA_ARCHS = ("80", "90", "100")
 CUDA_FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -DUSE_CUDA".split()
 # GCC warns about its own intrinsics (maybe-uninitialized) and about vector types as template arguments.
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes", "-Wno-unknown-warning-option"]
+AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512"
 # Instruction sets that csrc/core/*_kernels.cpp are compiled for, one after the other: bytes of a vector, and flags.
 ISAS = {
     "baseline": (16, []),
     "avx2": (32, ["-mavx2", "-mfma"]),
-    "avx512": (64, "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512".split()),
+    "avx512": (64, AVX512.split()),
 }
+# What *_bfloat16_kernels.cpp are compiled for, once: avx512 with products of pairs of bfloat16.
+BFLOAT16_ISAS = {"avx512_bf16": (64, [*AVX512.split(), "-mavx512bf16"])}
 
 
 class CannotBuild(Exception):
@@ -133,21 +136,22 @@ def manylinux_flags():
     return ["-include", shlex.quote(str(ROOT / "csrc/manylinux.h"))]
 
 
-def isa_flags():
+def isa_flags(isas=ISAS):
     """Flags of every instruction set for this kind of machine, by name."""
     x86 = machine().lower() in ("x86_64", "amd64")
     return {
         isa: [f"-DPF_ISA={isa}", f"-DPF_VECTOR_BYTES={vector_bytes}", *flags]
-        for isa, (vector_bytes, flags) in ISAS.items()
+        for isa, (vector_bytes, flags) in isas.items()
         if x86 or isa == "baseline"
     }
 
 
 def core_sources():
-    """(name of the object, source, flags) of csrc/core; the kernels' once for every instruction set."""
+    """(name of the object, source, flags) of csrc/core; the kernels' once for every instruction set they are for."""
     for source in sorted((ROOT / "csrc/core").glob("*.cpp")):
         if source.stem.endswith("_kernels"):
-            yield from ((f"core_{source.stem}_{isa}", source, flags) for isa, flags in isa_flags().items())
+            isas = isa_flags(BFLOAT16_ISAS if source.stem.endswith("_bfloat16_kernels") else ISAS)
+            yield from ((f"core_{source.stem}_{isa}", source, flags) for isa, flags in isas.items())
         else:
             yield f"core_{source.stem}", source, []
 

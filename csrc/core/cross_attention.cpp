@@ -13,6 +13,7 @@
 #include "cross_attention.h"
 
 #include "cross_attention_blocking.h"
+#include "cross_attention_widened.h"
 #include "few_attention.h"
 
 namespace perceiver_fast {
@@ -24,7 +25,8 @@ template <class T>
 struct ForwardState {
   int64_t width, rows;
 
-  ForwardState(const CrossAttentionBlocking<T>& blocking) : width(blocking.width), rows(blocking.in.dim_v + 2) {}
+  template <class X>
+  explicit ForwardState(const CrossAttentionBlocking<X>& blocking) : width(blocking.width), rows(blocking.in.dim_v + 2) {}
   int64_t block_size() const { return rows * width; }
   T* out(T* state, int64_t i) const { return state + i * block_size(); }
   T* total(T* state, int64_t i) const { return out(state, i) + (rows - 2) * width; }
@@ -32,12 +34,14 @@ struct ForwardState {
 };
 
 // Blocks [first, last) of one head over tiles [tile, end).
-template <class T>
-void run_group(const CrossAttentionBlocking<T>& blocking, const TokenTerms<T>& terms, int64_t head, int64_t first,
+template <class X, class T = ComputeOf<X>>
+void run_group(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>& terms, int64_t head, int64_t first,
                int64_t last, int64_t tile, int64_t end, T* state) {
   const ForwardState<T> at(blocking);
-  const int64_t width = blocking.width, q_size = blocking.in.dim * width, count = last - first;
-  const Aligned<T> q(count * q_size), scratch(kTileTokens * width);
+  const int64_t width = blocking.width, q_size = operands<X>(blocking.in.dim) * width, count = last - first;
+  const Aligned<OperandOf<X>> q(count * q_size);
+  const Aligned<T> scratch(kTileTokens * width);
+  const TilePairs<X> pairs(blocking.in, false);
   std::vector<typename HashLane<T>::type> hashes(blocking.in.dropout ? count * width : 0);
   for (int64_t i = 0; i < count; ++i) {
     pack_queries(blocking, head, first + i, q.get() + i * q_size);
@@ -45,7 +49,8 @@ void run_group(const CrossAttentionBlocking<T>& blocking, const TokenTerms<T>& t
   }
   std::fill(state, state + count * at.block_size(), T(0));
   for (; tile < end; ++tile) {
-    const TokenTile<T> tokens = tile_of(blocking, terms, head, tile);
+    TokenTile<X> tokens = tile_of(blocking, terms, head, tile);
+    pairs.set(tokens);
     for (int64_t i = 0; i < count; ++i)
       blocking.kernels.forward(tokens,
                                {q.get() + i * q_size, at.shift(state, i), at.total(state, i), at.out(state, i),
@@ -75,11 +80,11 @@ void add_state(const ForwardState<T>& at, T* state, T* other, int64_t count) {
   }
 }
 
-template <class T>
-void finish_group(const CrossAttentionBlocking<T>& blocking, const TokenTerms<T>& terms, int64_t head, int64_t first,
+template <class X, class T = ComputeOf<X>>
+void finish_group(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>& terms, int64_t head, int64_t first,
                   int64_t last, T* state, T* o, double* lse) {
   const ForwardState<T> at(blocking);
-  const CrossAttentionInput<T>& in = blocking.in;
+  const CrossAttentionInput<X>& in = blocking.in;
   std::vector<T> factor(blocking.width);
   for (int64_t block = first; block < last; ++block) {
     const int64_t i = block - first, row = head * in.queries + block * blocking.width, count = blocking.count_of(block);
@@ -136,14 +141,10 @@ void token_statistics(const CrossAttentionBlocking<T>& blocking, double* token_l
   });
 }
 
-}  // namespace
-
-template <class T>
-void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse, double* token_lse,
-                             const Parallel& parallel) {
-  if (FewAttention<T>::takes(in)) return FewAttention<T>(in).forward(o, lse, parallel);
-  const CrossAttentionBlocking<T> blocking(in);
-  if (in.inverted) token_statistics(blocking, token_lse, parallel);
+template <class X, class T>
+void stream_forward(const CrossAttentionInput<X>& in, T* o, double* lse, const double* token_lse,
+                    const Parallel& parallel) {
+  const CrossAttentionBlocking<X> blocking(in);
   const TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   const ForwardState<T> at(blocking);
   int64_t group = blocking.group_size((in.dim + in.dim_v + 2) * blocking.width),
@@ -190,9 +191,26 @@ void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse
   });
 }
 
-template void cross_attention_forward<float>(const CrossAttentionInput<float>&, float*, double*, double*,
-                                             const Parallel&);
-template void cross_attention_forward<double>(const CrossAttentionInput<double>&, double*, double*, double*,
-                                              const Parallel&);
+}  // namespace
+
+template <class X>
+void cross_attention_forward(const CrossAttentionInput<X>& in, ComputeOf<X>* o, double* lse, double* token_lse,
+                             const Parallel& parallel) {
+  if constexpr (std::is_same_v<X, BFloat16>) {
+    if (takes_pairs(in)) return stream_forward(in, o, lse, nullptr, parallel);
+    return cross_attention_forward(Widened(in, parallel).input(), o, lse, token_lse, parallel);
+  } else {
+    if (FewAttention<X>::takes(in)) return FewAttention<X>(in).forward(o, lse, parallel);
+    if (in.inverted) token_statistics(CrossAttentionBlocking<X>(in), token_lse, parallel);
+    stream_forward(in, o, lse, token_lse, parallel);
+  }
+}
+
+#define PF_INSTANTIATE(X)                                                                                            \
+  template void cross_attention_forward<X>(const CrossAttentionInput<X>&, ComputeOf<X>*, double*, double*, const Parallel&);
+PF_INSTANTIATE(float)
+PF_INSTANTIATE(double)
+PF_INSTANTIATE(BFloat16)
+#undef PF_INSTANTIATE
 
 }  // namespace perceiver_fast

@@ -1,12 +1,14 @@
 // Streaming attention over keys and values that exist as tensors, on the CPU: the drivers, free of torch.
 // See perceiver_fast/ops/cross_attention.py for the maths.
 //
-// B batch, H heads, N queries, M tokens, d channels of queries and keys, dv of values. T is float or double.
+// B batch, H heads, N queries, M tokens, d channels of queries and keys, dv of values. X is float, double or BFloat16, T
+// what is computed in: float or double.
 #pragma once
 
 #include <cstdint>
 
 #include "dropout.h"
+#include "pairs.h"
 #include "parallel.h"
 
 namespace perceiver_fast {
@@ -27,10 +29,10 @@ HeadMatrix<X> dense_heads(X* data, int64_t heads, int64_t rows, int64_t channels
   return {data, heads * rows * channels, rows * channels, channels};
 }
 
-template <class T>
+template <class X>
 struct CrossAttentionInput {
   int64_t batch, heads, queries, tokens, dim, dim_v;
-  HeadMatrix<const T> q, k, v;
+  HeadMatrix<const X> q, k, v;
   const uint8_t* mask;  // [B, M] or null; without inverted, a row of zeros attends uniformly
   double scale;         // of the logits
   Dropout dropout;
@@ -41,15 +43,18 @@ struct CrossAttentionInput {
 //           A batch element that is all masked attends uniformly, and its lse is kEmptyLse.
 // Inverted: P = exp(S - token_lse[m] - lse[n]) with lse the logarithm of the (clamped) normaliser over the tokens.
 // o [B, H, N, dv] dense, lse [B, H, N], token_lse [B, H, M].
-template <class T>
-void cross_attention_forward(const CrossAttentionInput<T>& in, T* o, double* lse, double* token_lse,
+//
+// BFloat16: logits and sums are float. Where the CPU multiplies pairs fast, weights are rounded to bfloat16, and lse is
+// that of the rounded weights, so that those of a query add up to one; else all is computed in float.
+template <class X>
+void cross_attention_forward(const CrossAttentionInput<X>& in, ComputeOf<X>* o, double* lse, double* token_lse,
                              const Parallel& parallel);
 
 // dq [B, H, N, d] dense, dk [B, H, M, d] and dv [B, H, M, dv], or null both where nobody needs them. d_lse [B, H, N] may be
 // null.
-template <class T>
-void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
-                              const T* d_o, const double* d_lse, T* dq, const HeadMatrix<T>& dk,
-                              const HeadMatrix<T>& dv, const Parallel& parallel);
+template <class X>
+void cross_attention_backward(const CrossAttentionInput<X>& in, const ComputeOf<X>* o, const double* lse,
+                              const double* token_lse, const X* d_o, const double* d_lse, X* dq,
+                              const HeadMatrix<X>& dk, const HeadMatrix<X>& dv, const Parallel& parallel);
 
 }  // namespace perceiver_fast

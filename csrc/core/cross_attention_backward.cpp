@@ -10,11 +10,23 @@
 // the packed queries and gradients of one group of blocks, at most half a second-level cache, with a tile's P and dS.
 #include "cross_attention.h"
 #include "cross_attention_blocking.h"
+#include "cross_attention_widened.h"
 #include "few_attention.h"
 
 namespace perceiver_fast {
 
 namespace {
+
+// In double; four sums need not wait for one another.
+template <class X>
+double dot(const X* a, const ComputeOf<X>* b, int64_t count) {
+  double sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    for (int chain = 0; chain < 4; ++chain) sums[chain] += double(widened(a[i + chain])) * double(b[i + chain]);
+  for (; i < count; ++i) sums[0] += double(widened(a[i])) * double(b[i]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
 
 // P = 2^(S log2(e) + shift) * weight and dS = P (u - delta). No loop multiplies by the weight: the output's gradient
 // and delta are multiplied by it beforehand. `delta_low` is the rounding error of delta, for inverted attention.
@@ -22,8 +34,9 @@ template <class T>
 struct QueryTerms {
   std::vector<T> shift, weight, delta, delta_low;
 
-  QueryTerms(const CrossAttentionInput<T>& in, const TokenTerms<T>& terms, const T* o, const double* lse, const T* d_o, const double* d_lse,
-             const Parallel& parallel)
+  template <class X>
+  QueryTerms(const CrossAttentionInput<X>& in, const TokenTerms<T>& terms, const T* o, const double* lse, const X* d_o,
+             const double* d_lse, const Parallel& parallel)
       : shift(in.batch * in.heads * in.queries), weight(shift.size()), delta(shift.size()), delta_low(shift.size()) {
     parallel.run(int64_t(shift.size()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -35,8 +48,7 @@ struct QueryTerms {
         shift[i] = in.inverted ? T(0) : T(-std::nearbyint(lse2));
         weight[i] = T(std::exp2(-lse2 - double(shift[i])));
         double sum = 0;
-        if (!constant)
-          for (int64_t c = 0; c < in.dim_v; ++c) sum += double(d_o[i * in.dim_v + c]) * double(o[i * in.dim_v + c]);
+        if (!constant) sum = dot(d_o + i * in.dim_v, o + i * in.dim_v, in.dim_v);
         if (d_lse != nullptr) sum -= constant ? d_lse[i] * clamped_share(lse[i]) : d_lse[i];
         delta[i] = T(sum) * weight[i];
       }
@@ -45,33 +57,40 @@ struct QueryTerms {
 };
 
 // A block's packed queries and gradients, all in one piece of memory.
-template <class T>
+template <class X>
 struct PackedBlock {
+  using T = ComputeOf<X>;
+  using Op = OperandOf<X>;
+  static_assert(sizeof(Op) == sizeof(T), "they share memory");
   int64_t d, v, pad_d, pad_v, width;
 
-  explicit PackedBlock(const CrossAttentionBlocking<T>& blocking)
+  explicit PackedBlock(const CrossAttentionBlocking<X>& blocking)
       : d(blocking.in.dim),
         v(blocking.in.dim_v),
         pad_d(blocking.padded(d)),
         pad_v(blocking.padded(v)),
         width(blocking.width) {}
-  int64_t size() const { return (d + v + pad_d + pad_v + 4) * width; }
-  T* q(T* at) const { return at; }
-  T* grad(T* at) const { return at + d * width; }
-  T* q_rows(T* at) const { return grad(at) + v * width; }
-  T* grad_rows(T* at) const { return q_rows(at) + pad_d * width; }
-  T* shift(T* at) const { return grad_rows(at) + pad_v * width; }
+  int64_t rows() const { return operands<X>(width); }
+  int64_t size() const { return (operands<X>(d) + operands<X>(v) + 5) * width + rows() * (pad_d + pad_v); }
+  Op* q(T* at) const { return reinterpret_cast<Op*>(at); }
+  Op* grad(T* at) const { return q(at) + operands<X>(d) * width; }
+  Op* q_rows(T* at) const { return grad(at) + operands<X>(v) * width; }
+  Op* grad_rows(T* at) const { return q_rows(at) + rows() * pad_d; }
+  T* shift(T* at) const { return reinterpret_cast<T*>(grad_rows(at) + rows() * pad_v); }
   T* delta(T* at) const { return shift(at) + width; }
   T* delta_low(T* at) const { return delta(at) + width; }
   T* change(T* at) const { return delta_low(at) + width; }
+  T* weight(T* at) const { return change(at) + width; }
 };
 
-template <class T>
+template <class X>
 class Backward {
+  using T = ComputeOf<X>;
   using Hash = typename HashLane<T>::type;
+  static constexpr bool kPairs = Operand<X>::numbers == 2;
 
  public:
-  Backward(const CrossAttentionBlocking<T>& blocking, TokenTerms<T>& terms, QueryTerms<T>& queries, const T* d_o,
+  Backward(const CrossAttentionBlocking<X>& blocking, TokenTerms<T>& terms, QueryTerms<T>& queries, const X* d_o,
            const Parallel& parallel)
       : blocking_(blocking),
         in_(blocking.in),
@@ -95,7 +114,7 @@ class Backward {
         pack(head, block, memory.get(), hashes.data());
         std::vector<T> error(W);
         for (int64_t tile = 0; tile < blocking_.tiles; ++tile) {
-          const TokenTile<T> tokens = tile_of(blocking_, terms_, head, tile);
+          const TokenTile<X> tokens = tile_of(blocking_, terms_, head, tile);
           std::fill_n(sums.get(), kTileTokens * W, T(0));
           blocking_.kernels.token_delta(tokens, view(memory.get(), hashes.data(), p.get(), ds.get()), sums.get());
           for (int64_t lane = 0; lane < W; ++lane) {
@@ -124,7 +143,7 @@ class Backward {
       int64_t packed_head = -1;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t head = task / blocking_.tiles, tile = task % blocking_.tiles;
-        const TokenTile<T> tokens = tile_of(blocking_, terms_, head, tile);
+        const TokenTile<X> tokens = tile_of(blocking_, terms_, head, tile);
         if (head != packed_head)
           for (int64_t i = 0; i < blocking_.blocks; ++i) pack(head, i, memory.get() + i * size, hashes.data() + i * W);
         packed_head = head;
@@ -142,7 +161,7 @@ class Backward {
     });
   }
 
-  void run(const double* d_lse, T* dq, const HeadMatrix<T>& dk, const HeadMatrix<T>& dv) {
+  void run(const double* d_lse, X* dq, const HeadMatrix<X>& dk, const HeadMatrix<X>& dv) {
     const int64_t heads = blocking_.heads(), W = blocking_.width, M = in_.tokens;
     if (heads == 0) return;
     by_tokens_ = in_.inverted || in_.tokens >= in_.queries;
@@ -151,17 +170,17 @@ class Backward {
     const int64_t dq_copies = by_tokens_ ? parts_ : 1, token_copies = by_tokens_ ? 1 : parts_;
     dq_size_ = blocking_.blocks * (packed_.d + 2) * W;
     const Aligned<T> dq_sums(heads * dq_copies * dq_size_);
-    // Sums of dk and dv go straight where they belong when rows need no padding and have one writer.
-    const bool none = dk.data == nullptr;
-    const bool k_direct = none || (token_copies == 1 && packed_.pad_d == packed_.d);
-    const bool v_direct = none || (token_copies == 1 && packed_.pad_v == packed_.v);
-    const Aligned<T> dk_sums(k_direct ? 0 : heads * token_copies * M * packed_.pad_d);
-    const Aligned<T> dv_sums(v_direct ? 0 : heads * token_copies * M * packed_.pad_v);
+    // Sums of dk and dv go straight where they belong when rows need no padding, have one writer and are not rounded.
+    const bool learn = dk.data != nullptr, direct = !kPairs && token_copies == 1;
+    const bool k_joined = learn && !(direct && packed_.pad_d == packed_.d);
+    const bool v_joined = learn && !(direct && packed_.pad_v == packed_.v);
+    const Aligned<T> dk_sums(k_joined ? heads * token_copies * M * packed_.pad_d : 0);
+    const Aligned<T> dv_sums(v_joined ? heads * token_copies * M * packed_.pad_v : 0);
     dq_ = dq_sums.get();
     // A part's copy of them is a head of these.
     const int64_t copies = token_copies * in_.heads;
-    dk_ = k_direct ? dk : dense_heads(dk_sums.get(), copies, M, packed_.pad_d);
-    dv_ = v_direct ? dv : dense_heads(dv_sums.get(), copies, M, packed_.pad_v);
+    dk_ = k_joined ? dense_heads(dk_sums.get(), copies, M, packed_.pad_d) : as_sums(dk);
+    dv_ = v_joined ? dense_heads(dv_sums.get(), copies, M, packed_.pad_v) : as_sums(dv);
 
     flagged_.assign(heads * blocking_.blocks, 1);
     each_part(false);
@@ -171,25 +190,37 @@ class Backward {
       add_copies(dq_, heads, dq_copies, dq_size_);
     }
     unpack(dq_copies, dq);
-    if (!k_direct) join_tokens(dk_sums.get(), token_copies, packed_.pad_d, dk, in_.dim);
-    if (!v_direct) join_tokens(dv_sums.get(), token_copies, packed_.pad_v, dv, in_.dim_v);
+    if (k_joined) join_tokens(dk_sums.get(), token_copies, packed_.pad_d, dk, in_.dim, kPairs ? T(in_.scale) : T(1));
+    if (v_joined) join_tokens(dv_sums.get(), token_copies, packed_.pad_v, dv, in_.dim_v, T(1));
   }
 
  private:
+  // Gradients of keys and values that are summed where they belong; of pairs, which are not, only none.
+  static HeadMatrix<T> as_sums(const HeadMatrix<X>& to) {
+    if constexpr (kPairs)
+      return {};
+    else
+      return to;
+  }
+
   void pack(int64_t head, int64_t block, T* at, Hash* hashes) const {
     const int64_t W = blocking_.width, row = head * in_.queries + block * W, count = blocking_.count_of(block);
-    const T* weight = queries_.weight.data() + row;
+    const X *q = in_.q.at(head / in_.heads, head % in_.heads, block * W), *d_o = d_o_ + row * in_.dim_v;
     pack_queries(blocking_, head, block, packed_.q(at));
-    std::vector<T> factor(W, T(0));
-    for (int64_t lane = 0; lane < count; ++lane) factor[lane] = weight[lane] * T(in_.dropout.scale());
-    rows_to_lanes(d_o_ + row * in_.dim_v, in_.dim_v, count, in_.dim_v, W, factor.data(), packed_.grad(at));
-    T *q_rows = packed_.q_rows(at), *grad_rows = packed_.grad_rows(at);
-    std::fill(q_rows, packed_.shift(at), T(0));
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const T* q = in_.q.at(head / in_.heads, head % in_.heads, block * W + lane);
-      for (int64_t c = 0; c < in_.dim; ++c) q_rows[lane * packed_.pad_d + c] = T(in_.scale) * q[c];
-      for (int64_t c = 0; c < in_.dim_v; ++c)
-        grad_rows[lane * packed_.pad_v + c] = factor[lane] * d_o_[(row + lane) * in_.dim_v + c];
+    for (int64_t lane = 0; lane < W; ++lane)
+      packed_.weight(at)[lane] = lane < count ? queries_.weight[row + lane] * T(in_.dropout.scale()) : T(0);
+    const T* weight = packed_.weight(at);
+    rows_to_lanes(d_o, in_.dim_v, count, in_.dim_v, W, weight, packed_.grad(at));
+    OperandOf<X>*q_rows = packed_.q_rows(at), *grad_rows = packed_.grad_rows(at);
+    std::fill(q_rows, grad_rows + packed_.rows() * packed_.pad_v, OperandOf<X>{});
+    if constexpr (kPairs) {
+      pair_rows(q, in_.q.row_stride, count, in_.dim, packed_.pad_d, q_rows);
+      pair_rows(d_o, in_.dim_v, count, in_.dim_v, packed_.pad_v, grad_rows);
+    } else {
+      for (int64_t lane = 0; lane < count; ++lane, q += in_.q.row_stride, d_o += in_.dim_v) {
+        for (int64_t c = 0; c < in_.dim; ++c) q_rows[lane * packed_.pad_d + c] = T(in_.scale) * q[c];
+        for (int64_t c = 0; c < in_.dim_v; ++c) grad_rows[lane * packed_.pad_v + c] = weight[lane] * d_o[c];
+      }
     }
     for (int64_t lane = 0; lane < W; ++lane) {
       // A lane without a query: its weights become zero.
@@ -202,13 +233,14 @@ class Backward {
   }
 
   // A packed block as the kernels see it, without a place for its gradients.
-  BackwardBlock<T> view(T* at, const Hash* hashes, T* p, T* ds) const {
-    BackwardBlock<T> block{};
+  BackwardBlock<X> view(T* at, const Hash* hashes, T* p, T* ds) const {
+    BackwardBlock<X> block{};
     block.q = packed_.q(at);
     block.shift = packed_.shift(at);
     block.grad = packed_.grad(at);
     block.delta = packed_.delta(at);
     block.delta_low = packed_.delta_low(at);
+    block.weight = packed_.weight(at);
     block.q_rows = packed_.q_rows(at);
     block.grad_rows = packed_.grad_rows(at);
     block.pad_d = packed_.pad_d;
@@ -252,15 +284,19 @@ class Backward {
     }
     const int64_t W = blocking_.width, size = packed_.size();
     const Aligned<T> memory(group_ * size), p(kTileTokens * W), ds(kTileTokens * W);
+    const Aligned<OperandOf<X>> rows(kPairs ? kTileTokens * packed_.rows() : 0);
+    const TilePairs<X> pairs(in_, true);
     std::vector<Hash> hashes(group_ * W);
     for (size_t first = 0; first < blocks.size(); first += group_) {
       const int64_t count = std::min<int64_t>(group_, int64_t(blocks.size() - first));
       for (int64_t i = 0; i < count; ++i) pack(head, blocks[first + i], memory.get() + i * size, hashes.data() + i * W);
       for (int64_t tile = tile0; tile < tile1; ++tile) {
-        const TokenTile<T> tokens = tile_of(blocking_, terms_, head, tile);
+        TokenTile<X> tokens = tile_of(blocking_, terms_, head, tile);
+        pairs.set(tokens);
         for (int64_t i = 0; i < count; ++i) {
           T* at = memory.get() + i * size;
-          BackwardBlock<T> block = view(at, hashes.data() + i * W, p.get(), ds.get());
+          BackwardBlock<X> block = view(at, hashes.data() + i * W, p.get(), ds.get());
+          block.rows = rows.get();
           block.dq = dq + blocks[first + i] * dq_block();
           block.sum = block.dq + packed_.d * W;
           block.size = block.sum + W;
@@ -314,7 +350,7 @@ class Backward {
     });
   }
 
-  void unpack(int64_t dq_copies, T* dq) const {
+  void unpack(int64_t dq_copies, X* dq) const {
     const std::vector<T> scale(blocking_.width, T(in_.scale));
     parallel_.run(blocking_.heads() * blocking_.blocks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -326,27 +362,28 @@ class Backward {
     });
   }
 
-  // The sums of all copies' rows, without what pads these.
-  void join_tokens(T* from, int64_t copies, int64_t padded, const HeadMatrix<T>& to, int64_t channels) const {
+  // `factor` times the sums of all copies' rows, without what pads these.
+  void join_tokens(T* from, int64_t copies, int64_t padded, const HeadMatrix<X>& to, int64_t channels, T factor) const {
     add_copies(from, blocking_.heads(), copies, in_.tokens * padded);
     parallel_.run(blocking_.heads() * in_.tokens, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / in_.tokens, m = i % in_.tokens;
-        std::copy_n(from + (head * copies * in_.tokens + m) * padded, channels,
-                    to.at(head / in_.heads, head % in_.heads, m));
+        const T* sums = from + (head * copies * in_.tokens + m) * padded;
+        X* row = to.at(head / in_.heads, head % in_.heads, m);
+        for (int64_t c = 0; c < channels; ++c) row[c] = narrowed<X>(factor * sums[c]);
       }
     });
   }
 
   int64_t dq_block() const { return (packed_.d + 2) * blocking_.width; }  // [dim] rows of dq, sums of dS, sums of |dS|
 
-  const CrossAttentionBlocking<T>& blocking_;
-  const CrossAttentionInput<T>& in_;
+  const CrossAttentionBlocking<X>& blocking_;
+  const CrossAttentionInput<X>& in_;
   TokenTerms<T>& terms_;
   QueryTerms<T>& queries_;
-  const T* d_o_;
+  const X* d_o_;
   const Parallel& parallel_;
-  const PackedBlock<T> packed_;
+  const PackedBlock<X> packed_;
   const int64_t group_;
   bool by_tokens_ = true;
   int64_t parts_ = 1, dq_size_ = 0;
@@ -356,27 +393,60 @@ class Backward {
   std::vector<T> change_;      // by how much delta was off, times the weight
 };
 
-}  // namespace
-
-template <class T>
-void cross_attention_backward(const CrossAttentionInput<T>& in, const T* o, const double* lse, const double* token_lse,
-                              const T* d_o, const double* d_lse, T* dq, const HeadMatrix<T>& dk,
-                              const HeadMatrix<T>& dv, const Parallel& parallel) {
-  if (FewAttention<T>::takes(in)) return FewAttention<T>(in).backward(d_o, d_lse, dq, dk, dv, parallel);
-  const CrossAttentionBlocking<T> blocking(in);
+template <class X, class T>
+void stream_backward(const CrossAttentionInput<X>& in, const T* o, const double* lse, const double* token_lse,
+                     const X* d_o, const double* d_lse, X* dq, const HeadMatrix<X>& dk, const HeadMatrix<X>& dv,
+                     const Parallel& parallel) {
+  const CrossAttentionBlocking<X> blocking(in);
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
   QueryTerms<T> queries(in, terms, o, lse, d_o, d_lse, parallel);
-  Backward<T> backward(blocking, terms, queries, d_o, parallel);
-  if (in.inverted) backward.find_query_delta_low(lse, d_lse);
-  for (int pass = 0; in.inverted && pass < 2; ++pass) backward.find_token_delta(pass);
+  Backward<X> backward(blocking, terms, queries, d_o, parallel);
+  if constexpr (!std::is_same_v<X, BFloat16>) {
+    if (in.inverted) backward.find_query_delta_low(lse, d_lse);
+    for (int pass = 0; in.inverted && pass < 2; ++pass) backward.find_token_delta(pass);
+  }
   backward.run(d_lse, dq, dk, dv);
 }
 
-template void cross_attention_backward<float>(const CrossAttentionInput<float>&, const float*, const double*,
-                                              const double*, const float*, const double*, float*,
-                                              const HeadMatrix<float>&, const HeadMatrix<float>&, const Parallel&);
-template void cross_attention_backward<double>(const CrossAttentionInput<double>&, const double*, const double*,
-                                               const double*, const double*, const double*, double*,
-                                               const HeadMatrix<double>&, const HeadMatrix<double>&, const Parallel&);
+void widened_backward(const CrossAttentionInput<BFloat16>& in, const float* o, const double* lse,
+                      const double* token_lse, const BFloat16* d_o, const double* d_lse, BFloat16* dq,
+                      const HeadMatrix<BFloat16>& dk, const HeadMatrix<BFloat16>& dv, const Parallel& parallel) {
+  const int64_t B = in.batch, H = in.heads, N = in.queries, M = in.tokens, d = in.dim, v = in.dim_v;
+  const bool learn = dk.data != nullptr;
+  const Widened wide(in, parallel);
+  const WidenedRows grad(dense_heads(d_o, H, N, v), B, H, N, v, parallel);
+  const Aligned<float> to_q(B * H * N * d), to_k(learn ? B * H * M * d : 0), to_v(learn ? B * H * M * v : 0);
+  const HeadMatrix<float> none{};
+  cross_attention_backward(wide.input(), o, lse, token_lse, grad.view().data, d_lse, to_q.get(),
+                           learn ? dense_heads(to_k.get(), H, M, d) : none,
+                           learn ? dense_heads(to_v.get(), H, M, v) : none, parallel);
+  narrow_rows(to_q.get(), B, H, N, d, dense_heads(dq, H, N, d), parallel);
+  if (!learn) return;
+  narrow_rows(to_k.get(), B, H, M, d, dk, parallel);
+  narrow_rows(to_v.get(), B, H, M, v, dv, parallel);
+}
+
+}  // namespace
+
+template <class X>
+void cross_attention_backward(const CrossAttentionInput<X>& in, const ComputeOf<X>* o, const double* lse,
+                              const double* token_lse, const X* d_o, const double* d_lse, X* dq,
+                              const HeadMatrix<X>& dk, const HeadMatrix<X>& dv, const Parallel& parallel) {
+  if constexpr (std::is_same_v<X, BFloat16>) {
+    if (!takes_pairs(in)) return widened_backward(in, o, lse, token_lse, d_o, d_lse, dq, dk, dv, parallel);
+  } else {
+    if (FewAttention<X>::takes(in)) return FewAttention<X>(in).backward(d_o, d_lse, dq, dk, dv, parallel);
+  }
+  stream_backward(in, o, lse, token_lse, d_o, d_lse, dq, dk, dv, parallel);
+}
+
+#define PF_INSTANTIATE(X)                                                                                        \
+  template void cross_attention_backward<X>(const CrossAttentionInput<X>&, const ComputeOf<X>*, const double*,   \
+                                            const double*, const X*, const double*, X*, const HeadMatrix<X>&,    \
+                                            const HeadMatrix<X>&, const Parallel&);
+PF_INSTANTIATE(float)
+PF_INSTANTIATE(double)
+PF_INSTANTIATE(BFloat16)
+#undef PF_INSTANTIATE
 
 }  // namespace perceiver_fast

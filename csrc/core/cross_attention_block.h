@@ -10,15 +10,19 @@
 
 #include "dropout.h"
 #include "kernel_tables.h"
+#include "pairs.h"
 
 namespace perceiver_fast {
 
 constexpr int64_t kTileTokens = 128;
 
-template <class T>
+// X is what queries, keys and values are: float, double or BFloat16. T is what is computed in, and an operand (pairs.h) is a
+// number of a product, or two neighbours along its sum.
+template <class X>
 struct TokenTile {
+  using T = ComputeOf<X>;
   int64_t dim, dim_v, count;
-  const T *k, *v;
+  const X *k, *v;
   int64_t k_row, v_row;
   // What is added to the exponents of a token's weights and what they are multiplied by, or null where no token has
   // either. A masked token has a shift of -inf. Inverted attention's backward subtracts delta, a sum of two numbers,
@@ -27,13 +31,16 @@ struct TokenTile {
   const uint32_t* hashes;  // of dropout
   uint32_t threshold;    // of dropout; zero: none
   bool uniform;          // every token is masked: all get one weight, whatever q and k are
+  T factor;              // BFloat16: what logits are multiplied by, which queries are not
+  const OperandOf<X> *k_pairs, *v_pairs;  // BFloat16: pairs of tokens, [count / 2][dim] and [count / 2][dim_v]
 };
 
 // out += p v and total += p with p = 2^(S + shift). Where the shift turns out to be unfit for a tile's logits, it is
 // changed, and out and total are scaled to match.
-template <class T>
+template <class X>
 struct ForwardBlock {
-  const T* q;  // [dim][queries], times scale log2(e)
+  using T = ComputeOf<X>;
+  const OperandOf<X>* q;  // [dim][queries], times scale log2(e) unless BFloat16
   T *shift, *total;  // [queries]
   T* out;            // [dim_v][queries]
   const typename HashLane<T>::type* hashes;
@@ -41,33 +48,40 @@ struct ForwardBlock {
 };
 
 // With p = 2^(S + shift) and dS = p (v grad - delta):  dq += dS k, dk += dS q_rows, dv += p grad_rows.
-template <class T>
+template <class X>
 struct BackwardBlock {
-  const T *q, *shift;            // as in the forward
-  const T *grad, *delta;         // [dim_v][queries], [queries]: times the weight that makes P of p
-  const T* delta_low;            // [queries], of inverted attention: the rounding error of delta
-  const T *q_rows, *grad_rows;   // [queries][pad_d], [queries][pad_v]: q times the logits' scale
-  int64_t pad_d, pad_v;          // dim and dim_v rounded up to whole vectors
-  T* dq;                         // [dim][queries]
-  T *dk, *dv;                    // [count][dk_row], [count][dv_row]: pad_d and pad_v numbers of each are written; or null
+  using T = ComputeOf<X>;
+  using Op = OperandOf<X>;
+  const Op* q;                    // as in the forward
+  const T* shift;
+  const Op* grad;                 // [dim_v][queries]: times the weight that makes P of p, unless BFloat16
+  const T* delta;                 // [queries]: times that weight
+  const T* delta_low;             // [queries], of inverted attention: the rounding error of delta
+  const T* weight;                // [queries], of BFloat16: that weight, with dropout's scale
+  const Op *q_rows, *grad_rows;   // [queries][pad_d], [queries][pad_v]: q times the logits' scale, unless BFloat16
+  int64_t pad_d, pad_v;           // dim and dim_v rounded up to whole vectors
+  T* dq;                          // [dim][queries]
+  T *dk, *dv;                     // [count][dk_row], [count][dv_row]: pad_d and pad_v numbers of each are written; or null
   int64_t dk_row, dv_row;
-  T *sum, *size;                 // [queries]: sums of dS and of |dS|
+  T *sum, *size;                  // [queries]: sums of dS and of |dS|
   const typename HashLane<T>::type* hashes;
   T *p, *ds;  // scratch [kTileTokens][queries] each
+  Op* rows;   // BFloat16: scratch [kTileTokens][queries]
 };
 
-template <class T>
+template <class X>
 struct CrossAttentionKernels {
+  using T = ComputeOf<X>;
   int lanes, queries;
-  void (*forward)(const TokenTile<T>&, const ForwardBlock<T>&, bool fixed_shift);
-  void (*backward)(const TokenTile<T>&, const BackwardBlock<T>&);
+  void (*forward)(const TokenTile<X>&, const ForwardBlock<X>&, bool fixed_shift);
+  void (*backward)(const TokenTile<X>&, const BackwardBlock<X>&);
   // delta grew by `change`: what follows for dq and dk. Nothing else is touched.
-  void (*correct)(const TokenTile<T>&, const BackwardBlock<T>&, const T* change);
-  // Inverted attention. Running maximum and sum of 2^(S - maximum) of every token, [count][queries] each, lane by lane;
+  void (*correct)(const TokenTile<X>&, const BackwardBlock<X>&, const T* change);
+  // Inverted attention, which BFloat16 has not. Running maximum and sum of 2^(S - maximum) of every token, [count][queries] each, lane by lane;
   // `bias` [queries] is -inf in lanes without a query.
-  void (*token_sums)(const TokenTile<T>&, const T* q, const T* bias, T* maximum, T* sum, T* scratch);
+  void (*token_sums)(const TokenTile<X>&, const T* q, const T* bias, T* maximum, T* sum, T* scratch);
   // sums [count][queries] += p (v grad - delta - delta_low - the token's delta).
-  void (*token_delta)(const TokenTile<T>&, const BackwardBlock<T>&, T* sums);
+  void (*token_delta)(const TokenTile<X>&, const BackwardBlock<X>&, T* sums);
 };
 
 PF_KERNEL_TABLES(CrossAttentionKernels, cross_attention)

@@ -9,6 +9,7 @@
 #include "aligned.h"
 #include "cross_attention.h"
 #include "cross_attention_block.h"
+#include "cross_attention_pairs.h"
 #include "lanes.h"
 #include "token_terms.h"
 
@@ -16,15 +17,25 @@ namespace perceiver_fast {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class T>
+template <class X>
+const CrossAttentionKernels<X>& kernels_for() {
+  return cross_attention_kernels<X>(active_isa());
+}
+template <>
+inline const CrossAttentionKernels<BFloat16>& kernels_for<BFloat16>() {
+  return *bfloat16_cross_attention_kernels();  // takes_pairs has asked for them
+}
+
+template <class X>
 struct CrossAttentionBlocking {
-  const CrossAttentionInput<T>& in;
-  const CrossAttentionKernels<T>& kernels;
+  using T = ComputeOf<X>;
+  const CrossAttentionInput<X>& in;
+  const CrossAttentionKernels<X>& kernels;
   int64_t width, blocks, tiles;  // queries of a block; blocks of queries and tiles of tokens of one head
 
-  explicit CrossAttentionBlocking(const CrossAttentionInput<T>& input)
+  explicit CrossAttentionBlocking(const CrossAttentionInput<X>& input)
       : in(input),
-        kernels(cross_attention_kernels<T>(active_isa())),
+        kernels(kernels_for<X>()),
         width(kernels.queries),
         blocks(ceil_div(input.queries, width)),
         tiles(ceil_div(input.tokens, kTileTokens)) {}
@@ -42,10 +53,11 @@ struct CrossAttentionBlocking {
   }
 };
 
-template <class T>
-TokenTile<T> tile_of(const CrossAttentionBlocking<T>& blocking, const TokenTerms<T>& terms, int64_t head,
+template <class X>
+TokenTile<X> tile_of(const CrossAttentionBlocking<X>& blocking, const TokenTerms<ComputeOf<X>>& terms, int64_t head,
                      int64_t tile) {
-  const CrossAttentionInput<T>& in = blocking.in;
+  using T = ComputeOf<X>;
+  const CrossAttentionInput<X>& in = blocking.in;
   const int64_t b = head / in.heads, h = head % in.heads, m = tile * kTileTokens;
   const int64_t row = terms.row(head) + m;
   const bool biased = !terms.empty();
@@ -62,21 +74,47 @@ TokenTile<T> tile_of(const CrossAttentionBlocking<T>& blocking, const TokenTerms
           biased ? terms.delta_low.data() + row : nullptr,
           terms.hashes.empty() ? nullptr : terms.hashes.data() + m,
           in.dropout.threshold,
-          terms.uniform[b] != 0};
+          terms.uniform[b] != 0,
+          T(in.scale * kLog2OfE),
+          nullptr,
+          nullptr};
 }
 
-// Queries of a block as the kernels take them: times scale log2(e).
-template <class T>
-void pack_queries(const CrossAttentionBlocking<T>& blocking, int64_t head, int64_t block, T* q) {
-  const CrossAttentionInput<T>& in = blocking.in;
+// The pairs of tokens that products along the tokens want of BFloat16, for one tile after the other.
+template <class X>
+class TilePairs {
+ public:
+  TilePairs(const CrossAttentionInput<X>& in, bool of_keys)
+      : keys_(of_keys ? room(in.dim) : 0), values_(of_keys ? 0 : room(in.dim_v)), of_keys_(of_keys) {}
+
+  void set(TokenTile<X>& tile) const {
+    if constexpr (Operand<X>::numbers == 2) {
+      if (of_keys_)
+        tile.k_pairs = pair_rows(tile.k, tile.k_row, tile.count, tile.dim, tile.dim, keys_.get());
+      else
+        tile.v_pairs = pair_rows(tile.v, tile.v_row, tile.count, tile.dim_v, tile.dim_v, values_.get());
+    }
+  }
+
+ private:
+  static int64_t room(int64_t channels) { return Operand<X>::numbers == 2 ? kTileTokens / 2 * channels : 0; }
+  const Aligned<OperandOf<X>> keys_, values_;
+  const bool of_keys_;
+};
+
+// Queries of a block as the kernels take them: times scale log2(e) unless they are pairs.
+template <class X>
+void pack_queries(const CrossAttentionBlocking<X>& blocking, int64_t head, int64_t block, OperandOf<X>* q) {
+  using T = ComputeOf<X>;
+  const CrossAttentionInput<X>& in = blocking.in;
   const std::vector<T> factor(blocking.width, T(in.scale * kLog2OfE));
   rows_to_lanes(in.q.at(head / in.heads, head % in.heads, block * blocking.width), in.q.row_stride,
                 blocking.count_of(block), in.dim, blocking.width, factor.data(), q);
 }
 
-template <class T>
-void pack_hashes(const CrossAttentionBlocking<T>& blocking, int64_t head, int64_t block,
-                 typename HashLane<T>::type* hashes) {
+template <class X>
+void pack_hashes(const CrossAttentionBlocking<X>& blocking, int64_t head, int64_t block,
+                 typename HashLane<ComputeOf<X>>::type* hashes) {
   for (int64_t lane = 0; lane < blocking.width; ++lane)
     hashes[lane] = blocking.in.dropout.query_hash(head * blocking.in.queries + block * blocking.width + lane);
 }

@@ -1,88 +1,15 @@
 // The inner loops of streaming attention for one instruction set: matrix products of tiles (tile_gemm.h) and, between
 // them, exponentials. cross_attention_block.h says what a tile and a block are.
-#include "cross_attention_block.h"
-#include "dropout_mask.h"
-#include "tile_gemm.h"
+#include "cross_attention_tile.h"
 
 namespace perceiver_fast {
 namespace PF_ISA {
-
-template <class T>
-constexpr int kQueryVectors = 2;
-template <class T>
-constexpr int64_t kQueries = kQueryVectors<T> * Simd<T>::lanes;
-
-// Weights stay between 2^-kRange and 2^kRange times their number, so that sums neither overflow nor vanish.
-template <class T>
-constexpr T kRange = sizeof(T) == 8 ? 200 : 20;
-
-// Zeros in the rows of masked tokens, or of all: a weight of zero does not hide what is not finite.
-template <class T>
-PF_INLINE void clear_masked(const TokenTile<T>& tile, T* rows) {
-  using S = Simd<T>;
-  if (tile.shift == nullptr && !tile.uniform) return;
-  for (int64_t m = 0; m < tile.count; ++m) {
-    if (!tile.uniform && tile.shift[m] != -__builtin_inff()) continue;
-    for (int64_t v = 0; v < kQueries<T>; v += S::lanes) S::store(rows + m * kQueries<T> + v, typename S::Vec{});
-  }
-}
 
 // A tile's logits (log2 units) of all queries of a block.
 template <class T>
 PF_INLINE void tile_logits(const TokenTile<T>& tile, const T* q, T* logits) {
   tile_gemm<T, false>(tile.count, kQueries<T>, tile.dim, tile.k, tile.k_row, 1, q, kQueries<T>, logits, kQueries<T>);
   clear_masked(tile, logits);
-}
-
-// 2^(logit + shift + the token's shift), times the token's weight.
-template <class T, bool Biased>
-PF_INLINE typename Simd<T>::Vec weight_of(const TokenTile<T>& tile, int64_t m, const T* logit,
-                                          typename Simd<T>::Vec shift) {
-  using S = Simd<T>;
-  if (!Biased) return exp2<T, true>(S::load(logit), shift);
-  return exp2<T, true>(S::load(logit), shift + tile.shift[m]) * tile.weight[m];
-}
-
-// Changes the shifts of a block where the weights of a tile with these largest logits would leave the range, and scales
-// the sums so far to match. That is seldom: on a first tile of large logits, and where a later tile has far larger
-// ones.
-template <class T>
-void fit_shift(int64_t dim_v, const ForwardBlock<T>& block, const T* largest) {
-  using S = Simd<T>;
-  const int64_t Q = kQueries<T>;
-  alignas(64) T factor[kQueries<T>];
-  bool any = false;
-  for (int64_t lane = 0; lane < Q; ++lane) {
-    const T old = block.shift[lane], top = largest[lane] + old;
-    const bool move = top > kRange<T> || (block.total[lane] == 0 && top < -kRange<T> && top - top == 0);
-    if (move) block.shift[lane] = T(-__builtin_nearbyint(double(largest[lane])));
-    factor[lane] = block.total[lane] == 0 ? T(0) : block.shift[lane] - old;  // nothing summed, nothing to scale
-    any |= move;
-  }
-  if (!any) return;
-  for (int64_t v = 0; v < Q; v += S::lanes) {
-    const auto scale = exp2<T, true>(typename S::Vec{}, S::load(factor + v));
-    S::store(block.total + v, S::load(block.total + v) * scale);
-    for (int64_t c = 0; c < dim_v; ++c) {
-      T* at = block.out + c * Q + v;
-      S::store(at, S::load(at) * scale);
-    }
-  }
-}
-
-// Largest logit of every query of a tile, tokens' shifts included; -inf when all are masked.
-template <class T, bool Biased>
-PF_INLINE void tile_maximum(const TokenTile<T>& tile, const T* logits, T* largest) {
-  using S = Simd<T>;
-  for (int64_t v = 0; v < kQueries<T>; v += S::lanes) {
-    auto top = S::set(-__builtin_inff());
-    for (int64_t m = 0; m < tile.count; ++m) {
-      auto t = S::load(logits + m * kQueries<T> + v);
-      if (Biased) t += tile.shift[m];
-      top = S::max(t, top);
-    }
-    S::store(largest + v, top);
-  }
 }
 
 template <class T, bool Biased, bool Dropped>
@@ -94,7 +21,7 @@ void forward(const TokenTile<T>& tile, const ForwardBlock<T>& block, bool fixed_
   tile_logits(tile, block.q, block.scratch);
   if (!fixed_shift) {
     alignas(64) T largest[kQueries<T>];
-    tile_maximum<T, Biased>(tile, block.scratch, largest);
+    tile_maximum<Biased>(tile, block.scratch, largest);
     fit_shift(tile.dim_v, block, largest);
   }
   for (int64_t v = 0; v < Q; v += S::lanes) {
@@ -102,7 +29,7 @@ void forward(const TokenTile<T>& tile, const ForwardBlock<T>& block, bool fixed_
     V total{};
     for (int64_t m = 0; m < tile.count; ++m) {
       T* at = block.scratch + m * Q + v;
-      V p = weight_of<T, Biased>(tile, m, at, shift);
+      V p = weight_of<Biased>(tile, m, S::load(at), shift);
       total += p;
       if (Dropped) p = keep<T>(p, block.hashes + v, tile.hashes[m], tile.threshold);
       S::store(at, p);
@@ -134,7 +61,7 @@ void backward(const TokenTile<T>& tile, const BackwardBlock<T>& block) {
     V sum{}, size{};
     for (int64_t m = 0; m < tile.count; ++m) {
       T *p_at = block.p + m * Q + v, *u_at = block.ds + m * Q + v;
-      const V p = weight_of<T, Biased>(tile, m, p_at, shift);
+      const V p = weight_of<Biased>(tile, m, S::load(p_at), shift);
       V u = S::load(u_at), kept = p;
       if (Dropped) {
         kept = keep<T>(p, block.hashes + v, tile.hashes[m], tile.threshold);
@@ -170,7 +97,7 @@ void correct(const TokenTile<T>& tile, const BackwardBlock<T>& block, const T* c
     const auto shift = S::load(block.shift + v), delta = S::load(change + v);
     for (int64_t m = 0; m < tile.count; ++m) {
       T* at = block.p + m * Q + v;
-      S::store(at, -weight_of<T, Biased>(tile, m, at, shift) * delta);
+      S::store(at, -weight_of<Biased>(tile, m, S::load(at), shift) * delta);
     }
   }
   clear_masked(tile, block.p);
@@ -212,7 +139,7 @@ void token_delta(const TokenTile<T>& tile, const BackwardBlock<T>& block, T* sum
       const int64_t at = m * Q + v;
       V u = S::load(block.ds + at);
       if (Dropped) u = keep<T>(u, block.hashes + v, tile.hashes[m], tile.threshold);
-      const V p = weight_of<T, true>(tile, m, block.p + at, shift);
+      const V p = weight_of<true>(tile, m, S::load(block.p + at), shift);
       S::store(sums + at, S::load(sums + at) + p * (u - delta - delta_low - tile.delta[m]));
     }
   }

@@ -1,6 +1,10 @@
 // Which instruction set runs: what the CPU says it has, and what PERCEIVER_FAST_CPU_ISA asks for.
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -44,7 +48,24 @@ Isa choose() {
                            "'; unset it to let the best one be chosen.");
 }
 
+// What the CPU says; compilers know the names of these features only since GCC 11.
+bool has_bfloat16_pairs() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool amx_bf16 = d >> 22 & 1;
+  return !amx_bf16 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+bool multiplies_bfloat16_pairs() {
+  static const bool pairs = active_isa() == Isa::avx512 && has_bfloat16_pairs();
+  return pairs;
+}
 
 Isa active_isa() {
   static const Isa isa = choose();

@@ -76,6 +76,15 @@ struct Check {
                     text_of(found));
   }
 
+  // The same, or in bfloat16.
+  ScalarType floating_or_bfloat16(const char* name, const Tensor& t) const {
+    tensor(name, t);
+    const ScalarType found = t.scalar_type();
+    STD_TORCH_CHECK(found == ScalarType::Float || found == ScalarType::Double || found == ScalarType::BFloat16, op,
+                    ": expected ", name, " in float32, float64 or bfloat16, got ", torch::headeronly::toString(found));
+    return found;
+  }
+
   // Of a dtype and shape, on the CPU; returned dense.
   Tensor dense(const char* name, const Tensor& t, ScalarType expected, const Shape& sizes, const char* form) const {
     dtype(name, t, expected);

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "checks.h"
+#include "dtypes.h"
 
 namespace perceiver_fast {
 namespace {
@@ -22,7 +22,7 @@ struct Inputs {
   Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& mask_, double scale_,
          double probability, const std::optional<Tensor>& seed, bool inverted_)
       : scale(scale_), dropout(check.dropout(probability, seed)), inverted(inverted_) {
-    const ScalarType dtype = check.floating("q", q_);
+    const ScalarType dtype = check.floating_or_bfloat16("q", q_);
     check.dtype("k", k_, dtype);
     check.dtype("v", v_, dtype);
     check.dtype("mask", mask_, ScalarType::Bool);
@@ -49,15 +49,15 @@ struct Inputs {
     return t.size(3) == 1 || t.stride(3) == 1 ? t : dense(t);
   }
 
-  template <class T>
-  static HeadMatrix<const T> matrix(const Tensor& t) {
-    return {data<const T>(t), t.stride(0), t.stride(1), t.stride(2)};
+  template <class X>
+  static HeadMatrix<const X> matrix(const Tensor& t) {
+    return {data<const X>(t), t.stride(0), t.stride(1), t.stride(2)};
   }
 
-  template <class T>
-  CrossAttentionInput<T> view() const {
+  template <class X>
+  CrossAttentionInput<X> view() const {
     return {q.size(0), q.size(1),    q.size(2),    k.size(2),    q.size(3),
-            v.size(3), matrix<T>(q), matrix<T>(k), matrix<T>(v), data<const uint8_t>(mask),
+            v.size(3), matrix<X>(q), matrix<X>(k), matrix<X>(v), data<const uint8_t>(mask),
             scale,     dropout,      inverted};
   }
 };
@@ -67,14 +67,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                                            const std::optional<Tensor>& seed, bool inverted) {
   const Inputs inputs(q, k, v, mask, scale, dropout, seed, inverted);
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2);
-  Tensor o = torch::stable::new_empty(q, {B, H, N, v.size(3)});
+  Tensor o = torch::stable::new_empty(q, {B, H, N, v.size(3)}, compute_dtype(q.scalar_type()));
   Tensor lse = torch::stable::new_empty(q, {B, H, N}, ScalarType::Double);
   Tensor token_lse = torch::stable::new_empty(
       q, inverted ? Shape{B, H, M} : Shape{0}, ScalarType::Double);
   if (inputs.empty()) return {o, lse, token_lse};
-  with_type(q, [&](auto zero) {
-    using T = decltype(zero);
-    cross_attention_forward<T>(inputs.view<T>(), data<T>(o), data<double>(lse), data<double>(token_lse),
+  with_numbers(q, [&](auto zero) {
+    using X = decltype(zero);
+    cross_attention_forward<X>(inputs.view<X>(), data<ComputeOf<X>>(o), data<double>(lse), data<double>(token_lse),
                                torch_parallel());
   });
   return {o, lse, token_lse};
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2);
   const Shape rows{B, H, N}, outputs{B, H, N, v.size(3)}, columns{B, H, M};
   const Tensor grad = check.dense("d_o", d_o, dtype, outputs, "[B, H, N, dv]");
-  const Tensor out = check.dense("o", o, dtype, outputs, "[B, H, N, dv]");
+  const Tensor out = check.dense("o", o, compute_dtype(dtype), outputs, "[B, H, N, dv]");
   const Tensor stats = check.dense("lse", lse, ScalarType::Double, rows, "[B, H, N]");
   const auto grad_lse = check.dense("d_lse", d_lse, ScalarType::Double, rows, "[B, H, N]");
   const Tensor token_stats = check.dense("token_lse", token_lse, ScalarType::Double, inverted ? columns : Shape{0},
@@ -99,16 +99,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   Tensor dk = torch::stable::new_empty(k, to_tokens ? sizes_of(k) : Shape{0});
   Tensor dv = torch::stable::new_empty(v, to_tokens ? sizes_of(v) : Shape{0});
   if (inputs.empty()) return {dq, dk, dv};
-  with_type(q, [&](auto zero) {
-    using T = decltype(zero);
-    HeadMatrix<T> to_k{}, to_v{};
+  with_numbers(q, [&](auto zero) {
+    using X = decltype(zero);
+    HeadMatrix<X> to_k{}, to_v{};
     if (to_tokens) {
-      to_k = dense_heads(data<T>(dk), k.size(1), k.size(2), k.size(3));
-      to_v = dense_heads(data<T>(dv), v.size(1), v.size(2), v.size(3));
+      to_k = dense_heads(data<X>(dk), k.size(1), k.size(2), k.size(3));
+      to_v = dense_heads(data<X>(dv), v.size(1), v.size(2), v.size(3));
     }
-    cross_attention_backward<T>(inputs.view<T>(), data<const T>(out), data<const double>(stats),
-                                data<const double>(token_stats), data<const T>(grad), data<const double>(grad_lse),
-                                data<T>(dq), to_k, to_v, torch_parallel());
+    cross_attention_backward<X>(inputs.view<X>(), data<const ComputeOf<X>>(out), data<const double>(stats),
+                                data<const double>(token_stats), data<const X>(grad), data<const double>(grad_lse),
+                                data<X>(dq), to_k, to_v, torch_parallel());
   });
   return {dq, dk, dv};
 }

@@ -23,6 +23,13 @@ inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Calls run with a zero of a tensor's type, double, float or BFloat16; that it is one of them has been checked before.
+template <class Run>
+void with_numbers(const Tensor& t, const Run& run) {
+  if (t.scalar_type() == ScalarType::BFloat16) return run(BFloat16{});
+  with_type(t, run);
+}
+
 // Elements of the last dimension, and how often they come.
 struct Rows {
   int64_t count, columns;

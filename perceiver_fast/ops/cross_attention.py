@@ -19,6 +19,7 @@ from torch import Tensor
 
 from perceiver_fast import extension, reference
 from perceiver_fast.backends import Backend
+from perceiver_fast.gpu import INTERPRETED
 from perceiver_fast.ops import blocks
 from perceiver_fast.ops.cross_attention_checks import OP, check
 from perceiver_fast.ops.declaration import Operator, declare
@@ -87,7 +88,9 @@ def _backward_work(q: Shape, k: Shape, v: Shape, inverted: bool, to_tokens: bool
 
 def _forward_outputs(q, k, v, mask, scale, dropout, seed, inverted):
     lse = q.new_empty(q.shape[:3], dtype=torch.float64)
-    return q.new_empty((*q.shape[:3], v.shape[3])), lse, lse.new_empty(k.shape[:3] if inverted else (0,))
+    dtype = compute_dtype(q.dtype) if q.device.type == "cpu" and not INTERPRETED else q.dtype  # the CPU does not round it
+    o = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype)
+    return o, lse, lse.new_empty(k.shape[:3] if inverted else (0,))
 
 
 def _backward_outputs(d_o, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse, to_tokens):
@@ -166,6 +169,14 @@ CROSS_ATTENTION = declare(
 )
 
 
+def kernel_dtype(dtype: torch.dtype, keep_lse: bool = False) -> torch.dtype:
+    """The dtype that queries, keys and values are given to the CPU's kernels in.
+
+    They take bfloat16, but return the log-sum-exp of weights that are rounded to it: who wants that, has float32.
+    """
+    return dtype if dtype == torch.bfloat16 and not keep_lse else compute_dtype(dtype)
+
+
 class CrossAttentionFunction(torch.autograd.Function):
     """Connects the registered forward and backward; saves its inputs, o and statistics, nothing of size N x M."""
 
@@ -177,7 +188,7 @@ class CrossAttentionFunction(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask, seed, o, lse, token_lse)
         ctx.options = scale, dropout, inverted
         ctx.set_materialize_grads(False)
-        return o, lse
+        return o if o.dtype == q.dtype else o.to(q.dtype), lse
 
     @staticmethod
     @op_range(OP + ".backward")
@@ -187,7 +198,7 @@ class CrossAttentionFunction(torch.autograd.Function):
         to_tokens = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
 
         def kernel():
-            d_out = torch.zeros_like(o) if d_o is None else d_o
+            d_out = torch.zeros_like(o, dtype=q.dtype) if d_o is None else d_o
             dq, dk, dv = torch.ops.perceiver_fast.cross_attention_backward(
                 d_out, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse, to_tokens
             )
@@ -195,8 +206,10 @@ class CrossAttentionFunction(torch.autograd.Function):
 
         if differentiated_again():
 
-            def form(q, k, v):
-                return blocks.cross_attention(q, k, v, mask, scale, dropout, seed, inverted)
+            def form(*inputs):
+                wide = (t.to(compute_dtype(t.dtype)) for t in inputs)
+                found, lse = blocks.cross_attention(*wide, mask, scale, dropout, seed, inverted)
+                return found.to(inputs[0].dtype), lse
 
             grads = differentiable(kernel, form, (q, k, v), (d_o, d_lse), ctx.needs_input_grad[:3])
         else:
@@ -331,7 +344,7 @@ def cross_attention_unchecked(
         return sdpa(q, k, v, mask, dropout, scale)
     if backend == "cpu" and mask is not None:
         mask = own(mask)  # it is saved, and its owner may refill it before the backward
-    compute = compute_dtype(q.dtype)
+    compute = kernel_dtype(q.dtype, return_lse)
     if backend == "triton":  # tensor cores take half precision as it is, and sum in float32
         compute = q.dtype
         if scale <= 0:

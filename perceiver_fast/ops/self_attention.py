@@ -1,6 +1,7 @@
 """Attention among latents: on the CPU by this package's kernels, elsewhere by torch's fused attention.
 
-The kernels stream tokens as torch's do, in float32 for half precision too, and are faster at nearly every size. And they
+The kernels stream tokens as torch's do, with logits and sums in float32 for half precision too, and are faster at nearly
+every size. And they
 take out of the gradients what the rounding of a softmax's derivative leaves in them, which torch's keep: of a saturated
 softmax, whose gradients are zero, that is all there is.
 """
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from perceiver_fast import extension
 from perceiver_fast.backends import forced_backend
-from perceiver_fast.ops.cross_attention import CrossAttentionFunction, cross_attention_unchecked
+from perceiver_fast.ops.cross_attention import CrossAttentionFunction, cross_attention_unchecked, kernel_dtype
 from perceiver_fast.ops.derivatives import transformed
-from perceiver_fast.ops.library import FLOATING, compute_dtype, cpu_error, dropout_seed, learns, unless_autocast
+from perceiver_fast.ops.library import FLOATING, cpu_error, dropout_seed, learns, unless_autocast
 from perceiver_fast.ops.sdpa import HALF, sdpa
 from perceiver_fast.ranges import op_range
 from perceiver_fast.tracing import PLAIN, intercepted
@@ -66,7 +67,7 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, scale:
         return sdpa(q, k, v, dropout=dropout, scale=scale)
     if self_attention_backend(q.dtype, q.device) == "sdpa":
         return sdpa(q, k, v, dropout=dropout, scale=scale)
-    compute = compute_dtype(q.dtype)
+    compute = kernel_dtype(q.dtype)
     arguments = (
         *(t.transpose(1, 2).to(compute).transpose(1, 2) for t in (q, k, v)),  # rows as they lie, of all heads at once
         None,

@@ -41,7 +41,7 @@ void run_group(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>& t
   const int64_t width = blocking.width, q_size = operands<X>(blocking.in.dim) * width, count = last - first;
   const Aligned<OperandOf<X>> q(count * q_size);
   const Aligned<T> scratch(kTileTokens * width);
-  const TilePairs<X> pairs(blocking.in, false);
+  const TilePairs<X> pairs(blocking, false);
   std::vector<typename HashLane<T>::type> hashes(blocking.in.dropout ? count * width : 0);
   for (int64_t i = 0; i < count; ++i) {
     pack_queries(blocking, head, first + i, q.get() + i * q_size);
@@ -86,6 +86,7 @@ void finish_group(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>
   const ForwardState<T> at(blocking);
   const CrossAttentionInput<X>& in = blocking.in;
   std::vector<T> factor(blocking.width);
+  const Aligned<T> scratch(blocking.width * in.dim_v);
   for (int64_t block = first; block < last; ++block) {
     const int64_t i = block - first, row = head * in.queries + block * blocking.width, count = blocking.count_of(block);
     for (int64_t lane = 0; lane < count; ++lane) {
@@ -98,7 +99,7 @@ void finish_group(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>
                               ? kEmptyLse
                               : std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
     }
-    lanes_to_rows(at.out(state, i), in.dim_v, blocking.width, factor.data(), count, o + row * in.dim_v, in.dim_v);
+    lanes_to_rows(blocking, at.out(state, i), in.dim_v, factor.data(), count, scratch.get(), o + row * in.dim_v);
   }
 }
 

@@ -2,14 +2,18 @@
 //
 //   dS = P (v d_o - delta), delta = o d_o - d_lse      dq = scale dS k      dk = scale dS^T q      dv = P^T d_o
 //
-// Heads go to the threads. Unless their number divides evenly, each is cut along the longer of its two sides, tokens or
-// queries (inverted: always tokens), so that the gradients of that side have one writer each. The other side's
-// gradients are then partial sums, one copy a part, which are added up in order at the end.
+// Heads go to the threads; where their number divides evenly, a head is begun and finished by one of them, and its sums stay
+// in cache. Else each is cut along the longer of its two sides, tokens or queries (inverted: always tokens), so that the
+// gradients of that side have one writer each. The other side's gradients are then partial sums, one copy a part, which are
+// added up in order at the end.
 //
-// Memory: three numbers a query, the copies just named (one of dq, dk and dv where heads are not cut), and for a thread
-// the packed queries and gradients of one group of blocks, at most half a second-level cache, with a tile's P and dS.
+// Memory: four numbers a query; for a thread the packed queries and gradients of one group of blocks, at most half a
+// second-level cache, with a tile's P and dS; and a head's sums for a thread, or where heads are cut, the copies of all.
+#include <numeric>
+
 #include "cross_attention.h"
-#include "cross_attention_blocking.h"
+#include "cross_attention_inverted.h"
+#include "cross_attention_tiles.h"
 #include "cross_attention_widened.h"
 #include "few_attention.h"
 
@@ -17,330 +21,180 @@ namespace perceiver_fast {
 
 namespace {
 
-// In double; four sums need not wait for one another.
-template <class X>
-double dot(const X* a, const ComputeOf<X>* b, int64_t count) {
-  double sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4)
-    for (int chain = 0; chain < 4; ++chain) sums[chain] += double(widened(a[i + chain])) * double(b[i + chain]);
-  for (; i < count; ++i) sums[0] += double(widened(a[i])) * double(b[i]);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// P = 2^(S log2(e) + shift) * weight and dS = P (u - delta). No loop multiplies by the weight: the output's gradient
-// and delta are multiplied by it beforehand. `delta_low` is the rounding error of delta, for inverted attention.
-template <class T>
-struct QueryTerms {
-  std::vector<T> shift, weight, delta, delta_low;
-
-  template <class X>
-  QueryTerms(const CrossAttentionInput<X>& in, const TokenTerms<T>& terms, const T* o, const double* lse, const X* d_o,
-             const double* d_lse, const Parallel& parallel)
-      : shift(in.batch * in.heads * in.queries), weight(shift.size()), delta(shift.size()), delta_low(shift.size()) {
-    parallel.run(int64_t(shift.size()), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const bool uniform = terms.uniform[i / (in.heads * in.queries)];
-        const bool constant = in.inverted && is_clamped(lse[i]);  // a clamped normaliser is a constant
-        const double lse2 = uniform    ? std::log2(double(in.tokens))
-                            : constant ? std::log2(kInvertedEps)
-                                       : lse[i] * kLog2OfE;
-        shift[i] = in.inverted ? T(0) : T(-std::nearbyint(lse2));
-        weight[i] = T(std::exp2(-lse2 - double(shift[i])));
-        double sum = 0;
-        if (!constant) sum = dot(d_o + i * in.dim_v, o + i * in.dim_v, in.dim_v);
-        if (d_lse != nullptr) sum -= constant ? d_lse[i] * clamped_share(lse[i]) : d_lse[i];
-        delta[i] = T(sum) * weight[i];
-      }
-    });
-  }
-};
-
-// A block's packed queries and gradients, all in one piece of memory.
-template <class X>
-struct PackedBlock {
-  using T = ComputeOf<X>;
-  using Op = OperandOf<X>;
-  static_assert(sizeof(Op) == sizeof(T), "they share memory");
-  int64_t d, v, pad_d, pad_v, width;
-
-  explicit PackedBlock(const CrossAttentionBlocking<X>& blocking)
-      : d(blocking.in.dim),
-        v(blocking.in.dim_v),
-        pad_d(blocking.padded(d)),
-        pad_v(blocking.padded(v)),
-        width(blocking.width) {}
-  int64_t rows() const { return operands<X>(width); }
-  int64_t size() const { return (operands<X>(d) + operands<X>(v) + 5) * width + rows() * (pad_d + pad_v); }
-  Op* q(T* at) const { return reinterpret_cast<Op*>(at); }
-  Op* grad(T* at) const { return q(at) + operands<X>(d) * width; }
-  Op* q_rows(T* at) const { return grad(at) + operands<X>(v) * width; }
-  Op* grad_rows(T* at) const { return q_rows(at) + rows() * pad_d; }
-  T* shift(T* at) const { return reinterpret_cast<T*>(grad_rows(at) + rows() * pad_v); }
-  T* delta(T* at) const { return shift(at) + width; }
-  T* delta_low(T* at) const { return delta(at) + width; }
-  T* change(T* at) const { return delta_low(at) + width; }
-  T* weight(T* at) const { return change(at) + width; }
-};
-
 template <class X>
 class Backward {
   using T = ComputeOf<X>;
-  using Hash = typename HashLane<T>::type;
-  static constexpr bool kPairs = Operand<X>::numbers == 2;
+  static constexpr bool kPairs = BackwardTiles<X>::kPairs;
 
  public:
-  Backward(const CrossAttentionBlocking<X>& blocking, TokenTerms<T>& terms, QueryTerms<T>& queries, const X* d_o,
+  Backward(const BackwardTiles<X>& tiles, X* dq, const HeadMatrix<X>& dk, const HeadMatrix<X>& dv,
            const Parallel& parallel)
-      : blocking_(blocking),
-        in_(blocking.in),
-        terms_(terms),
-        queries_(queries),
-        d_o_(d_o),
-        parallel_(parallel),
-        packed_(blocking),
-        group_(blocking.group_size(packed_.size() + packed_.d * blocking.width)) {}
+      : tiles_(tiles),
+        in_(tiles.in),
+        heads_(tiles.blocking.heads()),
+        blocks_(tiles.blocking.blocks),
+        dq_size_(blocks_ * tiles.dq_block()),
+        dq_(dq),
+        dk_(dk),
+        dv_(dv),
+        parallel_(parallel) {}
 
-  // Inverted attention: what delta lacks, the sum of P (u - delta) over a query's tokens less d_lse. Where one token is all that a
-  // query has, the difference is nothing but rounding otherwise, and a query that hardly owns its tokens multiplies it
-  // by up to 1 / kInvertedEps. Before the tokens' deltas are known, which are zero here.
-  void find_query_delta_low(const double* lse, const double* d_lse) {
-    const int64_t W = blocking_.width;
-    parallel_.run(blocking_.heads() * blocking_.blocks, [&](int64_t begin, int64_t end) {
-      const Aligned<T> memory(packed_.size()), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
-      std::vector<Hash> hashes(W);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t head = task / blocking_.blocks, block = task % blocking_.blocks;
-        pack(head, block, memory.get(), hashes.data());
-        std::vector<T> error(W);
-        for (int64_t tile = 0; tile < blocking_.tiles; ++tile) {
-          const TokenTile<X> tokens = tile_of(blocking_, terms_, head, tile);
-          std::fill_n(sums.get(), kTileTokens * W, T(0));
-          blocking_.kernels.token_delta(tokens, view(memory.get(), hashes.data(), p.get(), ds.get()), sums.get());
-          for (int64_t lane = 0; lane < W; ++lane) {
-            T sum = 0;
-            for (int64_t m = 0; m < tokens.count; ++m) sum += sums.get()[m * W + lane];
-            error[lane] += sum;
-          }
-        }
-        for (int64_t lane = 0; lane < blocking_.count_of(block); ++lane) {
-          const int64_t row = head * in_.queries + block * W + lane;
-          const T wanted = d_lse == nullptr ? T(0) : T(d_lse[row]);
-          if (!is_clamped(lse[row])) queries_.delta_low[row] = (error[lane] - wanted) * queries_.weight[row];
-        }
-      }
-    });
-  }
-
-  // Inverted attention: what the softmax over the queries needs of every token, sum_n P dP. The second pass finds the
-  // rounding error of the first, so that a token that one query has all of gets its tiny gradients and not that error.
-  void find_token_delta(int pass) {
-    const int64_t W = blocking_.width;
-    parallel_.run(blocking_.heads() * blocking_.tiles, [&](int64_t begin, int64_t end) {
-      const int64_t size = packed_.size();
-      const Aligned<T> memory(blocking_.blocks * size), p(kTileTokens * W), ds(kTileTokens * W), sums(kTileTokens * W);
-      std::vector<Hash> hashes(blocking_.blocks * W);
-      int64_t packed_head = -1;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t head = task / blocking_.tiles, tile = task % blocking_.tiles;
-        const TokenTile<X> tokens = tile_of(blocking_, terms_, head, tile);
-        if (head != packed_head)
-          for (int64_t i = 0; i < blocking_.blocks; ++i) pack(head, i, memory.get() + i * size, hashes.data() + i * W);
-        packed_head = head;
-        std::fill_n(sums.get(), kTileTokens * W, T(0));
-        for (int64_t i = 0; i < blocking_.blocks; ++i)
-          blocking_.kernels.token_delta(tokens, view(memory.get() + i * size, hashes.data() + i * W, p.get(), ds.get()),
-                                        sums.get());
-        T* delta = (pass == 0 ? terms_.delta : terms_.delta_low).data() + terms_.row(head) + tile * kTileTokens;
-        for (int64_t m = 0; m < tokens.count; ++m) {
-          T sum = 0;
-          for (int64_t lane = 0; lane < W; ++lane) sum += sums.get()[m * W + lane];
-          delta[m] = sum;
-        }
-      }
-    });
-  }
-
-  void run(const double* d_lse, X* dq, const HeadMatrix<X>& dk, const HeadMatrix<X>& dv) {
-    const int64_t heads = blocking_.heads(), W = blocking_.width, M = in_.tokens;
-    if (heads == 0) return;
-    by_tokens_ = in_.inverted || in_.tokens >= in_.queries;
-    const int64_t units = by_tokens_ ? blocking_.tiles : blocking_.blocks;
-    parts_ = heads % parallel_.threads == 0 ? 1 : std::min(units, ceil_div(2 * parallel_.threads, heads));
-    const int64_t dq_copies = by_tokens_ ? parts_ : 1, token_copies = by_tokens_ ? 1 : parts_;
-    dq_size_ = blocking_.blocks * (packed_.d + 2) * W;
-    const Aligned<T> dq_sums(heads * dq_copies * dq_size_);
-    // Sums of dk and dv go straight where they belong when rows need no padding, have one writer and are not rounded.
-    const bool learn = dk.data != nullptr, direct = !kPairs && token_copies == 1;
-    const bool k_joined = learn && !(direct && packed_.pad_d == packed_.d);
-    const bool v_joined = learn && !(direct && packed_.pad_v == packed_.v);
-    const Aligned<T> dk_sums(k_joined ? heads * token_copies * M * packed_.pad_d : 0);
-    const Aligned<T> dv_sums(v_joined ? heads * token_copies * M * packed_.pad_v : 0);
-    dq_ = dq_sums.get();
-    // A part's copy of them is a head of these.
-    const int64_t copies = token_copies * in_.heads;
-    dk_ = k_joined ? dense_heads(dk_sums.get(), copies, M, packed_.pad_d) : as_sums(dk);
-    dv_ = v_joined ? dense_heads(dv_sums.get(), copies, M, packed_.pad_v) : as_sums(dv);
-
-    flagged_.assign(heads * blocking_.blocks, 1);
-    each_part(false);
-    add_copies(dq_, heads, dq_copies, dq_size_);
-    if (!in_.inverted && find_errors(d_lse, dq_copies)) {
-      each_part(true);
-      add_copies(dq_, heads, dq_copies, dq_size_);
-    }
-    unpack(dq_copies, dq);
-    if (k_joined) join_tokens(dk_sums.get(), token_copies, packed_.pad_d, dk, in_.dim, kPairs ? T(in_.scale) : T(1));
-    if (v_joined) join_tokens(dv_sums.get(), token_copies, packed_.pad_v, dv, in_.dim_v, T(1));
+  void run() {
+    if (heads_ == 0) return;
+    if (heads_ % parallel_.threads == 0)
+      whole_heads();
+    else
+      cut_heads();
   }
 
  private:
-  // Gradients of keys and values that are summed where they belong; of pairs, which are not, only none.
-  static HeadMatrix<T> as_sums(const HeadMatrix<X>& to) {
-    if constexpr (kPairs)
-      return {};
-    else
-      return to;
+  // Sums of dk, dv: where they belong when rows need no padding, have one writer and are not rounded.
+  bool joined(int64_t padded, int64_t channels, int64_t copies) const {
+    return dk_.data != nullptr && (kPairs || copies > 1 || padded != channels);
   }
 
-  void pack(int64_t head, int64_t block, T* at, Hash* hashes) const {
-    const int64_t W = blocking_.width, row = head * in_.queries + block * W, count = blocking_.count_of(block);
-    const X *q = in_.q.at(head / in_.heads, head % in_.heads, block * W), *d_o = d_o_ + row * in_.dim_v;
-    pack_queries(blocking_, head, block, packed_.q(at));
-    for (int64_t lane = 0; lane < W; ++lane)
-      packed_.weight(at)[lane] = lane < count ? queries_.weight[row + lane] * T(in_.dropout.scale()) : T(0);
-    const T* weight = packed_.weight(at);
-    rows_to_lanes(d_o, in_.dim_v, count, in_.dim_v, W, weight, packed_.grad(at));
-    OperandOf<X>*q_rows = packed_.q_rows(at), *grad_rows = packed_.grad_rows(at);
-    std::fill(q_rows, grad_rows + packed_.rows() * packed_.pad_v, OperandOf<X>{});
-    if constexpr (kPairs) {
-      pair_rows(q, in_.q.row_stride, count, in_.dim, packed_.pad_d, q_rows);
-      pair_rows(d_o, in_.dim_v, count, in_.dim_v, packed_.pad_v, grad_rows);
-    } else {
-      for (int64_t lane = 0; lane < count; ++lane, q += in_.q.row_stride, d_o += in_.dim_v) {
-        for (int64_t c = 0; c < in_.dim; ++c) q_rows[lane * packed_.pad_d + c] = T(in_.scale) * q[c];
-        for (int64_t c = 0; c < in_.dim_v; ++c) grad_rows[lane * packed_.pad_v + c] = weight[lane] * d_o[c];
+  // Where a head's gradients of keys or values are added up: in memory of ours, or, of floats, where they belong.
+  T* rows_of(const HeadMatrix<X>& to, bool joined, T* sums, int64_t head) const {
+    if constexpr (!kPairs)
+      if (!joined && to.data) return to.at(head / in_.heads, head % in_.heads, 0);
+    return joined ? sums : nullptr;
+  }
+
+  void whole_heads() {
+    const PackedBlock<X>& packed = tiles_.packed;
+    const bool k_joined = joined(packed.pad_d, packed.d, 1), v_joined = joined(packed.pad_v, packed.v, 1);
+    parallel_.run(heads_, [&](int64_t begin, int64_t end) {
+      const Aligned<T> dq_sums(dq_size_);
+      const Aligned<T> dk_sums(k_joined ? in_.tokens * packed.pad_d : 0), dv_sums(v_joined ? in_.tokens * packed.pad_v : 0);
+      for (int64_t head = begin; head < end; ++head) {
+        if (!in_.inverted) tiles_.queries.fill(head * in_.queries, (head + 1) * in_.queries);
+        const HeadSums<T> sums{dq_sums.get(), rows_of(dk_, k_joined, dk_sums.get(), head),
+                               rows_of(dv_, v_joined, dv_sums.get(), head),
+                               k_joined ? packed.pad_d : dk_.row_stride, v_joined ? packed.pad_v : dv_.row_stride};
+        std::fill_n(sums.dq, dq_size_, T(0));
+        clear_tokens(sums, 0, in_.tokens);
+        std::vector<int64_t> blocks(blocks_);
+        std::iota(blocks.begin(), blocks.end(), 0);
+        tiles_.run(head, blocks, 0, tiles_.blocking.tiles, false, sums);
+        if (!in_.inverted) blocks = with_errors(head, sums.dq);
+        if (!in_.inverted && !blocks.empty()) tiles_.run(head, blocks, 0, tiles_.blocking.tiles, true, sums);
+        put_queries(head, 0, blocks_, sums.dq);
+        if (k_joined) put_tokens(dk_, head, 0, in_.tokens, in_.dim, sums.dk, packed.pad_d, key_factor());
+        if (v_joined) put_tokens(dv_, head, 0, in_.tokens, in_.dim_v, sums.dv, packed.pad_v, T(1));
       }
-    }
-    for (int64_t lane = 0; lane < W; ++lane) {
-      // A lane without a query: its weights become zero.
-      packed_.shift(at)[lane] = lane < count ? queries_.shift[row + lane] : -std::numeric_limits<T>::infinity();
-      packed_.delta(at)[lane] = lane < count ? queries_.delta[row + lane] : T(0);
-      packed_.delta_low(at)[lane] = lane < count ? queries_.delta_low[row + lane] : T(0);
-      packed_.change(at)[lane] = lane < count && !change_.empty() ? change_[row + lane] : T(0);
-    }
-    if (in_.dropout) pack_hashes(blocking_, head, block, hashes);
-  }
-
-  // A packed block as the kernels see it, without a place for its gradients.
-  BackwardBlock<X> view(T* at, const Hash* hashes, T* p, T* ds) const {
-    BackwardBlock<X> block{};
-    block.q = packed_.q(at);
-    block.shift = packed_.shift(at);
-    block.grad = packed_.grad(at);
-    block.delta = packed_.delta(at);
-    block.delta_low = packed_.delta_low(at);
-    block.weight = packed_.weight(at);
-    block.q_rows = packed_.q_rows(at);
-    block.grad_rows = packed_.grad_rows(at);
-    block.pad_d = packed_.pad_d;
-    block.pad_v = packed_.pad_v;
-    block.hashes = hashes;
-    block.p = p;
-    block.ds = ds;
-    return block;
-  }
-
-  void each_part(bool correction) {
-    parallel_.run(blocking_.heads() * parts_, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) run_part(task / parts_, task % parts_, correction);
     });
   }
 
-  // One part of a head: all flagged blocks and some tiles, or some of the flagged blocks and all tiles.
-  void run_part(int64_t head, int64_t part, bool correction) const {
-    const auto share = [&](int64_t n, int64_t i) { return n * i / parts_; };
-    const int64_t tile0 = by_tokens_ ? share(blocking_.tiles, part) : 0;
-    const int64_t tile1 = by_tokens_ ? share(blocking_.tiles, part + 1) : blocking_.tiles;
-    std::vector<int64_t> blocks;
-    for (int64_t i = by_tokens_ ? 0 : share(blocking_.blocks, part);
-         i < (by_tokens_ ? blocking_.blocks : share(blocking_.blocks, part + 1)); ++i)
-      if (flagged_[head * blocking_.blocks + i]) blocks.push_back(i);
-    T* dq = dq_ + (by_tokens_ ? head * parts_ + part : head) * dq_size_;
-    const int64_t batch = head / in_.heads, own = by_tokens_ ? head % in_.heads : head % in_.heads * parts_ + part;
-    // A correction is added to the results of the first pass. By then the first copy of dq is the sum of all copies, so
-    // the others start at zero again.
-    if (!correction) {
-      for (int64_t i : blocks) std::fill_n(dq + i * dq_block(), dq_block(), T(0));
-    } else if (by_tokens_ && part > 0) {
-      std::fill_n(dq, dq_size_, T(0));
-    }
-    if (!correction && dk_.data) {
-      const int64_t m0 = tile0 * kTileTokens, m1 = std::min(tile1 * kTileTokens, in_.tokens);
-      for (int64_t m = m0; m < m1; ++m) {
-        std::fill_n(dk_.at(batch, own, m), packed_.pad_d, T(0));
-        std::fill_n(dv_.at(batch, own, m), packed_.pad_v, T(0));
-      }
-    }
-    const int64_t W = blocking_.width, size = packed_.size();
-    const Aligned<T> memory(group_ * size), p(kTileTokens * W), ds(kTileTokens * W);
-    const Aligned<OperandOf<X>> rows(kPairs ? kTileTokens * packed_.rows() : 0);
-    const TilePairs<X> pairs(in_, true);
-    std::vector<Hash> hashes(group_ * W);
-    for (size_t first = 0; first < blocks.size(); first += group_) {
-      const int64_t count = std::min<int64_t>(group_, int64_t(blocks.size() - first));
-      for (int64_t i = 0; i < count; ++i) pack(head, blocks[first + i], memory.get() + i * size, hashes.data() + i * W);
-      for (int64_t tile = tile0; tile < tile1; ++tile) {
-        TokenTile<X> tokens = tile_of(blocking_, terms_, head, tile);
-        pairs.set(tokens);
-        for (int64_t i = 0; i < count; ++i) {
-          T* at = memory.get() + i * size;
-          BackwardBlock<X> block = view(at, hashes.data() + i * W, p.get(), ds.get());
-          block.rows = rows.get();
-          block.dq = dq + blocks[first + i] * dq_block();
-          block.sum = block.dq + packed_.d * W;
-          block.size = block.sum + W;
-          block.dk = dk_.data ? dk_.at(batch, own, tile * kTileTokens) : nullptr;
-          block.dv = dv_.data ? dv_.at(batch, own, tile * kTileTokens) : nullptr;
-          block.dk_row = dk_.row_stride;
-          block.dv_row = dv_.row_stride;
-          if (correction)
-            blocking_.kernels.correct(tokens, block, packed_.change(at));
-          else
-            blocking_.kernels.backward(tokens, block);
+  void cut_heads() {
+    const PackedBlock<X>& packed = tiles_.packed;
+    const int64_t M = in_.tokens, tiles = tiles_.blocking.tiles;
+    const bool by_tokens = in_.inverted || M >= in_.queries;
+    const int64_t parts = std::min(by_tokens ? tiles : blocks_, ceil_div(2 * parallel_.threads, heads_));
+    const int64_t dq_copies = by_tokens ? parts : 1, token_copies = by_tokens ? 1 : parts;
+    const bool k_joined = joined(packed.pad_d, packed.d, token_copies);
+    const bool v_joined = joined(packed.pad_v, packed.v, token_copies);
+    const int64_t dk_size = k_joined ? M * packed.pad_d : 0, dv_size = v_joined ? M * packed.pad_v : 0;
+    const Aligned<T> dq_sums(heads_ * dq_copies * dq_size_);
+    const Aligned<T> dk_sums(heads_ * token_copies * dk_size), dv_sums(heads_ * token_copies * dv_size);
+    if (!in_.inverted)
+      parallel_.run(tiles_.queries.count(), [&](int64_t begin, int64_t end) { tiles_.queries.fill(begin, end); });
+
+    std::vector<std::vector<int64_t>> flagged(heads_, std::vector<int64_t>(blocks_));  // blocks to work on
+    for (auto& blocks : flagged) std::iota(blocks.begin(), blocks.end(), 0);
+    // One part of a head: all of its blocks to work on and some tiles, or some of the blocks and all tiles.
+    const auto each_part = [&](bool correction) {
+      parallel_.run(heads_ * parts, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t head = task / parts, part = task % parts;
+          const auto first = [&](int64_t n, int64_t i) { return n * i / parts; };
+          const int64_t tile = by_tokens ? first(tiles, part) : 0, last = by_tokens ? first(tiles, part + 1) : tiles;
+          const int64_t block = by_tokens ? 0 : first(blocks_, part);
+          const int64_t block_end = by_tokens ? blocks_ : first(blocks_, part + 1);
+          std::vector<int64_t> blocks;
+          for (int64_t i : flagged[head])
+            if (i >= block && i < block_end) blocks.push_back(i);
+          const int64_t q_copy = by_tokens ? task : head, token_copy = by_tokens ? head : task;
+          const HeadSums<T> sums{dq_sums.get() + q_copy * dq_size_,
+                                 rows_of(dk_, k_joined, dk_sums.get() + token_copy * dk_size, head),
+                                 rows_of(dv_, v_joined, dv_sums.get() + token_copy * dv_size, head),
+                                 k_joined ? packed.pad_d : dk_.row_stride, v_joined ? packed.pad_v : dv_.row_stride};
+          // A correction is added to the results of the first pass. By then the first copy of dq is the sum of all copies,
+          // so the others start at zero again; and those of keys and values still are to be added up.
+          if (!correction) {
+            std::fill_n(sums.dq + block * tiles_.dq_block(), (block_end - block) * tiles_.dq_block(), T(0));
+            clear_tokens(sums, tile * kTileTokens, std::min(last * kTileTokens, M));
+          } else if (by_tokens && part > 0) {
+            std::fill_n(sums.dq, dq_size_, T(0));
+          }
+          tiles_.run(head, blocks, tile, last, correction, sums);
         }
+      });
+      add_copies(dq_sums.get(), dq_copies, dq_size_);
+    };
+    each_part(false);
+    if (!in_.inverted) {
+      bool any = false;
+      for (int64_t head = 0; head < heads_; ++head) {
+        flagged[head] = with_errors(head, dq_sums.get() + head * dq_copies * dq_size_);
+        any |= !flagged[head].empty();
       }
+      if (any) each_part(true);
+    }
+    add_copies(dk_sums.get(), token_copies, dk_size);
+    add_copies(dv_sums.get(), token_copies, dv_size);
+    parallel_.run(heads_ * blocks_, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        put_queries(i / blocks_, i % blocks_, i % blocks_ + 1, dq_sums.get() + i / blocks_ * dq_copies * dq_size_);
+    });
+    if (!k_joined && !v_joined) return;
+    parallel_.run(heads_ * M, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = i / M, m = i % M, copy = head * token_copies;
+        if (k_joined)
+          put_tokens(dk_, head, m, m + 1, in_.dim, dk_sums.get() + copy * dk_size, packed.pad_d, key_factor());
+        if (v_joined) put_tokens(dv_, head, m, m + 1, in_.dim_v, dv_sums.get() + copy * dv_size, packed.pad_v, T(1));
+      }
+    });
+  }
+
+  // Queries are packed times the logits' scale, unless they are pairs.
+  T key_factor() const { return kPairs ? T(in_.scale) : T(1); }
+
+  void clear_tokens(const HeadSums<T>& sums, int64_t first, int64_t last) const {
+    for (int64_t m = first; m < last && sums.dk; ++m) {
+      std::fill_n(sums.dk + m * sums.dk_row, tiles_.packed.pad_d, T(0));
+      std::fill_n(sums.dv + m * sums.dv_row, tiles_.packed.pad_v, T(0));
     }
   }
 
   // Over the tokens dS sums to d_lse. What it sums to beside that is the error of delta, which was computed from
   // rounded outputs. It does not matter beside dS of ordinary size; where softmax is saturated dS is tiny, and the
-  // block gets a second pass that takes the error out.
-  bool find_errors(const double* d_lse, int64_t copies) {
+  // block gets a second pass that takes the error out. Returns these blocks of a head.
+  std::vector<int64_t> with_errors(int64_t head, const T* dq_sums) const {
     const T tolerance = 16 * std::numeric_limits<T>::epsilon();
-    const int64_t W = blocking_.width;
-    change_.assign(queries_.shift.size(), T(0));
-    flagged_.assign(blocking_.heads() * blocking_.blocks, 0);
-    bool any = false;
-    for (int64_t i = 0; i < blocking_.heads() * blocking_.blocks; ++i) {
-      const int64_t head = i / blocking_.blocks, block = i % blocking_.blocks, row = head * in_.queries + block * W;
-      const T* sum = dq_ + head * copies * dq_size_ + block * dq_block() + packed_.d * W;
-      for (int64_t lane = 0; lane < blocking_.count_of(block); ++lane) {
-        if (terms_.uniform[head / in_.heads]) continue;  // there is no dS
-        const T error = sum[lane] - (d_lse == nullptr ? T(0) : T(d_lse[row + lane]));
-        change_[row + lane] = error * queries_.weight[row + lane];
-        if (std::abs(error) > tolerance * sum[W + lane]) flagged_[i] = any = true;
+    const int64_t W = tiles_.blocking.width;
+    std::vector<int64_t> found;
+    if (tiles_.terms.uniform[head / in_.heads]) return found;  // there is no dS
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const T* sum = dq_sums + block * tiles_.dq_block() + in_.dim * W;
+      bool any = false;
+      for (int64_t lane = 0; lane < tiles_.blocking.count_of(block); ++lane) {
+        const int64_t row = head * in_.queries + block * W + lane;
+        const T error = sum[lane] - tiles_.queries.d_lse(row);
+        tiles_.queries.change[row] = error * tiles_.queries.weight[row];
+        any |= std::abs(error) > tolerance * sum[W + lane];
       }
+      if (any) found.push_back(block);
     }
-    return any;
+    return found;
   }
 
   // Adds the copies of every head to its first.
-  void add_copies(T* data, int64_t heads, int64_t copies, int64_t size) const {
-    if (copies == 1) return;
+  void add_copies(T* data, int64_t copies, int64_t size) const {
+    if (copies == 1 || size == 0) return;
     constexpr int64_t kChunk = 4096;
     const int64_t chunks = ceil_div(size, kChunk);
-    parallel_.run(heads * chunks, [&](int64_t begin, int64_t end) {
+    parallel_.run(heads_ * chunks, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         T* head = data + task / chunks * copies * size;
         const int64_t i0 = task % chunks * kChunk, i1 = std::min(i0 + kChunk, size);
@@ -350,47 +204,29 @@ class Backward {
     });
   }
 
-  void unpack(int64_t dq_copies, X* dq) const {
-    const std::vector<T> scale(blocking_.width, T(in_.scale));
-    parallel_.run(blocking_.heads() * blocking_.blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = i / blocking_.blocks, block = i % blocking_.blocks;
-        lanes_to_rows(dq_ + head * dq_copies * dq_size_ + block * dq_block(), in_.dim, blocking_.width, scale.data(),
-                      blocking_.count_of(block), dq + (head * in_.queries + block * blocking_.width) * in_.dim,
-                      in_.dim);
-      }
-    });
+  // The sums of a head's blocks [first, last), as rows.
+  void put_queries(int64_t head, int64_t first, int64_t last, const T* sums) const {
+    const int64_t W = tiles_.blocking.width;
+    const std::vector<T> scale(W, T(in_.scale));
+    const Aligned<T> scratch(W * in_.dim);
+    for (int64_t block = first; block < last; ++block)
+      lanes_to_rows(tiles_.blocking, sums + block * tiles_.dq_block(), in_.dim, scale.data(),
+                    tiles_.blocking.count_of(block), scratch.get(), dq_ + (head * in_.queries + block * W) * in_.dim);
   }
 
-  // `factor` times the sums of all copies' rows, without what pads these.
-  void join_tokens(T* from, int64_t copies, int64_t padded, const HeadMatrix<X>& to, int64_t channels, T factor) const {
-    add_copies(from, blocking_.heads(), copies, in_.tokens * padded);
-    parallel_.run(blocking_.heads() * in_.tokens, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = i / in_.tokens, m = i % in_.tokens;
-        const T* sums = from + (head * copies * in_.tokens + m) * padded;
-        X* row = to.at(head / in_.heads, head % in_.heads, m);
-        for (int64_t c = 0; c < channels; ++c) row[c] = narrowed<X>(factor * sums[c]);
-      }
-    });
+  // `factor` times the sums of a head's tokens [first, last), without what pads their rows.
+  void put_tokens(const HeadMatrix<X>& to, int64_t head, int64_t first, int64_t last, int64_t channels, const T* sums,
+                  int64_t padded, T factor) const {
+    for (int64_t m = first; m < last; ++m)
+      tiles_.blocking.kernels.scale(channels, factor, sums + m * padded, to.at(head / in_.heads, head % in_.heads, m));
   }
 
-  int64_t dq_block() const { return (packed_.d + 2) * blocking_.width; }  // [dim] rows of dq, sums of dS, sums of |dS|
-
-  const CrossAttentionBlocking<X>& blocking_;
+  const BackwardTiles<X>& tiles_;
   const CrossAttentionInput<X>& in_;
-  TokenTerms<T>& terms_;
-  QueryTerms<T>& queries_;
-  const X* d_o_;
+  const int64_t heads_, blocks_, dq_size_;
+  X* dq_;
+  const HeadMatrix<X>&dk_, &dv_;
   const Parallel& parallel_;
-  const PackedBlock<X> packed_;
-  const int64_t group_;
-  bool by_tokens_ = true;
-  int64_t parts_ = 1, dq_size_ = 0;
-  T* dq_ = nullptr;
-  HeadMatrix<T> dk_{}, dv_{};
-  std::vector<char> flagged_;  // blocks to work on
-  std::vector<T> change_;      // by how much delta was off, times the weight
 };
 
 template <class X, class T>
@@ -399,13 +235,16 @@ void stream_backward(const CrossAttentionInput<X>& in, const T* o, const double*
                      const Parallel& parallel) {
   const CrossAttentionBlocking<X> blocking(in);
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
-  QueryTerms<T> queries(in, terms, o, lse, d_o, d_lse, parallel);
-  Backward<X> backward(blocking, terms, queries, d_o, parallel);
+  QueryTerms<X> queries(blocking, terms, o, lse, d_o, d_lse);
+  const BackwardTiles<X> tiles(blocking, terms, queries, d_o);
   if constexpr (!std::is_same_v<X, BFloat16>) {
-    if (in.inverted) backward.find_query_delta_low(lse, d_lse);
-    for (int pass = 0; in.inverted && pass < 2; ++pass) backward.find_token_delta(pass);
+    if (in.inverted) {
+      parallel.run(queries.count(), [&](int64_t begin, int64_t end) { queries.fill(begin, end); });
+      find_query_delta_low(tiles, parallel);
+      for (int pass = 0; pass < 2; ++pass) find_token_delta(tiles, pass, parallel);
+    }
   }
-  backward.run(d_lse, dq, dk, dv);
+  Backward<X>(tiles, dq, dk, dv, parallel).run();
 }
 
 void widened_backward(const CrossAttentionInput<BFloat16>& in, const float* o, const double* lse,

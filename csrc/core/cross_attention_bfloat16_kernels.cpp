@@ -36,6 +36,29 @@ PF_INLINE __m512i pairs_of_halves(__m512i joined) {
 PF_INLINE V first_of(__m512i pairs) { return (V)_mm512_slli_epi32(pairs, 16); }
 PF_INLINE V second_of(__m512i pairs) { return (V)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))); }
 
+void scale(int64_t count, float factor, const float* from, X* to) {
+  int64_t i = 0;
+  for (; i + 2 * S::lanes <= count; i += 2 * S::lanes)
+    _mm512_storeu_si512(to + i, join(S::load(from + i) * factor, S::load(from + i + S::lanes) * factor));
+  for (; i < count; ++i) to[i] = narrowed<X>(factor * from[i]);
+}
+
+void pair_rows(int64_t count, int64_t length, const X* rows, int64_t row_stride, int64_t padded, Pair* to) {
+  constexpr int64_t lanes = S::lanes;
+  for (int64_t i = 0; i < count; i += 2, to += padded) {
+    const X *first = rows + i * row_stride, *second = i + 1 < count ? first + row_stride : nullptr;
+    int64_t c = 0;
+    for (; c + lanes <= length; c += lanes) {
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(first + c)));
+      __m512i high = _mm512_setzero_si512();
+      if (second) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(second + c)));
+      _mm512_storeu_si512(to + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    for (; c < length; ++c) to[c] = Pair{first[c], second ? second[c] : X{}};
+    for (; c < padded; ++c) to[c] = Pair{};
+  }
+}
+
 // A tile's products with all queries of a block: of the logits, before they are multiplied by the tile's factor, and of the
 // gradients of the weights.
 PF_INLINE void tile_products(const TokenTile<X>& tile, const X* rows, int64_t row, int64_t channels, const Pair* lanes,
@@ -187,8 +210,9 @@ void correct_any(const TokenTile<X>& tile, const BackwardBlock<X>& block, const 
 
 template <class Number>
 const CrossAttentionKernels<Number>& cross_attention_table() {
-  static constexpr CrossAttentionKernels<X> table{S::lanes,    int(Q),  forward_any, backward_any,
-                                                  correct_any, nullptr, nullptr};
+  static constexpr CrossAttentionKernels<X> table{S::lanes,  int(Q),      transpose<float>, dot<X>,
+                                                  scale,      pair_rows,   forward_any,      backward_any,
+                                                  correct_any, nullptr,    nullptr};
   return table;
 }
 template const CrossAttentionKernels<X>& cross_attention_table<X>();

@@ -73,12 +73,20 @@ template <class X>
 struct CrossAttentionKernels {
   using T = ComputeOf<X>;
   int lanes, queries;
+  // to [columns][to_row] = from [rows][from_row], transposed: numbers, or pairs in their place.
+  void (*transpose)(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row);
+  double (*dot)(int64_t count, const X* a, const T* b);  // in double
+  // to[i] = factor * from[i].
+  void (*scale)(int64_t count, T factor, const T* from, X* to);
+  // BFloat16: to[i / 2][c] = the pair rows[i][c], rows[i + 1][c] for `count` rows of `length`, zero where there is none; rows
+  // of `to` are `padded` long.
+  void (*pair_rows)(int64_t count, int64_t length, const X* rows, int64_t row_stride, int64_t padded, OperandOf<X>* to);
   void (*forward)(const TokenTile<X>&, const ForwardBlock<X>&, bool fixed_shift);
   void (*backward)(const TokenTile<X>&, const BackwardBlock<X>&);
   // delta grew by `change`: what follows for dq and dk. Nothing else is touched.
   void (*correct)(const TokenTile<X>&, const BackwardBlock<X>&, const T* change);
-  // Inverted attention, which BFloat16 has not. Running maximum and sum of 2^(S - maximum) of every token, [count][queries] each, lane by lane;
-  // `bias` [queries] is -inf in lanes without a query.
+  // Inverted attention, which BFloat16 has not. Running maximum and sum of 2^(S - maximum) of every token,
+  // [count][queries] each, lane by lane; `bias` [queries] is -inf in lanes without a query.
   void (*token_sums)(const TokenTile<X>&, const T* q, const T* bias, T* maximum, T* sum, T* scratch);
   // sums [count][queries] += p (v grad - delta - delta_low - the token's delta).
   void (*token_delta)(const TokenTile<X>&, const BackwardBlock<X>&, T* sums);

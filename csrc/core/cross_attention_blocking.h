@@ -10,7 +10,6 @@
 #include "cross_attention.h"
 #include "cross_attention_block.h"
 #include "cross_attention_pairs.h"
-#include "lanes.h"
 #include "token_terms.h"
 
 namespace perceiver_fast {
@@ -84,23 +83,56 @@ TokenTile<X> tile_of(const CrossAttentionBlocking<X>& blocking, const TokenTerms
 template <class X>
 class TilePairs {
  public:
-  TilePairs(const CrossAttentionInput<X>& in, bool of_keys)
-      : keys_(of_keys ? room(in.dim) : 0), values_(of_keys ? 0 : room(in.dim_v)), of_keys_(of_keys) {}
+  TilePairs(const CrossAttentionBlocking<X>& blocking, bool of_keys)
+      : kernels_(blocking.kernels),
+        of_keys_(of_keys),
+        channels_(of_keys ? blocking.in.dim : blocking.in.dim_v),
+        pairs_(Operand<X>::numbers == 2 ? kTileTokens / 2 * channels_ : 0) {}
 
   void set(TokenTile<X>& tile) const {
-    if constexpr (Operand<X>::numbers == 2) {
-      if (of_keys_)
-        tile.k_pairs = pair_rows(tile.k, tile.k_row, tile.count, tile.dim, tile.dim, keys_.get());
-      else
-        tile.v_pairs = pair_rows(tile.v, tile.v_row, tile.count, tile.dim_v, tile.dim_v, values_.get());
-    }
+    if (Operand<X>::numbers == 1) return;
+    if (of_keys_)
+      kernels_.pair_rows(tile.count, channels_, tile.k, tile.k_row, channels_, pairs_.get());
+    else
+      kernels_.pair_rows(tile.count, channels_, tile.v, tile.v_row, channels_, pairs_.get());
+    (of_keys_ ? tile.k_pairs : tile.v_pairs) = pairs_.get();
   }
 
  private:
-  static int64_t room(int64_t channels) { return Operand<X>::numbers == 2 ? kTileTokens / 2 * channels : 0; }
-  const Aligned<OperandOf<X>> keys_, values_;
+  const CrossAttentionKernels<X>& kernels_;
   const bool of_keys_;
+  const int64_t channels_;
+  const Aligned<OperandOf<X>> pairs_;
 };
+
+// table[c][lane] = factor[lane] * rows[lane][c] for `count` rows, zero in the other lanes of a block. Pairs are of two
+// neighbours in a row, and no factor multiplies them.
+template <class X>
+void rows_to_lanes(const CrossAttentionBlocking<X>& blocking, const X* rows, int64_t row_stride, int64_t count,
+                   int64_t length, const ComputeOf<X>* factor, OperandOf<X>* table) {
+  using T = ComputeOf<X>;
+  constexpr int64_t numbers = Operand<X>::numbers;
+  const int64_t width = blocking.width, size = operands<X>(length);
+  T* lanes = reinterpret_cast<T*>(table);
+  if (count < width) std::fill_n(lanes, size * width, T(0));
+  blocking.kernels.transpose(count, size, reinterpret_cast<const T*>(rows), row_stride / numbers, lanes, width);
+  if (numbers == 2) return;
+  for (int64_t c = 0; c < size; ++c)
+    for (int64_t lane = 0; lane < width; ++lane) lanes[c * width + lane] *= factor[lane];
+}
+
+// rows[lane][c] = factor[lane] * table[c][lane] for `count` rows. `scratch` has width times length numbers.
+template <class X, class To>
+void lanes_to_rows(const CrossAttentionBlocking<X>& blocking, const ComputeOf<X>* table, int64_t length,
+                   const ComputeOf<X>* factor, int64_t count, ComputeOf<X>* scratch, To* rows) {
+  blocking.kernels.transpose(length, count, table, blocking.width, scratch, length);
+  for (int64_t lane = 0; lane < count; ++lane) {
+    if constexpr (std::is_same_v<To, X>)
+      blocking.kernels.scale(length, factor[lane], scratch + lane * length, rows + lane * length);
+    else
+      for (int64_t c = 0; c < length; ++c) rows[lane * length + c] = factor[lane] * scratch[lane * length + c];
+  }
+}
 
 // Queries of a block as the kernels take them: times scale log2(e) unless they are pairs.
 template <class X>
@@ -108,8 +140,8 @@ void pack_queries(const CrossAttentionBlocking<X>& blocking, int64_t head, int64
   using T = ComputeOf<X>;
   const CrossAttentionInput<X>& in = blocking.in;
   const std::vector<T> factor(blocking.width, T(in.scale * kLog2OfE));
-  rows_to_lanes(in.q.at(head / in.heads, head % in.heads, block * blocking.width), in.q.row_stride,
-                blocking.count_of(block), in.dim, blocking.width, factor.data(), q);
+  rows_to_lanes(blocking, in.q.at(head / in.heads, head % in.heads, block * blocking.width), in.q.row_stride,
+                blocking.count_of(block), in.dim, factor.data(), q);
 }
 
 template <class X>

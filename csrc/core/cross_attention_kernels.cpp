@@ -171,10 +171,15 @@ void token_delta_any(const TokenTile<T>& tile, const BackwardBlock<T>& block, T*
 }
 
 template <class T>
+void scale(int64_t count, T factor, const T* from, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = factor * from[i];
+}
+
+template <class T>
 const CrossAttentionKernels<T>& cross_attention_table() {
   static constexpr CrossAttentionKernels<T> table{
-      Simd<T>::lanes, int(kQueries<T>), forward_any<T>, backward_any<T>, correct_any<T>, token_sums<T>,
-      token_delta_any<T>};
+      Simd<T>::lanes, int(kQueries<T>), transpose<T>,   dot<T>,         scale<T>,          nullptr,
+      forward_any<T>, backward_any<T>,  correct_any<T>, token_sums<T>,  token_delta_any<T>};
   return table;
 }
 template const CrossAttentionKernels<float>& cross_attention_table<float>();

@@ -5,6 +5,7 @@
 #include "cross_attention_block.h"
 #include "dropout_mask.h"
 #include "tile_gemm.h"
+#include "transpose.h"
 
 namespace perceiver_fast {
 namespace PF_ISA {
@@ -13,6 +14,20 @@ template <class T>
 constexpr int kQueryVectors = 2;
 template <class T>
 constexpr int64_t kQueries = kQueryVectors<T> * Simd<T>::lanes;
+
+// Sixteen sums need not wait for one another.
+template <class X>
+double dot(int64_t count, const X* a, const ComputeOf<X>* b) {
+  constexpr int chains = 16;
+  double sums[chains] = {};
+  int64_t i = 0;
+  for (; i + chains <= count; i += chains)
+    for (int chain = 0; chain < chains; ++chain) sums[chain] += double(widened(a[i + chain])) * double(b[i + chain]);
+  for (; i < count; ++i) sums[0] += double(widened(a[i])) * double(b[i]);
+  for (int step = chains / 2; step > 0; step /= 2)
+    for (int chain = 0; chain < step; ++chain) sums[chain] += sums[chain + step];
+  return sums[0];
+}
 
 // Weights stay between 2^-kRange and 2^kRange times their number, so that sums neither overflow nor vanish.
 template <class T>

@@ -82,7 +82,7 @@ void add_state(const ForwardState<T>& at, T* state, T* other, int64_t count) {
 
 template <class X, class T = ComputeOf<X>>
 void finish_group(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>& terms, int64_t head, int64_t first,
-                  int64_t last, T* state, T* o, double* lse) {
+                  int64_t last, T* state, const HeadMatrix<T>& o, double* lse) {
   const ForwardState<T> at(blocking);
   const CrossAttentionInput<X>& in = blocking.in;
   std::vector<T> factor(blocking.width);
@@ -99,7 +99,8 @@ void finish_group(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>
                               ? kEmptyLse
                               : std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
     }
-    lanes_to_rows(blocking, at.out(state, i), in.dim_v, factor.data(), count, scratch.get(), o + row * in.dim_v);
+    lanes_to_rows(blocking, at.out(state, i), in.dim_v, factor.data(), count, scratch.get(),
+                  o.at(head / in.heads, head % in.heads, block * blocking.width), o.row_stride);
   }
 }
 
@@ -143,7 +144,7 @@ void token_statistics(const CrossAttentionBlocking<T>& blocking, double* token_l
 }
 
 template <class X, class T>
-void stream_forward(const CrossAttentionInput<X>& in, T* o, double* lse, const double* token_lse,
+void stream_forward(const CrossAttentionInput<X>& in, const HeadMatrix<T>& o, double* lse, const double* token_lse,
                     const Parallel& parallel) {
   const CrossAttentionBlocking<X> blocking(in);
   const TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
@@ -195,8 +196,8 @@ void stream_forward(const CrossAttentionInput<X>& in, T* o, double* lse, const d
 }  // namespace
 
 template <class X>
-void cross_attention_forward(const CrossAttentionInput<X>& in, ComputeOf<X>* o, double* lse, double* token_lse,
-                             const Parallel& parallel) {
+void cross_attention_forward(const CrossAttentionInput<X>& in, const HeadMatrix<ComputeOf<X>>& o, double* lse,
+                             double* token_lse, const Parallel& parallel) {
   if constexpr (std::is_same_v<X, BFloat16>) {
     if (takes_pairs(in)) return stream_forward(in, o, lse, nullptr, parallel);
     return cross_attention_forward(Widened(in, parallel).input(), o, lse, token_lse, parallel);
@@ -207,8 +208,9 @@ void cross_attention_forward(const CrossAttentionInput<X>& in, ComputeOf<X>* o, 
   }
 }
 
-#define PF_INSTANTIATE(X)                                                                                            \
-  template void cross_attention_forward<X>(const CrossAttentionInput<X>&, ComputeOf<X>*, double*, double*, const Parallel&);
+#define PF_INSTANTIATE(X)                                                                                         \
+  template void cross_attention_forward<X>(const CrossAttentionInput<X>&, const HeadMatrix<ComputeOf<X>>&, double*, \
+                                           double*, const Parallel&);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)
 PF_INSTANTIATE(BFloat16)

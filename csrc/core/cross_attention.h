@@ -39,22 +39,33 @@ struct CrossAttentionInput {
   bool inverted;        // softmax over the queries, then normalised over the tokens
 };
 
+// A call's dense [B, H, N, d], such as dq, and [B, H, N, dv], such as o.
+template <class Y, class X>
+HeadMatrix<Y> dense_queries(const CrossAttentionInput<X>& in, Y* data) {
+  return dense_heads(data, in.heads, in.queries, in.dim);
+}
+template <class Y, class X>
+HeadMatrix<Y> dense_outputs(const CrossAttentionInput<X>& in, Y* data) {
+  return dense_heads(data, in.heads, in.queries, in.dim_v);
+}
+
 // Normal:   P = exp(S - lse[n]).                    token_lse is not touched.
 //           A batch element that is all masked attends uniformly, and its lse is kEmptyLse.
 // Inverted: P = exp(S - token_lse[m] - lse[n]) with lse the logarithm of the (clamped) normaliser over the tokens.
-// o [B, H, N, dv] dense, lse [B, H, N], token_lse [B, H, M].
+// o [B, H, N, dv], lse [B, H, N], token_lse [B, H, M].
 //
 // BFloat16: logits and sums are float. Where the CPU multiplies pairs fast, weights are rounded to bfloat16, and lse is
 // that of the rounded weights, so that those of a query add up to one; else all is computed in float.
 template <class X>
-void cross_attention_forward(const CrossAttentionInput<X>& in, ComputeOf<X>* o, double* lse, double* token_lse,
-                             const Parallel& parallel);
+void cross_attention_forward(const CrossAttentionInput<X>& in, const HeadMatrix<ComputeOf<X>>& o, double* lse,
+                             double* token_lse, const Parallel& parallel);
 
-// dq [B, H, N, d] dense, dk [B, H, M, d] and dv [B, H, M, dv], or null both where nobody needs them. d_lse [B, H, N] may be
+// dq [B, H, N, d], dk [B, H, M, d] and dv [B, H, M, dv], or null both where nobody needs them. d_lse [B, H, N] may be
 // null.
 template <class X>
-void cross_attention_backward(const CrossAttentionInput<X>& in, const ComputeOf<X>* o, const double* lse,
-                              const double* token_lse, const X* d_o, const double* d_lse, X* dq,
-                              const HeadMatrix<X>& dk, const HeadMatrix<X>& dv, const Parallel& parallel);
+void cross_attention_backward(const CrossAttentionInput<X>& in, const HeadMatrix<const ComputeOf<X>>& o,
+                              const double* lse, const double* token_lse, const HeadMatrix<const X>& d_o,
+                              const double* d_lse, const HeadMatrix<X>& dq, const HeadMatrix<X>& dk,
+                              const HeadMatrix<X>& dv, const Parallel& parallel);
 
 }  // namespace perceiver_fast

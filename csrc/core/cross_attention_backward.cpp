@@ -27,7 +27,7 @@ class Backward {
   static constexpr bool kPairs = BackwardTiles<X>::kPairs;
 
  public:
-  Backward(const BackwardTiles<X>& tiles, X* dq, const HeadMatrix<X>& dk, const HeadMatrix<X>& dv,
+  Backward(const BackwardTiles<X>& tiles, const HeadMatrix<X>& dq, const HeadMatrix<X>& dk, const HeadMatrix<X>& dv,
            const Parallel& parallel)
       : tiles_(tiles),
         in_(tiles.in),
@@ -211,7 +211,8 @@ class Backward {
     const Aligned<T> scratch(W * in_.dim);
     for (int64_t block = first; block < last; ++block)
       lanes_to_rows(tiles_.blocking, sums + block * tiles_.dq_block(), in_.dim, scale.data(),
-                    tiles_.blocking.count_of(block), scratch.get(), dq_ + (head * in_.queries + block * W) * in_.dim);
+                    tiles_.blocking.count_of(block), scratch.get(),
+                    dq_.at(head / in_.heads, head % in_.heads, block * W), dq_.row_stride);
   }
 
   // `factor` times the sums of a head's tokens [first, last), without what pads their rows.
@@ -224,14 +225,14 @@ class Backward {
   const BackwardTiles<X>& tiles_;
   const CrossAttentionInput<X>& in_;
   const int64_t heads_, blocks_, dq_size_;
-  X* dq_;
-  const HeadMatrix<X>&dk_, &dv_;
+  const HeadMatrix<X>&dq_, &dk_, &dv_;
   const Parallel& parallel_;
 };
 
 template <class X, class T>
-void stream_backward(const CrossAttentionInput<X>& in, const T* o, const double* lse, const double* token_lse,
-                     const X* d_o, const double* d_lse, X* dq, const HeadMatrix<X>& dk, const HeadMatrix<X>& dv,
+void stream_backward(const CrossAttentionInput<X>& in, const HeadMatrix<const T>& o, const double* lse,
+                     const double* token_lse, const HeadMatrix<const X>& d_o, const double* d_lse,
+                     const HeadMatrix<X>& dq, const HeadMatrix<X>& dk, const HeadMatrix<X>& dv,
                      const Parallel& parallel) {
   const CrossAttentionBlocking<X> blocking(in);
   TokenTerms<T> terms(in.batch, in.heads, in.tokens, in.mask, in.inverted ? token_lse : nullptr, in.dropout);
@@ -247,19 +248,20 @@ void stream_backward(const CrossAttentionInput<X>& in, const T* o, const double*
   Backward<X>(tiles, dq, dk, dv, parallel).run();
 }
 
-void widened_backward(const CrossAttentionInput<BFloat16>& in, const float* o, const double* lse,
-                      const double* token_lse, const BFloat16* d_o, const double* d_lse, BFloat16* dq,
-                      const HeadMatrix<BFloat16>& dk, const HeadMatrix<BFloat16>& dv, const Parallel& parallel) {
+void widened_backward(const CrossAttentionInput<BFloat16>& in, const HeadMatrix<const float>& o, const double* lse,
+                      const double* token_lse, const HeadMatrix<const BFloat16>& d_o, const double* d_lse,
+                      const HeadMatrix<BFloat16>& dq, const HeadMatrix<BFloat16>& dk, const HeadMatrix<BFloat16>& dv,
+                      const Parallel& parallel) {
   const int64_t B = in.batch, H = in.heads, N = in.queries, M = in.tokens, d = in.dim, v = in.dim_v;
   const bool learn = dk.data != nullptr;
   const Widened wide(in, parallel);
-  const WidenedRows grad(dense_heads(d_o, H, N, v), B, H, N, v, parallel);
+  const WidenedRows grad(d_o, B, H, N, v, parallel);
   const Aligned<float> to_q(B * H * N * d), to_k(learn ? B * H * M * d : 0), to_v(learn ? B * H * M * v : 0);
   const HeadMatrix<float> none{};
-  cross_attention_backward(wide.input(), o, lse, token_lse, grad.view().data, d_lse, to_q.get(),
+  cross_attention_backward(wide.input(), o, lse, token_lse, grad.view(), d_lse, dense_heads(to_q.get(), H, N, d),
                            learn ? dense_heads(to_k.get(), H, M, d) : none,
                            learn ? dense_heads(to_v.get(), H, M, v) : none, parallel);
-  narrow_rows(to_q.get(), B, H, N, d, dense_heads(dq, H, N, d), parallel);
+  narrow_rows(to_q.get(), B, H, N, d, dq, parallel);
   if (!learn) return;
   narrow_rows(to_k.get(), B, H, M, d, dk, parallel);
   narrow_rows(to_v.get(), B, H, M, v, dv, parallel);
@@ -268,9 +270,10 @@ void widened_backward(const CrossAttentionInput<BFloat16>& in, const float* o, c
 }  // namespace
 
 template <class X>
-void cross_attention_backward(const CrossAttentionInput<X>& in, const ComputeOf<X>* o, const double* lse,
-                              const double* token_lse, const X* d_o, const double* d_lse, X* dq,
-                              const HeadMatrix<X>& dk, const HeadMatrix<X>& dv, const Parallel& parallel) {
+void cross_attention_backward(const CrossAttentionInput<X>& in, const HeadMatrix<const ComputeOf<X>>& o,
+                              const double* lse, const double* token_lse, const HeadMatrix<const X>& d_o,
+                              const double* d_lse, const HeadMatrix<X>& dq, const HeadMatrix<X>& dk,
+                              const HeadMatrix<X>& dv, const Parallel& parallel) {
   if constexpr (std::is_same_v<X, BFloat16>) {
     if (!takes_pairs(in)) return widened_backward(in, o, lse, token_lse, d_o, d_lse, dq, dk, dv, parallel);
   } else {
@@ -279,10 +282,11 @@ void cross_attention_backward(const CrossAttentionInput<X>& in, const ComputeOf<
   stream_backward(in, o, lse, token_lse, d_o, d_lse, dq, dk, dv, parallel);
 }
 
-#define PF_INSTANTIATE(X)                                                                                        \
-  template void cross_attention_backward<X>(const CrossAttentionInput<X>&, const ComputeOf<X>*, const double*,   \
-                                            const double*, const X*, const double*, X*, const HeadMatrix<X>&,    \
-                                            const HeadMatrix<X>&, const Parallel&);
+#define PF_INSTANTIATE(X)                                                                                          \
+  template void cross_attention_backward<X>(const CrossAttentionInput<X>&, const HeadMatrix<const ComputeOf<X>>&,  \
+                                            const double*, const double*, const HeadMatrix<const X>&, const double*, \
+                                            const HeadMatrix<X>&, const HeadMatrix<X>&, const HeadMatrix<X>&,      \
+                                            const Parallel&);
 PF_INSTANTIATE(float)
 PF_INSTANTIATE(double)
 PF_INSTANTIATE(BFloat16)

@@ -124,13 +124,13 @@ void rows_to_lanes(const CrossAttentionBlocking<X>& blocking, const X* rows, int
 // rows[lane][c] = factor[lane] * table[c][lane] for `count` rows. `scratch` has width times length numbers.
 template <class X, class To>
 void lanes_to_rows(const CrossAttentionBlocking<X>& blocking, const ComputeOf<X>* table, int64_t length,
-                   const ComputeOf<X>* factor, int64_t count, ComputeOf<X>* scratch, To* rows) {
+                   const ComputeOf<X>* factor, int64_t count, ComputeOf<X>* scratch, To* rows, int64_t row_stride) {
   blocking.kernels.transpose(length, count, table, blocking.width, scratch, length);
-  for (int64_t lane = 0; lane < count; ++lane) {
+  for (int64_t lane = 0; lane < count; ++lane, rows += row_stride) {
     if constexpr (std::is_same_v<To, X>)
-      blocking.kernels.scale(length, factor[lane], scratch + lane * length, rows + lane * length);
+      blocking.kernels.scale(length, factor[lane], scratch + lane * length, rows);
     else
-      for (int64_t c = 0; c < length; ++c) rows[lane * length + c] = factor[lane] * scratch[lane * length + c];
+      for (int64_t c = 0; c < length; ++c) rows[c] = factor[lane] * scratch[lane * length + c];
   }
 }
 

@@ -17,8 +17,8 @@ class QueryTerms {
   std::vector<T> shift, weight, delta, delta_low, change;
 
   // d_lse may be null. Nothing is filled in yet.
-  QueryTerms(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>& terms, const T* o, const double* lse, const X* d_o,
-             const double* d_lse)
+  QueryTerms(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>& terms, const HeadMatrix<const T>& o,
+             const double* lse, const HeadMatrix<const X>& d_o, const double* d_lse)
       : shift(blocking.heads() * blocking.in.queries),
         weight(shift.size()),
         delta(shift.size()),
@@ -46,7 +46,8 @@ class QueryTerms {
                                      : lse_[i] * kLog2OfE;
       shift[i] = in.inverted ? T(0) : T(-std::nearbyint(lse2));
       weight[i] = T(std::exp2(-lse2 - double(shift[i])));
-      double sum = constant ? 0 : blocking_.kernels.dot(in.dim_v, d_o_ + i * in.dim_v, o_ + i * in.dim_v);
+      const int64_t b = i / in.queries / in.heads, h = i / in.queries % in.heads, n = i % in.queries;
+      double sum = constant ? 0 : blocking_.kernels.dot(in.dim_v, d_o_.at(b, h, n), o_.at(b, h, n));
       if (d_lse_ != nullptr) sum -= constant ? d_lse_[i] * clamped_share(lse_[i]) : d_lse_[i];
       delta[i] = T(sum) * weight[i];
     }
@@ -55,9 +56,9 @@ class QueryTerms {
  private:
   const CrossAttentionBlocking<X>& blocking_;
   const TokenTerms<T>& terms_;
-  const T* o_;
+  const HeadMatrix<const T>& o_;
   const double* lse_;
-  const X* d_o_;
+  const HeadMatrix<const X>& d_o_;
   const double* d_lse_;
 };
 
@@ -110,7 +111,7 @@ class BackwardTiles {
   const PackedBlock<X> packed;
 
   BackwardTiles(const CrossAttentionBlocking<X>& blocking_, TokenTerms<T>& terms_, QueryTerms<X>& queries_,
-                const X* d_o)
+                const HeadMatrix<const X>& d_o)
       : blocking(blocking_),
         in(blocking_.in),
         terms(terms_),
@@ -124,19 +125,20 @@ class BackwardTiles {
   // A block as the kernels read it: `at` has packed.size() numbers, `hashes` one a query.
   void pack(int64_t head, int64_t block, T* at, Hash* hashes) const {
     const int64_t W = blocking.width, row = head * in.queries + block * W, count = blocking.count_of(block);
-    const X *q = in.q.at(head / in.heads, head % in.heads, block * W), *d_o = d_o_ + row * in.dim_v;
+    const X* q = in.q.at(head / in.heads, head % in.heads, block * W);
+    const X* d_o = d_o_.at(head / in.heads, head % in.heads, block * W);
     pack_queries(blocking, head, block, packed.q(at));
     for (int64_t lane = 0; lane < W; ++lane)
       packed.weight(at)[lane] = lane < count ? queries.weight[row + lane] * T(in.dropout.scale()) : T(0);
     const T* weight = packed.weight(at);
-    rows_to_lanes(blocking, d_o, in.dim_v, count, in.dim_v, weight, packed.grad(at));
+    rows_to_lanes(blocking, d_o, d_o_.row_stride, count, in.dim_v, weight, packed.grad(at));
     OperandOf<X>*q_rows = packed.q_rows(at), *grad_rows = packed.grad_rows(at);
     std::fill(q_rows, grad_rows + packed.rows() * packed.pad_v, OperandOf<X>{});
     if constexpr (kPairs) {
       blocking.kernels.pair_rows(count, in.dim, q, in.q.row_stride, packed.pad_d, q_rows);
-      blocking.kernels.pair_rows(count, in.dim_v, d_o, in.dim_v, packed.pad_v, grad_rows);
+      blocking.kernels.pair_rows(count, in.dim_v, d_o, d_o_.row_stride, packed.pad_v, grad_rows);
     } else {
-      for (int64_t lane = 0; lane < count; ++lane, q += in.q.row_stride, d_o += in.dim_v) {
+      for (int64_t lane = 0; lane < count; ++lane, q += in.q.row_stride, d_o += d_o_.row_stride) {
         for (int64_t c = 0; c < in.dim; ++c) q_rows[lane * packed.pad_d + c] = T(in.scale) * q[c];
         for (int64_t c = 0; c < in.dim_v; ++c) grad_rows[lane * packed.pad_v + c] = weight[lane] * d_o[c];
       }
@@ -206,7 +208,7 @@ class BackwardTiles {
   }
 
  private:
-  const X* d_o_;
+  const HeadMatrix<const X>& d_o_;
   const int64_t group_;
 };
 

@@ -32,7 +32,7 @@ class FewAttention {
         part_(in.dim * columns_) {}
 
   // o [B, H, N, d] and its log-sum-exp [B, H, N].
-  void forward(T* o, double* lse, const Parallel& parallel) const {
+  void forward(const HeadMatrix<T>& o, double* lse, const Parallel& parallel) const {
     const int64_t N = in_.tokens;
     parallel.run(in_.batch * in_.heads, [&](int64_t begin, int64_t end) {
       const Aligned<T> memory(room(4)), statistics(2 * columns_);
@@ -40,28 +40,28 @@ class FewAttention {
       for (int64_t head = begin; head < end; ++head) {
         load(head, qkv);
         attention_.forward(0, qkv, made, Team{nullptr}, head * N, most);
-        latents_.kernels.transpose(in_.dim, N, made, columns_, o + head * N * in_.dim, in_.dim);
+        store(head, made, o);
         for (int64_t n = 0; n < N; ++n)
           lse[head * N + n] = std::log(double(sum[n])) + double(most[n]) * in_.scale;
       }
     });
   }
 
-  // The gradients of q, dense, k and v; d_lse may be null. A backward by other kernels would not do: rounding of large
+  // The gradients of q, k and v; d_lse may be null. A backward by other kernels would not do: rounding of large
   // logits that is not the same in forward and backward does not cancel.
-  void backward(const T* d_o, const double* d_lse, T* dq, const HeadMatrix<T>& dk, const HeadMatrix<T>& dv,
-                const Parallel& parallel) const {
-    const int64_t N = in_.tokens, size = N * in_.dim;
+  void backward(const HeadMatrix<const T>& d_o, const double* d_lse, const HeadMatrix<T>& dq, const HeadMatrix<T>& dk,
+                const HeadMatrix<T>& dv, const Parallel& parallel) const {
+    const int64_t N = in_.tokens;
     parallel.run(in_.batch * in_.heads, [&](int64_t begin, int64_t end) {
       const Aligned<T> memory(room(7)), of_lse(columns_);
       std::fill_n(of_lse.get(), columns_, T(0));
       T *qkv = memory.get(), *d_qkv = qkv + 3 * part_, *grad = qkv + 6 * part_;
       for (int64_t head = begin; head < end; ++head) {
         load(head, qkv);
-        latents_.kernels.transpose(N, in_.dim, d_o + head * size, in_.dim, grad, columns_);
+        load(head, d_o, grad);
         for (int64_t n = 0; d_lse && n < N; ++n) of_lse.get()[n] = T(d_lse[head * N + n]);
         attention_.backward(0, qkv, grad, d_qkv, nullptr, Team{nullptr}, head * N, d_lse ? of_lse.get() : nullptr);
-        latents_.kernels.transpose(in_.dim, N, d_qkv, columns_, dq + head * size, in_.dim);
+        store(head, d_qkv, dq);
         store(head, d_qkv + part_, dk);
         store(head, d_qkv + 2 * part_, dv);
       }
@@ -74,11 +74,14 @@ class FewAttention {
 
   // A head's q, k and v as columns.
   void load(int64_t head, T* qkv) const {
-    const int64_t b = head / in_.heads, h = head % in_.heads;
     for (const HeadMatrix<const T>* each : {&in_.q, &in_.k, &in_.v}) {
-      latents_.kernels.transpose(in_.tokens, in_.dim, each->at(b, h, 0), each->row_stride, qkv, columns_);
+      load(head, *each, qkv);
       qkv += part_;
     }
+  }
+  void load(int64_t head, const HeadMatrix<const T>& from, T* columns) const {
+    const T* rows = from.at(head / in_.heads, head % in_.heads, 0);
+    latents_.kernels.transpose(in_.tokens, in_.dim, rows, from.row_stride, columns, columns_);
   }
 
   void store(int64_t head, const T* columns, const HeadMatrix<T>& to) const {

@@ -361,10 +361,12 @@ void grid_cross_attention_forward(const GridCrossAttention<T>& call, T* y, const
   sides.tables(saved.rest, Team{&parallel});
   for_calls(sides.x.chunks(), sides.work, parallel,
             [&](int64_t chunk, Team team) { sides.queries(chunk, saved.rest, saved.q, team); });
-  if (sides.has_axes())
+  if (sides.has_axes()) {
     grid_attention_forward<T>(sides.attention(saved.q), {saved.o, saved.lse, saved.kept, nullptr}, parallel);
-  else
-    cross_attention_forward<T>(sides.attention_to_tokens(saved.q), saved.o, saved.lse, nullptr, parallel);
+  } else {
+    const auto in = sides.attention_to_tokens(saved.q);
+    cross_attention_forward<T>(in, dense_outputs(in, saved.o), saved.lse, nullptr, parallel);
+  }
   for_calls(sides.y.chunks(), sides.work, parallel,
             [&](int64_t chunk, Team team) { sides.results(chunk, saved, y, team); });
 }
@@ -387,7 +389,9 @@ void grid_cross_attention_backward(const GridCrossAttention<T>& call, const T* d
   } else {
     const auto in = sides.attention_to_tokens(saved.q);
     const HeadMatrix<T> none{};
-    cross_attention_backward<T>(in, saved.o, saved.lse, nullptr, d_o.get(), nullptr, d_q.get(), none, none, parallel);
+    cross_attention_backward<T>(in, dense_outputs<const T>(in, saved.o), saved.lse, nullptr,
+                                dense_outputs<const T>(in, d_o.get()), nullptr, dense_queries(in, d_q.get()), none, none,
+                                parallel);
     clear_constants(in, d_q.get(), none);
   }
   const bool shared = call.x_batch == 1;

@@ -157,7 +157,8 @@ void latent_cross_attention_forward(const LatentCrossAttention<T>& call, T* y,
   const Sides<T> sides(call);
   for_calls(sides.x.chunks(), sides.work, parallel,
             [&](int64_t chunk, Team team) { sides.queries(chunk, saved.rest, saved.q, team); });
-  cross_attention_forward<T>(sides.attention(saved.q), saved.o, saved.lse, nullptr, parallel);
+  const auto in = sides.attention(saved.q);
+  cross_attention_forward<T>(in, dense_outputs(in, saved.o), saved.lse, nullptr, parallel);
   for_calls(sides.y.chunks(), sides.work, parallel,
             [&](int64_t chunk, Team team) { sides.results(chunk, saved.o, y, team); });
 }
@@ -175,7 +176,9 @@ void latent_cross_attention_backward(const LatentCrossAttention<T>& call, const 
       });
   const auto in = sides.attention(saved.q);
   const HeadMatrix<T> d_keys{d_keys_values, element, sides.d, 2 * I}, d_values{d_keys_values + I, element, sides.d, 2 * I};
-  cross_attention_backward<T>(in, saved.o, saved.lse, nullptr, d_o.get(), nullptr, d_q.get(), d_keys, d_values, parallel);
+  cross_attention_backward<T>(in, dense_outputs<const T>(in, saved.o), saved.lse, nullptr,
+                              dense_outputs<const T>(in, d_o.get()), nullptr, dense_queries(in, d_q.get()), d_keys,
+                              d_values, parallel);
   clear_constants(in, d_q.get(), d_keys);
   const bool shared = call.x_batch == 1 && B > 1;
   const Aligned<T> summed(shared ? N * I : 0), stream(shared ? N * D : 0);

@@ -12,6 +12,12 @@ namespace {
 
 constexpr Check check{"cross_attention"};
 
+// Of a tensor whose channels are dense.
+template <class X>
+HeadMatrix<X> matrix(const Tensor& t) {
+  return {data<X>(t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
 struct Inputs {
   Tensor q, k, v;
   std::optional<Tensor> mask;
@@ -43,6 +49,12 @@ struct Inputs {
     if (mask_) mask = dense(*mask_);
   }
 
+  // Rows of heads beside one another in memory, [B, N, H, channels], as what comes before and after attention has them.
+  static Tensor rows_of_heads(const Tensor& like, const Shape& sizes, ScalarType dtype) {
+    const Tensor rows = torch::stable::new_empty(like, {sizes[0], sizes[2], sizes[1], sizes[3]}, dtype);
+    return torch::stable::transpose(rows, 1, 2);
+  }
+
   bool empty() const { return q.size(0) == 0 || q.size(1) == 0; }
 
   static Tensor dense_rows(const Tensor& t) {
@@ -50,14 +62,9 @@ struct Inputs {
   }
 
   template <class X>
-  static HeadMatrix<const X> matrix(const Tensor& t) {
-    return {data<const X>(t), t.stride(0), t.stride(1), t.stride(2)};
-  }
-
-  template <class X>
   CrossAttentionInput<X> view() const {
     return {q.size(0), q.size(1),    q.size(2),    k.size(2),    q.size(3),
-            v.size(3), matrix<X>(q), matrix<X>(k), matrix<X>(v), data<const uint8_t>(mask),
+            v.size(3), matrix<const X>(q), matrix<const X>(k), matrix<const X>(v), data<const uint8_t>(mask),
             scale,     dropout,      inverted};
   }
 };
@@ -67,14 +74,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                                            const std::optional<Tensor>& seed, bool inverted) {
   const Inputs inputs(q, k, v, mask, scale, dropout, seed, inverted);
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2);
-  Tensor o = torch::stable::new_empty(q, {B, H, N, v.size(3)}, compute_dtype(q.scalar_type()));
+  Tensor o = Inputs::rows_of_heads(q, {B, H, N, v.size(3)}, compute_dtype(q.scalar_type()));
   Tensor lse = torch::stable::new_empty(q, {B, H, N}, ScalarType::Double);
   Tensor token_lse = torch::stable::new_empty(
       q, inverted ? Shape{B, H, M} : Shape{0}, ScalarType::Double);
   if (inputs.empty()) return {o, lse, token_lse};
   with_numbers(q, [&](auto zero) {
     using X = decltype(zero);
-    cross_attention_forward<X>(inputs.view<X>(), data<ComputeOf<X>>(o), data<double>(lse), data<double>(token_lse),
+    cross_attention_forward<X>(inputs.view<X>(), matrix<ComputeOf<X>>(o), data<double>(lse), data<double>(token_lse),
                                torch_parallel());
   });
   return {o, lse, token_lse};
@@ -89,13 +96,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   const ScalarType dtype = q.scalar_type();
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2);
   const Shape rows{B, H, N}, outputs{B, H, N, v.size(3)}, columns{B, H, M};
-  const Tensor grad = check.dense("d_o", d_o, dtype, outputs, "[B, H, N, dv]");
-  const Tensor out = check.dense("o", o, compute_dtype(dtype), outputs, "[B, H, N, dv]");
+  check.dtype("d_o", d_o, dtype);
+  check.shape("d_o", d_o, outputs, "[B, H, N, dv]");
+  check.dtype("o", o, compute_dtype(dtype));
+  check.shape("o", o, outputs, "[B, H, N, dv]");
+  const Tensor grad = Inputs::dense_rows(d_o), out = Inputs::dense_rows(o);
   const Tensor stats = check.dense("lse", lse, ScalarType::Double, rows, "[B, H, N]");
   const auto grad_lse = check.dense("d_lse", d_lse, ScalarType::Double, rows, "[B, H, N]");
   const Tensor token_stats = check.dense("token_lse", token_lse, ScalarType::Double, inverted ? columns : Shape{0},
                                          inverted ? "[B, H, M]" : "empty");
-  Tensor dq = torch::stable::new_empty(q, sizes_of(q));
+  Tensor dq = Inputs::rows_of_heads(q, sizes_of(q), dtype);
   Tensor dk = torch::stable::new_empty(k, to_tokens ? sizes_of(k) : Shape{0});
   Tensor dv = torch::stable::new_empty(v, to_tokens ? sizes_of(v) : Shape{0});
   if (inputs.empty()) return {dq, dk, dv};
@@ -106,9 +116,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
       to_k = dense_heads(data<X>(dk), k.size(1), k.size(2), k.size(3));
       to_v = dense_heads(data<X>(dv), v.size(1), v.size(2), v.size(3));
     }
-    cross_attention_backward<X>(inputs.view<X>(), data<const ComputeOf<X>>(out), data<const double>(stats),
-                                data<const double>(token_stats), data<const X>(grad), data<const double>(grad_lse),
-                                data<X>(dq), to_k, to_v, torch_parallel());
+    cross_attention_backward<X>(inputs.view<X>(), matrix<const ComputeOf<X>>(out), data<const double>(stats),
+                                data<const double>(token_stats), matrix<const X>(grad), data<const double>(grad_lse),
+                                matrix<X>(dq), to_k, to_v, torch_parallel());
   });
   return {dq, dk, dv};
 }

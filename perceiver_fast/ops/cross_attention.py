@@ -88,14 +88,26 @@ def _backward_work(q: Shape, k: Shape, v: Shape, inverted: bool, to_tokens: bool
 
 def _forward_outputs(q, k, v, mask, scale, dropout, seed, inverted):
     lse = q.new_empty(q.shape[:3], dtype=torch.float64)
-    dtype = compute_dtype(q.dtype) if q.device.type == "cpu" and not INTERPRETED else q.dtype  # the CPU does not round it
-    o = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype)
-    return o, lse, lse.new_empty(k.shape[:3] if inverted else (0,))
+    dtype = compute_dtype(q.dtype) if _is_cpus(q) else q.dtype  # the CPU's kernels do not round it
+    return _rows(q, v.shape[3], dtype), lse, lse.new_empty(k.shape[:3] if inverted else (0,))
+
+
+def _is_cpus(q):
+    """Whether the CPU's kernels run the operators."""
+    return q.device.type == "cpu" and not INTERPRETED
+
+
+def _rows(q, channels, dtype):
+    """``[B, H, N, channels]``; the CPU's kernels write rows of heads beside one another, as what comes next reads them."""
+    batch, heads, queries, _ = q.shape
+    if _is_cpus(q):
+        return q.new_empty((batch, queries, heads, channels), dtype=dtype).transpose(1, 2)
+    return q.new_empty((batch, heads, queries, channels), dtype=dtype)
 
 
 def _backward_outputs(d_o, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse, to_tokens):
     """dq, and dk and dv, which are empty where nobody needs them."""
-    return q.new_empty(q.shape), *(t.new_empty(t.shape if to_tokens else (0,)) for t in (k, v))
+    return _rows(q, q.shape[3], q.dtype), *(t.new_empty(t.shape if to_tokens else (0,)) for t in (k, v))
 
 
 def _sample(make, dtype=torch.float32, channels=8, options=False, queries=5, tokens=9, inverted=False, learn=True):

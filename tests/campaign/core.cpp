@@ -102,8 +102,9 @@ Case cross_attention(Generator& random) {
     const HeadMatrix<T> none{};
     const auto to_k = learn ? dense_heads<T>(dk.data(), H, M, d) : none;
     const auto to_v = learn ? dense_heads<T>(d_v.data(), H, M, dv) : none;
-    cross_attention_forward<T>(in, o.data(), lse.data(), token_lse.data(), parallel);
-    cross_attention_backward<T>(in, o.data(), lse.data(), token_lse.data(), d_o.data(), nullptr, dq.data(), to_k,
+    cross_attention_forward<T>(in, dense_outputs<T>(in, o.data()), lse.data(), token_lse.data(), parallel);
+    cross_attention_backward<T>(in, dense_outputs<const T>(in, o.data()), lse.data(), token_lse.data(),
+                                dense_outputs<const T>(in, d_o.data()), nullptr, dense_queries<T>(in, dq.data()), to_k,
                                 to_v, parallel);
     return (Digest() << o << lse << token_lse << dq << dk << d_v).value;
   };

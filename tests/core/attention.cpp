@@ -227,7 +227,7 @@ void cross_of(int64_t N, int64_t M, int64_t d, int64_t dv) {
                                     scale,
                                     dropout,
                                     inverted};
-    cross_attention_forward<T>(in, o.data(), lse.data(), token_lse.data(), parallel);
+    cross_attention_forward<T>(in, dense_outputs<T>(in, o.data()), lse.data(), token_lse.data(), parallel);
     Numbers exact_o, exact_lse;
     for (int64_t head = 0; head < B * H; ++head) {
       const auto logit = [&](int64_t n, int64_t m) {

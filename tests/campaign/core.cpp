@@ -84,27 +84,29 @@ Case grid_query_attention(Generator& random) {
   };
 }
 
-template <class T>
+template <class X>
 Case cross_attention(Generator& random) {
   const int64_t B = random.pick({1, 2}), H = random.pick({1, 2, 3}), N = random.pick({1, 2, 7, 33, 70}),
                 M = random.pick({1, 2, 17, 64, 129}), d = random.pick({1, 3, 8, 16, 33}),
                 dv = random.pick({1, 4, 8, 19});
   const bool inverted = random.flip(), learn = random.flip();
   const Dropout dropout(random.pick({0, 0, 1}) * 0.3, 7);
-  const Array<T> q(B * H * N * d, random), k(B * H * M * d, random), v(B * H * M * dv, random);
-  const Array<T> d_o(B * H * N * dv, random);
+  const Array<X> q(B * H * N * d, random), k(B * H * M * d, random), v(B * H * M * dv, random);
+  const Array<X> d_o(B * H * N * dv, random);
   const Array<uint8_t> mask = mask_of(B, M, random.flip(), random);
   return [=](const Parallel& parallel) {
-    const Array<T> o(B * H * N * dv), dq(q.size()), dk(k.size()), d_v(v.size());
+    using T = ComputeOf<X>;
+    const Array<T> o(B * H * N * dv);
+    const Array<X> dq(q.size()), dk(k.size()), d_v(v.size());
     const Array<double> lse(B * H * N), token_lse(inverted ? B * H * M : 0);
-    const CrossAttentionInput<T> in{B, H, N, M, d, dv, {q.data(), H * N * d, N * d, d}, {k.data(), H * M * d, M * d, d},
+    const CrossAttentionInput<X> in{B, H, N, M, d, dv, {q.data(), H * N * d, N * d, d}, {k.data(), H * M * d, M * d, d},
                                     {v.data(), H * M * dv, M * dv, dv}, mask.data(), 0.7, dropout, inverted};
-    const HeadMatrix<T> none{};
-    const auto to_k = learn ? dense_heads<T>(dk.data(), H, M, d) : none;
-    const auto to_v = learn ? dense_heads<T>(d_v.data(), H, M, dv) : none;
-    cross_attention_forward<T>(in, dense_outputs<T>(in, o.data()), lse.data(), token_lse.data(), parallel);
-    cross_attention_backward<T>(in, dense_outputs<const T>(in, o.data()), lse.data(), token_lse.data(),
-                                dense_outputs<const T>(in, d_o.data()), nullptr, dense_queries<T>(in, dq.data()), to_k,
+    const HeadMatrix<X> none{};
+    const auto to_k = learn ? dense_heads<X>(dk.data(), H, M, d) : none;
+    const auto to_v = learn ? dense_heads<X>(d_v.data(), H, M, dv) : none;
+    cross_attention_forward<X>(in, dense_outputs<T>(in, o.data()), lse.data(), token_lse.data(), parallel);
+    cross_attention_backward<X>(in, dense_outputs<const T>(in, o.data()), lse.data(), token_lse.data(),
+                                dense_outputs<const X>(in, d_o.data()), nullptr, dense_queries<X>(in, dq.data()), to_k,
                                 to_v, parallel);
     return (Digest() << o << lse << token_lse << dq << dk << d_v).value;
   };
@@ -200,6 +202,7 @@ const std::vector<Named>& ops() {
                              {"grid_query_attention, double", grid_query_attention<double>},
                              {"cross_attention, float", cross_attention<float>},
                              {"cross_attention, double", cross_attention<double>},
+                             {"cross_attention, bfloat16", cross_attention<BFloat16>},
                              {"fourier_projection, float", fourier_projection<float>},
                              {"fourier_projection, double", fourier_projection<double>},
                              {"grid_scale, float", grid_scale<float>},

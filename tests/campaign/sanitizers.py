@@ -60,7 +60,7 @@ def build_core(target: str) -> None:
         setup.run_ninja(folder, folder / "core", ["g++"], flags, sanitize, sources)
         return
     # The other instruction sets' kernels are never called. A shared library, bound lazily, does without them.
-    sources = [source for source in sources if not source[0].endswith(("_avx2", "_avx512"))]
+    sources = [source for source in sources if not source[0].endswith(("_avx2", "_avx512", "_avx512_bf16"))]
     setup.run_ninja(folder, folder / "libcore.so", ["g++"], flags, [*sanitize, "-shared", "-Wl,-z,lazy"], sources)
     link = [folder / "libcore.so", "-Wl,--allow-shlib-undefined", "-Wl,-z,lazy", f"-Wl,-rpath,{folder}"]
     subprocess.run(["g++", *sanitize, *link, "-o", folder / "core"], check=True)

@@ -17,6 +17,7 @@ from perceiver_fast.layers import PreNorm
 from perceiver_fast.layers.observer import observer, observing
 from perceiver_fast.layers.plan import Plan
 from perceiver_fast.layers.pre_norm import why_modules
+from perceiver_fast.ops.library import autocast_dtype
 from perceiver_fast.tokens import DenseTokens, GridTokens, Tokens, fourier
 
 
@@ -175,4 +176,4 @@ class Recorder(LayerObserver):
             elif isinstance(tokens, GridTokens):
                 tokens.scale(norm.eps)
             elif isinstance(tokens, DenseTokens) and not plan.uses:
-                tokens.normalized(norm.eps)
+                tokens.normalized(norm.eps, autocast_dtype(tokens.device) if plan.path == "projected" else None)

@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from perceiver_fast.layers.cross_attention_parameters import CrossAttentionParameters, times_tables
-from perceiver_fast.ops.cross_attention import cross_attention_unchecked
+from perceiver_fast.ops.cross_attention import cross_attention_unchecked, kernel_dtype
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.ops.grid_attention import grid_attention_unchecked
-from perceiver_fast.ops.library import compute_dtype, half_dtype, learns, unless_autocast
+from perceiver_fast.ops.library import half_dtype, learns, unless_autocast
 from perceiver_fast.ops.projected_attention import projected_attention, rows_of_pieces
 from perceiver_fast.tokens import GridTokens, Tokens
 
@@ -168,7 +168,7 @@ def attend_projected(
     Many tokens are taken in pieces, see ops/projected_attention.py.
     """
     fn = layer.fn
-    own = backend == "cpu"  # kernels that compute in float32: what need not be rounded for them is not
+    own = backend == "cpu"  # kernels with sums in float32: what need not be rounded for them is not
     with unless_autocast(z.device) if own and not tokens.half_product else nullcontext():
         projection = tokens.projection(layer.to_kv, layer.norm_context)
     plain = backend == "cpu" and not inverted and fn.active_dropout == 0 and not fn.queries_contribute_kv
@@ -183,7 +183,7 @@ def attend_projected(
             kv = projection.keys_values()
         else:
             kv = tokens.keys_values(layer.to_kv, layer.norm_context)
-        kv = kv.to(compute_dtype(kv.dtype)) if own else kv  # rows as they lie, of all heads at once
+        kv = kv.to(kernel_dtype(kv.dtype, with_lse)) if own else kv  # rows as they lie, of all heads at once
     q = layer.to_q(z).to(kv.dtype).expand(kv.shape[0], -1, -1)
     if fn.queries_contribute_kv:
         z = z.expand(kv.shape[0], -1, -1)

@@ -13,7 +13,7 @@ from perceiver_fast.ops.fourier_projection import FOURIER_PROJECTION
 from perceiver_fast.ops.layer_norm import LAYER_NORM, layer_norm
 from perceiver_fast.ops.layer_norm_linear import LAYER_NORM_LINEAR, is_for, is_small, layer_norm_linear_unchecked
 from perceiver_fast.ops.library import autocast_dtype, unless_autocast
-from perceiver_fast.ops.pointwise import PointwiseCall
+from perceiver_fast.ops.pointwise import PointwiseCall, runs_kernel
 from perceiver_fast.ops.projected_attention import Projection
 from perceiver_fast.tokens.base import Basis, Tokens, absorb_norm
 
@@ -29,7 +29,7 @@ class DenseTokens(Tokens):
 
     def __init__(self, context: Tensor):
         self.feat, self.dtype = context, context.dtype
-        self._normalized: dict[float, Tensor] = {}
+        self._normalized: dict[tuple[float, torch.dtype], Tensor] = {}
 
     @property
     def channels(self) -> int:
@@ -45,26 +45,36 @@ class DenseTokens(Tokens):
     def sources(self) -> tuple[Tensor, ...]:
         return (self.feat,)
 
-    def normalized(self, eps: float) -> Tensor:
+    def normalized(self, eps: float, dtype: torch.dtype | None = None) -> Tensor:
         """The tokens ``[B, M, C]`` with mean 0 and variance 1: LayerNorm without its affine part, which each layer has.
+
+        In their own dtype, or rounded to ``dtype`` as they are written, where a kernel does that.
 
         Computed once for all layers of one eps; anew for each where a gradient flows through it, since a checkpointed
         layer computes its own again, and after :meth:`tensor` was called, as its result may be changed in place.
         """
-        normalized = None if self._tensor is not None else self._normalized.get(eps)
+        dtype = self.feat.dtype if dtype is None or not self._rounds_to(dtype) else dtype
+        normalized = None if self._tensor is not None else self._normalized.get((eps, dtype))
         if normalized is None or (torch.is_grad_enabled() and self.learns()):
-            normalized = self._normalize(eps)
+            normalized = self._normalize(eps, dtype)
             if not normalized.requires_grad:
-                self._normalized[eps] = normalized
+                self._normalized[eps, dtype] = normalized
         return normalized
 
-    def _normalize(self, eps: float) -> Tensor:
+    def _rounds_to(self, dtype: torch.dtype) -> bool:
+        """Whether LayerNorm's kernel writes float32 tokens in ``dtype``."""
+        if self.device.type != "cpu" or self.feat.dtype != torch.float32 or dtype != torch.bfloat16:
+            return False
+        return runs_kernel(LAYER_NORM, dtype, self.device)
+
+    def _normalize(self, eps: float, dtype: torch.dtype) -> Tensor:
         """:meth:`normalized`, computed now."""
         context = self.feat
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.learns()):
+        learns = torch.is_grad_enabled() and self.learns()
+        if torch.compiler.is_compiling() or (dtype == context.dtype and not learns):
             return F.layer_norm(context, context.shape[-1:], eps=eps)
         one = context.new_ones(context.shape[-1])
-        return layer_norm(context, one, torch.zeros_like(one), eps)  # F.layer_norm's third derivative is wrong
+        return layer_norm(context, one, torch.zeros_like(one), eps, dtype)  # F.layer_norm's third derivative is wrong
 
     @property
     def absorbed_channels(self) -> int:
@@ -110,7 +120,8 @@ class DenseTokens(Tokens):
         projection = self.projection(to_kv, norm)
         if projection is not None:
             return projection.keys_values()
-        return F.linear(self.normalized(norm.eps), *absorb_norm(to_kv, norm, to_kv.weight.dtype))
+        normalized = self.normalized(norm.eps, autocast_dtype(self.device))
+        return F.linear(normalized, *absorb_norm(to_kv, norm, to_kv.weight.dtype))
 
     def projection(self, to_kv: nn.Linear, norm: nn.LayerNorm) -> Projection | None:
         if not self._fuses() or self._takes_rows(to_kv, norm):

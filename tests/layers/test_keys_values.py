@@ -5,6 +5,7 @@ import torch
 from support import relative_error
 from torch import nn
 
+from perceiver_fast import extension
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.tokens import DenseTokens
 from perceiver_fast.tokens.describe import describe_grid, describe_points
@@ -88,3 +89,30 @@ class _KeysValues(nn.Module):
 
     def forward(self):
         return self.tokens.keys_values(self.to_kv, self.norm)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["tokens", "learned tokens"])
+def test_under_autocast_dense_tokens_are_normalised_to_its_dtype(learns):
+    """They are rounded as they are written, once for all layers; errors are those of rounding them afterwards."""
+    torch.manual_seed(0)
+    norm, to_kv = nn.LayerNorm(96), nn.Linear(96, 64, bias=False)
+    feat = (3 * torch.randn(2, 500, 96) + 1).requires_grad_(learns)
+    leaves = [*norm.parameters(), to_kv.weight, *([feat] if learns else [])]
+    d_kv = torch.randn(2, 500, 64)
+
+    def run(keys_values):
+        kv = keys_values()
+        return [t.double() for t in (kv, *torch.autograd.grad(kv, leaves, d_kv.to(kv.dtype)))]
+
+    tokens = DenseTokens(feat)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(lambda: tokens.keys_values(to_kv, norm))
+        plain = run(lambda: to_kv(norm(feat)))
+        again = tokens.normalized(norm.eps, torch.bfloat16)
+    truth = run(lambda: to_kv(norm(feat)))
+    for found, theirs, exact in zip(ours, plain, truth, strict=True):
+        assert relative_error(found, exact) <= 2 * relative_error(theirs, exact) + 1e-6
+    assert tokens.normalized(norm.eps).dtype == torch.float32
+    if extension.error is None:
+        assert again.dtype == torch.bfloat16
+        assert learns or tokens.normalized(norm.eps, torch.bfloat16) is again

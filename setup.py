@@ -20,6 +20,7 @@ Environment variables:
 """
 
 import ast
+import functools
 import json
 import os
 import platform
@@ -52,8 +53,9 @@ ISAS = {
     "avx2": (32, ["-mavx2", "-mfma"]),
     "avx512": (64, AVX512.split()),
 }
-# What *_bfloat16_kernels.cpp are compiled for, once: avx512 with products of pairs of bfloat16.
+# What *_bfloat16_kernels.cpp are compiled for, once: avx512 with products of pairs of bfloat16, where the compiler knows them.
 BFLOAT16_ISAS = {"avx512_bf16": (64, [*AVX512.split(), "-mavx512bf16"])}
+SINCE_GCC_10 = ("-mavx512bf16",)
 
 
 class CannotBuild(Exception):
@@ -136,11 +138,20 @@ def manylinux_flags():
     return ["-include", shlex.quote(str(ROOT / "csrc/manylinux.h"))]
 
 
+@functools.cache
+def is_known(flag):
+    """Whether the compiler takes a flag; of those that all compilers take it is not asked."""
+    if flag not in SINCE_GCC_10:
+        return True
+    command = [*find_compiler(), flag, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def isa_flags(isas=ISAS):
     """Flags of every instruction set for this kind of machine, by name."""
     x86 = machine().lower() in ("x86_64", "amd64")
     return {
-        isa: [f"-DPF_ISA={isa}", f"-DPF_VECTOR_BYTES={vector_bytes}", *flags]
+        isa: [f"-DPF_ISA={isa}", f"-DPF_VECTOR_BYTES={vector_bytes}", *filter(is_known, flags)]
         for isa, (vector_bytes, flags) in isas.items()
         if x86 or isa == "baseline"
     }

@@ -99,7 +99,7 @@ void finish_group(const CrossAttentionBlocking<X>& blocking, const TokenTerms<T>
                               ? kEmptyLse
                               : std::log(total) - double(at.shift(state, i)[lane]) / kLog2OfE;
     }
-    lanes_to_rows(blocking, at.out(state, i), in.dim_v, factor.data(), count, scratch.get(),
+    block_to_rows(blocking, at.out(state, i), in.dim_v, factor.data(), count, scratch.get(),
                   o.at(head / in.heads, head % in.heads, block * blocking.width), o.row_stride);
   }
 }

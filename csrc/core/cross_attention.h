@@ -54,8 +54,8 @@ HeadMatrix<Y> dense_outputs(const CrossAttentionInput<X>& in, Y* data) {
 // Inverted: P = exp(S - token_lse[m] - lse[n]) with lse the logarithm of the (clamped) normaliser over the tokens.
 // o [B, H, N, dv], lse [B, H, N], token_lse [B, H, M].
 //
-// BFloat16: logits and sums are float. Where the CPU multiplies pairs fast, weights are rounded to bfloat16, and lse is
-// that of the rounded weights, so that those of a query add up to one; else all is computed in float.
+// BFloat16: logits and sums are float. Where pairs are multiplied (takes_pairs in cross_attention_pairs.h), weights are rounded
+// to bfloat16, and lse is that of the rounded weights, so that those of a query add up to one; else all is computed in float.
 template <class X>
 void cross_attention_forward(const CrossAttentionInput<X>& in, const HeadMatrix<ComputeOf<X>>& o, double* lse,
                              double* token_lse, const Parallel& parallel);

@@ -7,7 +7,7 @@
 // gradients of that side have one writer each. The other side's gradients are then partial sums, one copy a part, which are
 // added up in order at the end.
 //
-// Memory: four numbers a query; for a thread the packed queries and gradients of one group of blocks, at most half a
+// Memory: five numbers a query; for a thread the packed queries and gradients of one group of blocks, at most half a
 // second-level cache, with a tile's P and dS; and a head's sums for a thread, or where heads are cut, the copies of all.
 #include <numeric>
 
@@ -210,7 +210,7 @@ class Backward {
     const std::vector<T> scale(W, T(in_.scale));
     const Aligned<T> scratch(W * in_.dim);
     for (int64_t block = first; block < last; ++block)
-      lanes_to_rows(tiles_.blocking, sums + block * tiles_.dq_block(), in_.dim, scale.data(),
+      block_to_rows(tiles_.blocking, sums + block * tiles_.dq_block(), in_.dim, scale.data(),
                     tiles_.blocking.count_of(block), scratch.get(),
                     dq_.at(head / in_.heads, head % in_.heads, block * W), dq_.row_stride);
   }
@@ -248,6 +248,16 @@ void stream_backward(const CrossAttentionInput<X>& in, const HeadMatrix<const T>
   Backward<X>(tiles, dq, dk, dv, parallel).run();
 }
 
+// Rows of o's shape, dense.
+void copy_rows(const CrossAttentionInput<BFloat16>& in, const HeadMatrix<const BFloat16>& from, BFloat16* to,
+               const Parallel& parallel) {
+  const int64_t rows = in.queries, H = in.heads, channels = in.dim_v;
+  parallel.run(in.batch * H * rows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::copy_n(from.at(i / rows / H, i / rows % H, i % rows), channels, to + i * channels);
+  });
+}
+
 void widened_backward(const CrossAttentionInput<BFloat16>& in, const HeadMatrix<const float>& o, const double* lse,
                       const double* token_lse, const HeadMatrix<const BFloat16>& d_o, const double* d_lse,
                       const HeadMatrix<BFloat16>& dq, const HeadMatrix<BFloat16>& dk, const HeadMatrix<BFloat16>& dv,
@@ -276,6 +286,12 @@ void cross_attention_backward(const CrossAttentionInput<X>& in, const HeadMatrix
                               const HeadMatrix<X>& dv, const Parallel& parallel) {
   if constexpr (std::is_same_v<X, BFloat16>) {
     if (!takes_pairs(in)) return widened_backward(in, o, lse, token_lse, d_o, d_lse, dq, dk, dv, parallel);
+    if (d_o.row_stride & 1) {  // rows that are not read as pairs of channels, as those of q, k and v can be
+      const Aligned<BFloat16> rows(in.batch * in.heads * in.queries * in.dim_v);
+      copy_rows(in, d_o, rows.get(), parallel);
+      return stream_backward(in, o, lse, token_lse, dense_outputs<const BFloat16>(in, rows.get()), d_lse, dq, dk, dv,
+                             parallel);
+    }
   } else {
     if (FewAttention<X>::takes(in)) return FewAttention<X>(in).backward(d_o, d_lse, dq, dk, dv, parallel);
   }

@@ -9,6 +9,7 @@
 
 namespace perceiver_fast {
 namespace PF_ISA {
+#if defined(__AVX512BF16__)
 namespace {
 
 using X = BFloat16;
@@ -64,6 +65,12 @@ void pair_rows(int64_t count, int64_t length, const X* rows, int64_t row_stride,
 PF_INLINE void tile_products(const TokenTile<X>& tile, const X* rows, int64_t row, int64_t channels, const Pair* lanes,
                              float* to) {
   tile_gemm<Pair, false>(tile.count, Q, channels / 2, reinterpret_cast<const Pair*>(rows), row / 2, 1, lanes, Q, to, Q);
+}
+
+// Whether a token is masked: a weight of zero does not hide a delta that is not finite.
+template <bool Biased>
+PF_INLINE bool hidden(const TokenTile<X>& tile, int64_t m) {
+  return Biased && m < tile.count && tile.shift[m] == -__builtin_inff();
 }
 
 template <bool Biased>
@@ -147,7 +154,7 @@ void backward(const TokenTile<X>& tile, const BackwardBlock<X>& block) {
           u = keep<float>(u, block.hashes + lane, tile.hashes[m + i], tile.threshold);
         }
         V change = p[i] * (u - delta);
-        if (Biased && there && tile.shift[m + i] == -__builtin_inff()) change = V{};  // whatever delta is
+        if (hidden<Biased>(tile, m + i)) change = V{};
         ds[i][v] = change;
         sum[v] += change;
         size[v] += S::max(change, -change);
@@ -181,8 +188,8 @@ void correct(const TokenTile<X>& tile, const BackwardBlock<X>& block, const floa
       const V shift = S::load(block.shift + lane), less = S::load(change + lane);
       const __m512i pairs = pairs_of_halves(join(weight_at<Biased>(tile, m, block.p + at, shift),
                                                  weight_at<Biased>(tile, m + 1, block.p + at + Q, shift)));
-      ds[0][v] = -first_of(pairs) * less;
-      ds[1][v] = -second_of(pairs) * less;
+      ds[0][v] = hidden<Biased>(tile, m) ? V{} : -first_of(pairs) * less;
+      ds[1][v] = hidden<Biased>(tile, m + 1) ? V{} : -second_of(pairs) * less;
     }
     put_gradients(block, m, ds);
   }
@@ -208,14 +215,15 @@ void correct_any(const TokenTile<X>& tile, const BackwardBlock<X>& block, const 
 
 }  // namespace
 
-template <class Number>
-const CrossAttentionKernels<Number>& cross_attention_table() {
+const CrossAttentionKernels<X>* cross_attention_bfloat16_table() {
   static constexpr CrossAttentionKernels<X> table{S::lanes,  int(Q),      transpose<float>, dot<X>,
                                                   scale,      pair_rows,   forward_any,      backward_any,
                                                   correct_any, nullptr,    nullptr};
-  return table;
+  return &table;
 }
-template const CrossAttentionKernels<X>& cross_attention_table<X>();
+#else
+const CrossAttentionKernels<BFloat16>* cross_attention_bfloat16_table() { return nullptr; }  // an older compiler
+#endif
 
 }  // namespace PF_ISA
 }  // namespace perceiver_fast

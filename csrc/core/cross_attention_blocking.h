@@ -108,7 +108,7 @@ class TilePairs {
 // table[c][lane] = factor[lane] * rows[lane][c] for `count` rows, zero in the other lanes of a block. Pairs are of two
 // neighbours in a row, and no factor multiplies them.
 template <class X>
-void rows_to_lanes(const CrossAttentionBlocking<X>& blocking, const X* rows, int64_t row_stride, int64_t count,
+void rows_to_block(const CrossAttentionBlocking<X>& blocking, const X* rows, int64_t row_stride, int64_t count,
                    int64_t length, const ComputeOf<X>* factor, OperandOf<X>* table) {
   using T = ComputeOf<X>;
   constexpr int64_t numbers = Operand<X>::numbers;
@@ -123,7 +123,7 @@ void rows_to_lanes(const CrossAttentionBlocking<X>& blocking, const X* rows, int
 
 // rows[lane][c] = factor[lane] * table[c][lane] for `count` rows. `scratch` has width times length numbers.
 template <class X, class To>
-void lanes_to_rows(const CrossAttentionBlocking<X>& blocking, const ComputeOf<X>* table, int64_t length,
+void block_to_rows(const CrossAttentionBlocking<X>& blocking, const ComputeOf<X>* table, int64_t length,
                    const ComputeOf<X>* factor, int64_t count, ComputeOf<X>* scratch, To* rows, int64_t row_stride) {
   blocking.kernels.transpose(length, count, table, blocking.width, scratch, length);
   for (int64_t lane = 0; lane < count; ++lane, rows += row_stride) {
@@ -140,7 +140,7 @@ void pack_queries(const CrossAttentionBlocking<X>& blocking, int64_t head, int64
   using T = ComputeOf<X>;
   const CrossAttentionInput<X>& in = blocking.in;
   const std::vector<T> factor(blocking.width, T(in.scale * kLog2OfE));
-  rows_to_lanes(blocking, in.q.at(head / in.heads, head % in.heads, block * blocking.width), in.q.row_stride,
+  rows_to_block(blocking, in.q.at(head / in.heads, head % in.heads, block * blocking.width), in.q.row_stride,
                 blocking.count_of(block), in.dim, factor.data(), q);
 }
 

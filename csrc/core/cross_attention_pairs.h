@@ -7,13 +7,15 @@
 
 namespace perceiver_fast {
 
-PF_DECLARE_TABLE(CrossAttentionKernels, cross_attention, avx512_bf16)
+namespace avx512_bf16 {
+const CrossAttentionKernels<BFloat16>* cross_attention_bfloat16_table();  // null where the compiler does not know them
+}
 
 // The kernels that multiply pairs of bfloat16; null where this CPU has no instruction for it, or better ones (AMX), for
 // which torch has kernels.
 inline const CrossAttentionKernels<BFloat16>* bfloat16_cross_attention_kernels() {
 #if defined(__x86_64__)
-  if (multiplies_bfloat16_pairs()) return &avx512_bf16::cross_attention_table<BFloat16>();
+  if (multiplies_bfloat16_pairs()) return avx512_bf16::cross_attention_bfloat16_table();
 #endif
   return nullptr;
 }

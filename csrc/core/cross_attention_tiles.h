@@ -131,7 +131,7 @@ class BackwardTiles {
     for (int64_t lane = 0; lane < W; ++lane)
       packed.weight(at)[lane] = lane < count ? queries.weight[row + lane] * T(in.dropout.scale()) : T(0);
     const T* weight = packed.weight(at);
-    rows_to_lanes(blocking, d_o, d_o_.row_stride, count, in.dim_v, weight, packed.grad(at));
+    rows_to_block(blocking, d_o, d_o_.row_stride, count, in.dim_v, weight, packed.grad(at));
     OperandOf<X>*q_rows = packed.q_rows(at), *grad_rows = packed.grad_rows(at);
     std::fill(q_rows, grad_rows + packed.rows() * packed.pad_v, OperandOf<X>{});
     if constexpr (kPairs) {

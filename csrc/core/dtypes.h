@@ -1,4 +1,5 @@
-// The combinations of dtypes that geglu and layer_norm are compiled for: their operands need not all be of one dtype.
+// bfloat16, what it is computed in, and the combinations of dtypes that geglu and layer_norm are compiled for: their
+// operands need not all be of one dtype.
 #pragma once
 
 #include <cstdint>

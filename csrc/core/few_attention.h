@@ -18,7 +18,7 @@ constexpr int64_t kManyHeads = 64;                      // over the batch: for a
 template <class T>
 class FewAttention {
  public:
-  // Whether attention is of a few latents to one another. It depends on shapes alone: so do the bits of results.
+  // Whether attention is of a few latents to one another. It depends on shapes alone.
   static bool takes(const CrossAttentionInput<T>& in) {
     if (in.mask != nullptr || in.inverted || in.queries != in.tokens || in.dim != in.dim_v) return false;
     return in.tokens > 0 && in.tokens <= (in.batch * in.heads >= kManyHeads ? kFewOfManyHeads : kFew);

@@ -8,6 +8,9 @@
 
 #include "dtypes.h"
 
+// Kernels of every instruction set use these functions, and a linker may take only one of copies of a function.
+#define PF_ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace perceiver_fast {
 
 struct Pair {
@@ -31,15 +34,15 @@ using ComputeOf = typename ComputeType<X>::type;
 
 // How many operands hold `count` numbers.
 template <class X>
-int64_t operands(int64_t count) {
+PF_ALWAYS_INLINE int64_t operands(int64_t count) {
   return (count + Operand<X>::numbers - 1) / Operand<X>::numbers;
 }
 
 template <class T>
-T widened(T x) {
+PF_ALWAYS_INLINE T widened(T x) {
   return x;
 }
-inline float widened(BFloat16 x) {
+PF_ALWAYS_INLINE float widened(BFloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float wide;
   std::memcpy(&wide, &bits, sizeof wide);
@@ -48,11 +51,11 @@ inline float widened(BFloat16 x) {
 
 // Rounded to nearest, ties to even; NaN stays NaN.
 template <class X>
-X narrowed(ComputeOf<X> x) {
+PF_ALWAYS_INLINE X narrowed(ComputeOf<X> x) {
   return x;
 }
 template <>
-inline BFloat16 narrowed<BFloat16>(float x) {
+PF_ALWAYS_INLINE BFloat16 narrowed<BFloat16>(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   bits = x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);

@@ -28,7 +28,7 @@ struct Simd;
     using Int = INT;                                                                             \
     typedef T Vec __attribute__((vector_size(PF_VECTOR_BYTES)));                                 \
     typedef INT IntVec __attribute__((vector_size(PF_VECTOR_BYTES)));                            \
-    typedef T Unaligned __attribute__((vector_size(PF_VECTOR_BYTES), aligned(alignof(T)), may_alias)); \
+    typedef T Unaligned __attribute__((vector_size(PF_VECTOR_BYTES), aligned(1), may_alias));          \
     static constexpr int lanes = PF_VECTOR_BYTES / sizeof(T);                                    \
     static inline Vec load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }        \
     static inline void store(T* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }              \

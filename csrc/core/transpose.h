@@ -48,7 +48,7 @@ void transpose_square(const T* from, int64_t from_row, T* to, int64_t to_row) {
 }
 #endif
 
-// to [columns][to_row] = from [rows][from_row], transposed.
+// to [columns][to_row] = from [rows][from_row], transposed. Elements may be any of T's size, wherever they begin.
 template <class T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
   constexpr int64_t n = Simd<T>::lanes;
@@ -57,10 +57,10 @@ void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T
     int64_t j = 0;
     for (; j + n <= columns; j += n) transpose_square(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
     for (; j < columns; ++j)
-      for (int64_t k = i; k < i + n; ++k) to[j * to_row + k] = from[k * from_row + j];
+      for (int64_t k = i; k < i + n; ++k) std::memcpy(to + j * to_row + k, from + k * from_row + j, sizeof(T));
   }
   for (; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) to[j * to_row + i] = from[i * from_row + j];
+    for (int64_t j = 0; j < columns; ++j) std::memcpy(to + j * to_row + i, from + i * from_row + j, sizeof(T));
 }
 
 }  // namespace PF_ISA

@@ -76,7 +76,7 @@ struct Check {
                     text_of(found));
   }
 
-  // The same, or in bfloat16.
+  // In float32, float64 or bfloat16, on the CPU; returns which.
   ScalarType floating_or_bfloat16(const char* name, const Tensor& t) const {
     tensor(name, t);
     const ScalarType found = t.scalar_type();

@@ -49,12 +49,6 @@ struct Inputs {
     if (mask_) mask = dense(*mask_);
   }
 
-  // Rows of heads beside one another in memory, [B, N, H, channels], as what comes before and after attention has them.
-  static Tensor rows_of_heads(const Tensor& like, const Shape& sizes, ScalarType dtype) {
-    const Tensor rows = torch::stable::new_empty(like, {sizes[0], sizes[2], sizes[1], sizes[3]}, dtype);
-    return torch::stable::transpose(rows, 1, 2);
-  }
-
   bool empty() const { return q.size(0) == 0 || q.size(1) == 0; }
 
   static Tensor dense_rows(const Tensor& t) {
@@ -74,7 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                                            const std::optional<Tensor>& seed, bool inverted) {
   const Inputs inputs(q, k, v, mask, scale, dropout, seed, inverted);
   const int64_t B = q.size(0), H = q.size(1), N = q.size(2), M = k.size(2);
-  Tensor o = Inputs::rows_of_heads(q, {B, H, N, v.size(3)}, compute_dtype(q.scalar_type()));
+  // Rows of heads beside one another in memory, as what comes before and after attention has them.
+  Tensor o = empty_middle_swapped({B, H, N, v.size(3)}, compute_dtype(q.scalar_type()));
   Tensor lse = torch::stable::new_empty(q, {B, H, N}, ScalarType::Double);
   Tensor token_lse = torch::stable::new_empty(
       q, inverted ? Shape{B, H, M} : Shape{0}, ScalarType::Double);
@@ -105,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_o, const std::option
   const auto grad_lse = check.dense("d_lse", d_lse, ScalarType::Double, rows, "[B, H, N]");
   const Tensor token_stats = check.dense("token_lse", token_lse, ScalarType::Double, inverted ? columns : Shape{0},
                                          inverted ? "[B, H, M]" : "empty");
-  Tensor dq = Inputs::rows_of_heads(q, sizes_of(q), dtype);
+  Tensor dq = empty_middle_swapped(sizes_of(q), dtype);
   Tensor dk = torch::stable::new_empty(k, to_tokens ? sizes_of(k) : Shape{0});
   Tensor dv = torch::stable::new_empty(v, to_tokens ? sizes_of(v) : Shape{0});
   if (inputs.empty()) return {dq, dk, dv};

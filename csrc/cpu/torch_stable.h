@@ -1,6 +1,7 @@
 // What the bindings share: torch's stable ABI, and torch's intra-op threads as core's Parallel.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -35,6 +36,18 @@ X* data(const Tensor& t) {
 template <class X>
 X* data(const std::optional<Tensor>& t) {
   return t ? data<X>(*t) : nullptr;
+}
+
+// [A, B, C, D] on the CPU that lies in memory as [A, C, B, D]. It is no view of another tensor: whoever gets it may write to it.
+inline Tensor empty_middle_swapped(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  const int64_t strides[] = {sizes[2] * sizes[1] * sizes[3], sizes[3], sizes[1] * sizes[3], 1};
+  const int32_t code = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float32();
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes.data(), strides, code, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 // Calls run with a zero of a tensor's type, float or double; that it is one of the two has been checked before.

@@ -88,21 +88,22 @@ def _backward_work(q: Shape, k: Shape, v: Shape, inverted: bool, to_tokens: bool
 
 def _forward_outputs(q, k, v, mask, scale, dropout, seed, inverted):
     lse = q.new_empty(q.shape[:3], dtype=torch.float64)
-    dtype = compute_dtype(q.dtype) if _is_cpus(q) else q.dtype  # the CPU's kernels do not round it
+    dtype = compute_dtype(q.dtype) if _runs_cpu_kernels(q) else q.dtype  # the CPU's kernels do not round it
     return _rows(q, v.shape[3], dtype), lse, lse.new_empty(k.shape[:3] if inverted else (0,))
 
 
-def _is_cpus(q):
+def _runs_cpu_kernels(q):
     """Whether the CPU's kernels run the operators."""
     return q.device.type == "cpu" and not INTERPRETED
 
 
 def _rows(q, channels, dtype):
     """``[B, H, N, channels]``; the CPU's kernels write rows of heads beside one another, as what comes next reads them."""
-    batch, heads, queries, _ = q.shape
-    if _is_cpus(q):
-        return q.new_empty((batch, queries, heads, channels), dtype=dtype).transpose(1, 2)
-    return q.new_empty((batch, heads, queries, channels), dtype=dtype)
+    sizes = batch, heads, queries, _ = *q.shape[:3], channels
+    if _runs_cpu_kernels(q):
+        strides = queries * heads * channels, channels, heads * channels, 1
+        return q.new_empty_strided(sizes, strides, dtype=dtype)
+    return q.new_empty(sizes, dtype=dtype)
 
 
 def _backward_outputs(d_o, d_lse, q, k, v, mask, scale, dropout, seed, inverted, o, lse, token_lse, to_tokens):

@@ -1,9 +1,8 @@
 """Attention among latents: on the CPU by this package's kernels, elsewhere by torch's fused attention.
 
 The kernels stream tokens as torch's do, with logits and sums in float32 for half precision too, and are faster at nearly
-every size. And they
-take out of the gradients what the rounding of a softmax's derivative leaves in them, which torch's keep: of a saturated
-softmax, whose gradients are zero, that is all there is.
+every size. And they take out of the gradients what the rounding of a softmax's derivative leaves in them, which torch's
+keep: of a saturated softmax, whose gradients are zero, that is all there is.
 """
 
 from __future__ import annotations

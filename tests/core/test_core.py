@@ -64,7 +64,7 @@ def test_an_instruction_set_keeps_to_itself(build):
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("nm was not found: the symbols were NOT looked at")
-    for isa in setup.isa_flags():
+    for isa in setup.isa_flags() | setup.isa_flags(setup.BFLOAT16_ISAS):
         core = setup.INPLACE if not list(build.glob("core_*.o")) else build
         files = [*build.glob(f"test_*_{isa}.o"), *core.glob(f"core_*_{isa}.o")]
         assert len(files) > len(ONCE_AN_ISA)

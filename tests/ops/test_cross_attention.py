@@ -242,6 +242,22 @@ def test_strides_and_shared_queries():
     assert torch.equal(cross_attention(q, k, flipped), cross_attention(q, k, flipped.contiguous()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_may_be_written_to(dtype):
+    """They are no views, and lie in memory as a layer that joins the heads reads them."""
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=dtype) for n in (20, 70, 70))
+    scale = torch.ones(1, dtype=dtype, requires_grad=True)
+    for learn in (False, True):
+        q.requires_grad_(learn)
+        out = cross_attention(q, k, v)
+        assert out.transpose(1, 2).is_contiguous() and not out._is_view()
+        torch.relu_(out).mul_(scale)
+        out.transpose(1, 2)[..., 0] = 0
+        out.detach_()
+    cross_attention(q, k, v).sum().backward()
+    assert not q.grad._is_view()
+
+
 def test_empty_batch_and_no_queries():
     k = torch.randn(2, 1, 5, 4)
     assert cross_attention(torch.randn(2, 1, 0, 4), k, k).shape == (2, 1, 0, 4)

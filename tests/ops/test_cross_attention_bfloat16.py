@@ -130,6 +130,21 @@ def test_rows_that_begin_anywhere(queries):
         assert relative_error(cross_attention(q, k, v), expected) < 5e-3
 
 
+@pytest.mark.parametrize("more", [1, 2, 3])
+@pytest.mark.parametrize("queries, tokens", [(40, 90), (70, 131), (64, 64)])
+def test_gradients_that_come_in_rows_of_any_distance(queries, tokens, more):
+    """As those of a part of what was joined: rows that are no pairs of channels, and begin anywhere."""
+    tensors, mask, d_o = inputs((1, 2, queries, tokens, 16, 16, False))
+    wide = torch.randn(1, 2, queries, 16 + more).to(BF16)
+    wide[..., more:] = d_o
+    exact = run(reference.cross_attention, tensors, mask, d_o, torch.float64)
+    for grad in (wide[..., more:], wide.transpose(1, 2).contiguous().transpose(1, 2)[..., more:]):
+        ours = run(CrossAttentionFunction.apply, tensors, mask, grad, BF16)
+        dense = run(CrossAttentionFunction.apply, tensors, mask, d_o, BF16)
+        for name, found in ours.items():
+            assert torch.equal(found, dense[name]) and relative_error(found, exact[name]) < 1e-2, name
+
+
 def test_the_log_sum_exp_is_of_float32():
     (q, k, v), mask, _ = inputs(CASES[5])
     _, lse = cross_attention(q, k, v, mask, return_lse=True)

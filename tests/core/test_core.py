@@ -67,7 +67,7 @@ def test_an_instruction_set_keeps_to_itself(build):
     for isa in setup.isa_flags() | setup.isa_flags(setup.BFLOAT16_ISAS):
         core = setup.INPLACE if not list(build.glob("core_*.o")) else build
         files = [*build.glob(f"test_*_{isa}.o"), *core.glob(f"core_*_{isa}.o")]
-        assert len(files) > len(ONCE_AN_ISA)
+        assert len(files) > (len(ONCE_AN_ISA) if isa in setup.ISAS else 0)
         for file in files:
             lines = subprocess.run([nm, "-C", "--defined-only", "-g", file], capture_output=True, text=True).stdout
             symbols = [line.split(maxsplit=2)[2] for line in lines.splitlines()]

@@ -296,8 +296,9 @@ def cross_attention(
 
     Returns:
         ``[B, H, N, dv]``, the dtype of q; with return_lse also lse ``[B, H, N]`` float64, -3.4e38 (float32's
-        least number, in every dtype and on every backend) for a batch element that is all masked. float64 is computed in float64, all others in float32 (on GPUs the weights of half
-        precision are rounded to it, as everywhere). Differentiable any number of times.
+        least number, in every dtype and on every backend) for a batch element that is all masked. float64 is computed in float64, all others in float32;
+        weights of half precision are rounded to it, as everywhere, on GPUs and on CPUs that multiply bfloat16 in pairs
+        (AVX-512 BF16, without AMX), but not beside a log-sum-exp there. Differentiable any number of times.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, size or device; the message says expected, got and what to do.

@@ -216,9 +216,9 @@ void correct_any(const TokenTile<X>& tile, const BackwardBlock<X>& block, const 
 }  // namespace
 
 const CrossAttentionKernels<X>* cross_attention_bfloat16_table() {
-  static constexpr CrossAttentionKernels<X> table{S::lanes,  int(Q),      transpose<float>, dot<X>,
-                                                  scale,      pair_rows,   forward_any,      backward_any,
-                                                  correct_any, nullptr,    nullptr};
+  static constexpr CrossAttentionKernels<X> table{S::lanes, int(Q),  transpose<float>, dot<X>,      scale,
+                                                  nullptr,  nullptr, pair_rows,        forward_any, backward_any,
+                                                  correct_any, nullptr, nullptr};
   return &table;
 }
 #else

@@ -78,6 +78,9 @@ struct CrossAttentionKernels {
   double (*dot)(int64_t count, const X* a, const T* b);  // in double
   // to[i] = factor * from[i].
   void (*scale)(int64_t count, T factor, const T* from, X* to);
+  // Float: bfloat16 as float, and rounded.
+  void (*widen)(int64_t count, const BFloat16* from, float* to);
+  void (*narrow)(int64_t count, const float* from, BFloat16* to);
   // BFloat16: to[i / 2][c] = the pair rows[i][c], rows[i + 1][c] for `count` rows of `length`, zero where there is none; rows
   // of `to` are `padded` long.
   void (*pair_rows)(int64_t count, int64_t length, const X* rows, int64_t row_stride, int64_t padded, OperandOf<X>* to);

@@ -1,6 +1,7 @@
 // The inner loops of streaming attention for one instruction set: matrix products of tiles (tile_gemm.h) and, between
 // them, exponentials. cross_attention_block.h says what a tile and a block are.
 #include "cross_attention_tile.h"
+#include "elements.h"
 
 namespace perceiver_fast {
 namespace PF_ISA {
@@ -175,11 +176,18 @@ void scale(int64_t count, T factor, const T* from, T* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = factor * from[i];
 }
 
+// The same numbers in another dtype.
+template <class From, class To>
+void convert(int64_t count, const From* from, To* to) {
+  for_vectors<float, kChains>(count, [&](int64_t i, int, auto at) PF_INLINE_LAMBDA { at.store(to + i, at.load(from + i)); });
+}
+
 template <class T>
 const CrossAttentionKernels<T>& cross_attention_table() {
   static constexpr CrossAttentionKernels<T> table{
-      Simd<T>::lanes, int(kQueries<T>), transpose<T>,   dot<T>,         scale<T>,          nullptr,
-      forward_any<T>, backward_any<T>,  correct_any<T>, token_sums<T>,  token_delta_any<T>};
+      Simd<T>::lanes,           int(kQueries<T>),         transpose<T>, dot<T>,         scale<T>,
+      convert<BFloat16, float>, convert<float, BFloat16>, nullptr,      forward_any<T>, backward_any<T>,
+      correct_any<T>,           token_sums<T>,            token_delta_any<T>};
   return table;
 }
 template const CrossAttentionKernels<float>& cross_attention_table<float>();

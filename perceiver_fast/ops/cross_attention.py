@@ -99,7 +99,8 @@ def _runs_cpu_kernels(q):
 
 def _rows(q, channels, dtype):
     """``[B, H, N, channels]``; the CPU's kernels write rows of heads beside one another, as what comes next reads them."""
-    sizes = batch, heads, queries, _ = *q.shape[:3], channels
+    batch, heads, queries, _ = q.shape
+    sizes = batch, heads, queries, channels
     if _runs_cpu_kernels(q):
         strides = queries * heads * channels, channels, heads * channels, 1
         return q.new_empty_strided(sizes, strides, dtype=dtype)

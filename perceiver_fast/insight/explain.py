@@ -140,7 +140,7 @@ def _description(tokens: Tokens) -> Choice:
     """What describes tokens for all layers."""
     if isinstance(tokens, GridTokens) and not isinstance(tokens, EmbeddedGrid):
         return GRID_SCALE.choose(PointwiseCall(tokens.feat.dtype, tokens.feat.device))
-    return Choice("layer_norm" if isinstance(tokens, DenseTokens) else "positions", "torch")
+    return tokens.normalized_by() if isinstance(tokens, DenseTokens) else Choice("positions", "torch")
 
 
 def _in_words(model: nn.Module, data) -> str:

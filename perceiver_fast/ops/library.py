@@ -99,7 +99,7 @@ def unless_autocast(device: torch.device) -> AbstractContextManager:
 def half_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
     """The half-precision dtype that GPU kernels multiply in: autocast's, or ``dtype`` itself; None where there is none.
 
-    Autocast leaves float64 alone. On CPUs nothing is rounded for kernels, which sum in float32 whatever comes in.
+    Autocast leaves float64 alone. On CPUs no operand is rounded for a kernel's sake.
     """
     if dtype == torch.float64 or (device.type == "cpu" and not INTERPRETED):
         return None

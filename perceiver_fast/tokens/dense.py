@@ -30,6 +30,7 @@ class DenseTokens(Tokens):
     def __init__(self, context: Tensor):
         self.feat, self.dtype = context, context.dtype
         self._normalized: dict[tuple[float, torch.dtype], Tensor] = {}
+        self._by_kernel: torch.dtype | None = None  # what the last call of layer_norm wrote; None: torch's
 
     @property
     def channels(self) -> int:
@@ -55,6 +56,8 @@ class DenseTokens(Tokens):
         """
         dtype = self.feat.dtype if dtype is None or not self._rounds_to(dtype) else dtype
         normalized = None if self._tensor is not None else self._normalized.get((eps, dtype))
+        if normalized is not None and normalized.is_inference() and not torch.is_inference_mode_enabled():
+            normalized = None  # it cannot be saved for a backward
         if normalized is None or (torch.is_grad_enabled() and self.learns()):
             normalized = self._normalize(eps, dtype)
             if not normalized.requires_grad:
@@ -71,10 +74,18 @@ class DenseTokens(Tokens):
         """:meth:`normalized`, computed now."""
         context = self.feat
         learns = torch.is_grad_enabled() and self.learns()
-        if torch.compiler.is_compiling() or (dtype == context.dtype and not learns):
+        plain = torch.compiler.is_compiling() or (dtype == context.dtype and not learns)
+        self._by_kernel = None if plain else dtype
+        if plain:
             return F.layer_norm(context, context.shape[-1:], eps=eps)
         one = context.new_ones(context.shape[-1])
         return layer_norm(context, one, torch.zeros_like(one), eps, dtype)  # F.layer_norm's third derivative is wrong
+
+    def normalized_by(self) -> Choice:
+        """What computed :meth:`normalized` last."""
+        if self._by_kernel is None:
+            return Choice(LAYER_NORM.name, "torch")
+        return LAYER_NORM.choose(PointwiseCall(self._by_kernel, self.device))
 
     @property
     def absorbed_channels(self) -> int:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from support import relative_error
+from support import needs_extension, relative_error
 from torch import nn
 
+import perceiver_fast as pf
 from perceiver_fast import extension
 from perceiver_fast.ops.derivatives import transformed
 from perceiver_fast.tokens import DenseTokens
@@ -116,3 +117,24 @@ def test_under_autocast_dense_tokens_are_normalised_to_its_dtype(learns):
     if extension.error is None:
         assert again.dtype == torch.bfloat16
         assert learns or tokens.normalized(norm.eps, torch.bfloat16) is again
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_inference_mode_normalised_is_not_kept_for_a_backward(dtype):
+    tokens = DenseTokens(torch.randn(2, 5, 8))
+    with torch.inference_mode():
+        first = tokens.normalized(1e-5, dtype)
+        assert tokens.normalized(1e-5, dtype) is first
+    again = tokens.normalized(1e-5, dtype)
+    assert torch.equal(again, first) and not again.is_inference()
+    torch.nn.Linear(8, 2, dtype=again.dtype)(again).sum().backward()
+
+
+@pytest.mark.skipif(**needs_extension)
+def test_explain_says_what_normalises_dense_tokens():
+    sizes = dict(num_freq_bands=1, depth=1, max_freq=4.0, latent_dim=256, input_channels=80, input_axis=1)
+    many, few = (pf.Perceiver(**sizes, num_latents=n, fourier_encode_data=False) for n in (512, 8))
+    data = torch.randn(2, 900, 80)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "layer_norm on cpu" in str(pf.explain(many, data)).split("layers.0")[0]  # rounded as it is written
+        assert "layer_norm on torch" in str(pf.explain(few, data)).split("layers.0")[0]  # absorbed, in float32

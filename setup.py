@@ -143,8 +143,11 @@ def is_known(flag):
     """Whether the compiler takes a flag; of those that all compilers take it is not asked."""
     if flag not in SINCE_GCC_10:
         return True
-    command = [*find_compiler(), flag, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    command = [*find_compiler(), flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    known = subprocess.run(command, capture_output=True).returncode == 0
+    if not known:
+        print(f"perceiver-fast: without the kernels that {flag} is for: the compiler does not know it", file=sys.stderr)
+    return known
 
 
 def isa_flags(isas=ISAS):

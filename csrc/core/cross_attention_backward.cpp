@@ -251,10 +251,9 @@ void stream_backward(const CrossAttentionInput<X>& in, const HeadMatrix<const T>
 // Rows of o's shape, dense.
 void copy_rows(const CrossAttentionInput<BFloat16>& in, const HeadMatrix<const BFloat16>& from, BFloat16* to,
                const Parallel& parallel) {
-  const int64_t rows = in.queries, H = in.heads, channels = in.dim_v;
-  parallel.run(in.batch * H * rows, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      std::copy_n(from.at(i / rows / H, i / rows % H, i % rows), channels, to + i * channels);
+  for_rows(in.batch, in.heads, in.queries, parallel, [&](int64_t b, int64_t h, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      std::copy_n(from.at(b, h, row), in.dim_v, to + ((b * in.heads + h) * in.queries + row) * in.dim_v);
   });
 }
 

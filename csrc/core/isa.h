@@ -15,7 +15,7 @@ const char* isa_name(Isa isa);
 std::vector<Isa> available_isas();
 
 // Whether pairs of bfloat16 are multiplied by instructions of avx512_bf16 (pairs.h): avx512 is in use, the CPU has them, and
-// it has no tiles for products (AMX), beside which they are slow.
+// it has no tiles for products (AMX), beside which they were not measured.
 bool multiplies_bfloat16_pairs();
 
 // The instruction set in use. Throws std::runtime_error when PERCEIVER_FAST_CPU_ISA names one that

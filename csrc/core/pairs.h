@@ -1,6 +1,6 @@
 // Operands of multiply-adds as a block holds them. Numbers stand one by one, bfloat16 in pairs of two neighbours along the
 // sum: x86's vdpbf16ps multiplies two by two and adds both products to a float, at twice the rate of a float's
-// multiply-add on AMD's Zen 4 and 5.
+// multiply-add on AMD's Zen 4, where it was measured.
 #pragma once
 
 #include <cstdint>

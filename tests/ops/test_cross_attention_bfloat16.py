@@ -7,7 +7,7 @@ import torch
 from support import check_over_draws, needs_extension, relative_error
 from warm_python import python
 
-from perceiver_fast import reference
+from perceiver_fast import extension, reference
 from perceiver_fast.ops.cross_attention import CrossAttentionFunction, cross_attention
 
 pytestmark = pytest.mark.skipif(**needs_extension)
@@ -89,6 +89,18 @@ def test_any_number_of_threads(case, threads):
     for name, found in several.items():
         assert torch.equal(found, again[name])
         assert relative_error(found, one[name].double()) < 4e-3, name
+
+
+def test_pairs_are_what_runs():
+    """Where the CPU multiplies them: weights are rounded, so results are not float32's, rounded at the end."""
+    if extension.module.active_isa() != "avx512" or not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU or PERCEIVER_FAST_CPU_ISA has no products of pairs: their kernels were NOT tested")
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("products of pairs are not taken beside AMX: their kernels were NOT tested")
+    (q, k, v), mask, _ = inputs(CASES[5])
+    assert not torch.equal(
+        cross_attention(q, k, v, mask), cross_attention(q.float(), k.float(), v.float(), mask).to(BF16)
+    )
 
 
 def test_weights_add_up_to_one():
